@@ -1,0 +1,46 @@
+# `make demo` and `make test` are all that a newcomer needs; both set up .venv first.
+PY := .venv/bin/python
+DEMO_ARGS ?=
+
+.PHONY: help setup demo test lint format unit functional clean clean-venv
+
+help:
+	@echo "make demo        digits -> HF checkpoint -> Megatron -> training -> HF -> answers, in demo-out/ (DEMO_ARGS=...)"
+	@echo "make test        lint, types, unit and functional tests"
+	@echo "make lint        ruff and mypy alone        make format      let ruff reformat and fix"
+	@echo "make unit        unit tests alone           make functional  functional tests alone"
+	@echo "make clean       remove what was generated  make clean-venv  remove .venv too"
+
+setup:
+	@ci/setup.sh
+
+demo: setup
+	$(PY) -m megatron_vlbridge.demo $(DEMO_ARGS)
+
+# The stages are lines of one recipe, cheapest first: the first that fails ends it, also under `make -j` and `make -k`.
+test: setup
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory functional
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+unit: setup
+	$(PY) -m pytest tests/unit
+
+functional: setup
+	$(PY) -m pytest tests/functional
+
+clean:
+	rm -rf build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+clean-venv: clean
+	rm -rf .venv

@@ -1,0 +1,143 @@
+#!/usr/bin/env bash
+# Makes .venv in the project's root, with the pinned packages of ci/constraints.txt. Instant when nothing has changed.
+#
+#   ci/setup.sh                    find a Python >= 3.12 by itself
+#   PYTHON=/a/python ci/setup.sh   make .venv from this one (an existing .venv is kept: `make clean-venv` first)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=.venv
+stamp=$venv/.installed       # a copy of everything that the installation depended on
+unfinished=$venv/.unfinished # stands while an installation runs: a venv that still has it cannot be trusted
+log=$venv/install.log
+
+probe='
+import ensurepip, sys, sysconfig, venv
+assert sys.version_info >= (3, 12), "it is Python %d.%d" % sys.version_info[:2]
+assert sys.implementation.name == "cpython", "it is " + sys.implementation.name
+assert sys.maxsize > 2**32, "it is a 32-bit build"
+assert not sysconfig.get_config_var("Py_GIL_DISABLED"), "it is a free-threaded build"
+print(sys.executable)
+'
+
+rejected=""
+# A command's existence proves nothing (pyenv's shims exist for versions that are not active): run it.
+# Answers in $found.
+try() {
+    local out
+    if out=$("$1" -c "$probe" 2>&1 </dev/null); then
+        found=$out
+    else
+        rejected+="  $1: $(tail -n 1 <<<"$out")"$'\n'
+        return 1
+    fi
+}
+
+try_on_path() {
+    local path
+    path=$(type -P "$1") && try "$path"
+}
+
+try_pyenv() {
+    local root path
+    for root in "${PYENV_ROOT:-}" "${HOME:-}/.pyenv"; do
+        for path in "$root/versions/$1".*/bin/python; do
+            if [[ -n $root && -x $path ]] && try "$path"; then return 0; fi
+        done
+    done
+    return 1
+}
+
+try_uv() {
+    local path
+    path=$(uv python find --no-project "$1" 2>/dev/null </dev/null) && try "$path"
+}
+
+# The oldest fitting version first: prebuilt packages reach new versions of Python late.
+find_python() {
+    local version
+    if [[ -n ${PYTHON:-} ]]; then
+        try "$PYTHON"
+        return
+    fi
+    for version in 3.12 3.13 3.14; do
+        if try_on_path "python$version" || try_pyenv "$version" || try_uv "$version"; then return 0; fi
+    done
+    if try_on_path python3 || try_on_path python; then return 0; fi
+    if type -P uv >/dev/null; then
+        echo "No Python >= 3.12 found; asking uv to install 3.12 ..."
+        if uv python install 3.12 </dev/null && try_uv 3.12; then return 0; fi
+    fi
+    return 1
+}
+
+say_what_to_install() {
+    {
+        echo "No Python that fits was found. Needed: CPython >= 3.12 (64 bits) with its venv and ensurepip modules."
+        if [[ -n $rejected ]]; then printf 'Tried, and rejected:\n%s' "$rejected"; fi
+        echo "Install one, then run the same command again:"
+        echo "  Debian, Ubuntu:  sudo apt-get install python3.12 python3.12-venv   (or python3.13 python3.13-venv)"
+        echo "  Fedora:          sudo dnf install python3.12"
+        echo "  macOS:           brew install python@3.12"
+        echo "  with pyenv:      pyenv install 3.12"
+        echo "  with uv:         uv python install 3.12"
+        echo "Or name one that you have: PYTHON=/path/to/python make test"
+    } >&2
+}
+
+fingerprint() {
+    "$venv/bin/python" -c 'import sys; print(sys.base_prefix, sys.version)'
+    cat pyproject.toml ci/constraints.txt
+}
+
+# The scripts in a venv hold absolute paths: one that was moved or copied must be made anew.
+venv_is_usable() {
+    [[ -x $venv/bin/python && ! -e $unfinished ]] &&
+        grep -qF "$(pwd -P)/$venv" "$venv/bin/activate" &&
+        "$venv/bin/python" -c "$probe"$'\n''import pip' >/dev/null 2>&1
+}
+
+# The constraints hold for what pip builds from source too. Its name for that is new: older versions obey the first one.
+install() {
+    PIP_CONSTRAINT=ci/constraints.txt PIP_BUILD_CONSTRAINT=ci/constraints.txt \
+        "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --progress-bar off --editable ".[dev]"
+}
+
+# Of pip's pages, the few lines that show a person where the minutes go: the large downloads, and the last step.
+show_progress() {
+    awk '/^ *(Downloading|Using cached) .*\([0-9.]+ [MG]B\)/ {
+             size = $(NF-1); sub(/\(/, "", size)
+             if (size + 0 >= 100 || $NF ~ /^G/) {
+                 name = $(NF-2); sub(/.*\//, "", name); sub(/-(cp|py)[0-9].*/, "", name)
+                 print "  fetched " name " (" size " " $NF; fflush() } }
+         /^Installing collected packages/ { print "  unpacking " gsub(/,/, "") + 1 " packages ..."; fflush() }'
+}
+
+if venv_is_usable; then
+    if fingerprint | cmp -s - "$stamp"; then exit 0; fi
+else
+    if ! find_python; then
+        say_what_to_install
+        exit 1
+    fi
+    echo "Making $venv with $found ($("$found" -V))"
+    rm -rf "$venv"
+    mkdir "$venv"
+    : >"$unfinished"
+    "$found" -m venv "$venv"
+fi
+
+echo "Installing the packages of ci/constraints.txt (the first time: about 5 GB, some minutes; log: $log)"
+: >"$unfinished"
+rm -f "$stamp"
+if ! install 2>&1 </dev/null | tee "$log" | show_progress; then
+    {
+        echo "The installation failed. The end of $log:"
+        tail -n 15 "$log"
+    } >&2
+    exit 1
+fi
+fingerprint >"$stamp.new"
+mv "$stamp.new" "$stamp"
+rm -f "$unfinished"
+echo "Ready: $venv"

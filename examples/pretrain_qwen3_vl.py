@@ -1,0 +1,53 @@
+"""Train Qwen3-VL with Megatron's own pretrain, on GPUs or on CPU processes.
+
+From a Hugging Face folder:
+
+    torchrun --nproc_per_node 8 examples/pretrain_qwen3_vl.py --hf-folder Qwen3-VL-8B-Instruct --hf-weights \
+        --conversations train.jsonl --tensor-model-parallel-size 4 --sequence-parallel --seq-length 8192 \
+        --micro-batch-size 1 --global-batch-size 64 --train-iters 1000 --lr 1e-5 --bf16 --save out
+
+From an imported Megatron checkpoint: `--hf-folder DIR/hf --pretrained-checkpoint DIR` instead of the first two
+arguments. On CPU: add `--cpu`. All other arguments are Megatron's; the architecture is read from --hf-folder.
+"""
+
+import sys
+
+from megatron_vlbridge.backends import cpu_runtime
+
+if "--cpu" in sys.argv:
+    cpu_runtime.enable()
+
+from transformers import AutoProcessor
+
+from megatron_vlbridge.config import read_config
+from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
+from megatron_vlbridge.training.pretrain import parse_arguments, run
+
+
+def main() -> None:
+    """Parse, build the datasets when Megatron asks for them, train."""
+    args = parse_arguments()
+    processor = AutoProcessor.from_pretrained(args.hf_folder)
+    config = read_config(args.hf_folder)
+
+    def datasets(num_samples: list[int], vp_stage: int | None = None) -> list[PackedConversations | None]:
+        files = (args.conversations, args.valid_conversations, None)
+        return [
+            PackedConversations(
+                read_conversations(file),
+                processor,
+                config,
+                seq_length=args.seq_length,
+                num_samples=count,
+                seed=args.seed,
+            )
+            if file and count
+            else None
+            for file, count in zip(files, num_samples, strict=True)
+        ]
+
+    run(args, datasets)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Which kernels run: reference kernels on the CPU, or Transformer Engine."""

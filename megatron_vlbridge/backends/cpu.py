@@ -1,0 +1,135 @@
+"""Reference kernels for the CPU, as a Megatron-Core `BackendSpecProvider`."""
+
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_vlbridge.backends.packed import PackedSegments
+from megatron_vlbridge.errors import VLBridgeError
+
+
+class CpuSpecProvider(BackendSpecProvider):
+    """Megatron's own linears with the reference norms and packed attention of this module."""
+
+    def column_parallel_linear(self) -> type:
+        """Megatron's column-parallel linear."""
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        """Megatron's row-parallel linear."""
+        return RowParallelLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """Norm and linear are two modules here."""
+        return False
+
+    def column_parallel_layer_norm_linear(self) -> type | None:
+        """There is no fused module."""
+        return None
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        """The builder of the reference norm; `config.normalization` says which one."""
+        return reference_norm
+
+    def core_attention(self) -> type:
+        """The reference attention over packed segments."""
+        return PackedAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        """Experts one after the other."""
+        return partial(
+            SequentialMLP,
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        )
+
+    def activation_func(self) -> None:
+        """The activation is `config.activation_func`."""
+        return
+
+
+def reference_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> torch.nn.Module:
+    """Torch's RMSNorm or LayerNorm, whose parameters say whether their gradient is partial on each TP rank.
+
+    Megatron adds up the gradients of parameters marked `sequence_parallel` over the tensor-parallel group.
+    """
+    kinds: dict[str, type[torch.nn.Module]] = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+    if config.normalization not in kinds or config.layernorm_zero_centered_gamma:
+        raise VLBridgeError(
+            f"CPU backend: no norm for normalization={config.normalization!r} with "
+            f"layernorm_zero_centered_gamma={config.layernorm_zero_centered_gamma}; offered: {sorted(kinds)}, False"
+        )
+    norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
+
+
+class PackedAttention(torch.nn.Module):
+    """Attention inside each segment of a pack: causal or bidirectional, with grouped key and value heads.
+
+    Takes `query` `[T, heads, dim]`, `key` and `value` `[T, groups, dim]`; gives `[T, heads * dim]`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: object = None,
+    ) -> None:
+        super().__init__()
+        if config.attention_dropout:
+            raise VLBridgeError(f"CPU backend: attention_dropout must be 0, found {config.attention_dropout}")
+        if config.context_parallel_size > 1:
+            raise VLBridgeError(
+                f"CPU backend: context parallelism is not offered, found size {config.context_parallel_size}"
+            )
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend inside the segments of `packed_seq_params`."""
+        if (
+            attention_mask is not None
+            or attention_bias is not None
+            or not isinstance(packed_seq_params, PackedSegments)
+        ):
+            raise VLBridgeError("CPU backend: attention takes a pack (PackedSegments), no mask and no bias")
+        if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
+            raise VLBridgeError(f"CPU backend: attention is causal or bidirectional, found {attn_mask_type}")
+        if sum(packed_seq_params.segments) != query.shape[0]:
+            raise VLBridgeError(
+                f"CPU backend: segments hold {sum(packed_seq_params.segments)} tokens, the pack {query.shape[0]}"
+            )
+        outputs, start = [], 0
+        for length, run in groupby(packed_seq_params.segments):
+            stop = start + length * len(list(run))
+            # Neighbours of one length are attended to as a batch: [n * L, heads, dim] -> [n, heads, L, dim].
+            q, k, v = (x[start:stop].unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
+            attended = scaled_dot_product_attention(
+                q, k, v, is_causal=attn_mask_type == AttnMaskType.causal, scale=self.softmax_scale, enable_gqa=True
+            )
+            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+            start = stop
+        return torch.cat(outputs).flatten(1)

@@ -1,0 +1,40 @@
+"""Packed (THD) sequence parameters with the segment lengths known on the host."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass
+class PackedSegments(PackedSeqParams):
+    """`PackedSeqParams` that also holds `segments`, the lengths as host integers.
+
+    Transformer Engine's kernels read the `cu_seqlens` tensors; the CPU kernels read `segments`. Neither asks the
+    device for a number.
+    """
+
+    segments: tuple[int, ...] = ()
+
+
+def packed_segments(lengths: Sequence[int], device: torch.device) -> PackedSegments:
+    """THD parameters of a row that holds segments of these `lengths` (tokens) one behind the other.
+
+    Example:
+        >>> packed_segments([3, 2], torch.device("cpu")).cu_seqlens_q
+        tensor([0, 3, 5], dtype=torch.int32)
+    """
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    longest = max(lengths)
+    return PackedSegments(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        segments=tuple(lengths),
+    )

@@ -1,0 +1,283 @@
+"""Folders of safetensors files: a reader that trusts no header, and a writer that streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.weights import Region, TensorSpec
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+BLOCK_BYTES = 64 * 2**20
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the limit of the format's own library
+
+
+class SafetensorsFolder:
+    """The weights of a Hugging Face folder: one file, or shards that an index names.
+
+    `table` maps each tensor to its shape and dtype, `files` to the file it lies in. Opening reads headers only and
+    checks them against the file sizes and the index. Shards that are symlinks are followed, as the Hub's cache stores
+    them so.
+
+    Raises VLBridgeError, naming file and tensor, for a missing, truncated or malformed file, an index entry that points
+    nowhere or out of the folder, and a tensor that is there twice.
+
+    Example: `SafetensorsFolder("Qwen3-VL-2B-Instruct").read(Region("lm_head.weight", (0, 0), (8, 2048)))`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.files = self._read_index()
+        self.table: dict[str, TensorSpec] = {}
+        self._open: dict[str, Any] = {}
+        headers = {file: read_header(self.folder / file) for file in dict.fromkeys(self.files.values())}
+        if not self.files:
+            file = self._single_file()
+            headers = {file: read_header(self.folder / file)}
+            self.files = dict.fromkeys(headers[file], file)
+        for file, header in headers.items():
+            self._add(file, header)
+        for name in self.files.keys() - self.table.keys():
+            raise self._error(
+                self.files[name],
+                f"expected tensor {name}, as the index says, found none of this name",
+                "Fetch both again.",
+            )
+
+    def read(self, region: Region) -> torch.Tensor:
+        """The numbers of a region, as stored."""
+        file = self.files[region.name]
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            part: torch.Tensor = self._open[file].get_slice(region.name)[region.slices]
+        except (SafetensorError, OSError) as error:
+            raise self._error(file, f"expected to read {region}, found: {error}", "Fetch the file again.") from error
+        return part
+
+    def _error(self, file: str, text: str, remedy: str) -> VLBridgeError:
+        return VLBridgeError(f"{self.folder / file}: {text}. {remedy}")
+
+    def _add(self, file: str, header: Mapping[str, TensorSpec]) -> None:
+        for name, spec in header.items():
+            place = self.files.get(name)
+            if place is None:
+                raise self._error(
+                    file, f"expected only tensors that the index names, found {name}", "Fetch both again."
+                )
+            if place != file:
+                raise self._error(file, f"expected {name} only in {place}, found it here too", "Remove the wrong copy.")
+            self.table[name] = spec
+
+    def _single_file(self) -> str:
+        found = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if SINGLE in found:
+            return SINGLE
+        if len(found) == 1:
+            return found[0]
+        raise VLBridgeError(
+            f"{self.folder}: expected {INDEX} or one safetensors file, found {', '.join(found) or 'neither'}. "
+            "Give a folder with a complete Hugging Face checkpoint."
+        )
+
+    def _read_index(self) -> dict[str, str]:
+        """Tensor -> file from the index; empty when there is none."""
+        candidates = [self.folder / INDEX, *sorted(self.folder.glob("*.safetensors.index.json"))]
+        path = next((path for path in candidates if path.exists()), None)
+        if path is None:
+            return {}
+        index = load_json_object(path)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise VLBridgeError(
+                f"{path}: weight_map: expected tensor names with their files, found {weight_map!r:.80}."
+            )
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+                raise VLBridgeError(
+                    f"{path}: {name}: expected the name of a safetensors file in the same folder, found {file!r}. "
+                    "Fetch the index again from a source that you trust."
+                )
+            if not (self.folder / file).is_file():
+                raise VLBridgeError(f"{path}: {name}: expected in {file}, found no such file. Fetch {file}.")
+        return weight_map
+
+
+def load_json_object(path: Path, text: bytes | None = None) -> dict[str, Any]:
+    """A JSON object without duplicate keys, from a file or from bytes that `path` is named for."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise VLBridgeError(f"{path}: expected every name once, found {twice!r} twice. Fetch the file again.")
+        return result
+
+    try:
+        value = json.loads(path.read_bytes() if text is None else text, object_pairs_hook=unique)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise VLBridgeError(f"{path}: expected JSON, found: {error}. Fetch the file again.") from error
+    if not isinstance(value, dict):
+        raise VLBridgeError(f"{path}: expected a JSON object, found {type(value).__name__}. Fetch the file again.")
+    return value
+
+
+def read_header(path: Path) -> dict[str, TensorSpec]:
+    """Every tensor of one file, in the order of the data, after checking the header against the file's size."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise VLBridgeError(
+                    f"{path}: expected a header that fits into the file's {size} bytes, found a length of {length}. "
+                    "The file is truncated or no safetensors file: fetch it again."
+                )
+            text = stream.read(length)
+    except OSError as error:
+        raise VLBridgeError(f"{path}: expected a readable file, found: {error}. Fetch the file again.") from error
+    header = load_json_object(path, text)
+    header.pop("__metadata__", None)
+    entries = sorted((_parse_entry(path, name, entry) for name, entry in header.items()), key=lambda item: item[:2])
+    position = 0
+    for start, end, name, _ in entries:
+        if start != position:
+            raise VLBridgeError(
+                f"{path}: {name}: expected data at byte {position}, found {start}. Fetch the file again."
+            )
+        position = end
+    if position != size - 8 - length:
+        raise VLBridgeError(
+            f"{path}: expected {position} bytes of data after the header, found {size - 8 - length}. "
+            "The file is truncated or damaged: fetch it again."
+        )
+    return {name: spec for _, _, name, spec in entries}
+
+
+def _parse_entry(path: Path, name: str, entry: object) -> tuple[int, int, str, TensorSpec]:
+    """`(start, end, name, spec)` of one header entry."""
+    values = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = values.get("dtype"), values.get("shape"), values.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise VLBridgeError(f"{path}: {name}: expected a dtype of {', '.join(_DTYPES)}, found {dtype!r}.")
+    if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
+        raise VLBridgeError(f"{path}: {name}: expected a shape and two data offsets, found {entry!r:.120}.")
+    spec = TensorSpec(tuple(shape), _DTYPES[dtype])
+    if offsets[1] - offsets[0] != spec.nbytes:
+        raise VLBridgeError(
+            f"{path}: {name}: expected {spec.nbytes} bytes for {spec}, found {offsets[1] - offsets[0]}. "
+            "The header is damaged: fetch the file again."
+        )
+    return offsets[0], offsets[1], name, spec
+
+
+def _are_counts(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> dict[str, str]:
+    """Tensor -> file, in the order given, each file no larger than the limit unless one tensor alone is.
+
+    The names are the Hub's: `model.safetensors`, or `model-00001-of-00002.safetensors` and so on.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in specs.items():
+        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += spec.nbytes
+    if len(shards) == 1:
+        return dict.fromkeys(shards[0], SINGLE)
+    total = len(shards)
+    files = [f"model-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1)]
+    return {name: file for file, names in zip(files, shards, strict=True) for name in names}
+
+
+def write_folder(
+    folder: Path, specs: Mapping[str, TensorSpec], files: Mapping[str, str], read: Callable[[Region], torch.Tensor]
+) -> None:
+    """Write tensors into the files that `files` says, and an index when there are several.
+
+    `read` gives the numbers of a region, in the spec's dtype, when it is to be written; no more than one block of rows
+    (64 MiB, or one row) is held.
+    """
+    by_file: dict[str, dict[str, TensorSpec]] = {}
+    for name, file in files.items():
+        by_file.setdefault(file, {})[name] = specs[name]
+    for file, tensors in by_file.items():
+        write_file(folder / file, tensors, read)
+    if len(by_file) > 1:
+        total = sum(spec.nbytes for spec in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_file(path: Path, specs: Mapping[str, TensorSpec], read: Callable[[Region], torch.Tensor]) -> None:
+    """Write one safetensors file, tensor after tensor. The format is a length, a JSON header and the plain numbers."""
+    # Wider dtypes first keeps every tensor aligned to its own size, as the format's library does.
+    ordered = sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, spec in ordered:
+        offsets = [position, position + spec.nbytes]
+        header[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        position = offsets[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, spec in ordered:
+            for region in row_blocks(Region.whole(name, spec.shape), spec.dtype.itemsize):
+                part = read(region)
+                if tuple(part.shape) != region.shape or part.dtype != spec.dtype:
+                    found = TensorSpec(tuple(part.shape), part.dtype)
+                    expected = TensorSpec(region.shape, spec.dtype)
+                    raise VLBridgeError(f"{path}: {name}: expected {expected} to write, found {found}.")
+                stream.write(part.contiguous().view(-1).view(torch.uint8).numpy())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def row_blocks(region: Region, itemsize: int, block_bytes: int = BLOCK_BYTES, dim: int = 0) -> Iterator[Region]:
+    """Cut a region along one dim into blocks of at most `block_bytes`, or of one index where one is larger already."""
+    if not region.volume:
+        return
+    rows = region.shape[dim] if region.shape else 0
+    if not rows:
+        yield region
+        return
+    step = max(1, block_bytes // (region.volume // rows * itemsize))
+    for start in range(0, rows, step):
+        offset, shape = list(region.offset), list(region.shape)
+        offset[dim] += start
+        shape[dim] = min(step, rows - start)
+        yield Region(region.name, tuple(offset), tuple(shape))

@@ -1,0 +1,106 @@
+"""What a checkpoint is: frozen dataclasses, and nothing of how a file spells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """The experts of the language model; `shared_expert_intermediate_size` is 0 when there is no shared expert."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    decoder_sparse_step: int
+    mlp_only_layers: tuple[int, ...]
+    router_aux_loss_coef: float
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (counted from 0) has experts instead of a dense MLP."""
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+
+
+@dataclass(frozen=True)
+class LinearAttentionConfig:
+    """The gated-delta-rule layers; `layer_types` names each decoder layer `linear_attention` or `full_attention`."""
+
+    layer_types: tuple[str, ...]
+    conv_kernel_dim: int
+    key_head_dim: int
+    value_head_dim: int
+    num_key_heads: int
+    num_value_heads: int
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language model. `intermediate_size` is that of dense MLPs, 0 where a family has none."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    partial_rotary_factor: float
+    max_position_embeddings: int
+    initializer_range: float
+    attention_output_gate: bool = False
+    num_mtp_layers: int = 0
+    moe: MoeConfig | None = None
+    linear_attention: LinearAttentionConfig | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many leading dimensions of a head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower. Sizes of patches are in pixels and frames."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    out_hidden_size: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: tuple[int, ...]
+    initializer_range: float
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one row of `pixel_values`: channels x frames x height x width of a patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_area(self) -> int:
+        """How many patches the merger joins into one token."""
+        return self.spatial_merge_size**2
+
+
+@dataclass(frozen=True)
+class Config:
+    """A vision-language checkpoint: its architecture, its two parts and what joins them."""
+
+    architecture: str
+    model_type: str
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    tie_word_embeddings: bool
+    dtype: str

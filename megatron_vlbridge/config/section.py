@@ -1,0 +1,81 @@
+"""One JSON object of a file, read key by key; every error names file, key, value, what was expected and a remedy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_vlbridge.errors import VLBridgeError
+
+
+class Section:
+    """One JSON object of the file. Every getter checks the type and names file and key in its error."""
+
+    def __init__(self, file: Path, values: Mapping[str, Any], prefix: str = "") -> None:
+        self.file, self.values, self.prefix = file, values, prefix
+
+    def fail(self, key: str, found: object, expected: str, remedy: str) -> VLBridgeError:
+        """An error that names file, key, what was found and expected, and what to do."""
+        return VLBridgeError(f"{self.file}: {self.prefix}{key}: expected {expected}, found {found!r}. {remedy}")
+
+    def value(self, *keys: str, default: Any = None) -> Any:
+        """The value under whichever spelling is present; two spellings must agree. JSON null counts as absent."""
+        present = [key for key in keys if self.values.get(key) is not None]
+        for key in present[1:]:
+            if self.values[key] != self.values[present[0]]:
+                expected = f"the value of {self.prefix}{present[0]}, {self.values[present[0]]!r}"
+                raise self.fail(key, self.values[key], expected, "Both spell one setting: remove the wrong one.")
+        return self.values[present[0]] if present else default
+
+    def integer(self, *keys: str, default: Any = None, minimum: int = 1) -> int:
+        """An integer of at least `minimum`."""
+        value = self.value(*keys, default=default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise self.fail(keys[0], value, f"an integer of at least {minimum}", "Correct the value in the file.")
+        return value
+
+    def number(self, *keys: str, default: float, positive: bool = True) -> float:
+        """A finite number as a float: positive, or not negative."""
+        value = self.value(*keys, default=default)
+        numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not numeric or value < 0 or (positive and value == 0):
+            sign = "positive" if positive else "non-negative"
+            raise self.fail(keys[0], value, f"a {sign} number", "Correct the value in the file.")
+        return float(value)
+
+    def integers(self, key: str, default: list[int]) -> tuple[int, ...]:
+        """A list of non-negative integers, as a tuple."""
+        value = self.value(key, default=default)
+        if not isinstance(value, list | tuple) or any(
+            not isinstance(item, int) or isinstance(item, bool) or item < 0 for item in value
+        ):
+            raise self.fail(key, value, "a list of non-negative integers", "Correct the value in the file.")
+        return tuple(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        """True or false, and nothing that resembles them."""
+        value = self.value(key, default=default)
+        if not isinstance(value, bool):
+            raise self.fail(key, value, "true or false", "Correct the value in the file.")
+        return value
+
+    def only(self, key: str, *allowed: object) -> None:
+        """Refuse any value but these; an absent key means the first."""
+        value = self.value(key, default=allowed[0])
+        if not any(value == item and type(value) is type(item) for item in allowed):
+            expected = " or ".join(json.dumps(item) for item in allowed)
+            raise self.fail(
+                key, value, expected, "Other values are not supported: use a checkpoint without this setting."
+            )
+
+    def section(self, key: str, required: bool = True) -> Section:
+        """The JSON object under `key`; an optional one that is absent is empty."""
+        value = self.values.get(key)
+        if value is None and not required:
+            value = {}
+        if not isinstance(value, dict):
+            raise self.fail(key, value, "a JSON object", "Use the config.json that belongs to the checkpoint.")
+        return Section(self.file, value, f"{self.prefix}{key}.")

@@ -1,0 +1,206 @@
+"""Conversations as an endless, resumable row of packs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import ProcessorMixin
+
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.data.chat import Sample, encode_conversation
+from megatron_vlbridge.data.media import Conversation
+from megatron_vlbridge.data.packing import build_pack, pack
+from megatron_vlbridge.errors import VLBridgeError
+
+
+class PackedConversations(Dataset[dict[str, Tensor]]):
+    """A map-style dataset of `num_samples` packs; item i is a pure function of the conversations, the seed and i.
+
+    Every epoch shuffles the conversations anew and packs them (`packing.pack`), so each is seen once an epoch, in
+    changing company. Any process, worker or resumed run that asks for item i gets the same tensors (see
+    `packing.build_pack` for them).
+
+    Each conversation is encoded once when the dataset is made, to know its true length; only lengths are kept. An
+    item is encoded again when it is asked for, and refused if its length has changed.
+
+    Args:
+        conversations: in the form that `chat.encode_conversation` takes.
+        processor: the checkpoint's own.
+        config: the checkpoint's own; tokens and patches of the processor must fit it.
+        seq_length: tokens of a pack.
+        num_samples: how many packs the dataset has; as many epochs are begun as that needs.
+        seed: of the shuffling.
+
+    Raises:
+        VLBridgeError: processor and config do not fit each other; a conversation cannot be encoded or is longer than
+            `seq_length` (it is named by its index); there is no conversation.
+
+    Example:
+        >>> packs = PackedConversations(read_conversations("train.jsonl"), processor, config,
+        ...                             seq_length=4096, num_samples=1000)  # doctest: +SKIP
+        >>> packs[0]["tokens"].shape  # doctest: +SKIP
+        torch.Size([4096])
+    """
+
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        processor: ProcessorMixin,
+        config: Config,
+        *,
+        seq_length: int,
+        num_samples: int,
+        seed: int = 0,
+    ) -> None:
+        check_processor(processor, config)
+        if not conversations:
+            raise VLBridgeError("conversations: expected at least one, found none")
+        self.conversations = conversations
+        self.processor = processor
+        self.seq_length = seq_length
+        self.num_samples = num_samples
+        self.seed = seed
+        sizes = np.array([self._size(index) for index in range(len(conversations))])
+        self.lengths: list[int] = sizes[:, 0].tolist()
+        self._supervised: list[int] = sizes[:, 1].tolist()
+        self._first_of_epoch = [0]
+        self._packs_of_epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        samples = [self._encode(member) for member in self.members(index)]
+        return build_pack(samples, self.seq_length, self.processor.tokenizer.pad_token_id)
+
+    def members(self, index: int) -> list[int]:
+        """The indices of the conversations in pack `index`, in order."""
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"pack {index} of a dataset of {self.num_samples}")
+        while index >= self._first_of_epoch[-1]:
+            epoch = len(self._first_of_epoch) - 1
+            self._first_of_epoch.append(self._first_of_epoch[-1] + len(self.epoch_packs(epoch)))
+        epoch = int(np.searchsorted(self._first_of_epoch, index, side="right")) - 1
+        return self.epoch_packs(epoch)[index - self._first_of_epoch[epoch]]
+
+    def epoch_packs(self, epoch: int) -> list[list[int]]:
+        """All packs of an epoch, as indices of conversations."""
+        if self._packs_of_epoch[0] != epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths)).tolist()
+            packs = pack([self.lengths[member] for member in order], self.seq_length)
+            self._packs_of_epoch = epoch, [[order[place] for place in places] for places in packs]
+        return self._packs_of_epoch[1]
+
+    def supervised_tokens(self, index: int) -> int:
+        """How many labels pack `index` has, without encoding it."""
+        return sum(self._supervised[member] for member in self.members(index))
+
+    def _size(self, index: int) -> tuple[int, int]:
+        sample = self._encoded(index)
+        length = len(sample.input_ids)
+        if length > self.seq_length:
+            raise VLBridgeError(
+                f"conversation {index}: {length} tokens do not fit into a pack of {self.seq_length}; "
+                "raise the sequence length, shorten the conversation or make its pictures smaller"
+            )
+        return length, int(sample.loss_mask.sum())
+
+    def _encode(self, index: int) -> Sample:
+        sample = self._encoded(index)
+        if len(sample.input_ids) != self.lengths[index]:
+            raise VLBridgeError(
+                f"conversation {index}: {len(sample.input_ids)} tokens, but {self.lengths[index]} when the dataset "
+                "was made; its pictures have changed meanwhile"
+            )
+        return sample
+
+    def _encoded(self, index: int) -> Sample:
+        try:
+            return encode_conversation(self.conversations[index], self.processor)
+        except VLBridgeError as error:
+            raise VLBridgeError(f"conversation {index}: {error}") from error
+
+
+def check_processor(processor: ProcessorMixin, config: Config) -> None:
+    """Refuse a processor whose tokens or patches are not those of the checkpoint (VLBridgeError with both values)."""
+    vision, tokenizer = config.vision, processor.tokenizer
+    pairs = {
+        "image token id": (processor.image_token_id, config.image_token_id),
+        "video token id": (processor.video_token_id, config.video_token_id),
+    }
+    for name in ("image", "video"):
+        part = getattr(processor, f"{name}_processor")
+        pairs[f"{name} channels"] = len(part.image_mean), vision.in_channels
+        pairs[f"{name} patch size"] = part.patch_size, vision.patch_size
+        pairs[f"{name} temporal patch size"] = part.temporal_patch_size, vision.temporal_patch_size
+        pairs[f"{name} merge size"] = part.merge_size, vision.spatial_merge_size
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            raise VLBridgeError(
+                f"processor: {name} {found}, but the config says {expected}; use the checkpoint's own processor"
+            )
+    if len(tokenizer) > config.text.vocab_size:
+        raise VLBridgeError(
+            f"processor: {len(tokenizer)} tokens, but the config's vocabulary has {config.text.vocab_size}"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in (config.image_token_id, config.video_token_id):
+        raise VLBridgeError(
+            f"processor: expected a pad token that is no placeholder, found id {tokenizer.pad_token_id}"
+        )
+
+
+def read_conversations(path: str | Path) -> list[Conversation]:
+    """The conversations of a JSONL file: on each line `{"messages": [...]}`; conversation i is line i + 1.
+
+    Paths of pictures and of frames are relative to the file's folder.
+
+    Raises:
+        VLBridgeError: the file is missing or no UTF-8 text, or a line is not of this form (the line is named).
+
+    Example line::
+
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text":
+        "Who?"}]},
+                      {"role": "assistant", "content": "A cat."}]}
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VLBridgeError(f"conversations: no file {str(path)!r}")
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return [_parse_line(line, path, number) for number, line in enumerate(lines, 1)]
+    except UnicodeDecodeError as error:
+        raise VLBridgeError(f"{path}: expected UTF-8 text, found {error}") from error
+
+
+def _parse_line(line: str, path: Path, number: int) -> Conversation:
+    try:
+        messages = json.loads(line)["messages"]
+        return [{**message, "content": _resolved(message["content"], path.parent)} for message in messages]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise VLBridgeError(
+            f'{path}, line {number}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}, '
+            f"found {line.strip()[:80]!r} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _resolved(content: Any, folder: Path) -> Any:
+    """The content with its paths made independent of the working directory; what is not a path stays as it is."""
+    if isinstance(content, str):
+        return content
+    return [
+        {key: _resolved_path(value, folder) if key in ("image", "video") else value for key, value in part.items()}
+        if isinstance(part, dict)
+        else part
+        for part in content
+    ]
+
+
+def _resolved_path(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_resolved_path(item, folder) for item in value]
+    return str(folder / value) if isinstance(value, str) else value

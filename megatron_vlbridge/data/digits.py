@@ -1,0 +1,159 @@
+"""Conversations about real handwritten digits: scikit-learn's `load_digits`, 1,797 scans of 8 x 8 values from 0 to 16.
+
+The scans ship inside scikit-learn, so a small model can learn to read pictures on a machine without a network.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from megatron_vlbridge.errors import VLBridgeError
+
+SCAN_SIZE = 8
+SCAN_MAX = 16
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ASK_ONE = "Which digit is this?"
+ASK_TWO = "Which digits are these?"
+
+type Message = dict[str, Any]
+type Conversation = list[Message]
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One handwritten digit: its row in `load_digits`, its value 0..9, and its picture (RGB, square)."""
+
+    index: int
+    digit: int
+    picture: Image.Image
+
+    @property
+    def word(self) -> str:
+        """The digit as the model shall say it: `"seven"`."""
+        return WORDS[self.digit]
+
+
+def load_scans(size: int = 32) -> tuple[Scan, ...]:
+    """All 1,797 scans in scikit-learn's order, as 8-bit RGB pictures of `size` x `size` pixels, white ink on black.
+
+    Each scan value becomes one square block of equal pixels, so the picture holds the scan's values and nothing else.
+
+    Raises:
+        VLBridgeError: `size` is not a positive multiple of 8.
+
+    Example:
+        >>> scan = load_scans(32)[0]
+        >>> scan.word, scan.picture.size, scan.picture.mode
+        ('zero', (32, 32), 'RGB')
+    """
+    if size <= 0 or size % SCAN_SIZE:
+        raise VLBridgeError(
+            f"digit pictures: size {size} is not a positive multiple of {SCAN_SIZE} (each scan is "
+            f"{SCAN_SIZE} x {SCAN_SIZE} values, enlarged to equal blocks); choose e.g. {4 * SCAN_SIZE}"
+        )
+    values, digits = load_digits(return_X_y=True)
+    grays = np.rint(values.reshape(-1, SCAN_SIZE, SCAN_SIZE) * (255 / SCAN_MAX)).astype(np.uint8)
+    block = size // SCAN_SIZE
+    pictures = grays.repeat(block, axis=1).repeat(block, axis=2)
+    return tuple(
+        Scan(index, int(digit), Image.fromarray(picture).convert("RGB"))
+        for index, (digit, picture) in enumerate(zip(digits, pictures, strict=True))
+    )
+
+
+def split_scans(scans: Sequence[Scan], held_out: int = 297, seed: int = 0) -> tuple[tuple[Scan, ...], tuple[Scan, ...]]:
+    """Divides the scans into (train, held out), both in their original order, each digit in the same share in both.
+
+    Raises:
+        VLBridgeError: fewer than one scan of each digit would be in one of the two parts.
+
+    Example:
+        >>> train, held_out = split_scans(load_scans())
+        >>> len(train), len(held_out)
+        (1500, 297)
+    """
+    kinds = len({scan.digit for scan in scans})
+    if not kinds <= held_out <= len(scans) - kinds:
+        raise VLBridgeError(
+            f"digit split: {held_out} held-out scans of {len(scans)}; expected between {kinds} and "
+            f"{len(scans) - kinds}, so that each of the {kinds} digits is in both parts"
+        )
+    rows = np.arange(len(scans))
+    train, rest = train_test_split(rows, test_size=held_out, random_state=seed, stratify=[scan.digit for scan in scans])
+    return tuple(scans[row] for row in sorted(train)), tuple(scans[row] for row in sorted(rest))
+
+
+def ask(*scans: Scan) -> Conversation:
+    """A conversation about one picture or two, in the Hugging Face messages format.
+
+    Raises:
+        VLBridgeError: neither one nor two scans are given.
+
+    Example:
+        >>> conversation = ask(seven, two)  # doctest: +SKIP
+        >>> conversation[0]["content"][-1]["text"], conversation[1]["content"][0]["text"]  # doctest: +SKIP
+        ('Which digits are these?', 'seven two')
+    """
+    if len(scans) not in (1, 2):
+        raise VLBridgeError(f"digit conversation: {len(scans)} pictures given; expected 1 or 2")
+    pictures = [{"type": "image", "image": scan.picture} for scan in scans]
+    question = {"type": "text", "text": ASK_ONE if len(scans) == 1 else ASK_TWO}
+    answer = {"type": "text", "text": " ".join(scan.word for scan in scans)}
+    return [{"role": "user", "content": [*pictures, question]}, {"role": "assistant", "content": [answer]}]
+
+
+def conversations(scans: Sequence[Scan], pairs: int, seed: int = 0) -> list[Conversation]:
+    """One conversation about each scan, and `pairs` about two different ones each, shuffled together.
+
+    The same arguments give the same conversations in the same order.
+
+    Raises:
+        VLBridgeError: pairs are asked for and there are fewer than two scans.
+
+    Example:
+        >>> train, _ = split_scans(load_scans())
+        >>> len(conversations(train, pairs=500))
+        2000
+    """
+    if pairs and len(scans) < 2:
+        raise VLBridgeError(f"digit conversations: {pairs} pairs asked for, but only {len(scans)} scans given")
+    random = np.random.default_rng(seed)
+    drawn = [random.choice(len(scans), size=2, replace=False) for _ in range(pairs)]
+    ordered = [ask(scan) for scan in scans] + [ask(*(scans[row] for row in rows)) for rows in drawn]
+    return [ordered[place] for place in random.permutation(len(ordered))]
+
+
+def question(conversation: Conversation) -> Conversation:
+    """The conversation without its last message, the assistant's answer: what a model is asked to continue."""
+    return conversation[:-1]
+
+
+def answer(conversation: Conversation) -> str:
+    """The text of the conversation's last message: what a model is expected to say."""
+    return "".join(part["text"] for part in conversation[-1]["content"])
+
+
+def blank(conversation: Conversation, gray: int = 128) -> Conversation:
+    """The same conversation with each picture replaced by a uniform one of the same size and mode.
+
+    A model that still answers right has not read its pictures. The conversation given is left as it is.
+
+    Example:
+        >>> blank(ask(load_scans()[0]))[0]["content"][0]["image"].getcolors()
+        [(1024, (128, 128, 128))]
+    """
+    return [
+        {**message, "content": [_blank_part(part, gray) for part in message["content"]]} for message in conversation
+    ]
+
+
+def _blank_part(part: dict[str, Any], gray: int) -> dict[str, Any]:
+    if part["type"] != "image":
+        return part
+    picture: Image.Image = part["image"]
+    return {**part, "image": Image.new(picture.mode, picture.size, (gray,) * len(picture.getbands()))}

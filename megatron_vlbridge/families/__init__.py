@@ -1,0 +1,29 @@
+"""The supported architectures, one file each, as data."""
+
+from __future__ import annotations
+
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families import qwen3_vl
+from megatron_vlbridge.families.family import Family
+
+FAMILIES = (qwen3_vl.FAMILY,)
+
+__all__ = ["FAMILIES", "Family", "find"]
+
+
+def find(config: Config) -> Family:
+    """The family that a config belongs to.
+
+    Raises VLBridgeError, naming the architecture and the supported ones, where none does.
+
+    Example: `find(read_config(folder)).table(config)` is the rule table of the checkpoint in `folder`.
+    """
+    for family in FAMILIES:
+        if family.architecture == config.architecture:
+            return family
+    supported = ", ".join(family.architecture for family in FAMILIES)
+    raise VLBridgeError(
+        f"architecture: expected one that is supported ({supported}), found {config.architecture}. "
+        "Use a checkpoint of a supported architecture."
+    )

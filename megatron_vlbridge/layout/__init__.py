@@ -1,0 +1,1 @@
+"""Where a token lives: index arithmetic on torch alone."""

@@ -1,0 +1,1 @@
+"""The Megatron modules of the model."""

@@ -1,0 +1,136 @@
+"""The door of the model: whatever form a batch comes in, it becomes one pack."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.layout.batch_layout import BatchLayout
+from megatron_vlbridge.layout.frames import Frames, grids_of
+from megatron_vlbridge.layout.positions import mrope_positions
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Media:
+    """Patches of a batch's images and videos (fp32 `[P, patch_dim]`) and their grids (`[n, 3]`, on the host).
+
+    How many images and videos each segment has is checked against the tokens where it is given.
+    """
+
+    pixel_values: torch.Tensor | None = None
+    image_grid_thw: torch.Tensor | None = None
+    pixel_values_videos: torch.Tensor | None = None
+    video_grid_thw: torch.Tensor | None = None
+    images_per_segment: torch.Tensor | None = None
+    videos_per_segment: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PackedInputs:
+    """One pack, ready for a pipeline stage. Every tensor that has an axis of tokens follows `layout`.
+
+    `tokens` `[1, T]`, `position_ids` `[3, 1, T]` (time, row, column), `patches` `[P, patch_dim]` of images then videos,
+    `vision_rows` `[N]`: the place in the pack of each token that the tower makes, in the tower's order; `labels`
+    `[1, T]` and `loss_mask` `[1, T]` only where a loss is wanted.
+
+    Example:
+        >>> inputs = PackedInputs.from_padded(batch["input_ids"], batch["attention_mask"], media, config)
+    """
+
+    layout: BatchLayout
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    frames: Frames
+    patches: torch.Tensor
+    vision_rows: torch.Tensor
+    labels: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
+
+    @classmethod
+    def from_pack(
+        cls,
+        layout: BatchLayout,
+        tokens: torch.Tensor,
+        media: Media,
+        config: Config,
+        labels: torch.Tensor | None = None,
+    ) -> "PackedInputs":
+        """From tokens `[1, T]` on the host (and `labels`, -100 where there is no loss) that already follow `layout`.
+
+        Raises:
+            VLBridgeError: where tokens, layout, grids, counts and patches do not fit each other.
+        """
+        if tokens.shape != (1, layout.total):
+            raise VLBridgeError(f"tokens of a pack are [1, {layout.total}], found {list(tokens.shape)}")
+        images, image_patches = _grids_and_patches("image", media.image_grid_thw, media.pixel_values, config)
+        videos, video_patches = _grids_and_patches("video", media.video_grid_thw, media.pixel_values_videos, config)
+        position_ids = mrope_positions(
+            tokens[0],
+            layout.lengths,
+            torch.tensor(images, dtype=torch.int64).view(-1, 3),
+            torch.tensor(videos, dtype=torch.int64).view(-1, 3),
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            merge_size=config.vision.spatial_merge_size,
+            images_per_segment=media.images_per_segment,
+            videos_per_segment=media.videos_per_segment,
+        )
+        places = [(tokens[0] == i).nonzero().flatten() for i in (config.image_token_id, config.video_token_id)]
+        return cls(
+            layout=layout,
+            tokens=tokens,
+            position_ids=position_ids[:, None],
+            frames=Frames(images + videos, config.vision.spatial_merge_size),
+            patches=torch.cat((image_patches, video_patches)),
+            vision_rows=torch.cat(places),
+            labels=None if labels is None else labels.clamp(min=0),
+            loss_mask=None if labels is None else (labels != IGNORED).float(),
+        )
+
+    @classmethod
+    def from_padded(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        media: Media,
+        config: Config,
+        labels: torch.Tensor | None = None,
+        multiple_of: int = 1,
+    ) -> "PackedInputs":
+        """From a padded `[B, S]` batch as transformers takes it; `labels` are next tokens, -100 where no loss.
+
+        `multiple_of`: the tensor-parallel size under sequence parallelism, else 1.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        layout = BatchLayout.from_padded(mask, multiple_of)
+        packed_labels = None if labels is None else layout.pack(labels, IGNORED)
+        # Placeholder ids must not fill the end of the pack; 0 or 1 is none of them.
+        filler = next(i for i in range(3) if i not in (config.image_token_id, config.video_token_id))
+        return cls.from_pack(layout, layout.pack(input_ids, filler), media, config, packed_labels)
+
+    def to(self, device: torch.device) -> "PackedInputs":
+        """The same pack with its tensors on `device`."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+def _grids_and_patches(
+    kind: str, grid_thw: torch.Tensor | None, patches: torch.Tensor | None, config: Config
+) -> tuple[tuple[tuple[int, int, int], ...], torch.Tensor]:
+    grids = () if grid_thw is None else grids_of(grid_thw)
+    patches = torch.empty(0, config.vision.patch_dim) if patches is None else patches
+    expected = sum(t * h * w for t, h, w in grids)
+    if patches.shape != (expected, config.vision.patch_dim):
+        raise VLBridgeError(
+            f"{kind} patches: the {len(grids)} grids {list(grids)} stand for {expected} patches of "
+            f"{config.vision.patch_dim} values, found a tensor of shape {list(patches.shape)}"
+        )
+    return grids, patches

@@ -1,0 +1,47 @@
+"""Rotary embeddings with several position axes: interleaved MRoPE for text, rows and columns for pictures."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def mrope_axes(mrope_section: Sequence[int]) -> list[int]:
+    """Which position axis (0 time, 1 row, 2 column) turns each frequency of interleaved MRoPE.
+
+    Frequency j is turned by the row where j % 3 == 1, by the column where j % 3 == 2, up to three times the axis's
+    section, and by time everywhere else. Source: `apply_interleaved_mrope` of transformers' `modeling_qwen3_vl.py`.
+
+    Example:
+        >>> mrope_axes([3, 3, 2])
+        [0, 1, 2, 0, 1, 2, 0, 1]
+    """
+    axes = [0] * sum(mrope_section)
+    for axis in (1, 2):
+        for j in range(axis, 3 * mrope_section[axis], 3):
+            axes[j] = axis
+    return axes
+
+
+def inverse_frequencies(count: int, theta: float, device: torch.device) -> torch.Tensor:
+    """`theta ** (-j / count)` for j < count, fp32 `[count]`."""
+    exponents = torch.arange(0, 2 * count, 2, dtype=torch.int64, device=device).float() / (2 * count)
+    return 1.0 / theta**exponents
+
+
+def rotary_table(positions: torch.Tensor, axes: Sequence[int], frequencies: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines of each token: fp32 `[2, T, 1, 2 * len(axes)]`.
+
+    Takes `positions` `[axes, T]`, the axis of each frequency, and the frequencies `[len(axes)]`. The table is made in
+    fp32 for every batch and is no buffer of a module, so that no cast of the model's weights can round it.
+    """
+    angles = positions[list(axes)].T.float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(heads: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Turn `heads` `[T, ..., heads, dim]` by `table` `[2, T, 1, dim]`; in fp32, given back in the heads' dtype."""
+    cos, sin = table.view(2, table.shape[1], *(1,) * (heads.dim() - 2), table.shape[-1])
+    first, second = heads.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (heads.float() * cos + turned * sin).to(heads.dtype)

@@ -1,0 +1,62 @@
+"""Layer specs: which Megatron modules make a layer, with the kernels of a backend."""
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_vlbridge.model.attention import RotarySelfAttention
+
+# Backends that fuse the norms into the linears name them there; checkpoints use those names for every backend.
+_FUSED_NORM_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def layer_spec(
+    backend: BackendSpecProvider,
+    config: TransformerConfig,
+    attn_mask_type: AttnMaskType,
+    layer: type[TransformerLayer] = TransformerLayer,
+) -> ModuleSpec:
+    """A pre-norm layer of `backend`: attention (causal or bidirectional, as `attn_mask_type` says) and dense MLP."""
+    rms_norm = config.normalization == "RMSNorm"
+    fused = backend.fuse_layernorm_and_linear()
+    norm = IdentityOp if fused else backend.layer_norm(rms_norm=rms_norm)
+    qk_norm = backend.layer_norm(rms_norm=rms_norm, for_qk=True) if config.qk_layernorm else None
+    attention = SelfAttentionSubmodules(
+        linear_qkv=backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear(),
+        core_attention=backend.core_attention(),
+        linear_proj=backend.row_parallel_linear(),
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    return ModuleSpec(
+        module=layer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=RotarySelfAttention, params={"attn_mask_type": attn_mask_type}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_module_spec_for_backend(backend),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={} if fused else _FUSED_NORM_NAMES,
+        ),
+    )
+
+
+def block_spec(
+    backend: BackendSpecProvider, config: TransformerConfig, layer: ModuleSpec, count: int
+) -> TransformerBlockSubmodules:
+    """`count` layers and the final norm."""
+    norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)

@@ -1,0 +1,97 @@
+"""`Config` -> Megatron `TransformerConfig`, for the language model and for the vision tower."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlbridge.config import Config
+
+gelu_tanh = partial(torch.nn.functional.gelu, approximate="tanh")
+
+# What both parts fix, whatever Megatron's defaults are.
+_COMMON: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "layernorm_zero_centered_gamma": False,
+    "bias_activation_fusion": False,
+    "window_size": None,
+    "rotary_interleaved": False,
+    "apply_rope_fusion": False,
+}
+
+
+def language_fields(config: Config) -> dict[str, Any]:
+    """The `TransformerConfig` fields that a checkpoint's text part decides."""
+    text = config.text
+    return _COMMON | {
+        "num_layers": text.num_layers,
+        "hidden_size": text.hidden_size,
+        "ffn_hidden_size": text.intermediate_size,
+        "num_attention_heads": text.num_attention_heads,
+        "num_query_groups": text.num_key_value_heads,
+        "kv_channels": text.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": text.rms_norm_eps,
+        "qk_layernorm": True,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "init_method_std": text.initializer_range,
+    }
+
+
+def vision_fields(config: Config) -> dict[str, Any]:
+    """The `TransformerConfig` fields that a checkpoint's vision part decides.
+
+    The tower lives whole on the first pipeline stage and is not cut by context parallelism.
+    """
+    vision = config.vision
+    return _COMMON | {
+        "num_layers": vision.depth,
+        "hidden_size": vision.hidden_size,
+        "ffn_hidden_size": vision.intermediate_size,
+        "num_attention_heads": vision.num_heads,
+        "num_query_groups": vision.num_heads,
+        "kv_channels": vision.hidden_size // vision.num_heads,
+        "normalization": "LayerNorm",
+        "layernorm_epsilon": 1e-6,
+        "qk_layernorm": False,
+        "gated_linear_unit": False,
+        "activation_func": gelu_tanh,
+        "add_bias_linear": True,
+        "add_qkv_bias": True,
+        "init_method_std": vision.initializer_range,
+        "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "pipeline_model_parallel_layout": None,
+        "num_layers_in_first_pipeline_stage": None,
+        "num_layers_in_last_pipeline_stage": None,
+        "context_parallel_size": 1,
+        "mtp_num_layers": None,
+    }
+
+
+def language_config(config: Config, base: TransformerConfig | None = None, **overrides: Any) -> TransformerConfig:
+    """The language model's `TransformerConfig`: the checkpoint's fields over `base` (parallel sizes, precision, ...).
+
+    Example:
+        >>> language_config(read_config("Qwen3-VL-2B-Instruct"), tensor_model_parallel_size=2)
+    """
+    return _over(base, language_fields(config) | overrides)
+
+
+def vision_config(config: Config, language: TransformerConfig) -> TransformerConfig:
+    """The vision tower's `TransformerConfig`: the checkpoint's fields over the language model's."""
+    return _over(language, vision_fields(config))
+
+
+def _over(base: TransformerConfig | None, fields: dict[str, Any]) -> TransformerConfig:
+    if base is None:
+        return TransformerConfig(**fields)
+    # Made again for this part's own standard deviation and depth.
+    initializers = {"init_method": None, "output_layer_init_method": None, "embedding_init_method": None}
+    return dataclasses.replace(base, **{**initializers, **fields})

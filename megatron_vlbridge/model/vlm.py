@@ -1,0 +1,168 @@
+"""Qwen3-VL on Megatron-Core."""
+
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlbridge.backends.packed import packed_segments
+from megatron_vlbridge.backends.select import spec_provider
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.layout.frames import Frames
+from megatron_vlbridge.model.inputs import Media, PackedInputs
+from megatron_vlbridge.model.language import LanguageModel
+from megatron_vlbridge.model.transformer_config import vision_config
+from megatron_vlbridge.model.vision import VisionModel
+
+
+class Qwen3VLModel(MegatronModule):
+    """A pipeline stage of dense Qwen3-VL: vision tower and embeddings on the first, the head on the last.
+
+    Args:
+        config: the language model's `TransformerConfig` (`language_config(checkpoint, ...)`).
+        checkpoint: what the checkpoint is (`read_config(folder)`).
+        vocab_size: rows of the embedding, where the vocabulary is padded (default: the checkpoint's).
+        pre_process, post_process, vp_stage: this stage's part, as Megatron's pretrain gives them.
+        parallel_output: leave the logits split over the tensor-parallel ranks.
+        backend: which kernels (default: the CPU's where the CPU runtime is enabled, else Transformer Engine).
+
+    Example:
+        >>> checkpoint = read_config("Qwen3-VL-2B-Instruct")
+        >>> model = Qwen3VLModel(language_config(checkpoint), checkpoint)
+        >>> load_hf_weights(model, "Qwen3-VL-2B-Instruct")
+        >>> logits = model(**processor(text=[text], images=[image], return_tensors="pt"))
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        checkpoint: Config,
+        *,
+        vocab_size: int | None = None,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        parallel_output: bool = True,
+        pg_collection: ProcessGroupCollection | None = None,
+        backend: BackendSpecProvider | None = None,
+    ) -> None:
+        super().__init__(config)
+        backend = backend or spec_provider()
+        self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.checkpoint = checkpoint
+        # Megatron's schedules, DDP and gradient finalisation look for these names.
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = checkpoint.tie_word_embeddings
+        self.language_model = LanguageModel(
+            config,
+            checkpoint,
+            backend,
+            self.pg_collection,
+            vocab_size=vocab_size or checkpoint.text.vocab_size,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=parallel_output,
+            vp_stage=vp_stage,
+        )
+        self._refuse_deepstack_on_a_later_stage()
+        if pre_process:
+            self.vision_model = VisionModel(vision_config(checkpoint, config), checkpoint, backend, self.pg_collection)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        inputs: PackedInputs | None = None,
+        **ignored: Any,
+    ) -> torch.Tensor:
+        """Logits, or the loss of each token where there are labels.
+
+        Takes a padded batch (`input_ids`, `attention_mask`, `labels` `[B, S]` and the processor's media) and gives
+        `[B, S, V]` or `[B, S]`; or takes `inputs`, a pack, and gives `[1, T, V]` or `[1, T]`. Labels are next tokens.
+        A stage without the head gives hidden states `[T, 1, H]` for the next one.
+        """
+        if inputs is not None:
+            return self._forward_pack(inputs)
+        if input_ids is None:
+            raise VLBridgeError("Qwen3VLModel needs input_ids [B, S], or a pack as `inputs`")
+        shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        media = Media(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        pack = PackedInputs.from_padded(input_ids, attention_mask, media, self.checkpoint, labels, shards)
+        output = self._forward_pack(pack)
+        return pack.layout.unpack(output) if self.post_process else output
+
+    def _forward_pack(self, inputs: PackedInputs) -> torch.Tensor:
+        embeddings = deepstack = None
+        if self.pre_process:
+            embeddings, deepstack = self._embed(inputs)
+        return self.language_model(
+            inputs.tokens,
+            inputs.position_ids,
+            attention_mask=None,
+            decoder_input=embeddings,
+            labels=inputs.labels,
+            packed_seq_params=packed_segments(inputs.layout.segments, inputs.tokens.device),
+            extra_block_kwargs=None if deepstack is None else {"context": deepstack},
+        )
+
+    def _embed(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token embeddings with the pictures in place `[s, 1, H]`, and the deepstack rows `[levels, s, 1, H]`."""
+        words = self.language_model.embedding(input_ids=inputs.tokens, position_ids=None)
+        if not inputs.frames.grids:
+            return self._scatter(words + self._silent_tower(words)), None
+        features = self.vision_model(inputs.patches, inputs.frames).to(words.dtype)[:, :, None]
+        embeddings = self._scatter(words.index_copy(0, inputs.vision_rows, features[0]))
+        if len(features) == 1:
+            return embeddings, None
+        levels = words.new_zeros((len(features) - 1, *words.shape)).index_copy(1, inputs.vision_rows, features[1:])
+        return embeddings, torch.stack([self._scatter(level) for level in levels])
+
+    def _silent_tower(self, words: torch.Tensor) -> torch.Tensor | float:
+        """Zero, made by the tower from a blank picture, so that a batch of text gives every parameter a gradient.
+
+        Megatron's overlapped gradient reduction waits for each parameter's gradient; without one it fails.
+        """
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.vision_model.parameters()):
+            return 0.0
+        vision = self.checkpoint.vision
+        side = vision.spatial_merge_size
+        blank = torch.zeros(side**2, vision.patch_dim, device=words.device)
+        return self.vision_model(blank, Frames(((1, side, side),), side)).sum().to(words.dtype) * 0.0
+
+    def _scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[T, 1, H]` -> this rank's part under sequence parallelism, else unchanged."""
+        if not self.config.sequence_parallel:
+            return rows
+        return scatter_to_sequence_parallel_region(rows, group=self.pg_collection.tp)
+
+    def _refuse_deepstack_on_a_later_stage(self) -> None:
+        levels = len(self.checkpoint.vision.deepstack_visual_indexes)
+        layers = get_num_layers_to_build(self.config, vp_stage=0, pp_rank=0)
+        if layers < levels:
+            raise VLBridgeError(
+                f"the first {levels} decoder layers take deepstack features and must lie on the first pipeline stage, "
+                f"which holds {layers} of {self.config.num_layers} layers "
+                f"(pipeline size {self.config.pipeline_model_parallel_size}). Use fewer stages, or give the first one "
+                f"at least {levels} layers (num_layers_in_first_pipeline_stage)"
+            )
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Megatron's schedules hand over the previous stage's output here."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """The tied weight of this stage, whose gradient Megatron adds up over the first and the last stage."""
+        return self.language_model.shared_embedding_or_output_weight()

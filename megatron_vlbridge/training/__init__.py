@@ -1,0 +1,1 @@
+"""What Megatron's pretraining calls."""

@@ -1,0 +1,119 @@
+"""A micro-batch on every rank that needs it, with what each pipeline stage needs of it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.layout.batch_layout import BatchLayout
+from megatron_vlbridge.model.inputs import Media, PackedInputs
+
+# The keys of a pack; a data loader puts an axis of one micro-batch before each of them.
+PACK_KEYS = (
+    "tokens",
+    "labels",
+    "segment_lengths",
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "images_per_segment",
+    "videos_per_segment",
+)
+
+
+def next_inputs(
+    data_iterator: Iterator[Mapping[str, Any]] | None,
+    config: Config,
+    pg_collection: ProcessGroupCollection,
+    *,
+    pre_process: bool,
+    post_process: bool,
+) -> PackedInputs:
+    """The next pack, for one pipeline stage, the same on all ranks of its tensor-parallel group.
+
+    The group's first rank reads `data_iterator`; the others may have none, as Megatron's loaders leave it. The first
+    stage gets the patches, the last the labels, every stage tokens' positions and the layout.
+
+    Raises:
+        VLBridgeError: on every rank of the group, where the pack is not fit.
+    """
+    inputs, failure = None, None
+    if pg_collection.tp.rank() == 0:
+        try:
+            inputs = read_pack(_next(data_iterator), config)
+            inputs = _for_stage(inputs, pre_process, post_process)
+        except VLBridgeError as error:
+            failure = error
+    device = torch.device(torch.cuda.current_device())
+    if pg_collection.tp.size() > 1:
+        inputs, failure = _broadcast(inputs, failure, pg_collection.tp, device)
+    if failure is not None:
+        raise failure
+    assert inputs is not None
+    return inputs.to(device)
+
+
+def read_pack(batch: Mapping[str, Any], config: Config) -> PackedInputs:
+    """A data loader's micro-batch (every tensor with a leading axis of 1) as the model's inputs.
+
+    Raises:
+        VLBridgeError: where a key is missing or unknown, the micro-batch is not one pack, or its parts do not fit.
+    """
+    missing, unknown = [key for key in PACK_KEYS if key not in batch], sorted(set(batch) - set(PACK_KEYS))
+    if missing or unknown:
+        raise VLBridgeError(f"a micro-batch has the keys {list(PACK_KEYS)}; missing: {missing}, unknown: {unknown}")
+    sizes = {key: batch[key].shape[0] for key in PACK_KEYS}
+    if set(sizes.values()) != {1}:
+        raise VLBridgeError(
+            f"a micro-batch is one pack, so every tensor has a leading axis of 1; found {sizes}. "
+            "Use --micro-batch-size 1 and a longer --seq-length"
+        )
+    pack = {key: batch[key][0] for key in PACK_KEYS}
+    if pack["labels"].shape != pack["tokens"].shape:
+        raise VLBridgeError(
+            f"labels {list(pack['labels'].shape)} and tokens {list(pack['tokens'].shape)} differ in shape"
+        )
+    layout = BatchLayout.packed(pack["segment_lengths"].tolist(), pack["tokens"].shape[0])
+    media = Media(**{key: pack[key] for key in PACK_KEYS[3:]})
+    return PackedInputs.from_pack(layout, pack["tokens"][None], media, config, pack["labels"][None])
+
+
+def _next(data_iterator: Iterator[Mapping[str, Any]] | None) -> Mapping[str, Any]:
+    if data_iterator is None:
+        raise VLBridgeError(
+            "the first rank of a tensor-parallel group has no data iterator; "
+            "Megatron gives it one when the dataset provider returns a dataset on that rank"
+        )
+    return next(data_iterator)
+
+
+def _for_stage(inputs: PackedInputs, pre_process: bool, post_process: bool) -> PackedInputs:
+    if not pre_process:
+        inputs = replace(inputs, patches=inputs.patches[:0])
+    if not post_process:
+        inputs = replace(inputs, labels=None)
+    return inputs
+
+
+def _broadcast(
+    inputs: PackedInputs | None, failure: VLBridgeError | None, group: dist.ProcessGroup, device: torch.device
+) -> tuple[PackedInputs | None, VLBridgeError | None]:
+    """The first rank's inputs or failure, on all ranks of `group`: patches as a tensor, all else in a header."""
+    source = dist.get_process_group_ranks(group)[0]
+    header: list[Any] = [failure, None, None]
+    if inputs is not None:
+        header = [failure, replace(inputs, patches=inputs.patches[:0]), inputs.patches.shape]
+    dist.broadcast_object_list(header, src=source, group=group, device=device)
+    failure, rest, shape = header
+    if failure is not None:
+        return None, failure
+    patches = torch.empty(shape, device=device) if inputs is None else inputs.patches.to(device)
+    if patches.numel():
+        dist.broadcast(patches, src=source, group=group)
+    return replace(rest, patches=patches), None

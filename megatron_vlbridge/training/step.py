@@ -1,0 +1,37 @@
+"""The forward step that a Megatron pretrain script calls."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.utils import get_attr_wrapped_model
+
+from megatron_vlbridge.model.vlm import Qwen3VLModel
+from megatron_vlbridge.training.batch import next_inputs
+from megatron_vlbridge.training.loss import token_loss
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+
+
+def vlm_step(
+    data_iterator: Iterator[Mapping[str, Any]] | None, model: torch.nn.Module
+) -> tuple[torch.Tensor, LossFunction]:
+    """Megatron's `forward_step_func` for a :class:`Qwen3VLModel`, however Megatron wrapped it.
+
+    Takes packs (see `training.batch.PACK_KEYS`) from `data_iterator`; gives the stage's output and the loss function
+    that Megatron calls on the last stage.
+
+    Example:
+        >>> pretrain(config, dataset_provider, ModelType.encoder_or_decoder, vlm_step, model_provider)
+    """
+    stage: Qwen3VLModel = get_attr_wrapped_model(model, "checkpoint", return_model_obj=True)
+    inputs = next_inputs(
+        data_iterator,
+        stage.checkpoint,
+        stage.pg_collection,
+        pre_process=stage.pre_process,
+        post_process=stage.post_process,
+    )
+    assert inputs.loss_mask is not None
+    return model(inputs=inputs), partial(token_loss, inputs.loss_mask)

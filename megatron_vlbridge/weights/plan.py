@@ -1,0 +1,137 @@
+"""The proof, from names, shapes and dtypes alone, that a checkpoint and the rules fit each other."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.weights.regions import Move, Shape, check_exact_cover
+from megatron_vlbridge.weights.rules import RuleTable
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a header says of a tensor."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the numbers in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+TensorTable = Mapping[str, TensorSpec]
+
+
+@dataclass
+class _Misfits:
+    """Everything that does not fit, by kind."""
+
+    lines: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, kind: str, line: str) -> None:
+        self.lines[kind].append(line)
+
+    def raise_if_any(self, hf: str, megatron: str) -> None:
+        if not self.lines:
+            return
+        total = sum(map(len, self.lines.values()))
+        text = [f"the tensors of {hf} and of {megatron} do not fit each other in {total} places:"]
+        for kind, lines in self.lines.items():
+            text.append(f"  {kind} ({len(lines)}):")
+            text += [f"    {line}" for line in sorted(lines)[:_SHOWN]]
+            if len(lines) > _SHOWN:
+                text.append(f"    and {len(lines) - _SHOWN} more")
+        text.append("Use the config.json that belongs to these weights, and fetch damaged or missing files again.")
+        raise VLBridgeError("\n".join(text))
+
+
+class Plan:
+    """Two tables of tensors that the rules turn into each other, every number once.
+
+    `cast` permits a dtype that differs between the sides. `hf_source` and `megatron_source` name the folders in errors.
+    `notes` says in words what is not a plain move, such as padded rows that are cut.
+
+    Raises VLBridgeError with all misfits, grouped: missing, extra, covered twice or not at all, of the wrong shape or
+    dtype.
+    """
+
+    def __init__(
+        self,
+        table: RuleTable,
+        hf: TensorTable,
+        megatron: TensorTable,
+        *,
+        cast: bool = False,
+        hf_source: str = "the Hugging Face side",
+        megatron_source: str = "the Megatron side",
+    ) -> None:
+        self.table, self.hf, self.megatron = table, dict(hf), dict(megatron)
+        self.notes: list[str] = []
+        misfits = _Misfits()
+        self._check_cover(misfits)
+        self._check_side(misfits, "Hugging Face", self.hf, table.hf_shapes, frozenset())
+        self._check_side(misfits, "Megatron", self.megatron, table.megatron_shapes, table.padded)
+        if not cast:
+            self._check_dtypes(misfits)
+        misfits.raise_if_any(hf_source, megatron_source)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the Hugging Face side."""
+        return sum(spec.nbytes for spec in self.hf.values())
+
+    def _check_cover(self, misfits: _Misfits) -> None:
+        for index, shapes in ((self.table.hf, self.table.hf_shapes), (self.table.megatron, self.table.megatron_shapes)):
+            for name, shape in shapes.items():
+                try:
+                    check_exact_cover(name, index.regions(name), shape)
+                except VLBridgeError as error:
+                    misfits.add("not covered exactly once by the rules", str(error))
+
+    def _check_side(
+        self, misfits: _Misfits, side: str, found: TensorTable, expected: Mapping[str, Shape], padded: frozenset[str]
+    ) -> None:
+        for name in expected.keys() - found.keys():
+            misfits.add(f"missing {side} tensors", f"{name}: expected {list(expected[name])}")
+        for name in found.keys() - expected.keys():
+            misfits.add(f"extra {side} tensors", f"{name}: {found[name]}, expected none of this name")
+        for name in expected.keys() & found.keys():
+            shape, wanted = found[name].shape, expected[name]
+            if shape == wanted:
+                continue
+            if name in padded and shape[1:] == wanted[1:] and shape[0] > wanted[0]:
+                self.notes.append(
+                    f"{name}: {shape[0] - wanted[0]} rows of padding after the {wanted[0]} of the vocabulary"
+                )
+            else:
+                misfits.add(
+                    f"{side} tensors of the wrong shape", f"{name}: expected {list(wanted)}, found {list(shape)}"
+                )
+
+    def _check_dtypes(self, misfits: _Misfits) -> None:
+        seen: set[tuple[str, str]] = set()
+        for move in self.table.moves:
+            pair = (move.hf.name, move.megatron.name)
+            if pair not in seen and self._dtypes_differ(move):
+                ours, theirs = self.hf[pair[0]].dtype, self.megatron[pair[1]].dtype
+                misfits.add(
+                    "dtypes that differ", f"{pair[0]} is {ours}, {pair[1]} is {theirs}: give a dtype to convert to"
+                )
+            seen.add(pair)
+
+    def _dtypes_differ(self, move: Move) -> bool:
+        hf, megatron = self.hf.get(move.hf.name), self.megatron.get(move.megatron.name)
+        return hf is not None and megatron is not None and hf.dtype != megatron.dtype

@@ -1,0 +1,169 @@
+"""The invertible rules that say which Hugging Face numbers are which Megatron numbers.
+
+A rule is data. It expands to `Move`s between regions of full tensors; every use (import, export, a live model's slices,
+one layer, one rank) asks the same moves, so there is no second description that could disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megatron_vlbridge.weights.regions import Move, Piece, Region, RegionIndex, Shape, stack_layers
+
+
+class Rule(Protocol):
+    """Anything that expands to moves."""
+
+    def moves(self) -> Iterator[Move]:
+        """The pairs of regions that hold the same numbers."""
+        ...
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One whole HF tensor is one whole Megatron tensor, or one layer of a stacked one.
+
+    `padded_rows`: Megatron may hold more rows than HF, as it pads the vocabulary to a multiple of the tensor-parallel
+    size.
+    """
+
+    hf: str
+    megatron: str
+    shape: Shape
+    layer: int | None = None
+    padded_rows: bool = False
+
+    def moves(self) -> Iterator[Move]:
+        """One move."""
+        rows = (0, self.shape[0])
+        yield Move(Region.whole(self.hf, self.shape), _rows(self.megatron, self.layer, rows, self.shape[1:]))
+
+
+@dataclass(frozen=True)
+class GroupedQkv:
+    """q, k, v -> Megatron's `linear_qkv`: for each KV group its q heads, then its k head, then its v head."""
+
+    q: str
+    k: str
+    v: str
+    megatron: str
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    columns: Shape
+    layer: int | None = None
+
+    def moves(self) -> Iterator[Move]:
+        """Three moves per KV group."""
+        heads = self.num_heads // self.num_groups
+        row = 0
+        for group in range(self.num_groups):
+            for hf, count in ((self.q, heads), (self.k, 1), (self.v, 1)):
+                size = count * self.head_dim
+                source = _rows(hf, None, (group * size, size), self.columns)
+                yield Move(source, _rows(self.megatron, self.layer, (row, size), self.columns))
+                row += size
+
+
+@dataclass(frozen=True)
+class VisionQkv:
+    """The vision tower's fused qkv: HF holds all q, all k, all v; Megatron for each head its q, k, v."""
+
+    hf: str
+    megatron: str
+    num_heads: int
+    head_dim: int
+    columns: Shape
+    layer: int | None = None
+
+    def moves(self) -> Iterator[Move]:
+        """Three moves per head."""
+        size = self.head_dim
+        for head in range(self.num_heads):
+            for part in range(3):
+                source = _rows(self.hf, None, ((part * self.num_heads + head) * size, size), self.columns)
+                yield Move(source, _rows(self.megatron, self.layer, ((3 * head + part) * size, size), self.columns))
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """gate and up of a SwiGLU MLP -> Megatron's `linear_fc1`: all gate rows, then all up rows."""
+
+    gate: str
+    up: str
+    megatron: str
+    rows: int
+    columns: Shape
+    layer: int | None = None
+
+    def moves(self) -> Iterator[Move]:
+        """Two moves."""
+        for number, hf in enumerate((self.gate, self.up)):
+            target = _rows(self.megatron, self.layer, (number * self.rows, self.rows), self.columns)
+            yield Move(_rows(hf, None, (0, self.rows), self.columns), target)
+
+
+def _rows(name: str, layer: int | None, rows: tuple[int, int], columns: Shape) -> Region:
+    """Rows `(start, count)` with all columns, of a tensor or of one layer of a stacked tensor."""
+    stack, extent = ((), ()) if layer is None else ((layer,), (1,))
+    return Region(name, (*stack, rows[0], *(0,) * len(columns)), (*extent, rows[1], *columns))
+
+
+class RuleTable:
+    """All rules of one checkpoint, and the questions that can be asked of them.
+
+    Example: `table.hf_sources(Region("...linear_qkv.weight", (layer, start, 0), (1, rows, hidden)))` lists which slices
+    of `q_proj`, `k_proj` and `v_proj` make a tensor-parallel rank's shard, and where in the shard each belongs.
+    """
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self.rules = tuple(rules)
+        self.moves = tuple(move for rule in self.rules for move in rule.moves())
+        self.hf = RegionIndex((move.hf, move.megatron) for move in self.moves)
+        self.megatron = RegionIndex((move.megatron, move.hf) for move in self.moves)
+        self.hf_shapes: dict[str, Shape] = self.hf.shapes
+        self.megatron_shapes: dict[str, Shape] = self.megatron.shapes
+        self.padded = frozenset(rule.megatron for rule in self.rules if isinstance(rule, Copy) and rule.padded_rows)
+
+    def hf_sources(self, region: Region) -> list[Piece]:
+        """The HF regions whose numbers make up a region of a Megatron tensor (stacked or `layers.N.`)."""
+        canonical = stack_layers(region)
+        pieces = self.megatron.pieces(canonical)
+        surplus = len(canonical.shape) - len(region.shape)
+        if not surplus:
+            return pieces
+        return [
+            Piece(p.source, Region(region.name, p.target.offset[surplus:], p.target.shape[surplus:])) for p in pieces
+        ]
+
+    def megatron_sources(self, region: Region) -> list[Piece]:
+        """The regions of (stacked) Megatron tensors whose numbers make up a region of an HF tensor."""
+        return self.hf.pieces(region)
+
+    def to_megatron(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Full HF tensors in memory -> full Megatron tensors."""
+        return {
+            name: assemble(self.hf_sources(Region.whole(name, shape)), shape, tensors)
+            for name, shape in self.megatron_shapes.items()
+        }
+
+    def to_hf(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Full Megatron tensors in memory -> full HF tensors. Padded vocabulary rows are left out."""
+        return {
+            name: assemble(self.megatron_sources(Region.whole(name, shape)), shape, tensors)
+            for name, shape in self.hf_shapes.items()
+        }
+
+
+def assemble(pieces: Iterable[Piece], shape: Shape, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A new tensor of `shape` filled from the pieces, all of whose sources are in memory and have one dtype."""
+    pieces = list(pieces)
+    result = torch.empty(shape, dtype=tensors[pieces[0].source.name].dtype)
+    for piece in pieces:
+        part = tensors[piece.source.name][piece.source.slices]
+        result[piece.target.slices] = part.reshape(piece.target.shape)
+    return result

@@ -1,0 +1,113 @@
+"""Worker processes that live as long as the test session and run Megatron on the CPU over gloo."""
+
+import multiprocessing as mp
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parallel layout; the rest of `world` is data-parallel."""
+
+    tp: int = 1
+    pp: int = 1
+    sp: bool = False
+    world: int = 1
+
+    def __str__(self) -> str:
+        sp = "-sp" if self.sp else ""
+        return f"tp{self.tp}{sp}-pp{self.pp}-dp{self.world // (self.tp * self.pp)}"
+
+
+class Pool:
+    """Runs a function on the ranks of a layout; the function sees an initialised Megatron.
+
+    Workers are started once; after a failure all are started anew, since a rank that waits for a dead one hangs.
+    """
+
+    def __init__(self, size: int, timeout: float = 300.0) -> None:
+        self.size, self.timeout = size, timeout
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], layout: Layout, **kwargs: Any) -> list[Any]:
+        """`function(layout, **kwargs)` on each rank; its results in the order of the ranks."""
+        if not self._workers:
+            self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            for rank in range(layout.world):
+                self._workers[rank][1].send((function, layout, rank, store, kwargs))
+            results: dict[int, Any] = {}
+            deadline = time.monotonic() + self.timeout
+            connections = {self._workers[rank][1]: rank for rank in range(layout.world)}
+            while len(results) < layout.world:
+                for connection in wait([c for c, r in connections.items() if r not in results], timeout=1.0):
+                    rank = connections[connection]  # type: ignore[index]
+                    try:
+                        failure, results[rank] = connection.recv()  # type: ignore[union-attr]
+                    except (EOFError, ConnectionError):
+                        failure = "the process died"
+                    if failure:
+                        self.close()
+                        raise AssertionError(f"rank {rank} of {layout}:\n{failure}")
+                if time.monotonic() > deadline:
+                    self.close()
+                    raise AssertionError(f"{layout}: no answer from ranks {set(range(layout.world)) - set(results)}")
+        return [results[rank] for rank in range(layout.world)]
+
+    def close(self) -> None:
+        """End all workers."""
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers = []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        for _ in range(self.size):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+
+
+def _work(connection: Connection) -> None:
+    from megatron_vlbridge.backends import cpu_runtime
+
+    cpu_runtime.enable()
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, layout, rank, store, kwargs = connection.recv()
+        except EOFError:
+            return
+        try:
+            result = _on_rank(function, layout, rank, store, kwargs)
+            connection.send((None, result))
+        except BaseException:  # noqa: BLE001  whatever it is, the test session must hear of it
+            connection.send((traceback.format_exc(), None))
+
+
+def _on_rank(function: Callable[..., Any], layout: Layout, rank: int, store: str, kwargs: dict[str, Any]) -> Any:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=layout.world)
+    try:
+        parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+        model_parallel_cuda_manual_seed(1234)
+        return function(layout, **kwargs)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

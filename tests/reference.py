@@ -1,0 +1,175 @@
+"""The oracle: a tiny random Qwen3-VL of transformers, run conversation by conversation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+IMAGE, VIDEO, START, END = 10, 11, 8, 9
+TEXT_IDS = range(20, 120)
+PATCH_DIM = 3 * 2 * 4 * 4
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation: tokens, labels (next token or -100), and the media in the order of the tokens."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    images: torch.Tensor
+    image_grids: torch.Tensor
+    videos: torch.Tensor
+    video_grids: torch.Tensor
+
+
+def write_checkpoint(folder: Path, *, tied: bool = False, seed: int = 0, layers: int = 4, shard: str = "100KB") -> Path:
+    """A tiny random fp32 checkpoint of dense Qwen3-VL, as transformers saves it, in several shards."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5000000.0,
+            "mrope_section": [3, 3, 2],
+            "mrope_interleaved": True,
+        },
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "in_channels": 3,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0, 2],
+    }
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=tied,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    torch.manual_seed(seed)
+    model = Qwen3VLForConditionalGeneration(config).float()
+    for parameter in model.parameters():
+        # Norms stay near one and biases near zero, but none is trivial: a mix-up of two tensors must show.
+        parameter.data += 0.06 * torch.randn_like(parameter)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def conversation(kind: str, seed: int) -> Conversation:
+    """A random conversation of a `kind`: text, image, images, video or mixed."""
+    random = torch.Generator().manual_seed(seed)
+    media = {
+        "text": [],
+        "image": [("image", (1, 4, 6))],
+        "images": [("image", (1, 4, 4)), ("image", (1, 8, 6)), ("image", (1, 2, 10))],
+        "video": [("video", (3, 4, 4))],
+        "mixed": [("image", (1, 6, 4)), ("video", (2, 2, 4)), ("image", (1, 4, 4)), ("video", (1, 4, 2))],
+    }[kind]
+
+    def words(least: int, most: int) -> list[int]:
+        count = int(torch.randint(least, most, (1,), generator=random))
+        return torch.randint(TEXT_IDS.start, TEXT_IDS.stop, (count,), generator=random).tolist()
+
+    tokens = words(3, 7)
+    for what, (frames, height, width) in media:
+        for _ in range(frames):
+            placeholder = IMAGE if what == "image" else VIDEO
+            tokens += [START, *[placeholder] * (height * width // 4), END, *words(1, 4)]
+    tokens += words(4, 9)
+    ids = torch.tensor(tokens)
+    supervised = (torch.rand(len(ids), generator=random) < 0.7) & (ids >= TEXT_IDS.start)
+    targets = torch.where(supervised, ids, -100)
+    labels = torch.cat((targets[1:], torch.tensor([-100])))
+
+    def patches(wanted: str) -> tuple[torch.Tensor, torch.Tensor]:
+        grids = torch.tensor([grid for what, grid in media if what == wanted], dtype=torch.int64).view(-1, 3)
+        return torch.randn(int(grids.prod(1).sum()), PATCH_DIM, generator=random), grids
+
+    return Conversation(ids, labels, *patches("image"), *patches("video"))
+
+
+def pack(conversations: Sequence[Conversation], total: int, filler: int = 0) -> dict[str, torch.Tensor]:
+    """The pack that a dataset would give: the conversations one behind the other, padded to `total` tokens."""
+
+    def row(tensors: list[torch.Tensor], fill: int) -> torch.Tensor:
+        joined = torch.cat(tensors)
+        return torch.cat((joined, torch.full((total - len(joined),), fill)))
+
+    return {
+        "tokens": row([c.tokens for c in conversations], filler),
+        "labels": row([c.labels for c in conversations], -100),
+        "segment_lengths": torch.tensor([len(c.tokens) for c in conversations]),
+        "pixel_values": torch.cat([c.images for c in conversations]),
+        "image_grid_thw": torch.cat([c.image_grids for c in conversations]),
+        "pixel_values_videos": torch.cat([c.videos for c in conversations]),
+        "video_grid_thw": torch.cat([c.video_grids for c in conversations]),
+        "images_per_segment": torch.tensor([len(c.image_grids) for c in conversations]),
+        "videos_per_segment": torch.tensor([len(c.video_grids) for c in conversations]),
+    }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers gives: of each conversation the logits `[S, V]` and the token losses `[S]`, and of the mean
+    loss over all supervised tokens the gradient of every parameter by its Hugging Face name."""
+
+    logits: list[torch.Tensor]
+    losses: list[torch.Tensor]
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    vision: list[torch.Tensor]
+
+
+def run_transformers(folder: Path, conversations: Sequence[Conversation]) -> Reference:
+    """Forward and backward of each conversation alone."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).train()
+    logits, losses, vision = [], [], []
+    for c in conversations:
+        media = {}
+        if len(c.images):
+            media |= {"pixel_values": c.images, "image_grid_thw": c.image_grids}
+        if len(c.videos):
+            media |= {"pixel_values_videos": c.videos, "video_grid_thw": c.video_grids}
+        kinds = (c.tokens == IMAGE).long() + 2 * (c.tokens == VIDEO).long()
+        output = model(input_ids=c.tokens[None], mm_token_type_ids=kinds[None], use_cache=False, **media)
+        logits.append(output.logits[0])
+        losses.append(torch.nn.functional.cross_entropy(logits[-1], c.labels, reduction="none", ignore_index=-100))
+        for pixels, grids in ((c.images, c.image_grids), (c.videos, c.video_grids)):
+            if len(pixels):
+                tower = model.model.visual(pixels, grid_thw=grids)
+                vision.append(torch.stack([tower.pooler_output, *tower.deepstack_features]).detach())
+    supervised = sum(int((c.labels != -100).sum()) for c in conversations)
+    loss = torch.cat(losses).sum() / supervised
+    loss.backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    detached = [x.detach() for x in logits], [x.detach() for x in losses]
+    return Reference(*detached, loss.item(), gradients, vision)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the reference; where the reference is zero, only zero is right."""
+    assert found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    norm = expected.double().norm().item()
+    difference = (found.double() - expected.double()).norm().item()
+    return difference / norm if norm else (0.0 if difference == 0.0 else float("inf"))

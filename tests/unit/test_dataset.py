@@ -1,0 +1,240 @@
+"""The dataset: every conversation once an epoch, one pack for one index, errors that name the conversation."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import Qwen3VLConfig, Qwen3VLProcessor
+
+from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.data.chat import encode_conversation
+from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
+from megatron_vlbridge.data.packing import next_token_labels
+from megatron_vlbridge.data.tiny_processor import build_processor
+from megatron_vlbridge.errors import VLBridgeError
+
+SEQ_LENGTH = 96
+SEEN = [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def processor() -> Qwen3VLProcessor:
+    return build_processor(["hello", "seven"], patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
+
+
+@pytest.fixture(scope="module")
+def config(processor: Qwen3VLProcessor, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    ids = {
+        f"{name}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{word}|>")
+        for name, word in (("image", "image_pad"), ("video", "video_pad"))
+    }
+    ids |= {
+        f"vision_{name}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|vision_{name}|>")
+        for name in ("start", "end")
+    }
+    text = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    }
+    vision = {"hidden_size": 32, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64, "num_position_embeddings": 36}
+    vision |= {"depth": 2, "deepstack_visual_indexes": [0]}
+    folder = tmp_path_factory.mktemp("config")
+    hf = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        architectures=["Qwen3VLForConditionalGeneration"],
+        dtype="float32",
+        **ids,
+    )
+    hf.save_pretrained(folder)
+    return read_config(folder)
+
+
+def make_conversation(number: int) -> list[dict[str, Any]]:
+    """Of different lengths, with 0 to 2 pictures and sometimes a video."""
+    random = np.random.default_rng(number)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": "hello" + " hello" * number}]
+    for _ in range(number % 3):
+        pixels = random.integers(0, 256, (8 * int(random.integers(1, 4)), 16, 3), dtype=np.uint8)
+        parts.append({"type": "image", "image": Image.fromarray(pixels)})
+    if number % 4 == 3:
+        video = torch.from_numpy(random.integers(0, 256, (4, 3, 8, 16), dtype=np.uint8))
+        parts.append({"type": "video", "video": video, "fps": 2.0})
+    answer = "seven" + " seven" * (number % 2)
+    return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+
+
+CONVERSATIONS = [make_conversation(number) for number in range(24)]
+
+
+@pytest.fixture(scope="module")
+def dataset(processor: Qwen3VLProcessor, config: Config) -> PackedConversations:
+    return PackedConversations(CONVERSATIONS, processor, config, seq_length=SEQ_LENGTH, num_samples=60, seed=1)
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_every_pack_is_its_conversations_encoded_one_by_one(
+    dataset: PackedConversations, processor: Qwen3VLProcessor
+) -> None:
+    for index in range(len(dataset)):
+        batch, samples = (
+            dataset[index],
+            [encode_conversation(CONVERSATIONS[m], processor) for m in dataset.members(index)],
+        )
+        ends = batch["segment_lengths"].cumsum(0).tolist()
+        assert len(batch["tokens"]) == SEQ_LENGTH
+        assert len(ends) == len(samples)
+        for sample, end in zip(samples, ends, strict=True):
+            segment = slice(end - len(sample.input_ids), end)
+            assert torch.equal(batch["tokens"][segment], sample.input_ids)
+            assert torch.equal(batch["labels"][segment], next_token_labels(sample))
+        assert (batch["tokens"][ends[-1] :] == processor.tokenizer.pad_token_id).all()
+        for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+            assert torch.equal(batch[name], torch.cat([getattr(sample, name) for sample in samples])), name
+
+
+def test_every_conversation_is_seen_once_an_epoch_in_changing_company(dataset: PackedConversations) -> None:
+    epochs: list[list[list[int]]] = []
+    index = 0
+    while index < len(dataset):
+        epoch: list[list[int]] = []
+        while index < len(dataset) and sum(map(len, epoch)) < len(CONVERSATIONS):
+            epoch.append(dataset.members(index))
+            index += 1
+        epochs.append(epoch)
+    assert len(epochs) >= 3
+    for epoch in epochs[:-1]:
+        assert Counter(member for members in epoch for member in members) == Counter(range(len(CONVERSATIONS)))
+    company = [{frozenset(members) for members in epoch if len(members) > 1} for epoch in epochs[:-1]]
+    assert company[0]
+    assert company[0] != company[1]
+
+
+def test_an_item_depends_on_seed_and_index_alone(
+    dataset: PackedConversations, processor: Qwen3VLProcessor, config: Config
+) -> None:
+    resumed = PackedConversations(CONVERSATIONS, processor, config, seq_length=SEQ_LENGTH, num_samples=60, seed=1)
+    for index in (47, 2, 30, 2):
+        assert equal(resumed[index], dataset[index])
+    other = PackedConversations(CONVERSATIONS, processor, config, seq_length=SEQ_LENGTH, num_samples=60, seed=2)
+    assert [other.members(index) for index in SEEN] != [dataset.members(index) for index in SEEN]
+
+
+def test_workers_give_the_same_packs_with_a_leading_axis(dataset: PackedConversations) -> None:
+    subset = torch.utils.data.Subset(dataset, SEEN)
+    for index, batch in zip(SEEN, DataLoader(subset, batch_size=1, num_workers=2), strict=True):
+        assert equal({key: value[0] for key, value in batch.items()}, dataset[index])
+
+
+def test_supervised_tokens_are_counted_without_encoding(dataset: PackedConversations) -> None:
+    for index in range(len(dataset)):
+        assert dataset.supervised_tokens(index) == int((dataset[index]["labels"] != -100).sum())
+
+
+@pytest.mark.parametrize("index", [60, -1])
+def test_an_index_outside_is_an_index_error(dataset: PackedConversations, index: int) -> None:
+    with pytest.raises(IndexError):
+        dataset[index]
+
+
+def build(conversations: list, processor: Qwen3VLProcessor, config: Config) -> PackedConversations:
+    return PackedConversations(conversations, processor, config, seq_length=SEQ_LENGTH, num_samples=4)
+
+
+def test_bad_conversations_are_named(processor: Qwen3VLProcessor, config: Config) -> None:
+    good = CONVERSATIONS[0]
+    with pytest.raises(VLBridgeError, match=r"conversation 1: \d{3} tokens do not fit into a pack of 96"):
+        build([good, make_conversation(100)], processor, config)
+    with pytest.raises(VLBridgeError, match=r"conversation 1: no token to learn"):
+        build([good, good[:1]], processor, config)
+    with pytest.raises(VLBridgeError, match="at least one"):
+        build([], processor, config)
+
+
+def test_a_picture_that_changed_its_size_meanwhile_is_refused(
+    processor: Qwen3VLProcessor, config: Config, tmp_path: Path
+) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    parts = [{"type": "image", "image": str(tmp_path / "a.png")}]
+    dataset = build([[{"role": "user", "content": parts}, CONVERSATIONS[0][1]]], processor, config)
+    Image.new("RGB", (32, 16)).save(tmp_path / "a.png")
+    with pytest.raises(VLBridgeError, match=r"conversation 0: \d+ tokens, but \d+ when the dataset was made"):
+        dataset[0]
+
+
+def test_a_processor_of_another_checkpoint_is_refused(processor: Qwen3VLProcessor, config: Config) -> None:
+    vision = dataclasses.replace(config.vision, patch_size=16)
+    text = dataclasses.replace(config.text, vocab_size=100)
+    for other, message in (
+        (dataclasses.replace(config, image_token_id=99), rf"image token id {config.image_token_id}, but .* says 99"),
+        (dataclasses.replace(config, vision=vision), r"image patch size 4, but the config says 16"),
+        (dataclasses.replace(config, text=text), rf"{len(processor.tokenizer)} tokens, but .* has 100"),
+    ):
+        with pytest.raises(VLBridgeError, match=message):
+            build(CONVERSATIONS[:1], processor, other)
+
+
+def write_lines(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_a_jsonl_file_is_read_with_its_pictures(
+    processor: Qwen3VLProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 24, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(image) for image in pixels]
+    (tmp_path / "set").mkdir()
+    for number, image in enumerate(pictures):
+        image.save(tmp_path / "set" / f"{number}.png")
+
+    def talk(parts: list) -> list:
+        return [{"role": "user", "content": parts}, {"role": "assistant", "content": "é seven"}]
+
+    def parts(image: Any, frames: list) -> list:
+        video = {"type": "video", "video": frames, "fps": 2}
+        return [{"type": "image", "image": image}, video, {"type": "text", "text": "hello"}]
+
+    names = [f"{number}.png" for number in range(4)]
+    lines = [json.dumps({"messages": talk(parts(names[0], names))}), json.dumps({"messages": CONVERSATIONS[0]})]
+    path = write_lines(tmp_path / "set" / "train.jsonl", *lines)
+    monkeypatch.chdir(tmp_path)
+    read = read_conversations(path.relative_to(tmp_path))
+    assert len(read) == 2
+    found, expected = (
+        encode_conversation(messages, processor) for messages in (read[0], talk(parts(pictures[0], pictures)))
+    )
+    assert torch.equal(found.input_ids, expected.input_ids)
+    assert torch.equal(found.pixel_values, expected.pixel_values)
+    assert torch.equal(found.pixel_values_videos, expected.pixel_values_videos)
+    assert read[1] == CONVERSATIONS[0]
+
+
+@pytest.mark.parametrize(
+    "line", ["", "{", "[]", "{}", '{"messages": 3}', '{"messages": ["x"]}', '{"messages": [{"role": "user"}]}']
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+    path = write_lines(tmp_path / "train.jsonl", json.dumps({"messages": CONVERSATIONS[0]}), line)
+    with pytest.raises(VLBridgeError, match=r"train.jsonl, line 2: expected"):
+        read_conversations(path)
+
+
+def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VLBridgeError, match=r"no file '.*other.jsonl'"):
+        read_conversations(tmp_path / "other.jsonl")
+    (tmp_path / "train.jsonl").write_bytes(b'{"messages": "\xff"}\n')
+    with pytest.raises(VLBridgeError, match=r"train.jsonl: expected UTF-8 text"):
+        read_conversations(tmp_path / "train.jsonl")

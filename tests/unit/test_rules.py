@@ -1,0 +1,194 @@
+"""The rules: invertible bit for bit, right in their layout, and every slice equal to the slice of the whole."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vlbridge.config import Config, TextConfig, VisionConfig
+from megatron_vlbridge.families import find
+from megatron_vlbridge.weights import GroupedQkv, Region, RuleTable, VisionQkv
+from megatron_vlbridge.weights.rules import assemble
+
+SETTINGS = settings(max_examples=25, deadline=None)
+
+
+@st.composite
+def configs(draw) -> Config:
+    kv, per_group, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), 2 * draw(st.integers(1, 3))
+    vision_heads = draw(st.sampled_from([1, 2, 8]))
+    depth = draw(st.integers(1, 3))
+    hidden, merge = draw(st.integers(1, 9)), draw(st.integers(1, 2))
+    text = TextConfig(
+        vocab_size=draw(st.integers(4, 9)),
+        hidden_size=hidden,
+        intermediate_size=draw(st.integers(1, 9)),
+        num_layers=draw(st.integers(1, 4)),
+        num_attention_heads=kv * per_group,
+        num_key_value_heads=kv,
+        head_dim=head_dim,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        mrope_section=(head_dim // 2, 0, 0),
+        partial_rotary_factor=1.0,
+        max_position_embeddings=8,
+        initializer_range=0.02,
+    )
+    vision = VisionConfig(
+        depth=depth,
+        hidden_size=4 * vision_heads,
+        intermediate_size=draw(st.integers(1, 9)),
+        num_heads=vision_heads,
+        in_channels=draw(st.integers(1, 3)),
+        patch_size=2,
+        temporal_patch_size=2,
+        spatial_merge_size=merge,
+        out_hidden_size=hidden,
+        num_position_embeddings=4,
+        deepstack_visual_indexes=tuple(range(draw(st.integers(0, depth)))),
+        initializer_range=0.02,
+    )
+    names = ("Qwen3VLForConditionalGeneration", "qwen3_vl")
+    return Config(*names, text, vision, 0, 1, 2, 3, tie_word_embeddings=draw(st.booleans()), dtype="float32")
+
+
+def distinct(shapes, dtype=torch.int64) -> dict[str, torch.Tensor]:
+    """Tensors in which no number occurs twice, so that equality means that nothing was mixed up."""
+    start, result = 0, {}
+    for name, shape in shapes.items():
+        count = torch.Size(shape).numel()
+        result[name] = torch.arange(start, start + count, dtype=dtype).reshape(shape)
+        start += count
+    return result
+
+
+@SETTINGS
+@given(configs())
+def test_there_and_back_is_the_same(config):
+    table = find(config).table(config)
+    hf = distinct(table.hf_shapes)
+    megatron = table.to_megatron(hf)
+    assert {name: tuple(tensor.shape) for name, tensor in megatron.items()} == table.megatron_shapes
+    back = table.to_hf(megatron)
+    assert back.keys() == hf.keys()
+    assert all(torch.equal(back[name], hf[name]) for name in hf)
+    assert sum(t.numel() for t in hf.values()) == sum(t.numel() for t in megatron.values())
+
+
+@SETTINGS
+@given(configs(), st.data())
+def test_any_region_of_either_side_is_the_slice_of_the_whole(config, data):
+    table = find(config).table(config)
+    hf = distinct(table.hf_shapes)
+    megatron = table.to_megatron(hf)
+    for whole, other, sources in ((megatron, hf, table.hf_sources), (hf, megatron, table.megatron_sources)):
+        name = data.draw(st.sampled_from(sorted(whole)))
+        offset = tuple(data.draw(st.integers(0, extent - 1)) for extent in whole[name].shape)
+        shape = tuple(
+            data.draw(st.integers(1, extent - start)) for extent, start in zip(whole[name].shape, offset, strict=True)
+        )
+        region = Region(name, offset, shape)
+        assert torch.equal(assemble(sources(region), shape, other), whole[name][region.slices])
+
+
+@SETTINGS
+@given(configs(), st.sampled_from([1, 2, 3, 4, 6, 8]))
+def test_every_tensor_parallel_slice_is_the_slice_of_the_whole(config, tp):
+    """Also where `tp` exceeds the KV groups: a slice of rows then cuts through a group or a head."""
+    table = find(config).table(config)
+    hf = distinct(table.hf_shapes)
+    megatron = table.to_megatron(hf)
+    for name, tensor in megatron.items():
+        dim = 1 if ".layers." in name and tensor.ndim > 1 else 0
+        if tensor.shape[dim] % tp:
+            continue
+        for rank, part in enumerate(tensor.chunk(tp, dim)):
+            offset = tuple(rank * part.shape[axis] if axis == dim else 0 for axis in range(tensor.ndim))
+            region = Region(name, offset, tuple(part.shape))
+            assert torch.equal(assemble(table.hf_sources(region), tuple(part.shape), hf), part)
+
+
+@SETTINGS
+@given(configs())
+def test_a_layer_asked_for_by_its_number_is_that_layer_of_the_stack(config):
+    table = find(config).table(config)
+    hf = distinct(table.hf_shapes)
+    megatron = table.to_megatron(hf)
+    stacked = "language_model.decoder.layers.self_attention.linear_qkv.weight"
+    for layer in range(config.text.num_layers):
+        name = stacked.replace("layers.", f"layers.{layer}.")
+        shape = tuple(megatron[stacked].shape[1:])
+        pieces = table.hf_sources(Region.whole(name, shape))
+        assert torch.equal(assemble(pieces, shape, hf), megatron[stacked][layer])
+
+
+@SETTINGS
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+def test_grouped_qkv_gives_each_head_its_own_rows(groups, per_group, head_dim, hidden):
+    """Reads q, k and v of each head out of the fused weight, head by head, as grouped attention does."""
+    heads = groups * per_group
+    table = RuleTable([GroupedQkv("q", "k", "v", "qkv", heads, groups, head_dim, (hidden,))])
+    hf = distinct(table.hf_shapes)
+    fused = table.to_megatron(hf)["qkv"]
+    row = 0
+    for group in range(groups):
+        for head in range(group * per_group, (group + 1) * per_group):
+            assert torch.equal(fused[row : row + head_dim], hf["q"][head * head_dim : (head + 1) * head_dim])
+            row += head_dim
+        for part in ("k", "v"):
+            assert torch.equal(fused[row : row + head_dim], hf[part][group * head_dim : (group + 1) * head_dim])
+            row += head_dim
+    assert row == fused.shape[0]
+
+
+def test_vision_qkv_is_right_at_every_tensor_parallel_size():
+    """Each rank's rows, read as (head, q/k/v, head_dim), are the q, k and v that HF computes for the rank's heads."""
+    heads, head_dim, hidden = 8, 4, 32
+    table = RuleTable(
+        [
+            VisionQkv("qkv.weight", "fused.weight", heads, head_dim, (hidden,), layer=0),
+            VisionQkv("qkv.bias", "fused.bias", heads, head_dim, (), layer=0),
+        ]
+    )
+    generator = torch.Generator().manual_seed(0)
+    hf = {
+        name: torch.randint(-9, 9, shape, generator=generator, dtype=torch.int64)
+        for name, shape in table.hf_shapes.items()
+    }
+    x = torch.randint(-9, 9, (5, hidden), generator=generator, dtype=torch.int64)
+    expected = (x @ hf["qkv.weight"].T + hf["qkv.bias"]).reshape(5, 3, heads, head_dim)
+    for tp in (1, 2, 4, 8):
+        rows = 3 * hidden // tp
+        for rank in range(tp):
+            weight = Region("fused.weight", (0, rank * rows, 0), (1, rows, hidden))
+            bias = Region("fused.bias", (0, rank * rows), (1, rows))
+            local_weight = assemble(table.hf_sources(weight), weight.shape, hf)[0]
+            local_bias = assemble(table.hf_sources(bias), bias.shape, hf)[0]
+            local = (x @ local_weight.T + local_bias).reshape(5, heads // tp, 3, head_dim)
+            for part in range(3):
+                mine = slice(rank * heads // tp, (rank + 1) * heads // tp)
+                assert torch.equal(local[:, :, part], expected[:, part, mine])
+
+
+@SETTINGS
+@given(configs(), st.data())
+def test_pieces_equal_brute_force_over_every_move(config, data):
+    table = find(config).table(config)
+    name = data.draw(st.sampled_from(sorted(table.megatron_shapes)))
+    shape = table.megatron_shapes[name]
+    offset = tuple(data.draw(st.integers(0, extent)) for extent in shape)
+    region = Region(name, offset, tuple(data.draw(st.integers(0, extent + 2)) for extent in shape))
+    covered = {}
+    for move in table.moves:
+        common = move.megatron.intersection(region) if move.megatron.name == name else None
+        if common:
+            covered[common] = move.hf.name
+    found = {
+        Region(name, tuple(a + b for a, b in zip(p.target.offset, offset, strict=True)), p.target.shape): p.source.name
+        for p in table.hf_sources(region)
+    }
+    assert found == covered
+
+
+def test_an_unknown_name_has_no_pieces():
+    table = RuleTable([VisionQkv("qkv", "fused", 1, 1, ())])
+    assert table.hf_sources(Region("other", (0,), (1,))) == []
