@@ -9,6 +9,7 @@ Written for Megatron-Core 0.19 and torch 2.13.
 
 import collections
 import contextlib
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -46,6 +47,8 @@ def enable() -> None:
             "cpu_runtime.enable() was called after megatron.core had been imported, which already bound "
             "torch.compile and Transformer Engine. Call it before the first import of Megatron."
         )
+    # Megatron asks for it under tensor parallelism, where it orders kernels on a GPU.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Megatron would choose Transformer Engine's fused Adam and norms, which need a GPU.
     sys.modules["transformer_engine"] = None  # type: ignore[assignment]
     # Megatron's jit_fuser compiles for a driver that is not there.

@@ -69,6 +69,15 @@ _PLAIN_NAMES = {
             "_MEM_FORMAT_ENCODING",
         )
     ),
+    *(
+        ("torch.distributed.checkpoint.planner", name)
+        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    ),
+}
+# Megatron-Core before 0.16 pickled its own subclasses; their state is that of the base classes.
+_OLD_NAMES = {
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): SavePlan,
 }
 
 
@@ -78,6 +87,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
             return getattr(torch, name)
+        if (module, name) in _OLD_NAMES:
+            return _OLD_NAMES[module, name]
         if (module, name) not in _PLAIN_NAMES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)

@@ -75,3 +75,15 @@ class LanguageModel(GPTModel):
         frequencies = inverse_frequencies(self.text.head_dim // 2, self.text.rope_theta, position_ids.device)
         table = rotary_table(position_ids[:, 0], mrope_axes(self.text.mrope_section), frequencies)
         return (decoder_input, table, *rest)
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Megatron's loss `[b, s]` of `logits` `[s, b, V / tp]`, without the columns that only pad the vocabulary.
+
+        Megatron-Core counts them in the softmax, so the loss would depend on the tensor-parallel size.
+        """
+        columns = logits.shape[-1]
+        first = self.pg_collection.tp.rank() * columns
+        padding = first + columns - max(self.text.vocab_size, first)
+        if padding > 0:
+            logits[..., columns - padding :] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)

@@ -79,6 +79,9 @@ def parse_arguments() -> argparse.Namespace:
     if cpu_runtime.is_enabled():
         for name, value in _CPU_ARGUMENTS.items():
             setattr(args, name, value)
+    if args.valid_conversations is None:
+        # Megatron counts evaluations even where there is nothing to evaluate on.
+        args.eval_iters, args.eval_interval = 0, args.eval_interval or args.train_iters or 1
     validate_args(args)
     args.padded_vocab_size = calculate_padded_vocab_size(
         config.text.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
@@ -148,7 +151,7 @@ def _architecture_arguments(config: Config) -> dict[str, Any]:
         "max_position_embeddings": text.max_position_embeddings,
         "position_embedding_type": "none",
         "normalization": "RMSNorm",
-        "norm_epsilon": text.rms_norm_eps,
+        "layernorm_epsilon": text.rms_norm_eps,
         "qk_layernorm": True,
         "swiglu": True,
         "add_bias_linear": False,

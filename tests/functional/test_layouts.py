@@ -74,6 +74,12 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, world=2), Layout(tp=4, sp=True, world=4)], ids=str)
+def test_padded_vocabulary_changes_nothing(pool: Pool, folder: Path, layout: Layout) -> None:
+    groups = [[reference.conversation("image", 11), reference.conversation("text", 12)]]
+    compare(pool, layout, folder, groups, vocab_size=192)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_packs_equal_separate_conversations(pool: Pool, folder: Path, layout: Layout) -> None:
     groups = [

@@ -1,0 +1,67 @@
+"""A small Qwen3-VL with its real processor, and conversations about digits, as files."""
+
+import json
+from pathlib import Path
+
+import torch
+
+
+def write(folder: Path, conversations: int = 48) -> Path:
+    """`folder/hf` (random weights, processor) and `folder/train.jsonl` with its pictures."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    from megatron_vlbridge.data import digits
+    from megatron_vlbridge.data.tiny_processor import build_processor
+
+    processor = build_processor(digits.WORDS, patch_size=8, merge_size=2, min_pixels=32 * 32, max_pixels=32 * 32)
+    ids = {
+        f"{name}_id": processor.tokenizer.convert_tokens_to_ids(token)
+        for name, token in (
+            ("image_token", "<|image_pad|>"),
+            ("video_token", "<|video_pad|>"),
+            ("vision_start_token", "<|vision_start|>"),
+            ("vision_end_token", "<|vision_end|>"),
+        )
+    }
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": 333,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "rope_parameters": rope,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "patch_size": 8,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        tie_word_embeddings=True,
+        **ids,
+    )
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(config).float().save_pretrained(folder / "hf")
+    processor.save_pretrained(folder / "hf")
+    scans = digits.load_scans(32)[: conversations * 2]
+    with (folder / "train.jsonl").open("w") as lines:
+        for number in range(conversations):
+            shown = scans[2 * number : 2 * number + 1 + number % 2]
+            messages = digits.ask(*shown)
+            for message in messages:
+                if not isinstance(message["content"], str):
+                    for position, part in enumerate(message["content"]):
+                        if part["type"] == "image":
+                            path = f"{number}-{position}.png"
+                            part["image"].save(folder / path)
+                            part["image"] = path
+            lines.write(json.dumps({"messages": messages}) + "\n")
+    return folder

@@ -1,0 +1,81 @@
+"""The example script under torchrun: layouts follow one loss curve, and a resumed run continues it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vlbridge.checkpoint.convert import import_checkpoint
+from tests import digits_checkpoint
+
+ROOT = Path(__file__).parents[2]
+ITERATIONS = 10
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digits_checkpoint.write(tmp_path_factory.mktemp("digits"))
+
+
+def train(folder: Path, *arguments: object, processes: int = 1) -> list[float]:
+    """The losses of a run of the example, read from Megatron's log."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    command += [ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--conversations", folder / "train.jsonl"]
+    command += ["--seq-length", 256, "--micro-batch-size", 1, "--global-batch-size", 2, "--lr", 1e-3, "--seed", 5]
+    command += ["--train-iters", ITERATIONS, "--log-interval", 1, "--num-workers", 0, "--lr-decay-style", "constant"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [str(part) for part in (*command, *arguments)], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    losses = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", run.stdout)]
+    # Megatron does not reset its mean after the first iteration of a process: the second line is the mean of two.
+    return [losses[0], 2 * losses[1] - losses[0], *losses[2:]]
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> list[float]:
+    losses = train(folder, "--hf-folder", "hf", "--hf-weights", "--save", "whole", "--save-interval", ITERATIONS)
+    assert len(losses) == ITERATIONS
+    assert losses[-1] < losses[0]
+    return losses
+
+
+def assert_same_curve(found: list[float], expected: list[float]) -> None:
+    assert len(found) == len(expected)
+    differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
+    assert max(differences) < TOLERANCE, f"{found}\n{expected}"
+
+
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [
+        (2, ("--tensor-model-parallel-size", 2)),
+        (2, ("--tensor-model-parallel-size", 2, "--sequence-parallel")),
+        (2, ("--pipeline-model-parallel-size", 2)),
+        (2, ()),
+    ],
+    ids=["tp2", "tp2-sp", "pp2", "dp2"],
+)
+def test_layout_follows_one_process(folder: Path, one_process: list[float], processes: int, layout: tuple) -> None:
+    found = train(folder, "--hf-folder", "hf", "--hf-weights", *layout, processes=processes)
+    assert_same_curve(found, one_process)
+
+
+def test_started_from_a_megatron_checkpoint(folder: Path, one_process: list[float]) -> None:
+    imported = import_checkpoint(folder / "hf", folder / "imported")
+    layout = ("--tensor-model-parallel-size", 2)
+    found = train(folder, "--hf-folder", imported / "hf", "--pretrained-checkpoint", imported, *layout, processes=2)
+    assert_same_curve(found, one_process)
+
+
+def test_resumed_run_continues(folder: Path, one_process: list[float]) -> None:
+    arguments = ("--hf-folder", "hf", "--hf-weights", "--save", "halves", "--load", "halves", "--save-interval", 5)
+    first = train(folder, *arguments, "--exit-interval", 5)
+    assert len(first) == 5
+    second = train(folder, *arguments)
+    assert_same_curve(first + second, one_process)
