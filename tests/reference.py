@@ -129,14 +129,17 @@ def pack(conversations: Sequence[Conversation], total: int, filler: int = 0) -> 
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers gives: of each conversation the logits `[S, V]` and the token losses `[S]`, and of the mean
-    loss over all supervised tokens the gradient of every parameter by its Hugging Face name."""
+    """What transformers gives.
+
+    Of each conversation the logits `[S, V]`, the token losses `[S]` and the tower's output `[levels, N, H]` of its
+    images and its videos; of the mean loss over all supervised tokens the gradient of every parameter.
+    """
 
     logits: list[torch.Tensor]
     losses: list[torch.Tensor]
     loss: float
     gradients: dict[str, torch.Tensor]
-    vision: list[torch.Tensor]
+    vision: list[dict[str, torch.Tensor]]
 
 
 def run_transformers(folder: Path, conversations: Sequence[Conversation]) -> Reference:
@@ -144,7 +147,8 @@ def run_transformers(folder: Path, conversations: Sequence[Conversation]) -> Ref
     from transformers import Qwen3VLForConditionalGeneration
 
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).train()
-    logits, losses, vision = [], [], []
+    logits, losses = [], []
+    vision: list[dict[str, torch.Tensor]] = []
     for c in conversations:
         media = {}
         if len(c.images):
@@ -155,10 +159,11 @@ def run_transformers(folder: Path, conversations: Sequence[Conversation]) -> Ref
         output = model(input_ids=c.tokens[None], mm_token_type_ids=kinds[None], use_cache=False, **media)
         logits.append(output.logits[0])
         losses.append(torch.nn.functional.cross_entropy(logits[-1], c.labels, reduction="none", ignore_index=-100))
-        for pixels, grids in ((c.images, c.image_grids), (c.videos, c.video_grids)):
+        vision.append({})
+        for kind, pixels, grids in (("images", c.images, c.image_grids), ("videos", c.videos, c.video_grids)):
             if len(pixels):
                 tower = model.model.visual(pixels, grid_thw=grids)
-                vision.append(torch.stack([tower.pooler_output, *tower.deepstack_features]).detach())
+                vision[-1][kind] = torch.stack([tower.pooler_output, *tower.deepstack_features]).detach()
     supervised = sum(int((c.labels != -100).sum()) for c in conversations)
     loss = torch.cat(losses).sum() / supervised
     loss.backward()

@@ -69,6 +69,8 @@ class SafetensorsFolder:
                 f"expected tensor {name}, as the index says, found none of this name",
                 "Fetch both again.",
             )
+        # In the order of the data, so that who writes the same shards again writes the same bytes.
+        self.files = {name: file for file, header in headers.items() for name in header}
 
     def read(self, region: Region) -> torch.Tensor:
         """The numbers of a region, as stored."""

@@ -238,7 +238,10 @@ class TorchDistFolder:
                 f"{path}: expected {noted.nbytes} bytes of {name} within {info.length} at {info.offset}, "
                 f"found a file of {size} bytes. It is truncated: copy it again."
             )
-        self._chunks[f"{name} {noted.offset}"] = noted
+        key = f"{name} {noted.offset}"
+        if key in self._chunks:
+            raise self._error(name, f"expected one chunk at {list(noted.offset)}, found two")
+        self._chunks[key] = noted
 
     def _make_table(self, stored: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         """Canonical tensors with their shapes and dtypes; every number is in one chunk."""
@@ -351,10 +354,6 @@ def _extra_states(specs: Mapping[str, TensorSpec]) -> dict[str, object]:
     A model built from Transformer Engine's modules asks for it in Megatron's loader; other models pass it over.
     """
     modules = {name.rpartition(".")[0]: spec.shape[0] if ".layers." in name else None for name, spec in specs.items()}
-    for module, layers in list(modules.items()):
-        stack, found, _ = module.rpartition(".self_attention.linear_qkv")
-        if found:
-            modules[f"{stack}.self_attention.core_attention"] = layers
     nothing = torch.empty(0, dtype=torch.uint8)
     result: dict[str, object] = {}
     for module, layers in modules.items():

@@ -63,8 +63,11 @@ class Pool:
 
     def close(self) -> None:
         """End all workers."""
-        for process, connection in self._workers:
+        for _, connection in self._workers:
             connection.close()
+        for process, _ in self._workers:
+            # A worker that waits for work leaves by itself; one that waits for a dead rank does not.
+            process.join(timeout=5)
             process.kill()
             process.join()
         self._workers = []
@@ -73,15 +76,19 @@ class Pool:
         context = mp.get_context("spawn")
         for _ in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there,), daemon=True)
+            process = context.Process(target=_work, args=(there,))
             process.start()
             there.close()
             self._workers.append((process, here))
 
 
 def _work(connection: Connection) -> None:
+    import warnings
+
     from megatron_vlbridge.backends import cpu_runtime
 
+    # Megatron and torch warn of what is not installed, in every worker.
+    warnings.simplefilter("ignore")
     cpu_runtime.enable()
     import torch
 

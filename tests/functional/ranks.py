@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -16,7 +16,7 @@ from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
-from megatron_vlbridge.training.batch import next_inputs
+from megatron_vlbridge.training.batch import next_inputs, read_pack
 from megatron_vlbridge.training.guards import check_layout
 from megatron_vlbridge.training.step import vlm_step
 from tests.functional.pool import Layout
@@ -24,8 +24,10 @@ from tests.functional.pool import Layout
 Shard = tuple[str, tuple[int, ...], torch.Tensor]
 
 
-def build_model(layout: Layout, folder: Path, vocab_size: int | None = None, **overrides: Any) -> Qwen3VLModel:
-    """This rank's stage with the folder's weights."""
+def build_model(
+    layout: Layout, folder: Path, vocab_size: int | None = None, load: bool = True, **overrides: Any
+) -> Qwen3VLModel:
+    """This rank's stage, with the folder's weights or random ones."""
     checkpoint = read_config(folder)
     config = language_config(
         checkpoint,
@@ -47,7 +49,8 @@ def build_model(layout: Layout, folder: Path, vocab_size: int | None = None, **o
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
-    load_hf_weights(model, folder)
+    if load:
+        load_hf_weights(model, folder)
     return model
 
 
@@ -56,8 +59,8 @@ def forward_backward(
 ) -> dict[str, Any]:
     """One training step's forward and backward over `packs`, dealt out to the data-parallel ranks.
 
-    Gives this rank's logits `[V / tp, ...]` and token losses of each of its packs (last stage only) and its shards of
-    every parameter's final gradient.
+    Gives, of each of this rank's packs, the tower's output (first stage), the logits `[T, V / tp]` and token losses
+    `[T]` (last stage), and this rank's shards of every parameter's final gradient.
     """
     model = build_model(layout, folder, **overrides)
     logits = _run(model, _logits_step, _mine(packs), forward_only=True, collect_non_loss_data=True)
@@ -70,13 +73,34 @@ def forward_backward(
     )
     reports = _run(wrapped, vlm_step, _mine(packs), forward_only=False)
     return {
-        "logits": [x.clone() for x in logits],
-        "losses": [x.clone() for x in losses],
+        "vision": _towers(model, _mine(packs)) if model.pre_process else [],
+        "logits": [x[0].clone() for x in logits],
+        "losses": [x[0].clone() for x in losses],
         "reports": [report["lm loss"] for report in reports],
         "gradients": gradient_shards(model),
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
         "dp_rank": parallel_state.get_data_parallel_rank(),
     }
+
+
+def load_run_save(
+    layout: Layout,
+    folder: Path,
+    checkpoint: Path,
+    packs: Sequence[Mapping[str, torch.Tensor]],
+    saved: Path,
+    vocab_size: int,
+) -> dict[str, Any]:
+    """Load `checkpoint` with Megatron's own loader into a random model, run it, save it with Megatron's own saver."""
+    model = build_model(layout, folder, vocab_size=vocab_size, load=False)
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint / "release"))
+    model.load_state_dict(state["model"])
+    logits = _run(model, _logits_step, _mine(packs), forward_only=True, collect_non_loss_data=True)
+    if torch.distributed.get_rank() == 0:
+        saved.mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(saved))
+    return {"logits": [x[0].clone() for x in logits], "tp_rank": model.pg_collection.tp.rank(), "dp_rank": 0}
 
 
 def gradient_shards(model: Qwen3VLModel) -> list[Shard]:
@@ -128,6 +152,18 @@ def _mine(packs: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.T
     return [{key: value[None] for key, value in pack.items()} for pack in packs[rank::size]]
 
 
+def _towers(model: Qwen3VLModel, packs: Sequence[Mapping[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """The tower's tokens and deepstack features `[levels, N, H]` of each pack."""
+    inputs = [read_pack(pack, model.checkpoint) for pack in packs]
+    with torch.no_grad():
+        return [
+            model.vision_model(x.patches, x.frames)
+            if x.frames.grids
+            else torch.zeros(len(model.checkpoint.vision.deepstack_visual_indexes) + 1, 0, model.config.hidden_size)
+            for x in inputs
+        ]
+
+
 def _run(model: Any, step: Any, packs: Sequence[Mapping[str, torch.Tensor]], **kwargs: Any) -> list[Any]:
     # Megatron's loaders give an iterator to the first tensor-parallel rank only.
     iterator = iter(packs) if parallel_state.get_tensor_model_parallel_rank() == 0 else None
@@ -164,12 +200,22 @@ def _collect(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
     return output.detach()
 
 
-def gathered_logits(results: Sequence[dict[str, Any]], dp_size: int) -> list[torch.Tensor]:
-    """Full logits `[T, V]` of each pack in its global order, from the last stage's ranks."""
-    last = [r for r in results if r["logits"]]
-    by_rank = {dp: sorted((r for r in last if r["dp_rank"] == dp), key=lambda r: r["tp_rank"]) for dp in range(dp_size)}
-    count = sum(len(by_rank[dp][0]["logits"]) for dp in range(dp_size))
-    return [
-        torch.cat([r["logits"][number // dp_size][0] for r in by_rank[number % dp_size]], dim=-1)
-        for number in range(count)
-    ]
+def of_packs(results: Sequence[dict[str, Any]], key: str, dp_size: int) -> list[torch.Tensor]:
+    """What the ranks gave under `key` for each pack, in the packs' global order; split parts joined by their last dim.
+
+    Ranks that gave nothing (other pipeline stages) are passed over; parts that each tensor-parallel rank has whole
+    must be the same.
+    """
+    by_rank = {
+        dp: sorted((r for r in results if r[key] and r["dp_rank"] == dp), key=lambda r: r["tp_rank"])
+        for dp in range(dp_size)
+    }
+    packs = []
+    for number in range(sum(len(ranks[0][key]) for ranks in by_rank.values())):
+        parts = [r[key][number // dp_size] for r in by_rank[number % dp_size]]
+        if key == "logits":
+            packs.append(torch.cat(parts, dim=-1))
+        else:
+            assert all(torch.allclose(part, parts[0], rtol=1e-5, atol=1e-7) for part in parts), f"{key} differ"
+            packs.append(parts[0])
+    return packs

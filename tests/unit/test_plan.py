@@ -115,7 +115,7 @@ def test_exact_cover_agrees_with_counting_every_number(data):
     if exact:
         check_exact_cover("x", regions, shape)
     else:
-        with pytest.raises(VLBridgeError, match="x: .* parts"):
+        with pytest.raises(VLBridgeError, match=r"x: .* parts"):
             check_exact_cover("x", regions, shape)
 
 

@@ -1,0 +1,109 @@
+"""How far a layout is from transformers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_vlbridge.config import read_config
+from megatron_vlbridge.families import find
+from tests import reference
+from tests.functional import ranks
+from tests.functional.pool import Layout, Pool
+
+TOLERANCE = 1e-5
+PACK_LENGTH = 128
+
+KINDS: dict[str, list[str]] = {
+    "text": ["text"],
+    "one image": ["image"],
+    "several images of different sizes": ["images"],
+    "a video": ["video"],
+    "images and videos mixed": ["mixed"],
+    "several conversations in one pack": ["text", "image", "images", "video"],
+}
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors; of tower, logits and token losses the worst conversation's."""
+
+    vision: float
+    logits: float
+    token_losses: float
+    loss: float
+    gradients: dict[str, float]
+
+    def check(self) -> None:
+        """Every error within the tolerance."""
+        found = {"vision": self.vision, "logits": self.logits, "token losses": self.token_losses, "loss": self.loss}
+        found |= {f"gradient of {name}": error for name, error in self.gradients.items()}
+        too_large = {name: error for name, error in found.items() if not error < TOLERANCE}
+        assert not too_large, too_large
+
+
+def measure(
+    pool: Pool, layout: Layout, folder: Path, groups: Sequence[Sequence[reference.Conversation]], **overrides: object
+) -> Errors:
+    """Packs of these conversations under `layout`, against transformers run conversation by conversation."""
+    packs = [reference.pack(group, PACK_LENGTH) for group in groups]
+    conversations = [c for group in groups for c in group]
+    expected = reference.run_transformers(folder, conversations)
+    results = pool.run(ranks.forward_backward, layout, folder=folder, packs=packs, **overrides)
+
+    dp_size = layout.world // (layout.tp * layout.pp)
+    logits = _cut(ranks.of_packs(results, "logits", dp_size), groups)
+    losses = _cut(ranks.of_packs(results, "losses", dp_size), groups)
+    losses = [x * (c.labels != -100) for x, c in zip(losses, conversations, strict=True)]
+    reports = [x for r in results if r["losses"] and r["tp_rank"] == 0 for x in r["reports"]]
+    total, count = torch.stack(reports).sum(0).tolist()
+    # Whether transformers' tower ran images or videos, a pack's rows are its images' and then its videos'.
+    towers = torch.cat(ranks.of_packs(results, "vision", dp_size), dim=1)
+    config = read_config(folder)
+    gradients = find(config).table(config).to_hf(ranks.assemble([r["gradients"] for r in results]))
+    assert gradients.keys() == expected.gradients.keys()
+    check_data_reaches_every_parameter(expected, conversations)
+    return Errors(
+        vision=reference.relative_error(towers, _towers_in_order(expected, groups, towers)),
+        logits=_worst([x[:, : config.text.vocab_size] for x in logits], expected.logits),
+        token_losses=_worst(losses, expected.losses),
+        loss=abs(total / count - expected.loss) / expected.loss,
+        gradients={name: reference.relative_error(gradients[name], x) for name, x in expected.gradients.items()},
+    )
+
+
+def check_data_reaches_every_parameter(
+    expected: reference.Reference, conversations: Sequence[reference.Conversation]
+) -> None:
+    """A gradient that is zero in both proves nothing; only the tower's may be, and only where there is text alone."""
+    pictures = any(len(c.images) or len(c.videos) for c in conversations)
+    silent = [name for name, x in expected.gradients.items() if not x.any() and (pictures or ".visual." not in name)]
+    assert not silent, f"the test data do not reach {silent}"
+
+
+def _cut(rows: Sequence[torch.Tensor], groups: Sequence[Sequence[reference.Conversation]]) -> list[torch.Tensor]:
+    """Each conversation's part of its pack's row."""
+    parts = []
+    for row, group in zip(rows, groups, strict=True):
+        lengths = [len(c.tokens) for c in group]
+        parts += row[: sum(lengths)].split(lengths)
+    return parts
+
+
+def _towers_in_order(
+    expected: reference.Reference, groups: Sequence[Sequence[reference.Conversation]], like: torch.Tensor
+) -> torch.Tensor:
+    rows = []
+    number = 0
+    for group in groups:
+        for kind in ("images", "videos"):
+            rows += [
+                expected.vision[number + i][kind] for i in range(len(group)) if kind in expected.vision[number + i]
+            ]
+        number += len(group)
+    return torch.cat(rows, dim=1) if rows else torch.zeros_like(like)
+
+
+def _worst(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    return max(reference.relative_error(mine, theirs) for mine, theirs in zip(found, expected, strict=True))

@@ -1,0 +1,62 @@
+"""The torch_dist folder and Megatron's own loader and saver, at other layouts than it was written with."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from tests import reference
+from tests.functional import ranks
+from tests.functional.pool import Layout, Pool
+
+LAYOUTS = [Layout(tp=tp, pp=pp, sp=tp > 1, world=tp * pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))]
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference.write_checkpoint(tmp_path_factory.mktemp(request.param) / "hf", tied=request.param == "tied")
+
+
+@pytest.fixture(scope="module")
+def imported(source: Path) -> Path:
+    return import_checkpoint(source, source.parent / "megatron")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file, byte by byte."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+def test_round_trip_is_bit_identical(source: Path, imported: Path) -> None:
+    exported = export_checkpoint(imported, source.parent / "exported")
+    assert files_of(exported) == files_of(source)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_megatron_loads_it_and_saves_it(pool: Pool, source: Path, imported: Path, layout: Layout) -> None:
+    conversation = reference.conversation("mixed", seed=21)
+    saved = source.parent / f"saved-{layout}"
+    results = pool.run(
+        ranks.load_run_save,
+        layout,
+        folder=source,
+        checkpoint=imported,
+        packs=[reference.pack([conversation], 96)],
+        saved=saved,
+        # More rows than the vocabulary, as Megatron pads it to a multiple of the tensor-parallel size.
+        vocab_size=192,
+    )
+    expected = reference.run_transformers(source, [conversation]).logits[0]
+    found = ranks.of_packs(results, "logits", dp_size=1)[0][: len(expected), : expected.shape[1]]
+    assert reference.relative_error(found, expected) < 1e-5
+
+    exported = export_checkpoint(saved, source.parent / f"exported-{layout}", like=source)
+    before, after = weights_of(source), weights_of(exported)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -1,0 +1,71 @@
+"""Writes docs/parity.md: python -m tests.functional.write_parity."""
+
+# What imports Megatron is imported inside the functions: spawned workers import this file before they start.
+import datetime as dt
+import importlib.metadata
+import platform
+import tempfile
+from pathlib import Path
+
+from tests.functional.pool import Layout, Pool
+
+PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
+
+
+def table(pool: Pool, folder: Path) -> list[str]:
+    """The rows of the page: each kind of input on one process."""
+    from tests import reference
+    from tests.functional.parity import KINDS, measure
+
+    rows = []
+    for title, kinds in KINDS.items():
+        group = [reference.conversation(kind, seed) for seed, kind in enumerate(kinds, 1)]
+        errors = measure(pool, Layout(), folder, [group])
+        errors.check()
+        name, worst = max(errors.gradients.items(), key=lambda item: item[1])
+        figures = (errors.vision, errors.logits, errors.token_losses, errors.loss, worst)
+        rows.append(f"| {title} | {' | '.join(f'{x:.1e}' for x in figures)} | `{name}` |")
+    return rows
+
+
+def main() -> None:
+    """Measure and write the page."""
+    from tests import reference
+    from tests.functional.parity import TOLERANCE
+
+    pool = Pool(size=1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {
+            kind: table(pool, reference.write_checkpoint(Path(folder) / kind, tied=kind == "tied"))
+            for kind in ("untied", "tied")
+        }
+    pool.close()
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("megatron-core", "transformers", "torch")
+    )
+    head = (
+        "| input | vision tower | logits | token losses | loss | worst gradient | of |\n|---|---|---|---|---|---|---|"
+    )
+    sections = "\n\n".join(
+        f"## {kind.capitalize()} embeddings\n\n{head}\n" + "\n".join(lines) for kind, lines in rows.items()
+    )
+    PAGE.write_text(
+        f"""# Parity with transformers
+
+A tiny random Qwen3-VL in fp32 (4 decoder layers, 4 vision layers, 2 deepstack levels, grouped-query attention), run by
+this project as one pack and by transformers conversation by conversation. The figures are the norm of the difference
+over the norm of transformers' result: of the tower's output (tokens and deepstack features), of the logits, of the
+token losses and the mean loss, and of the gradient of the parameter where it is largest. Every test asks for less
+than {TOLERANCE:.0e}. The tests hold the same comparison for every layout in the README's table
+(`tests/functional/test_layouts.py`).
+
+Made by `.venv/bin/python -m tests.functional.write_parity` on {dt.date.today()}, {platform.machine()} CPU, {versions}.
+
+{sections}
+"""
+    )
+    print(PAGE.read_text())
+
+
+if __name__ == "__main__":
+    main()

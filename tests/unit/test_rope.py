@@ -1,0 +1,91 @@
+"""Rotary tables equal transformers' for text (interleaved MRoPE) and for pictures (rows and columns)."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Qwen3VLConfig
+from transformers.models.qwen3_vl import modeling_qwen3_vl as theirs
+
+from megatron_vlbridge.model.rope import inverse_frequencies, mrope_axes, rotary_table, rotate
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-6
+
+
+def text_embedding(section: list[int], theta: float) -> theirs.Qwen3VLTextRotaryEmbedding:
+    rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": section, "mrope_interleaved": True}
+    text = {"head_dim": 2 * sum(section), "rope_parameters": rope, "hidden_size": 64, "num_attention_heads": 4}
+    return theirs.Qwen3VLTextRotaryEmbedding(Qwen3VLConfig(text_config=text).text_config)
+
+
+@pytest.mark.parametrize("section", [[24, 20, 20], [3, 3, 2], [4, 2, 2], [11, 11, 10], [8, 0, 0]])
+@pytest.mark.parametrize("theta", [10000.0, 5000000.0])
+def test_text_rotation_equals_transformers(section, theta):
+    random = torch.Generator().manual_seed(0)
+    positions = torch.randint(0, 3000, (3, 1, 17), generator=random)
+    query = torch.randn(1, 4, 17, 2 * sum(section), generator=random)
+    key = torch.randn(1, 2, 17, 2 * sum(section), generator=random)
+    cos, sin = text_embedding(section, theta)(query, positions)
+    expected = theirs.apply_rotary_pos_emb(query, key, cos, sin)
+
+    table = rotary_table(positions[:, 0], mrope_axes(section), inverse_frequencies(sum(section), theta, CPU))
+    assert table.dtype == torch.float32
+    torch.testing.assert_close(table[:, :, 0], torch.stack((cos[0], sin[0])), rtol=0, atol=TOLERANCE)
+    for heads, wanted in zip((query, key), expected, strict=True):
+        found = rotate(heads[0].transpose(0, 1), table).transpose(0, 1)[None]
+        torch.testing.assert_close(found, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 72])
+def test_vision_rotation_equals_transformers(head_dim):
+    random = torch.Generator().manual_seed(0)
+    vision = Qwen3VLConfig(vision_config={"hidden_size": 4 * head_dim, "num_heads": 4}).vision_config
+    positions = torch.randint(0, 90, (2, 19), generator=random)
+    heads = torch.randn(19, 4, head_dim, generator=random)
+    cos, sin = theirs.Qwen3VLVisionRotaryEmbedding(vision)(heads, positions.T)
+    expected, _ = theirs.apply_rotary_pos_emb_vision(heads, heads, cos, sin)
+
+    quarter = head_dim // 4
+    axes = [0] * quarter + [1] * quarter
+    table = rotary_table(positions, axes, inverse_frequencies(quarter, 10000.0, CPU).repeat(2))
+    torch.testing.assert_close(rotate(heads, table), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@given(st.tuples(st.integers(1, 12), st.integers(0, 12), st.integers(0, 12)))
+def test_axes_equal_what_transformers_writes_into_its_table(section):
+    """Each entry of transformers' recomposed table tells which axis it came from."""
+    count = sum(section)
+    if any(3 * section[axis] > count + 2 - axis + 2 for axis in (1, 2)):
+        return  # more rows or columns than the interleaving has places for: no published config
+    embedding = text_embedding([1, 1, 1], 10000.0)
+    embedding.mrope_section = list(section)
+    marked = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 1, count).clone()
+    recomposed = embedding.recomposition_frequencies(marked)[0, 0, :count]
+    places = [a for a in mrope_axes(section)] if _fits(section) else recomposed.long().tolist()
+    assert places == recomposed.long().tolist()
+
+
+def _fits(section: tuple[int, int, int]) -> bool:
+    return all(axis + 3 * (section[axis] - 1) < sum(section) for axis in (1, 2))
+
+
+def test_rotation_keeps_lengths_and_dtype_and_turns_by_differences_alone():
+    random = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 16, generator=random).unbind()
+    frequencies = inverse_frequencies(8, 10000.0, CPU)
+
+    def score(at: int, to: int) -> float:
+        turned = [
+            rotate(x, rotary_table(torch.full((3, 1), p), mrope_axes([3, 3, 2]), frequencies))
+            for x, p in ((query, at), (key, to))
+        ]
+        torch.testing.assert_close(turned[0].norm(), query.norm())
+        return float((turned[0] * turned[1]).sum())
+
+    assert score(5, 3) == pytest.approx(score(105, 103), abs=1e-4)
+    assert abs(score(5, 3) - score(5, 4)) > 1e-3
+    table = rotary_table(torch.tensor([[0], [0], [0]]), mrope_axes([3, 3, 2]), frequencies)
+    half = query.to(torch.bfloat16)
+    assert torch.equal(rotate(half, table), half)
+    assert rotate(half, table).dtype == torch.bfloat16

@@ -1,0 +1,306 @@
+"""`torch_dist` folders: any grid of chunks, layers stacked or not; damage and hostility are refused."""
+
+import io
+import itertools
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, locate, write_release
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.weights import Region, TensorSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+class Grid(DefaultSavePlanner):
+    """Writes tensors cut at the given places along each dim."""
+
+    def __init__(self, tensors, cuts):
+        super().__init__()
+        self.tensors, self.cuts = tensors, cuts
+
+    def create_local_plan(self):
+        items = []
+        for name, tensor in self.tensors.items():
+            for offset, size in boxes(tensor.shape, self.cuts.get(name, ())):
+                chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
+                data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), tensor.shape)
+                index = MetadataIndex(name, offset)
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items, planner_data={})
+        return self.plan
+
+    def resolve_data(self, item):
+        chunk = item.tensor_data.chunk
+        region = Region(item.index.fqn, tuple(chunk.offsets), tuple(chunk.sizes))
+        return self.tensors[item.index.fqn][region.slices]
+
+
+def boxes(shape, cuts):
+    result = [((), ())]
+    for dim, extent in enumerate(shape):
+        edges = [0, *sorted(cuts[dim] if dim < len(cuts) else ()), extent]
+        spans = [(start, end - start) for start, end in itertools.pairwise(edges) if end > start]
+        result = [((*offset, start), (*size, length)) for offset, size in result for start, length in spans]
+    return result
+
+
+def write(folder: Path, tensors, cuts=None) -> Path:
+    save({}, storage_writer=FileSystemWriter(folder), planner=Grid(tensors, cuts or {}), no_dist=True)
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    return folder
+
+
+def some(*shape, dtype=torch.int32):
+    return torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_every_region_of_every_grid_is_the_slice(tmp_path_factory, data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    cuts = [data.draw(st.sets(st.integers(1, extent), max_size=2)) for extent in shape]
+    folder = write(tmp_path_factory.mktemp("grid"), {"x": some(*shape)}, {"x": cuts})
+    reader = TorchDistFolder(folder)
+    assert reader.table == {"x": TensorSpec(shape, torch.int32)}
+    for _ in range(3):
+        offset = tuple(data.draw(st.integers(0, extent - 1)) for extent in shape)
+        size = tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True))
+        region = Region("x", offset, size)
+        assert torch.equal(reader.read(region), some(*shape)[region.slices])
+
+
+def test_layers_stored_one_by_one_are_read_as_a_stack(tmp_path):
+    stacked = some(3, 4, 2)
+    folder = write(tmp_path, {f"m.layers.{i}.w": stacked[i] for i in range(3)}, {"m.layers.1.w": [{2}]})
+    reader = TorchDistFolder(folder)
+    assert reader.table == {"m.layers.w": TensorSpec((3, 4, 2), torch.int32)}
+    region = Region("m.layers.w", (1, 1, 0), (2, 3, 1))
+    assert torch.equal(reader.read(region), stacked[region.slices])
+
+
+def test_optimizer_state_is_passed_over(tmp_path):
+    tensors = {"w": some(2), "optimizer.state.exp_avg.w": some(2), "chained_1.optimizer.state.exp_avg.w": some(2)}
+    assert TorchDistFolder(write(tmp_path, tensors)).table.keys() == {"w"}
+
+
+def test_what_is_written_is_what_torch_reads(tmp_path):
+    """Read back by torch's own converter: tensors, and the entries that Megatron's loader asks for."""
+    tensors = {
+        "m.decoder.layers.self_attention.linear_qkv.weight": some(3, 4, 2, dtype=torch.bfloat16),
+        "m.decoder.layers.self_attention.linear_qkv.bias": some(3, 4, dtype=torch.float32),
+        "m.norm.weight": some(5, dtype=torch.float32),
+    }
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    write_release(tmp_path, specs, lambda region: tensors[region.name][region.slices])
+    dcp_to_torch_save(tmp_path / "release", tmp_path / "all.pt")
+    found = torch.load(tmp_path / "all.pt", weights_only=False)
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
+    common = found["common_state/shard_0_1"][0]
+    assert common["checkpoint_version"] == 3.0
+    extra = {f"m.decoder.layers.self_attention.linear_qkv._extra_state/shard_{layer}_3" for layer in range(3)}
+    extra.add("m.norm._extra_state/shard_0_1")
+    assert found.keys() == tensors.keys() | {"common_state/shard_0_1"} | extra
+    assert all(found[name][0].numel() == 0 for name in extra)
+    assert locate(tmp_path) == tmp_path / "release"
+    reader = TorchDistFolder(tmp_path)
+    assert reader.table == specs
+    assert all(torch.equal(reader.read(Region.whole(name, specs[name].shape)), tensors[name]) for name in specs)
+
+
+def test_large_tensors_are_written_in_blocks(tmp_path):
+    shape = (1, 300, 2**17)  # 75 MiB of int16, 256 KiB a row
+    asked = []
+
+    def read(region):
+        asked.append(region)
+        return torch.zeros(region.shape, dtype=torch.int16)
+
+    write_release(tmp_path, {"m.layers.w": TensorSpec(shape, torch.int16)}, read)
+    assert [region.shape for region in asked] == [(1, 256, 2**17), (1, 44, 2**17)]
+
+
+@pytest.mark.parametrize(("text", "name"), [("release", "release"), ("12\n", "iter_0000012")])
+def test_the_tracker_names_the_iteration(text, name, tmp_path):
+    write(tmp_path / name, {"w": some(2)})
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
+    assert locate(tmp_path) == tmp_path / name
+    assert locate(tmp_path / name) == tmp_path / name
+
+
+@pytest.mark.parametrize("text", ["", "../x", "-1", "13", "release 1"])
+def test_a_tracker_that_names_nothing_is_refused(text, tmp_path):
+    write(tmp_path / "iter_0000012", {"w": some(2)})
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
+    with pytest.raises(VLBridgeError, match="latest_checkpointed_iteration"):
+        locate(tmp_path)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(VLBridgeError, match="neither"):
+        TorchDistFolder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"sharded_backend": "zarr"}', None])
+def test_another_format_is_refused(text, tmp_path):
+    folder = write(tmp_path, {"w": some(2)})
+    if text is None:
+        (folder / "metadata.json").unlink()
+    else:
+        (folder / "metadata.json").write_text(text)
+    with pytest.raises(VLBridgeError, match=r"metadata\.json"):
+        TorchDistFolder(folder)
+
+
+class Hostile:
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        (os.system, ("touch hostile-was-here",)),
+        (eval, ("open('hostile-was-here', 'w')",)),
+        (io.open, ("hostile-was-here", "w")),
+        (torch.load, ("hostile-was-here",)),
+        (exec, ("open('hostile-was-here', 'w')",)),
+    ],
+    ids=lambda call: call[0].__name__,
+)
+def test_a_hostile_pickle_runs_nothing(call, tmp_path, monkeypatch):
+    folder = write(tmp_path / "checkpoint", {"w": some(2)})
+    monkeypatch.chdir(tmp_path)
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile(*call)))
+    with pytest.raises(VLBridgeError, match="it asks for"):
+        TorchDistFolder(folder)
+    assert not (tmp_path / "hostile-was-here").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps({}), pickle.dumps([1, 2])])
+def test_metadata_that_is_none_is_refused(content, tmp_path):
+    folder = write(tmp_path, {"w": some(2)})
+    (folder / ".metadata").write_bytes(content)
+    with pytest.raises(VLBridgeError, match=r"\.metadata"):
+        TorchDistFolder(folder)
+
+
+def edit(folder: Path, change) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def drop_chunk(metadata):
+    metadata.state_dict_metadata["w"].chunks.pop()
+
+
+def double_chunk(metadata):
+    metadata.state_dict_metadata["w"].chunks.append(metadata.state_dict_metadata["w"].chunks[0])
+
+
+def grow_tensor(metadata):
+    metadata.state_dict_metadata["w"].size = torch.Size([4, 5])
+
+
+def move_chunk(metadata):
+    metadata.state_dict_metadata["w"].chunks[1].offsets = torch.Size([1, 0])
+
+
+def forget_storage(metadata):
+    metadata.storage_data = {}
+
+
+def storage(metadata):
+    return metadata.storage_data[MetadataIndex("w", (2, 0))]
+
+
+def escape(metadata):
+    storage(metadata).relative_path = "../elsewhere.distcp"
+
+
+def absolute(metadata):
+    storage(metadata).relative_path = "/etc/passwd"
+
+
+def lose_file(metadata):
+    storage(metadata).relative_path = "__9_9.distcp"
+
+
+def shorten(metadata):
+    storage(metadata).length = 3
+
+
+def shift(metadata):
+    storage(metadata).offset = 10**9
+
+
+def negative(metadata):
+    storage(metadata).offset = -1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        drop_chunk,
+        double_chunk,
+        grow_tensor,
+        move_chunk,
+        forget_storage,
+        escape,
+        absolute,
+        lose_file,
+        shorten,
+        shift,
+        negative,
+    ],
+)
+def test_metadata_that_does_not_fit_its_files_is_refused(change, tmp_path):
+    folder = write(tmp_path, {"w": some(4, 3)}, {"w": [{2}]})
+    TorchDistFolder(folder)
+    edit(folder, change)
+    with pytest.raises(VLBridgeError, match="w"):
+        TorchDistFolder(folder)
+
+
+def test_a_truncated_file_is_refused_by_name(tmp_path):
+    folder = write(tmp_path, {"w": some(4, 3)})
+    os.truncate(folder / "__0_0.distcp", 100)
+    with pytest.raises(VLBridgeError, match=r"__0_0\.distcp.*truncated"):
+        TorchDistFolder(folder)
+
+
+def test_overwritten_bytes_are_refused_when_read(tmp_path):
+    folder = write(tmp_path, {"w": some(4, 3)})
+    content = (folder / "__0_0.distcp").read_bytes()
+    (folder / "__0_0.distcp").write_bytes(b"\0" * len(content))
+    with pytest.raises(VLBridgeError, match=r"__0_0\.distcp: expected the numbers of w"):
+        TorchDistFolder(folder).read(Region.whole("w", (4, 3)))
+
+
+def test_layers_of_several_dtypes_are_refused(tmp_path):
+    folder = write(tmp_path, {"m.layers.0.w": some(2), "m.layers.1.w": some(2, dtype=torch.int8)})
+    with pytest.raises(VLBridgeError, match="one dtype"):
+        TorchDistFolder(folder)
+
+
+def test_a_missing_layer_is_refused(tmp_path):
+    folder = write(tmp_path, {"m.layers.0.w": some(2), "m.layers.2.w": some(2)})
+    with pytest.raises(VLBridgeError, match=r"m\.layers\.w"):
+        TorchDistFolder(folder)
