@@ -1,0 +1,48 @@
+"""Train Qwen vision-language models on Megatron-Core, from a Hugging Face checkpoint and back to one.
+
+Every layout that is offered has been proved equal to transformers on CPU processes; what is not proved is refused.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.errors import VLBridgeError
+
+if TYPE_CHECKING:
+    from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+    from megatron_vlbridge.checkpoint.live import load_hf_weights
+    from megatron_vlbridge.layout.batch_layout import BatchLayout
+    from megatron_vlbridge.model.vlm import Qwen3VLModel
+    from megatron_vlbridge.training.pretrain import model_provider
+    from megatron_vlbridge.training.step import vlm_step
+
+# Imported when first asked for: a converter needs no Megatron, and the CPU runtime must be enabled before Megatron is.
+_HOMES = {
+    "BatchLayout": "layout.batch_layout",
+    "Qwen3VLModel": "model.vlm",
+    "export_checkpoint": "checkpoint.convert",
+    "import_checkpoint": "checkpoint.convert",
+    "load_hf_weights": "checkpoint.live",
+    "model_provider": "training.pretrain",
+    "vlm_step": "training.step",
+}
+
+__all__ = [
+    "BatchLayout",
+    "Config",
+    "Qwen3VLModel",
+    "VLBridgeError",
+    "export_checkpoint",
+    "import_checkpoint",
+    "load_hf_weights",
+    "model_provider",
+    "read_config",
+    "vlm_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from einops import rearrange
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -125,11 +126,11 @@ class PackedAttention(torch.nn.Module):
         outputs, start = [], 0
         for length, run in groupby(packed_seq_params.segments):
             stop = start + length * len(list(run))
-            # Neighbours of one length are attended to as a batch: [n * L, heads, dim] -> [n, heads, L, dim].
-            q, k, v = (x[start:stop].unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
+            # Neighbours of one length are attended to as a batch.
+            q, k, v = (rearrange(x[start:stop], "(n l) h d -> n h l d", l=length) for x in (query, key, value))
             attended = scaled_dot_product_attention(
                 q, k, v, is_causal=attn_mask_type == AttnMaskType.causal, scale=self.softmax_scale, enable_gqa=True
             )
-            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+            outputs.append(rearrange(attended, "n h l d -> (n l) (h d)"))
             start = stop
-        return torch.cat(outputs).flatten(1)
+        return torch.cat(outputs)

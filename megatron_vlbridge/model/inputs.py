@@ -66,6 +66,10 @@ class PackedInputs:
         """
         if tokens.shape != (1, layout.total):
             raise VLBridgeError(f"tokens of a pack are [1, {layout.total}], found {list(tokens.shape)}")
+        _refuse_outside_vocabulary("tokens", tokens[0], torch.ones_like(tokens[0], dtype=torch.bool), config)
+        if labels is not None:
+            _refuse_outside_vocabulary("labels", labels[0], labels[0] != IGNORED, config)
+            _refuse_labels_in_padding(labels[0], layout)
         images, image_patches = _grids_and_patches("image", media.image_grid_thw, media.pixel_values, config)
         videos, video_patches = _grids_and_patches("video", media.video_grid_thw, media.pixel_values_videos, config)
         position_ids = mrope_positions(
@@ -122,11 +126,36 @@ class PackedInputs:
         return replace(self, **moved)
 
 
+def _refuse_outside_vocabulary(what: str, ids: torch.Tensor, used: torch.Tensor, config: Config) -> None:
+    """A tensor-parallel embedding or loss would take such an id for zeros, without a word."""
+    bad = (used & ((ids < 0) | (ids >= config.text.vocab_size))).nonzero().flatten()
+    if len(bad):
+        raise VLBridgeError(
+            f"{what}: {len(bad)} ids lie outside the vocabulary of {config.text.vocab_size}, "
+            f"the first is {int(ids[bad[0]])} at token {int(bad[0])} of the pack"
+        )
+
+
+def _refuse_labels_in_padding(labels: torch.Tensor, layout: BatchLayout) -> None:
+    end = sum(layout.lengths)
+    bad = (labels[end:] != IGNORED).nonzero().flatten()
+    if len(bad):
+        raise VLBridgeError(
+            f"labels: {len(bad)} tokens of the padding (from token {end} of the pack) have a label, "
+            f"the first is {int(labels[end + bad[0]])} at token {end + int(bad[0])}; expected {IGNORED}"
+        )
+
+
 def _grids_and_patches(
     kind: str, grid_thw: torch.Tensor | None, patches: torch.Tensor | None, config: Config
 ) -> tuple[tuple[tuple[int, int, int], ...], torch.Tensor]:
+    if grid_thw is not None and (grid_thw.shape[1:] != (3,) or grid_thw.is_floating_point()):
+        raise VLBridgeError(
+            f"{kind} grids are int64 [n, 3] (frames, height, width in patches), "
+            f"found {grid_thw.dtype} {list(grid_thw.shape)}"
+        )
     grids = () if grid_thw is None else grids_of(grid_thw)
-    patches = torch.empty(0, config.vision.patch_dim) if patches is None else patches
+    patches = torch.empty(0, config.vision.patch_dim) if patches is None else patches.float()
     expected = sum(t * h * w for t, h, w in grids)
     if patches.shape != (expected, config.vision.patch_dim):
         raise VLBridgeError(

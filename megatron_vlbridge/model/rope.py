@@ -17,7 +17,7 @@ def mrope_axes(mrope_section: Sequence[int]) -> list[int]:
     """
     axes = [0] * sum(mrope_section)
     for axis in (1, 2):
-        for j in range(axis, 3 * mrope_section[axis], 3):
+        for j in range(axis, min(3 * mrope_section[axis], len(axes)), 3):
             axes[j] = axis
     return axes
 

@@ -86,7 +86,11 @@ def language_config(config: Config, base: TransformerConfig | None = None, **ove
 
 def vision_config(config: Config, language: TransformerConfig) -> TransformerConfig:
     """The vision tower's `TransformerConfig`: the checkpoint's fields over the language model's."""
-    return _over(language, vision_fields(config))
+    fields = vision_fields(config)
+    if language.recompute_method == "uniform":
+        # Deepstack features are taken between layers, which recomputed groups of several layers do not give.
+        fields["recompute_num_layers"] = 1
+    return _over(language, fields)
 
 
 def _over(base: TransformerConfig | None, fields: dict[str, Any]) -> TransformerConfig:

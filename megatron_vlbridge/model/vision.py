@@ -1,5 +1,6 @@
 """The vision tower: a ViT of Megatron's own layers, tensor-parallel and sequence-parallel like the language model."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.functional import gelu, pad
 from megatron_vlbridge.backends.packed import packed_segments
 from megatron_vlbridge.config import Config, VisionConfig
 from megatron_vlbridge.layout.frames import Frames
+from megatron_vlbridge.model.recompute import recomputable
 from megatron_vlbridge.model.rope import inverse_frequencies, rotary_table
 from megatron_vlbridge.model.specs import block_spec, layer_spec
 
@@ -92,7 +94,8 @@ class PatchMergers(torch.nn.ModuleList):
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Each merger's own entries; torch's list would give every rank's part as if it were the whole tensor."""
         entries: dict[str, Any] = {}
-        for number, merger in enumerate(self):
+        mergers: Iterable[Any] = self
+        for number, merger in enumerate(mergers):
             entries |= merger.sharded_state_dict(f"{prefix}{number}.", *args, **kwargs)
         return entries
 
@@ -164,7 +167,7 @@ class VisionModel(MegatronModule):
     ) -> torch.Tensor:
         levels = self.vision.deepstack_visual_indexes
         output = self.decoder(
-            hidden,
+            recomputable(hidden, self.decoder),
             attention_mask=None,
             rotary_pos_emb=table,
             packed_seq_params=packed_segments(lengths, device),

@@ -18,6 +18,7 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.frames import Frames
 from megatron_vlbridge.model.inputs import Media, PackedInputs
 from megatron_vlbridge.model.language import LanguageModel
+from megatron_vlbridge.model.recompute import recomputable
 from megatron_vlbridge.model.transformer_config import vision_config
 from megatron_vlbridge.model.vision import VisionModel
 
@@ -85,30 +86,41 @@ class Qwen3VLModel(MegatronModule):
         image_grid_thw: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         inputs: PackedInputs | None = None,
-        **ignored: Any,
     ) -> torch.Tensor:
         """Logits, or the loss of each token where there are labels.
 
-        Takes a padded batch (`input_ids`, `attention_mask`, `labels` `[B, S]` and the processor's media) and gives
-        `[B, S, V]` or `[B, S]`; or takes `inputs`, a pack, and gives `[1, T, V]` or `[1, T]`. Labels are next tokens.
+        Takes a padded batch (`input_ids`, `attention_mask`, `labels` `[B, S]` and the processor's media, on any device)
+        and gives `[B, S, V]` or `[B, S]`; or takes `inputs`, a pack, and gives `[1, T, V]` or `[1, T]`. Labels are next
+        tokens; where they are -100 the loss is 0. `mm_token_type_ids` `[B, S]` (1 image, 2 video) is only checked.
         A stage without the head gives hidden states `[T, 1, H]` for the next one.
+
+        Raises:
+            VLBridgeError: where the parts of the batch do not fit each other.
         """
+        batch = (input_ids, attention_mask, labels, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        if (inputs is None) == (input_ids is None) or (inputs is not None and any(x is not None for x in batch)):
+            raise VLBridgeError(
+                "Qwen3VLModel takes either input_ids [B, S] and what belongs to them, or a pack as `inputs`"
+            )
         if inputs is not None:
             return self._forward_pack(inputs)
-        if input_ids is None:
-            raise VLBridgeError("Qwen3VLModel needs input_ids [B, S], or a pack as `inputs`")
+        # A pack is made on the host, which has to know its lengths and grids.
+        ids, mask, labels, *media = (None if x is None else x.cpu() for x in batch)
+        assert ids is not None
+        self._refuse_other_kinds(ids, mm_token_type_ids)
         shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        media = Media(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        pack = PackedInputs.from_padded(input_ids, attention_mask, media, self.checkpoint, labels, shards)
-        output = self._forward_pack(pack)
+        pack = PackedInputs.from_padded(ids, mask, Media(*media), self.checkpoint, labels, shards)
+        output = self._forward_pack(pack.to(next(self.parameters()).device))
         return pack.layout.unpack(output) if self.post_process else output
 
     def _forward_pack(self, inputs: PackedInputs) -> torch.Tensor:
         embeddings = deepstack = None
         if self.pre_process:
             embeddings, deepstack = self._embed(inputs)
-        return self.language_model(
+            embeddings = recomputable(embeddings, self.language_model.decoder)
+        output = self.language_model(
             inputs.tokens,
             inputs.position_ids,
             attention_mask=None,
@@ -117,6 +129,10 @@ class Qwen3VLModel(MegatronModule):
             packed_seq_params=packed_segments(inputs.layout.segments, inputs.tokens.device),
             extra_block_kwargs=None if deepstack is None else {"context": deepstack},
         )
+        if self.post_process and inputs.labels is not None:
+            assert inputs.loss_mask is not None
+            output = output * inputs.loss_mask
+        return output
 
     def _embed(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Token embeddings with the pictures in place `[s, 1, H]`, and the deepstack rows `[levels, s, 1, H]`."""
@@ -147,6 +163,16 @@ class Qwen3VLModel(MegatronModule):
         if not self.config.sequence_parallel:
             return rows
         return scatter_to_sequence_parallel_region(rows, group=self.pg_collection.tp)
+
+    def _refuse_other_kinds(self, ids: torch.Tensor, mm_token_type_ids: torch.Tensor | None) -> None:
+        if mm_token_type_ids is None:
+            return
+        kinds = (ids == self.checkpoint.image_token_id).long() + 2 * (ids == self.checkpoint.video_token_id).long()
+        if not torch.equal(kinds, mm_token_type_ids.cpu().long()):
+            raise VLBridgeError(
+                "mm_token_type_ids: expected 1 at image placeholders, 2 at video placeholders and 0 elsewhere in "
+                f"input_ids {list(ids.shape)}, found another table {list(mm_token_type_ids.shape)}"
+            )
 
     def _refuse_deepstack_on_a_later_stage(self) -> None:
         levels = len(self.checkpoint.vision.deepstack_visual_indexes)

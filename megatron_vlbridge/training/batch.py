@@ -68,10 +68,11 @@ def read_pack(batch: Mapping[str, Any], config: Config) -> PackedInputs:
     missing, unknown = [key for key in PACK_KEYS if key not in batch], sorted(set(batch) - set(PACK_KEYS))
     if missing or unknown:
         raise VLBridgeError(f"a micro-batch has the keys {list(PACK_KEYS)}; missing: {missing}, unknown: {unknown}")
-    sizes = {key: batch[key].shape[0] for key in PACK_KEYS}
-    if set(sizes.values()) != {1}:
+    _refuse_other_than_tensors(batch)
+    shapes = {key: list(batch[key].shape) for key in PACK_KEYS}
+    if any(shape[:1] != [1] for shape in shapes.values()):
         raise VLBridgeError(
-            f"a micro-batch is one pack, so every tensor has a leading axis of 1; found {sizes}. "
+            f"a micro-batch is one pack, so every tensor has a leading axis of 1; found {shapes}. "
             "Use --micro-batch-size 1 and a longer --seq-length"
         )
     pack = {key: batch[key][0] for key in PACK_KEYS}
@@ -82,6 +83,17 @@ def read_pack(batch: Mapping[str, Any], config: Config) -> PackedInputs:
     layout = BatchLayout.packed(pack["segment_lengths"].tolist(), pack["tokens"].shape[0])
     media = Media(**{key: pack[key] for key in PACK_KEYS[3:]})
     return PackedInputs.from_pack(layout, pack["tokens"][None], media, config, pack["labels"][None])
+
+
+def _refuse_other_than_tensors(batch: Mapping[str, Any]) -> None:
+    """Patches are floating-point tensors, everything else integers."""
+    for key in PACK_KEYS:
+        value, wanted = batch[key], key.startswith("pixel_values")
+        if not isinstance(value, torch.Tensor) or value.is_floating_point() != wanted:
+            found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+            raise VLBridgeError(
+                f"{key} of a micro-batch: expected a tensor of {'float32' if wanted else 'int64'}, found {found}"
+            )
 
 
 def _next(data_iterator: Iterator[Mapping[str, Any]] | None) -> Mapping[str, Any]:

@@ -23,6 +23,26 @@ _PROVED: dict[str, tuple[tuple[object, ...], str]] = {
     "cpu_offloading": ((False,), "activation offloading"),
     "fine_grained_activation_offloading": ((False,), "activation offloading"),
     "cuda_graph_impl": (("none", None), "CUDA graphs"),
+    "enable_cuda_graph": ((False,), "CUDA graphs"),
+    "external_cuda_graph": ((False,), "CUDA graphs"),
+    "tp_comm_overlap": ((False,), "overlapped tensor-parallel communication, whose buffers have one fixed length"),
+    "distribute_saved_activations": ((False,), "recomputation with activations spread over the ranks"),
+    "fp16": ((False,), "fp16 (use --bf16)"),
+    "fp32_residual_connection": ((False,), "a residual stream in fp32"),
+    # What would make it another architecture than the checkpoint's.
+    "num_moe_experts": ((None,), "experts"),
+    "multi_latent_attention": ((False,), "multi-latent attention"),
+    "experimental_attention_variant": ((None,), "another attention"),
+    "attention_output_gate": ((False,), "gated attention"),
+    "heterogeneous_block_specs": ((False,), "layers of several kinds"),
+    "apply_residual_connection_post_layernorm": ((False,), "a residual taken after the norm"),
+    "apply_query_key_layer_scaling": ((False,), "attention scaled by layer"),
+    "softmax_scale": ((None,), "another softmax scale"),
+    "softmax_type": (("vanilla",), "another softmax"),
+    "no_rope_freq": ((None,), "layers without rotary embedding"),
+    "qk_l2_norm": ((False,), "L2 norm of queries and keys"),
+    "qk_clip": ((False,), "clipped queries and keys"),
+    "use_mup": ((False,), "maximal update parametrisation"),
 }
 
 
@@ -35,7 +55,7 @@ def check_layout(config: TransformerConfig, checkpoint: Config) -> None:
     faults = [
         f"{words}: {name}={getattr(config, name)!r}, proved: {' or '.join(map(repr, values))}"
         for name, (values, words) in _PROVED.items()
-        if getattr(config, name, values[0]) not in values
+        if getattr(config, name) not in values
     ]
     if faults:
         raise VLBridgeError(

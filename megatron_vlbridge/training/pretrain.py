@@ -30,6 +30,9 @@ from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.guards import check_layout
 from megatron_vlbridge.training.step import vlm_step
 
+# Arguments of the architecture that are None in Megatron unless somebody gave them.
+_NO_DEFAULT = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "vocab_size")
+
 # What Megatron would fuse with kernels that only a GPU has.
 _CPU_ARGUMENTS = {
     "distributed_backend": "gloo",
@@ -64,17 +67,17 @@ def parse_arguments() -> argparse.Namespace:
     """
     args = parse_args(add_arguments)
     config = read_config(args.hf_folder)
+    if args.micro_batch_size not in (None, 1):
+        raise VLBridgeError(
+            f"--micro-batch-size is {args.micro_batch_size}, but a micro-batch is one pack: "
+            "use 1 and a longer --seq-length"
+        )
+    args.micro_batch_size = 1
     for name, value in _architecture_arguments(config).items():
         given = getattr(args, name)
-        if given not in (None, value) and name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-        ):
-            raise VLBridgeError(
-                f"--{name.replace('_', '-')} is {given}, but {args.hf_folder} says {value}; leave it out"
-            )
+        if name in _NO_DEFAULT and given not in (None, value):
+            flag = f"--{name.replace('_', '-')}"
+            raise VLBridgeError(f"{flag} is {given}, but {args.hf_folder} says {value}; leave it out")
         setattr(args, name, value)
     if cpu_runtime.is_enabled():
         for name, value in _CPU_ARGUMENTS.items():

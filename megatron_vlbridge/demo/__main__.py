@@ -1,0 +1,65 @@
+"""The command: `python -m megatron_vlbridge.demo`, or `make demo`."""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from megatron_vlbridge.demo.process import ENVIRONMENT
+from megatron_vlbridge.errors import VLBridgeError
+
+
+def main() -> int:
+    """0: every claim of the report holds; 1: one does not, or a stage failed; 2: wrong usage; 130: stopped."""
+    options = _arguments()
+    os.environ.update(ENVIRONMENT)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        # Imported late: they read the environment, and a wrong option is answered at once.
+        from transformers.utils import logging
+
+        from megatron_vlbridge.demo.journey import Options, run
+        from megatron_vlbridge.demo.progress import Progress
+
+        logging.disable_progress_bar()
+        result = run(Options(**vars(options)), Progress(sys.stdout))
+    except VLBridgeError as error:
+        print(f"\nThe demo failed.\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped; the processes of the training are ended.", file=sys.stderr)
+        return 130
+    for claim in result.claims:
+        if not claim.holds:
+            print(f"Claim failed: {claim.text}: found {claim.found}", file=sys.stderr)
+    return 0 if all(claim.holds for claim in result.claims) else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_vlbridge.demo",
+        description="Teach a small Qwen3-VL to read handwritten digits, on the CPU: Hugging Face checkpoint -> "
+        "Megatron checkpoint -> Megatron's own pretrain -> Hugging Face checkpoint -> the same answers in both.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for all results (%(default)s)")
+    parser.add_argument("--tp", type=_positive, default=1, help="tensor-parallel processes (%(default)s)")
+    parser.add_argument("--pp", type=_positive, default=1, help="pipeline stages (%(default)s)")
+    parser.add_argument("--iterations", type=_positive, default=600, help="training iterations (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the pairs and the order (%(default)s)")
+    return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {number}")
+    return number
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The stages of the demo, one after the other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.data.digits import Conversation, answer, conversations, load_scans, split_scans
+from megatron_vlbridge.data.report import draw_answer_sheet, draw_loss_curve
+from megatron_vlbridge.demo.answers import Answers, accuracy, in_transformers, pictures
+from megatron_vlbridge.demo.folder import Folder
+from megatron_vlbridge.demo.process import follow
+from megatron_vlbridge.demo.progress import Progress, duration
+from megatron_vlbridge.demo.report import Difference, Result, report_text
+from megatron_vlbridge.demo.start import PICTURE_SIZE, load_conversations, write_checkpoint, write_conversations
+from megatron_vlbridge.demo.train import Recipe, train
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user chooses, and how much data there is (all scans by default)."""
+
+    out: Path = Path("demo-out")
+    tp: int = 1
+    pp: int = 1
+    iterations: int = 600
+    seed: int = 0
+    train_scans: int = 1500
+    train_pairs: int = 1500
+    held_out_scans: int = 297
+    held_out_pairs: int = 60
+
+
+def run(options: Options, progress: Progress) -> Result:
+    """The whole journey; leaves its results in `options.out` and gives what the report says.
+
+    Raises:
+        VLBridgeError: a stage failed, or `options.out` holds something else.
+    """
+    folder, recipe = Folder(options.out), Recipe(options.tp, options.pp, options.iterations, options.seed)
+    folder.prepare()
+    with progress.stage("Real handwritten digits become conversations"):
+        train_count, held_out = _write_data(options, folder, progress)
+    with progress.stage("A small Qwen3-VL with random weights, as a Hugging Face checkpoint"):
+        parameters = write_checkpoint(folder.hf_start, options.seed)
+        progress.note(f"{parameters:,} parameters, fp32, with its processor: {folder.hf_start}")
+    with progress.stage("Import: Hugging Face -> Megatron"):
+        import_checkpoint(folder.hf_start, folder.megatron_start)
+        progress.note(f"{folder.megatron_start}")
+    with progress.stage(f"Training with Megatron's own pretrain, TP={recipe.tp} x PP={recipe.pp}"):
+        losses = train(folder, recipe, progress)
+        progress.note(f"loss {losses[0]:.3f} -> {losses[-1]:.5f}: {folder.megatron_trained}")
+    with progress.stage("Export: Megatron -> Hugging Face"):
+        export_checkpoint(folder.megatron_trained, folder.hf_trained, like=folder.hf_start)
+        progress.note(f"{folder.hf_trained}")
+    with progress.stage("Digits that it has never seen, in transformers and in Megatron"):
+        there, here = in_transformers(folder.hf_trained, held_out), _in_megatron(folder)
+        result = Result(
+            recipe=recipe,
+            parameters=parameters,
+            train_conversations=train_count,
+            held_out_conversations=len(held_out),
+            losses=losses,
+            accuracy_megatron=accuracy(here.said, held_out),
+            accuracy_transformers=accuracy(there.said, held_out),
+            blind_megatron=accuracy(here.said_blind, held_out),
+            blind_transformers=accuracy(there.said_blind, held_out),
+            other_answers=sum(one != other for one, other in zip(here.said, there.said, strict=True)),
+            logits=Difference.of(here.logits, there.logits),
+        )
+    with progress.stage("Report"):
+        draw_loss_curve(losses, folder.loss, title="Qwen3-VL learns to read digits: training loss")
+        _draw_answers(held_out, there.said, folder.answers)
+    result = replace(result, seconds=progress.seconds)
+    folder.report.write_text(report_text(result), encoding="utf-8")
+    _show(result, folder, progress)
+    return result
+
+
+def _write_data(options: Options, folder: Folder, progress: Progress) -> tuple[int, list[Conversation]]:
+    """Write both files; the number of conversations to learn from, and the held-out ones as they were written."""
+    known, unseen = split_scans(load_scans(PICTURE_SIZE), options.held_out_scans)
+    to_learn = conversations(known[: options.train_scans], options.train_pairs, options.seed)
+    to_ask = conversations(unseen, options.held_out_pairs, options.seed)
+    for name, some in (("train", to_learn), ("held-out", to_ask)):
+        write_conversations(some, folder.data / f"{name}.jsonl")
+        two = sum(len(pictures(one)) > 1 for one in some)
+        progress.note(f"{len(some):,} conversations, {two:,} with two pictures: {folder.data / name}.jsonl")
+    return len(to_learn), load_conversations(folder.data / "held-out.jsonl")
+
+
+def _in_megatron(folder: Folder) -> Answers:
+    """Megatron's answers, in a fresh process: transformers' own are not to share anything with them."""
+    result = folder.logs / "megatron-answers.safetensors"
+    places = [folder.megatron_trained, folder.hf_start, folder.data / "held-out.jsonl", result]
+    command = ["-m", "megatron_vlbridge.demo.megatron_side", *map(str, places)]
+    follow(command, folder.logs / "megatron-answers.log")
+    return Answers.load(result)
+
+
+def _draw_answers(held_out: Sequence[Conversation], said: Sequence[str], path: Path) -> None:
+    single = [(one, text) for one, text in zip(held_out, said, strict=True) if len(pictures(one)) == 1]
+    images = [picture for one, _ in single for picture in pictures(one) if isinstance(picture, Image.Image)]
+    draw_answer_sheet(
+        images,
+        [answer(one) for one, _ in single],
+        [text for _, text in single],
+        path,
+        title="Digits that it has never seen",
+    )
+
+
+def _show(result: Result, folder: Folder, progress: Progress) -> None:
+    progress.note("")
+    for claim in result.claims:
+        progress.note(f"{'yes' if claim.holds else 'NO ':3}  {claim.text}: {claim.found}")
+    progress.note("")
+    progress.note(f"All of it in {duration(sum(result.seconds.values()))}. Read {folder.report}")

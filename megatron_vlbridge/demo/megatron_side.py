@@ -1,0 +1,80 @@
+"""Megatron's side of the held-out questions, in a process of its own.
+
+`python -m megatron_vlbridge.demo.megatron_side CHECKPOINT HF_FOLDER CONVERSATIONS RESULT` loads a `torch_dist`
+checkpoint of any layout with Megatron-Core's own loader into one CPU process, and writes an `Answers` file.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_vlbridge.backends import cpu_runtime
+
+if __name__ == "__main__":
+    # Before Megatron is imported.
+    cpu_runtime.enable()
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from transformers import AutoProcessor, BatchFeature
+
+from megatron_vlbridge.checkpoint.torch_dist import locate
+from megatron_vlbridge.config import read_config
+from megatron_vlbridge.demo.answers import MAX_NEW_TOKENS, put
+from megatron_vlbridge.demo.start import load_conversations
+from megatron_vlbridge.model.transformer_config import language_config
+from megatron_vlbridge.model.vlm import Qwen3VLModel
+
+
+def main() -> None:
+    """Load, ask, write."""
+    checkpoint, hf_folder, conversations, result = map(Path, sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            parallel_state.initialize_model_parallel()
+            model_parallel_cuda_manual_seed(1)
+            _ask(_load(checkpoint, hf_folder), hf_folder, conversations, result)
+        finally:
+            dist.destroy_process_group()
+
+
+def _load(checkpoint: Path, hf_folder: Path) -> Qwen3VLModel:
+    config = read_config(hf_folder)
+    model = Qwen3VLModel(
+        language_config(
+            config, use_cpu_initialization=True, params_dtype=torch.float32, gradient_accumulation_fusion=False
+        ),
+        config,
+    )
+    wanted = model.sharded_state_dict()
+    names = list(wanted)
+    # The loader also gives what the training keeps beside the weights.
+    state = dist_checkpointing.load(wanted, os.fspath(locate(checkpoint)))
+    model.load_state_dict({name: state[name] for name in names})
+    return model.eval()
+
+
+@torch.inference_mode()
+def _ask(model: Qwen3VLModel, hf_folder: Path, conversations: Path, result: Path) -> None:
+    def forward(batch: BatchFeature) -> torch.Tensor:
+        return model(**batch)
+
+    def generate(batch: BatchFeature) -> torch.Tensor:
+        tokens, mask = batch["input_ids"], batch["attention_mask"]
+        start = tokens.shape[1]
+        pictures = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
+        for _ in range(MAX_NEW_TOKENS):
+            logits = model(tokens, mask, **pictures)
+            tokens = torch.cat((tokens, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+        return tokens[:, start:]
+
+    put(load_conversations(conversations), AutoProcessor.from_pretrained(hf_folder), forward, generate).save(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What runs inside the workers: single stages, padded batches and training steps with Megatron's options."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+from megatron_vlbridge.config import read_config
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model.vlm import Qwen3VLModel
+from megatron_vlbridge.training.batch import next_inputs, read_pack
+from megatron_vlbridge.training.step import vlm_step
+from tests.functional import ranks
+from tests.functional.pool import Layout
+
+Pack = Mapping[str, torch.Tensor]
+
+
+def read_each(layout: Layout, folder: Path, packs: Sequence[Pack]) -> list[str | int]:
+    """Of each pack that this rank reads: the refusal, or the number of its tokens."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups, first = ProcessGroupCollection.use_mpu_process_groups(), parallel_state.is_pipeline_first_stage()
+    iterator = iter([_with_axis(pack) for pack in packs]) if groups.tp.rank() == 0 else None
+    answers: list[str | int] = []
+    for _ in packs:
+        try:
+            read = next_inputs(iterator, read_config(folder), groups, pre_process=first, post_process=not first)
+            answers.append(read.tokens.numel())
+        except VLBridgeError as error:
+            answers.append(str(error))
+    return answers
+
+
+def build_or_refuse(layout: Layout, folder: Path, **overrides: Any) -> str:
+    """The refusal of this rank's model, or nothing."""
+    try:
+        ranks.build_model(layout, folder, load=False, **overrides)
+    except VLBridgeError as error:
+        return str(error)
+    return ""
+
+
+def first_stage(layout: Layout, folder: Path, packs: Sequence[Pack]) -> list[torch.Tensor]:
+    """What the first stage gives for each pack, `[T, ...]`: hidden states, or logits where it is the only one."""
+    model = ranks.build_model(layout, folder)
+    if not model.pre_process:
+        return []
+    inputs = [replace(read_pack(_with_axis(pack), model.checkpoint), labels=None) for pack in packs]
+    outputs = [model(inputs=x).detach() for x in inputs]
+    return [x[0] if model.post_process else x[:, 0] for x in outputs]
+
+
+def padded(layout: Layout, folder: Path, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The whole model's output of a padded batch; this rank's part of the logits."""
+    output: torch.Tensor = ranks.build_model(layout, folder)(**batch)
+    return output.detach()
+
+
+def padded_refusals(layout: Layout, folder: Path, calls: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The kind of error and the text that each call of the model gives."""
+    model = ranks.build_model(layout, folder)
+    answers = []
+    for arguments in calls:
+        try:
+            model(**arguments)
+            answers.append("")
+        except (VLBridgeError, TypeError) as error:
+            answers.append(f"{type(error).__name__}: {error}")
+    return answers
+
+
+def train_step(
+    layout: Layout,
+    folder: Path,
+    packs: Sequence[Pack],
+    *,
+    overlap: bool = False,
+    frozen: Sequence[str] = (),
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Forward and backward of one step: loss reports, gradients, and how often each part's first layer ran.
+
+    `overlap`: Megatron's DDP reduces gradients while the backward runs. `frozen`: how the names begin of what gets none.
+    """
+    model = ranks.build_model(layout, folder, **overrides)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not name.startswith(tuple(frozen))
+    calls = _count_first_layers(model)
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(overlap_grad_reduce=overlap), model)
+    if overlap:
+        model.config.no_sync_func = wrapped.no_sync
+    model.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=model.pg_collection)
+    reports = ranks._run(wrapped, vlm_step, ranks._mine(packs), forward_only=False)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.main_grad = torch.zeros_like(parameter)
+    return {
+        "reports": [report["lm loss"] for report in reports],
+        "gradients": ranks.gradient_shards(model),
+        "calls": dict(calls),
+        "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
+    }
+
+
+def _count_first_layers(model: Qwen3VLModel) -> Counter[str]:
+    calls: Counter[str] = Counter()
+    parts = {"language": model.language_model} | ({"vision": model.vision_model} if model.pre_process else {})
+    for name, part in parts.items():
+        part.decoder.layers[0].register_forward_hook(lambda *_, name=name: calls.update([name]))
+    return calls
+
+
+def _with_axis(pack: Pack) -> dict[str, torch.Tensor]:
+    return {key: value[None] for key, value in pack.items()}

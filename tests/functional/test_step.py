@@ -1,0 +1,285 @@
+"""The model's door and a training step: pictures matter, bad packs stop every rank, Megatron's options change nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vlbridge.config import read_config
+from megatron_vlbridge.families import find
+from tests import reference
+from tests.functional import ranks, step_ranks
+from tests.functional.parity import PACK_LENGTH, TOLERANCE, measure
+from tests.functional.pool import Layout, Pool
+
+TP2, PP2, DP2 = Layout(tp=2, world=2), Layout(pp=2, world=2), Layout(world=2)
+TP2_SP = Layout(tp=2, sp=True, world=2)
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+FULL_BY_THREE = FULL | {"recompute_num_layers": 3}
+FULL_BLOCK = FULL | {"recompute_method": "block", "recompute_num_layers": 2}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference.write_checkpoint(tmp_path_factory.mktemp("untied"))
+
+
+def conversations(*kinds: str, seed: int = 20) -> list[reference.Conversation]:
+    return [reference.conversation(kind, seed + number) for number, kind in enumerate(kinds)]
+
+
+def pack(*kinds: str, seed: int = 20) -> dict[str, torch.Tensor]:
+    return reference.pack(conversations(*kinds, seed=seed), PACK_LENGTH)
+
+
+# Bad packs
+
+
+@pytest.mark.parametrize("layout", [TP2, PP2], ids=str)
+def test_a_bad_pack_is_refused_on_every_rank_alike_and_the_next_one_is_read(
+    pool: Pool, folder: Path, layout: Layout
+) -> None:
+    good = pack("image", "text")
+    bad = good | {"image_grid_thw": good["image_grid_thw"] + 2}
+    answers = pool.run(step_ranks.read_each, layout, folder=folder, packs=[bad, good])
+    assert all(answer == answers[0] for answer in answers)
+    assert "image patches" in answers[0][0]
+    assert answers[0][1] == PACK_LENGTH
+
+
+def test_every_kind_of_bad_pack_reaches_all_ranks_of_a_tensor_parallel_group(pool: Pool, folder: Path) -> None:
+    """An error of another type than ours would leave the other ranks waiting."""
+    good = pack("image", "text")
+    bad = {
+        "labels": good["labels"][1:],
+        "image_grid_thw": good["image_grid_thw"][:, 1:],
+        "tokens": good["tokens"] + 100,
+        "segment_lengths": torch.tensor(5),
+        "images_per_segment": good["images_per_segment"][1:],
+        "pixel_values": good["pixel_values"][1:],
+    }
+    packs = [good | {key: value} for key, value in bad.items()]
+    packs.append({key: value for key, value in good.items() if key != "videos_per_segment"})
+    first, second = pool.run(step_ranks.read_each, TP2, folder=folder, packs=packs)
+    assert first == second
+    assert all(isinstance(answer, str) for answer in first)
+
+
+# Pictures
+
+
+def brighter(group: list[reference.Conversation], number: int) -> dict[str, torch.Tensor]:
+    """The group's pack with other pixels in one of its conversations, each of which has images or videos, not both."""
+    kind, key = ("videos", "pixel_values_videos") if len(group[number].videos) else ("images", "pixel_values")
+    packed = reference.pack(group, PACK_LENGTH)
+    before = sum(len(getattr(c, kind)) for c in group[:number])
+    packed[key][before : before + len(getattr(group[number], kind))] += 1.0
+    return packed
+
+
+@pytest.mark.parametrize("layout", [Layout(), PP2, TP2_SP], ids=str)
+def test_pixels_change_the_first_stage_in_their_own_conversation_alone(
+    pool: Pool, folder: Path, layout: Layout
+) -> None:
+    group = conversations("image", "video", "text", "image")
+    with_pictures = (0, 1, 3)
+    packs = [reference.pack(group, PACK_LENGTH), *(brighter(group, number) for number in with_pictures)]
+    by_rank = [r for r in pool.run(step_ranks.first_stage, layout, folder=folder, packs=packs) if r]
+    lengths = [len(c.tokens) for c in group]
+    lengths.append(PACK_LENGTH - sum(lengths))
+    before, *after = (torch.cat(parts, dim=-1).split(lengths) for parts in zip(*by_rank, strict=True))
+    for changed, outputs in zip(with_pictures, after, strict=True):
+        for segment, (old, new) in enumerate(zip(before, outputs, strict=True)):
+            assert torch.equal(old, new) == (segment != changed), f"segment {segment}, changed {changed}"
+        picture = group[changed].tokens.tolist().index(reference.VIDEO if changed == 1 else reference.IMAGE)
+        same = (before[changed] == outputs[changed]).all(dim=1)
+        assert same[:picture].all()
+        assert not same[picture:].any()
+
+
+# Padded batches
+
+
+def padded_batch(group: list[reference.Conversation], side: str) -> dict[str, torch.Tensor]:
+    """What a processor gives for these conversations, padded with a placeholder's id on one side."""
+    width = max(len(c.tokens) for c in group) + 3
+    ids = torch.full((len(group), width), 5)
+    mask = torch.zeros_like(ids)
+    for row, c in enumerate(group):
+        place = slice(0, len(c.tokens)) if side == "right" else slice(width - len(c.tokens), width)
+        ids[row, place], mask[row, place] = c.tokens, 1
+    kinds = (ids == reference.IMAGE).long() + 2 * (ids == reference.VIDEO).long()
+    media = {key: value for key, value in reference.pack(group, 2 * PACK_LENGTH).items() if key in MEDIA}
+    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds} | media
+
+
+MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("layout", [Layout(), TP2_SP], ids=str)
+def test_padded_batch_equals_transformers(pool: Pool, folder: Path, layout: Layout, side: str) -> None:
+    from transformers import Qwen3VLForConditionalGeneration
+
+    batch = padded_batch(conversations("images", "text", "mixed", "video"), side)
+    with torch.no_grad():
+        model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        expected = model(**batch, use_cache=False).logits
+    found = torch.cat(pool.run(step_ranks.padded, layout, folder=folder, batch=batch), dim=-1)
+    kept = batch["attention_mask"].bool()
+    assert reference.relative_error(found[kept], expected[kept]) < TOLERANCE
+    assert not found[~kept].any()
+
+    labels = torch.where(kept & (batch["input_ids"] >= 20), batch["input_ids"], -100).roll(-1, dims=1)
+    labels[:, -1] = -100
+    labels[~kept] = -100
+    losses = pool.run(step_ranks.padded, layout, folder=folder, batch=batch | {"labels": labels})
+    wanted = torch.nn.functional.cross_entropy(expected.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    for mine in losses:
+        assert reference.relative_error(mine, wanted) < TOLERANCE
+        assert not mine[labels == -100].any()
+
+
+def test_arguments_that_nobody_reads_are_refused(pool: Pool, folder: Path) -> None:
+    batch = padded_batch(conversations("image", "text"), "right")
+    batch = {key: value for key, value in batch.items() if "video" not in key}
+    misspelt = {("pixel_value" if key == "pixel_values" else key): value for key, value in batch.items()}
+    answers = pool.run(
+        step_ranks.padded_refusals,
+        Layout(),
+        folder=folder,
+        calls=[
+            batch,
+            misspelt,
+            {},
+            batch | {"inputs": object()},
+            batch | {"mm_token_type_ids": batch["mm_token_type_ids"].roll(1, dims=1)},
+            batch | {"attention_mask": batch["attention_mask"][:, 1:]},
+        ],
+    )[0]
+    for answer, words in zip(
+        answers,
+        [
+            "",
+            "TypeError: ",
+            "VLBridgeError: ",
+            "VLBridgeError: ",
+            "VLBridgeError: mm_token_type_ids",
+            "VLBridgeError: ",
+        ],
+        strict=True,
+    ):
+        assert answer.startswith(words)
+        assert bool(answer) == bool(words)
+    assert "'pixel_value'" in answers[1]
+
+
+# A step
+
+
+def gradients_of(folder: Path, results: list[dict]) -> dict[str, torch.Tensor]:
+    config = read_config(folder)
+    return find(config).table(config).to_hf(ranks.assemble([r["gradients"] for r in results]))
+
+
+@pytest.mark.parametrize("layout", [DP2, TP2_SP, PP2], ids=str)
+@pytest.mark.parametrize("frozen", [(), ("vision_model",)], ids=["trainable-tower", "frozen-tower"])
+def test_text_between_pictures_with_overlapped_reduction_equals_transformers(
+    pool: Pool, folder: Path, layout: Layout, frozen: tuple[str, ...]
+) -> None:
+    """The last micro-batch of each rank is text alone: Megatron counts the gradients of that one."""
+    groups = [conversations(*kinds, seed=30 + i) for i, kinds in enumerate((("image", "text"), ("mixed",)))]
+    groups += [conversations("text", seed=40), conversations("text", "text", seed=50)]
+    packs = [reference.pack(group, PACK_LENGTH) for group in groups]
+    expected = reference.run_transformers(folder, [c for group in groups for c in group]).gradients
+    results = pool.run(step_ranks.train_step, layout, folder=folder, packs=packs, overlap=True, frozen=frozen)
+    for name, found in gradients_of(folder, results).items():
+        if frozen and ".visual." in name:
+            assert not found.any()
+        else:
+            assert reference.relative_error(found, expected[name]) < TOLERANCE, name
+
+
+def test_text_alone_gives_a_trainable_tower_zero_gradients(pool: Pool, folder: Path) -> None:
+    packs = [pack("text", "text"), pack("text")]
+    results = pool.run(step_ranks.train_step, DP2, folder=folder, packs=packs, overlap=True)
+    gradients = gradients_of(folder, results)
+    tower = [x for name, x in gradients.items() if ".visual." in name]
+    assert len(tower) > 50
+    assert not torch.cat([x.flatten() for x in tower]).any()
+    assert all(x.any() for name, x in gradients.items() if ".visual." not in name)
+
+
+@pytest.mark.parametrize("layout", [DP2, TP2_SP, PP2], ids=str)
+def test_no_supervised_token_gives_zero_loss_and_zero_gradients(pool: Pool, folder: Path, layout: Layout) -> None:
+    packs = [pack("image", "text"), pack("text")]
+    packs = [x | {"labels": torch.full_like(x["labels"], -100)} for x in packs]
+    results = pool.run(step_ranks.train_step, layout, folder=folder, packs=packs)
+    reports = torch.stack([report for r in results for report in r["reports"]])
+    assert not reports.any()
+    assert all(not x.any() for x in gradients_of(folder, results).values())
+
+
+# Activation recomputation
+
+GROUPS = (("mixed", "text"), ("text",), ("images", "video"))
+
+
+@pytest.mark.parametrize("layout", [Layout(), TP2_SP, PP2], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [FULL, FULL_BY_THREE, FULL_BLOCK, SELECTIVE],
+    ids=["full", "full-by-three", "full-block", "selective"],
+)
+def test_recomputation_changes_nothing(pool: Pool, folder: Path, layout: Layout, options: dict) -> None:
+    groups = [conversations(*kinds, seed=60 + 10 * i) for i, kinds in enumerate(GROUPS)]
+    measure(pool, layout, folder, groups, **options).check()
+
+
+def test_recomputation_really_runs_the_layers_again(pool: Pool, folder: Path) -> None:
+    def calls(**options: object) -> dict[str, int]:
+        return pool.run(step_ranks.train_step, Layout(), folder=folder, packs=[pack("image")], **options)[0]["calls"]
+
+    assert calls() == {"language": 1, "vision": 1}
+    assert calls(**FULL) == {"language": 2, "vision": 2}
+
+
+TOWER, TOWER_INPUT, WORDS = (
+    "vision_model.",
+    ("vision_model.patch_embed.", "vision_model.pos_embed."),
+    "language_model.e",
+)
+HF_NAMES = {TOWER: ".visual.", TOWER_INPUT[0]: ".patch_embed.", TOWER_INPUT[1]: ".pos_embed.", WORDS: ".embed_tokens."}
+
+
+@pytest.mark.parametrize("frozen", [(TOWER,), (WORDS,), (WORDS, TOWER), TOWER_INPUT])
+@pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
+def test_recomputation_with_frozen_parts_keeps_the_other_gradients(
+    pool: Pool, folder: Path, options: dict, frozen: tuple[str, ...]
+) -> None:
+    group = conversations("mixed", "text")
+    expected = reference.run_transformers(folder, group).gradients
+    packs = [reference.pack(group, PACK_LENGTH)]
+    results = pool.run(step_ranks.train_step, Layout(), folder=folder, packs=packs, frozen=frozen, **options)
+    for name, found in gradients_of(folder, results).items():
+        if any(HF_NAMES[part] in name for part in frozen):
+            assert not found.any()
+        else:
+            assert reference.relative_error(found, expected[name]) < TOLERANCE, name
+
+
+# Pipeline splits
+
+
+def test_an_uneven_pipeline_split_equals_transformers(pool: Pool, folder: Path) -> None:
+    groups = [conversations(*kinds, seed=60 + 10 * i) for i, kinds in enumerate(GROUPS)]
+    measure(pool, PP2, folder, groups, num_layers_in_first_pipeline_stage=3).check()
+
+
+def test_a_first_stage_without_all_deepstack_layers_is_refused_on_every_rank(pool: Pool, folder: Path) -> None:
+    answers = pool.run(step_ranks.build_or_refuse, PP2, folder=folder, num_layers_in_first_pipeline_stage=1)
+    assert len(answers) == 2
+    for answer in answers:
+        assert "the first 2 decoder layers take deepstack features" in answer
+        assert "which holds 1 of 4 layers" in answer

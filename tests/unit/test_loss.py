@@ -1,0 +1,35 @@
+"""The loss of a micro-batch: a sum and a number of tokens, never a mean of its own."""
+
+import torch
+
+from megatron_vlbridge.training.loss import token_loss
+
+
+def test_masked_tokens_count_neither_in_the_sum_nor_in_the_number():
+    mask = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    losses = torch.tensor([[2.0, 50.0, 3.0, 70.0]], requires_grad=True)
+    total, count, report = token_loss(mask, losses)
+    assert total.item() == 5.0
+    assert count.item() == 2
+    assert count.dtype == torch.int32
+    assert report["lm loss"].tolist() == [5.0, 2.0]
+    assert not report["lm loss"].requires_grad
+    total.backward()
+    assert torch.equal(losses.grad, mask)
+
+
+def test_no_supervised_token_gives_zero_and_zero_gradient():
+    losses = torch.tensor([[2.0, 50.0]], requires_grad=True)
+    total, count, report = token_loss(torch.zeros(1, 2), losses)
+    assert (total.item(), count.item()) == (0.0, 0)
+    assert report["lm loss"].tolist() == [0.0, 0.0]
+    total.backward()
+    assert losses.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_bf16_losses_are_summed_in_fp32():
+    losses = torch.full((1, 4096), 1.0078125, dtype=torch.bfloat16)
+    total, count, _ = token_loss(torch.ones(1, 4096), losses)
+    assert total.dtype == torch.float32
+    assert total.item() == 4096 * 1.0078125
+    assert count.item() == 4096
