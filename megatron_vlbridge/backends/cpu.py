@@ -8,7 +8,9 @@ import torch
 from einops import rearrange
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -89,16 +91,13 @@ class PackedAttention(torch.nn.Module):
         attention_type: str,
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
-        pg_collection: object = None,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
         if config.attention_dropout:
             raise VLBridgeError(f"CPU backend: attention_dropout must be 0, found {config.attention_dropout}")
-        if config.context_parallel_size > 1:
-            raise VLBridgeError(
-                f"CPU backend: context parallelism is not offered, found size {config.context_parallel_size}"
-            )
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if pg_collection and config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -119,10 +118,14 @@ class PackedAttention(torch.nn.Module):
             raise VLBridgeError("CPU backend: attention takes a pack (PackedSegments), no mask and no bias")
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
             raise VLBridgeError(f"CPU backend: attention is causal or bidirectional, found {attn_mask_type}")
-        if sum(packed_seq_params.segments) != query.shape[0]:
+        ranks = 1 if self.cp_group is None else self.cp_group.size()
+        if sum(packed_seq_params.segments) != query.shape[0] * ranks:
             raise VLBridgeError(
-                f"CPU backend: segments hold {sum(packed_seq_params.segments)} tokens, the pack {query.shape[0]}"
+                f"CPU backend: segments hold {sum(packed_seq_params.segments)} tokens, "
+                f"the pack {query.shape[0]} on each of {ranks} context-parallel ranks"
             )
+        if self.cp_group is not None:
+            return self._attend_to_all_ranks(query, key, value, attn_mask_type, packed_seq_params)
         outputs, start = [], 0
         for length, run in groupby(packed_seq_params.segments):
             stop = start + length * len(list(run))
@@ -133,4 +136,43 @@ class PackedAttention(torch.nn.Module):
             )
             outputs.append(rearrange(attended, "n h l d -> (n l) (h d)"))
             start = stop
+        return torch.cat(outputs)
+
+    def _attend_to_all_ranks(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask_type: AttnMaskType,
+        packed: PackedSegments,
+    ) -> torch.Tensor:
+        """Causal attention of this rank's chunks of each segment to the keys and values of all ranks.
+
+        Keys and values are gathered, and their gradients summed back to the rank that holds them.
+        """
+        if attn_mask_type != AttnMaskType.causal or packed.pack_order is None or self.cp_group is None:
+            raise VLBridgeError(
+                "CPU backend: attention over context-parallel ranks is causal and needs the pack's order"
+            )
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        key, value = (
+            gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[packed.pack_order]
+            for x in (key, value)
+        )
+        outputs, mine, start = [], 0, 0
+        for length in packed.segments:
+            chunk = length // (2 * size)
+            for number in (rank, 2 * size - 1 - rank):
+                seen = (number + 1) * chunk
+                q, k, v = (
+                    rearrange(x, "l h d -> h l d")
+                    for x in (query[mine : mine + chunk], key[start : start + seen], value[start : start + seen])
+                )
+                mask = torch.ones(chunk, seen, dtype=torch.bool, device=q.device).tril(seen - chunk)
+                attended = scaled_dot_product_attention(
+                    q[None], k[None], v[None], attn_mask=mask, scale=self.softmax_scale, enable_gqa=True
+                )
+                outputs.append(rearrange(attended[0], "h l d -> l (h d)"))
+                mine += chunk
+            start += length
         return torch.cat(outputs)

@@ -12,14 +12,20 @@ from megatron.core.packed_seq_params import PackedSeqParams
 class PackedSegments(PackedSeqParams):
     """`PackedSeqParams` that also holds `segments`, the lengths as host integers.
 
+    Under context parallelism the segments are those of the whole pack, and `pack_order` `[T]` says where each token of
+    the pack is when the ranks' tokens stand one rank behind the other.
+
     Transformer Engine's kernels read the `cu_seqlens` tensors; the CPU kernels read `segments`. Neither asks the
     device for a number.
     """
 
     segments: tuple[int, ...] = ()
+    pack_order: torch.Tensor | None = None
 
 
-def packed_segments(lengths: Sequence[int], device: torch.device) -> PackedSegments:
+def packed_segments(
+    lengths: Sequence[int], device: torch.device, pack_order: torch.Tensor | None = None
+) -> PackedSegments:
     """THD parameters of a row that holds segments of these `lengths` (tokens) one behind the other.
 
     Example:
@@ -37,4 +43,5 @@ def packed_segments(lengths: Sequence[int], device: torch.device) -> PackedSegme
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         segments=tuple(lengths),
+        pack_order=pack_order,
     )

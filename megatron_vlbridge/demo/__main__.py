@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_vlbridge.demo.process import ENVIRONMENT
@@ -28,7 +29,7 @@ def main() -> int:
         print(f"\nThe demo failed.\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped; the processes of the training are ended.", file=sys.stderr)
+        print("\nStopped. No process of the demo is left.", file=sys.stderr)
         return 130
     for claim in result.claims:
         if not claim.holds:
@@ -43,17 +44,21 @@ def _arguments() -> argparse.Namespace:
         "Megatron checkpoint -> Megatron's own pretrain -> Hugging Face checkpoint -> the same answers in both.",
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for all results (%(default)s)")
-    parser.add_argument("--tp", type=_positive, default=1, help="tensor-parallel processes (%(default)s)")
-    parser.add_argument("--pp", type=_positive, default=1, help="pipeline stages (%(default)s)")
-    parser.add_argument("--iterations", type=_positive, default=600, help="training iterations (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the pairs and the order (%(default)s)")
+    parser.add_argument("--tp", type=int, choices=(1, 2), default=1, help="tensor-parallel processes (%(default)s)")
+    parser.add_argument("--pp", type=int, choices=(1, 2), default=1, help="pipeline stages (%(default)s)")
+    parser.add_argument("--iterations", type=_at_least(1), default=450, help="training iterations (%(default)s)")
+    parser.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of the weights, the pairs and the order (%(default)s)"
+    )
     return parser.parse_args()
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, found {number}")
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, found {text}")
+        return int(text)
+
     return number
 
 

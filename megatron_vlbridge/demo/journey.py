@@ -25,7 +25,7 @@ class Options:
     out: Path = Path("demo-out")
     tp: int = 1
     pp: int = 1
-    iterations: int = 600
+    iterations: int = 450
     seed: int = 0
     train_scans: int = 1500
     train_pairs: int = 1500

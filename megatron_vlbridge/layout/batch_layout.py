@@ -1,18 +1,21 @@
 """Where each token of a batch lives: every batch is one row of segments, one behind the other."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.layout.zigzag import zigzag_index
 
 
 @dataclass(frozen=True)
 class BatchLayout:
     """Segments (conversations) of true `lengths` in one row of `total` tokens; the rest of the row is padding.
 
-    `rows` is set where the batch came as a padded `[B, S]` table: the place of each packed token in the table.
+    Under context parallelism each segment is padded at its end to a multiple of 2 * `cp_size`, and this rank holds the
+    tokens that `zigzag_index` gives it. `rows` is set where the batch came as a padded `[B, S]` table: the place of
+    each packed token in the table.
 
     Example:
         >>> BatchLayout.packed([3, 2], total=8).segments
@@ -21,6 +24,8 @@ class BatchLayout:
 
     lengths: tuple[int, ...]
     total: int
+    cp_size: int = 1
+    cp_rank: int = 0
     table: tuple[int, int] | None = None
     rows: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
@@ -61,17 +66,53 @@ class BatchLayout:
         total = -(-sum(lengths) // multiple_of) * multiple_of
         layout = cls.packed(lengths, max(total, 1))
         rows = mask.flatten().nonzero().flatten()
-        return cls(layout.lengths, layout.total, (attention_mask.shape[0], attention_mask.shape[1]), rows)
+        return cls(layout.lengths, layout.total, 1, 0, (attention_mask.shape[0], attention_mask.shape[1]), rows)
+
+    def context_parallel(self, cp_size: int, cp_rank: int) -> "BatchLayout":
+        """The same segments, spread over `cp_size` ranks.
+
+        Raises:
+            VLBridgeError: where the padded segments do not fit the row, or the row cannot be cut.
+        """
+        spread = replace(self, cp_size=cp_size, cp_rank=cp_rank)
+        if sum(spread.padded_lengths) > self.total or self.total % (2 * cp_size):
+            raise VLBridgeError(
+                f"context parallelism of size {cp_size} pads each of {len(self.lengths)} segments to a multiple of "
+                f"{2 * cp_size}, together {sum(spread.padded_lengths)} tokens, but the pack has {self.total} tokens, "
+                f"which must be as many and a multiple of {2 * cp_size}. Pack with multiple_of={2 * cp_size} "
+                "(PackedConversations), or use a longer or rounder sequence length"
+            )
+        return spread
+
+    @property
+    def padded_lengths(self) -> tuple[int, ...]:
+        """Each conversation's length with the padding at its end."""
+        if self.cp_size == 1:
+            return self.lengths
+        return tuple(-(-length // (2 * self.cp_size)) * 2 * self.cp_size for length in self.lengths)
+
+    @property
+    def sources(self) -> torch.Tensor:
+        """Of each token that this rank holds, its place in the pack without padding, -1 where it is padding.
+
+        int64 `[total / cp_size]`, on the CPU. The one index with which everything that has an axis of tokens is taken.
+        """
+        lengths, padded = torch.tensor(self.lengths), torch.tensor(self.padded_lengths)
+        shift = (padded - lengths).cumsum(0) - (padded - lengths)
+        dense = torch.arange(sum(self.lengths))
+        sources = torch.full((self.total,), -1)
+        sources[dense + shift.repeat_interleave(lengths, output_size=len(dense))] = dense
+        return sources[zigzag_index(self.segments, self.cp_size, self.cp_rank)] if self.cp_size > 1 else sources
 
     @property
     def padding(self) -> int:
         """How many tokens at the end of the row are padding."""
-        return self.total - sum(self.lengths)
+        return self.total - sum(self.padded_lengths)
 
     @property
     def segments(self) -> tuple[int, ...]:
-        """The lengths that attention sees: each conversation, and the padding as a segment of its own."""
-        return (*self.lengths, self.padding) if self.padding else self.lengths
+        """The lengths that attention sees: each padded conversation, and the padding as a segment of its own."""
+        return (*self.padded_lengths, self.padding) if self.padding else self.padded_lengths
 
     def pack(self, table: torch.Tensor, fill: float) -> torch.Tensor:
         """`[B, S]` -> `[1, total]`, padding filled with `fill`."""

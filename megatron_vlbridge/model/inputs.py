@@ -35,7 +35,8 @@ class PackedInputs:
 
     `tokens` `[1, T]`, `position_ids` `[3, 1, T]` (time, row, column), `patches` `[P, patch_dim]` of images then videos,
     `vision_rows` `[N]`: the place in the pack of each token that the tower makes, in the tower's order; `labels`
-    `[1, T]` and `loss_mask` `[1, T]` only where a loss is wanted.
+    `[1, T]` and `loss_mask` `[1, T]` only where a loss is wanted. Under context parallelism T counts this rank's
+    tokens, and `feature_rows` `[N]` says which of the tower's rows belong to its `vision_rows` (None: all, in order).
 
     Example:
         >>> inputs = PackedInputs.from_padded(batch["input_ids"], batch["attention_mask"], media, config)
@@ -49,6 +50,7 @@ class PackedInputs:
     vision_rows: torch.Tensor
     labels: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
+    feature_rows: torch.Tensor | None = None
 
     @classmethod
     def from_pack(
@@ -112,9 +114,28 @@ class PackedInputs:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         layout = BatchLayout.from_padded(mask, multiple_of)
         packed_labels = None if labels is None else layout.pack(labels, IGNORED)
-        # Placeholder ids must not fill the end of the pack; 0 or 1 is none of them.
-        filler = next(i for i in range(3) if i not in (config.image_token_id, config.video_token_id))
-        return cls.from_pack(layout, layout.pack(input_ids, filler), media, config, packed_labels)
+        return cls.from_pack(layout, layout.pack(input_ids, filler_token(config)), media, config, packed_labels)
+
+    def context_parallel(self, cp_size: int, cp_rank: int, config: Config) -> "PackedInputs":
+        """This context-parallel rank's part of a whole pack: every tensor taken with the layout's one index."""
+        if cp_size == 1:
+            return self
+        layout = self.layout.context_parallel(cp_size, cp_rank)
+        sources = layout.sources
+        features = torch.full((self.layout.total,), -1)
+        features[self.vision_rows] = torch.arange(len(self.vision_rows))
+        mine = take(features, sources, -1)
+        places = (mine >= 0).nonzero().flatten()
+        return replace(
+            self,
+            layout=layout,
+            tokens=take(self.tokens, sources, filler_token(config)),
+            position_ids=take(self.position_ids, sources, 0),
+            vision_rows=places,
+            feature_rows=mine[places],
+            labels=None if self.labels is None else take(self.labels, sources, 0),
+            loss_mask=None if self.loss_mask is None else take(self.loss_mask, sources, 0),
+        )
 
     def to(self, device: torch.device) -> "PackedInputs":
         """The same pack with its tensors on `device`."""
@@ -124,6 +145,17 @@ class PackedInputs:
             if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)
+
+
+def take(row: torch.Tensor, sources: torch.Tensor, fill: float) -> torch.Tensor:
+    """`row` `[..., T]` at `sources`, with `fill` where a source is -1."""
+    taken = row[..., sources.clamp(min=0)]
+    return taken.masked_fill(sources < 0, fill)
+
+
+def filler_token(config: Config) -> int:
+    """A token id for padding that is no placeholder."""
+    return next(i for i in range(3) if i not in (config.image_token_id, config.video_token_id))
 
 
 def _refuse_outside_vocabulary(what: str, ids: torch.Tensor, used: torch.Tensor, config: Config) -> None:

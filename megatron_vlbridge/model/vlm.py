@@ -11,11 +11,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlbridge.backends.packed import packed_segments
+from megatron_vlbridge.backends.packed import PackedSegments, packed_segments
 from megatron_vlbridge.backends.select import spec_provider
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.layout.frames import Frames
+from megatron_vlbridge.layout.zigzag import pack_order
 from megatron_vlbridge.model.inputs import Media, PackedInputs
 from megatron_vlbridge.model.language import LanguageModel
 from megatron_vlbridge.model.recompute import recomputable
@@ -106,6 +108,11 @@ class Qwen3VLModel(MegatronModule):
             )
         if inputs is not None:
             return self._forward_pack(inputs)
+        if self.config.context_parallel_size > 1:
+            raise VLBridgeError(
+                f"a padded [B, S] batch is not offered under context parallelism (size "
+                f"{self.config.context_parallel_size}): no rank would hold whole rows. Give a pack as `inputs`"
+            )
         # A pack is made on the host, which has to know its lengths and grids.
         ids, mask, labels, *media = (None if x is None else x.cpu() for x in batch)
         assert ids is not None
@@ -126,7 +133,7 @@ class Qwen3VLModel(MegatronModule):
             attention_mask=None,
             decoder_input=embeddings,
             labels=inputs.labels,
-            packed_seq_params=packed_segments(inputs.layout.segments, inputs.tokens.device),
+            packed_seq_params=self._packed(inputs.layout, inputs.tokens.device),
             extra_block_kwargs=None if deepstack is None else {"context": deepstack},
         )
         if self.post_process and inputs.labels is not None:
@@ -140,6 +147,8 @@ class Qwen3VLModel(MegatronModule):
         if not inputs.frames.grids:
             return self._scatter(words + self._silent_tower(words)), None
         features = self.vision_model(inputs.patches, inputs.frames).to(words.dtype)[:, :, None]
+        if inputs.feature_rows is not None:
+            features = features[:, inputs.feature_rows]
         embeddings = self._scatter(words.index_copy(0, inputs.vision_rows, features[0]))
         if len(features) == 1:
             return embeddings, None
@@ -157,6 +166,10 @@ class Qwen3VLModel(MegatronModule):
         side = vision.spatial_merge_size
         blank = torch.zeros(side**2, vision.patch_dim, device=words.device)
         return self.vision_model(blank, Frames(((1, side, side),), side)).sum().to(words.dtype) * 0.0
+
+    def _packed(self, layout: BatchLayout, device: torch.device) -> PackedSegments:
+        order = pack_order(layout.segments, layout.cp_size) if layout.cp_size > 1 else None
+        return packed_segments(layout.segments, device, order)
 
     def _scatter(self, rows: torch.Tensor) -> torch.Tensor:
         """`[T, 1, H]` -> this rank's part under sequence parallelism, else unchanged."""

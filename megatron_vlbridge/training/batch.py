@@ -47,6 +47,7 @@ def next_inputs(
     if pg_collection.tp.rank() == 0:
         try:
             inputs = read_pack(_next(data_iterator), config)
+            inputs = inputs.context_parallel(pg_collection.cp.size(), pg_collection.cp.rank(), config)
             inputs = _for_stage(inputs, pre_process, post_process)
         except VLBridgeError as error:
             failure = error
@@ -86,14 +87,18 @@ def read_pack(batch: Mapping[str, Any], config: Config) -> PackedInputs:
 
 
 def _refuse_other_than_tensors(batch: Mapping[str, Any]) -> None:
-    """Patches are floating-point tensors, everything else integers."""
+    """Patches are floating-point tensors, everything else integers; patches and grids are tables."""
     for key in PACK_KEYS:
-        value, wanted = batch[key], key.startswith("pixel_values")
-        if not isinstance(value, torch.Tensor) or value.is_floating_point() != wanted:
-            found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-            raise VLBridgeError(
-                f"{key} of a micro-batch: expected a tensor of {'float32' if wanted else 'int64'}, found {found}"
-            )
+        value, patches = batch[key], key.startswith("pixel_values")
+        dimensions = 3 if patches or key.endswith("_grid_thw") else 2
+        if not isinstance(value, torch.Tensor):
+            found = type(value).__name__
+        elif value.is_floating_point() != patches or value.dim() != dimensions:
+            found = f"{value.dtype} {list(value.shape)}"
+        else:
+            continue
+        kind = "float32" if patches else "int64"
+        raise VLBridgeError(f"{key} of a micro-batch: expected a {kind} tensor of {dimensions} dims, found {found}")
 
 
 def _next(data_iterator: Iterator[Mapping[str, Any]] | None) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from megatron_vlbridge.errors import VLBridgeError
 
 # Field of TransformerConfig -> the values that the tests prove (tests/functional/), and the words for a person.
 _PROVED: dict[str, tuple[tuple[object, ...], str]] = {
-    "context_parallel_size": ((1,), "context parallelism"),
+    "cp_comm_type": ((None, "p2p"), "another exchange between context-parallel ranks than p2p"),
     "expert_model_parallel_size": ((1,), "expert parallelism"),
     "virtual_pipeline_model_parallel_size": ((None, 1), "virtual pipeline stages"),
     "pipeline_model_parallel_layout": ((None,), "a pipeline layout string"),

@@ -52,14 +52,14 @@ def measure(
     expected = reference.run_transformers(folder, conversations)
     results = pool.run(ranks.forward_backward, layout, folder=folder, packs=packs, **overrides)
 
-    dp_size = layout.world // (layout.tp * layout.pp)
-    logits = _cut(ranks.of_packs(results, "logits", dp_size), groups)
-    losses = _cut(ranks.of_packs(results, "losses", dp_size), groups)
+    lengths = [[len(c.tokens) for c in group] for group in groups]
+    logits = _cut(ranks.of_packs(results, "logits", layout, lengths), lengths)
+    losses = _cut(ranks.of_packs(results, "losses", layout, lengths), lengths)
     losses = [x * (c.labels != -100) for x, c in zip(losses, conversations, strict=True)]
     reports = [x for r in results if r["losses"] and r["tp_rank"] == 0 for x in r["reports"]]
     total, count = torch.stack(reports).sum(0).tolist()
     # Whether transformers' tower ran images or videos, a pack's rows are its images' and then its videos'.
-    towers = torch.cat(ranks.of_packs(results, "vision", dp_size), dim=1)
+    towers = torch.cat(ranks.of_packs(results, "vision", layout, lengths), dim=1)
     config = read_config(folder)
     gradients = find(config).table(config).to_hf(ranks.assemble([r["gradients"] for r in results]))
     assert gradients.keys() == expected.gradients.keys()
@@ -82,13 +82,11 @@ def check_data_reaches_every_parameter(
     assert not silent, f"the test data do not reach {silent}"
 
 
-def _cut(rows: Sequence[torch.Tensor], groups: Sequence[Sequence[reference.Conversation]]) -> list[torch.Tensor]:
+def _cut(rows: Sequence[torch.Tensor], lengths: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Each conversation's part of its pack's row."""
-    parts = []
-    for row, group in zip(rows, groups, strict=True):
-        lengths = [len(c.tokens) for c in group]
-        parts += row[: sum(lengths)].split(lengths)
-    return parts
+    return [
+        part for row, segments in zip(rows, lengths, strict=True) for part in row[: sum(segments)].split(list(segments))
+    ]
 
 
 def _towers_in_order(

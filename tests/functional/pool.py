@@ -18,11 +18,17 @@ class Layout:
     tp: int = 1
     pp: int = 1
     sp: bool = False
+    cp: int = 1
     world: int = 1
 
+    @property
+    def dp(self) -> int:
+        """How many data-parallel ranks are left."""
+        return self.world // (self.tp * self.pp * self.cp)
+
     def __str__(self) -> str:
-        sp = "-sp" if self.sp else ""
-        return f"tp{self.tp}{sp}-pp{self.pp}-dp{self.world // (self.tp * self.pp)}"
+        parts = [f"tp{self.tp}" + ("-sp" if self.sp else ""), f"pp{self.pp}", f"cp{self.cp}", f"dp{self.dp}"]
+        return "-".join(part for part in parts if not part.endswith("1")) or "one-process"
 
 
 class Pool:
@@ -112,7 +118,7 @@ def _on_rank(function: Callable[..., Any], layout: Layout, rank: int, store: str
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=layout.world)
     try:
-        parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+        parallel_state.initialize_model_parallel(layout.tp, layout.pp, context_parallel_size=layout.cp)
         model_parallel_cuda_manual_seed(1234)
         return function(layout, **kwargs)
     finally:

@@ -34,6 +34,7 @@ def build_model(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         sequence_parallel=layout.sp,
+        context_parallel_size=layout.cp,
         use_cpu_initialization=True,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
@@ -79,6 +80,7 @@ def forward_backward(
         "reports": [report["lm loss"] for report in reports],
         "gradients": gradient_shards(model),
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
+        "cp_rank": parallel_state.get_context_parallel_rank(),
         "dp_rank": parallel_state.get_data_parallel_rank(),
     }
 
@@ -100,7 +102,12 @@ def load_run_save(
         saved.mkdir()
     torch.distributed.barrier()
     dist_checkpointing.save({"model": model.sharded_state_dict()}, str(saved))
-    return {"logits": [x[0].clone() for x in logits], "tp_rank": model.pg_collection.tp.rank(), "dp_rank": 0}
+    return {
+        "logits": [x[0].clone() for x in logits],
+        "tp_rank": model.pg_collection.tp.rank(),
+        "cp_rank": 0,
+        "dp_rank": 0,
+    }
 
 
 def gradient_shards(model: Qwen3VLModel) -> list[Shard]:
@@ -200,22 +207,38 @@ def _collect(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
     return output.detach()
 
 
-def of_packs(results: Sequence[dict[str, Any]], key: str, dp_size: int) -> list[torch.Tensor]:
-    """What the ranks gave under `key` for each pack, in the packs' global order; split parts joined by their last dim.
+def of_packs(
+    results: Sequence[dict[str, Any]], key: str, layout: Layout, lengths: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """What the ranks gave under `key` for each pack of segments of these `lengths`, joined over the ranks.
 
-    Ranks that gave nothing (other pipeline stages) are passed over; parts that each tensor-parallel rank has whole
-    must be the same.
+    Logits are joined over the tensor-parallel ranks by their last dim; what each of those ranks has whole must be the
+    same. Logits and losses are joined over the context-parallel ranks by their tokens. Ranks that gave nothing (other
+    pipeline stages) are passed over.
     """
-    by_rank = {
-        dp: sorted((r for r in results if r[key] and r["dp_rank"] == dp), key=lambda r: r["tp_rank"])
-        for dp in range(dp_size)
-    }
     packs = []
-    for number in range(sum(len(ranks[0][key]) for ranks in by_rank.values())):
-        parts = [r[key][number // dp_size] for r in by_rank[number % dp_size]]
-        if key == "logits":
-            packs.append(torch.cat(parts, dim=-1))
-        else:
-            assert all(torch.allclose(part, parts[0], rtol=1e-5, atol=1e-7) for part in parts), f"{key} differ"
-            packs.append(parts[0])
+    for number, segments in enumerate(lengths):
+        mine = [r for r in results if r[key] and r["dp_rank"] == number % layout.dp]
+        by_cp = []
+        for cp_rank in range(layout.cp):
+            ranks = sorted((r for r in mine if r["cp_rank"] == cp_rank), key=lambda r: r["tp_rank"])
+            parts = [r[key][number // layout.dp] for r in ranks]
+            if key != "logits":
+                assert all(torch.allclose(part, parts[0], rtol=1e-5, atol=1e-7) for part in parts), f"{key} differ"
+            by_cp.append(torch.cat(parts, dim=-1) if key == "logits" else parts[0])
+        packs.append(by_cp[0] if key == "vision" or layout.cp == 1 else join_zigzag(by_cp, segments))
     return packs
+
+
+def join_zigzag(parts: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
+    """The tokens of all segments without padding, from what each context-parallel rank holds, chunk by chunk."""
+    size, rows, starts = len(parts), [], [0] * len(parts)
+    for length in lengths:
+        chunk = -(-length // (2 * size))
+        chunks: dict[int, torch.Tensor] = {}
+        for rank, part in enumerate(parts):
+            for number in (rank, 2 * size - 1 - rank):
+                chunks[number] = part[starts[rank] : starts[rank] + chunk]
+                starts[rank] += chunk
+        rows.append(torch.cat([chunks[number] for number in range(2 * size)])[:length])
+    return torch.cat(rows)

@@ -81,22 +81,27 @@ def train_step(
     folder: Path,
     packs: Sequence[Pack],
     *,
-    overlap: bool = False,
+    before: Sequence[Pack] = (),
     frozen: Sequence[str] = (),
     **overrides: Any,
 ) -> dict[str, Any]:
     """Forward and backward of one step: loss reports, gradients, and how often each part's first layer ran.
 
-    `overlap`: Megatron's DDP reduces gradients while the backward runs. `frozen`: how the names begin of what gets none.
+    `before`: packs of an earlier step, in which Megatron's DDP counts the gradients of each parameter; from then on it
+    reduces a parameter's gradients while the backward runs, as soon as there are as many. `frozen`: how names begin
+    that get none.
     """
     model = ranks.build_model(layout, folder, **overrides)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = not name.startswith(tuple(frozen))
-    calls = _count_first_layers(model)
-    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(overlap_grad_reduce=overlap), model)
-    if overlap:
-        model.config.no_sync_func = wrapped.no_sync
+    overlap = DistributedDataParallelConfig(overlap_grad_reduce=bool(before))
+    wrapped = DistributedDataParallel(model.config, overlap, model)
     model.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=model.pg_collection)
+    if before:
+        model.config.no_sync_func = wrapped.no_sync
+        ranks._run(wrapped, vlm_step, ranks._mine(before), forward_only=False)
+        wrapped.zero_grad_buffer()
+    calls = _count_first_layers(model)
     reports = ranks._run(wrapped, vlm_step, ranks._mine(packs), forward_only=False)
     for parameter in model.parameters():
         if not parameter.requires_grad:

@@ -53,7 +53,9 @@ def test_megatron_loads_it_and_saves_it(pool: Pool, source: Path, imported: Path
         vocab_size=192,
     )
     expected = reference.run_transformers(source, [conversation]).logits[0]
-    found = ranks.of_packs(results, "logits", dp_size=1)[0][: len(expected), : expected.shape[1]]
+    found = ranks.of_packs(results, "logits", layout, [[len(conversation.tokens)]])[0][
+        : len(expected), : expected.shape[1]
+    ]
     assert reference.relative_error(found, expected) < 1e-5
 
     exported = export_checkpoint(saved, source.parent / f"exported-{layout}", like=source)

@@ -38,6 +38,12 @@ LAYOUTS = [
     Layout(tp=2, pp=2, sp=True, world=4),
     Layout(tp=2, sp=True, world=4),
     Layout(pp=2, world=4),
+    Layout(cp=2, world=2),
+    Layout(cp=4, world=4),
+    Layout(cp=2, world=4),
+    Layout(tp=2, cp=2, world=4),
+    Layout(tp=2, sp=True, cp=2, world=4),
+    Layout(pp=2, cp=2, world=4),
 ]
 
 

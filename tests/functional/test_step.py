@@ -1,4 +1,4 @@
-"""The model's door and a training step: pictures matter, bad packs stop every rank, Megatron's options change nothing."""
+"""The model's door and a training step: pictures matter, bad packs stop every rank, options change nothing."""
 
 from pathlib import Path
 
@@ -185,15 +185,19 @@ def gradients_of(folder: Path, results: list[dict]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layout", [DP2, TP2_SP, PP2], ids=str)
 @pytest.mark.parametrize("frozen", [(), ("vision_model",)], ids=["trainable-tower", "frozen-tower"])
-def test_text_between_pictures_with_overlapped_reduction_equals_transformers(
-    pool: Pool, folder: Path, layout: Layout, frozen: tuple[str, ...]
+@pytest.mark.parametrize("first", ["pictures", "text"])
+def test_overlapped_reduction_over_text_and_pictures_equals_transformers(
+    pool: Pool, folder: Path, layout: Layout, frozen: tuple[str, ...], first: str
 ) -> None:
-    """The last micro-batch of each rank is text alone: Megatron counts the gradients of that one."""
+    """Megatron counts gradients in each rank's last micro-batch: one step ends with text, the other with pictures."""
     groups = [conversations(*kinds, seed=30 + i) for i, kinds in enumerate((("image", "text"), ("mixed",)))]
     groups += [conversations("text", seed=40), conversations("text", "text", seed=50)]
+    if first == "text":
+        groups.reverse()
     packs = [reference.pack(group, PACK_LENGTH) for group in groups]
+    before = packs[::-1]
     expected = reference.run_transformers(folder, [c for group in groups for c in group]).gradients
-    results = pool.run(step_ranks.train_step, layout, folder=folder, packs=packs, overlap=True, frozen=frozen)
+    results = pool.run(step_ranks.train_step, layout, folder=folder, packs=packs, before=before, frozen=frozen)
     for name, found in gradients_of(folder, results).items():
         if frozen and ".visual." in name:
             assert not found.any()
@@ -202,8 +206,8 @@ def test_text_between_pictures_with_overlapped_reduction_equals_transformers(
 
 
 def test_text_alone_gives_a_trainable_tower_zero_gradients(pool: Pool, folder: Path) -> None:
-    packs = [pack("text", "text"), pack("text")]
-    results = pool.run(step_ranks.train_step, DP2, folder=folder, packs=packs, overlap=True)
+    packs, before = [pack("text", "text"), pack("text")], [pack("image"), pack("video")]
+    results = pool.run(step_ranks.train_step, DP2, folder=folder, packs=packs, before=before)
     gradients = gradients_of(folder, results)
     tower = [x for name, x in gradients.items() if ".visual." in name]
     assert len(tower) > 50

@@ -109,11 +109,13 @@ def test_two_packs_in_one_micro_batch_are_refused(key):
 @pytest.mark.parametrize("key", PACK_KEYS)
 def test_other_than_tensors_of_the_right_kind_are_refused(key):
     batch = micro_batch()
-    wanted = "float32" if key.startswith("pixel") else "int64"
+    kind = "float32" if key.startswith("pixel") else "int64"
+    wanted = f"{key} of a micro-batch: expected a {kind} tensor of {batch[key].dim()} dims, found"
     other = batch[key].long() if key.startswith("pixel") else batch[key].float()
-    refused(batch | {key: other}, f"{key} of a micro-batch: expected a tensor of {wanted}, found {other.dtype}")
-    refused(batch | {key: batch[key].tolist()}, f"{key} of a micro-batch: expected a tensor of {wanted}, found list")
-    refused(batch | {key: batch[key].flatten()[0] if batch[key].numel() else batch[key].sum()}, "leading axis of 1")
+    refused(batch | {key: other}, f"{wanted} {other.dtype}")
+    refused(batch | {key: batch[key].tolist()}, f"{wanted} list")
+    refused(batch | {key: batch[key][0]}, rf"{wanted} {batch[key].dtype} \[{batch[key].shape[1]}")
+    refused(batch | {key: batch[key].flatten()[0]}, rf"{wanted} {batch[key].dtype} \[\]")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,6 @@ def test_patches_that_do_not_fit_the_grids_are_refused():
     for wrong, found in (
         (pixels[:, 1:], rf"\[{rows - 1}, 96\]"),
         (pixels[:, :, 1:], rf"\[{rows}, 95\]"),
-        (pixels.flatten(1), rf"\[{rows * 96}\]"),
     ):
         refused(
             batch | {"pixel_values": wrong}, f"image patches: .*stand for {rows} patches of 96 values, found .*{found}"

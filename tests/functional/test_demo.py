@@ -1,0 +1,42 @@
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import Qwen3VLForConditionalGeneration
+
+from megatron_vlbridge.demo.folder import Folder
+from megatron_vlbridge.demo.journey import Options, run
+from megatron_vlbridge.demo.progress import STAGES, Progress
+
+SMALL = Options(iterations=3, train_scans=30, train_pairs=10, held_out_scans=12, held_out_pairs=4)
+
+
+@pytest.mark.parametrize("size", [1, 2], ids=["tp1-pp1", "tp2-pp2"])
+def test_the_whole_journey_gives_equal_models_and_all_files(tmp_path: Path, size: int) -> None:
+    folder = Folder(tmp_path / "out")
+    progress = Progress(sys.stdout)
+    result = run(replace(SMALL, out=folder.root, tp=size, pp=size), progress)
+
+    accurate, same_accuracy, same_logits, blind = result.claims
+    assert same_accuracy.holds
+    assert same_logits.holds
+    assert result.other_answers == 0
+    assert len(result.losses) == SMALL.iterations
+    assert result.losses[-1] < result.losses[0]
+    assert (result.train_conversations, result.held_out_conversations) == (40, 16)
+    assert len(progress.seconds) == STAGES
+    for name in ("data", "hf_start", "megatron_start", "megatron_trained", "hf_trained", "logs"):
+        assert any(getattr(folder, name).iterdir())
+    for picture in (folder.loss, folder.answers):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    text = folder.report.read_text(encoding="utf-8")
+    assert accurate.found in text
+    assert blind.found in text
+
+    before, after = (load_file(f / "model.safetensors") for f in (folder.hf_start, folder.hf_trained))
+    assert before.keys() == after.keys()
+    unchanged = [name for name in before if before[name].equal(after[name])]
+    assert not unchanged
+    Qwen3VLForConditionalGeneration.from_pretrained(folder.hf_trained)

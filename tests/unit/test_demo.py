@@ -1,0 +1,254 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vlbridge.data.dataset import read_conversations
+from megatron_vlbridge.data.digits import conversations, load_scans
+from megatron_vlbridge.demo.answers import Answers, accuracy
+from megatron_vlbridge.demo.folder import Folder
+from megatron_vlbridge.demo.process import follow
+from megatron_vlbridge.demo.progress import Progress, duration
+from megatron_vlbridge.demo.report import Difference, Result, report_text
+from megatron_vlbridge.demo.start import load_conversations, write_conversations
+from megatron_vlbridge.demo.train import Follower, Recipe, arguments, loss_of
+from megatron_vlbridge.errors import VLBridgeError
+
+# A line as Megatron-Core 0.19 writes it.
+LINE = (
+    " [2026-03-01 10:00:00.123456] iteration       {}/      20 | consumed samples:           80 | elapsed time per "
+    "iteration (ms): 190.1 | learning rate: 2.000000E-03 | global batch size:     2 | lm loss: {} | loss scale: 1.0 "
+    "| grad norm: 0.921 | number of skipped iterations:   0 | number of nan iterations:   0 |\n"
+)
+RECIPE = Recipe(tp=1, pp=1, iterations=20, seed=0)
+GOOD = Result(
+    recipe=RECIPE,
+    parameters=1_080_064,
+    train_conversations=3000,
+    held_out_conversations=357,
+    losses=[6.2, 0.001],
+    accuracy_megatron=0.96,
+    accuracy_transformers=0.96,
+    blind_megatron=0.1,
+    blind_transformers=0.1,
+    other_answers=0,
+    logits=Difference(2e-5, 1e-7),
+    seconds={"Import": 0.5},
+)
+
+
+def test_the_loss_is_read_from_megatrons_line() -> None:
+    assert loss_of(LINE.format(4, "2.384E-01")) == 0.2384
+    assert loss_of(LINE.format(20, "nan")) != loss_of(LINE.format(20, "nan"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "  lm_loss_weight .................................. 1.0\n",
+        " validation loss at iteration 20 | lm loss value: 1.0E+00 | lm loss PPL: 2.7E+00 | \n",
+        "  successfully saved checkpoint from iteration      20 to out\n",
+    ],
+)
+def test_other_lines_have_no_loss(line: str) -> None:
+    assert loss_of(line) is None
+
+
+def test_the_follower_collects_losses_and_shows_where_the_training_stands() -> None:
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    follower = Follower(RECIPE, Progress(stream))
+    for line in ("starting\n", LINE.format(1, "6.0E+00"), "a warning\n", LINE.format(2, "3.0E+00")):
+        follower(line)
+    assert follower.losses == [6.0, 3.0]
+    assert "iteration  2/20   loss  3.00000   0.0 s left" in stream.getvalue()
+
+
+def test_a_stream_that_is_no_terminal_gets_no_moving_line() -> None:
+    stream = StringIO()
+    progress = Progress(stream)
+    with progress.stage("Import"):
+        progress.live("moving")
+        progress.note("staying")
+    assert stream.getvalue() == "[1/7] Import\n      staying\n      0.0 s\n"
+    assert list(progress.seconds) == ["Import"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 0 s"), (119.7, "2 min 0 s"), (3601, "60 min 1 s")],
+)
+def test_a_duration_for_a_person(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_every_layout_is_one_process_for_each_part_of_the_model() -> None:
+    given = arguments(Folder(Path("out")), replace(RECIPE, tp=2, pp=2, iterations=1))
+    value = dict(pairwise(given))
+    assert (value["--nproc-per-node"], value["--tensor-model-parallel-size"]) == ("4", "2")
+    assert value["--pipeline-model-parallel-size"] == "2"
+    assert "--sequence-parallel" in given
+    assert int(value["--lr-warmup-iters"]) < int(value["--train-iters"])
+    assert "--sequence-parallel" not in arguments(Folder(Path("out")), RECIPE)
+
+
+def test_all_claims_of_a_good_result_hold() -> None:
+    assert all(claim.holds for claim in GOOD.claims)
+
+
+@pytest.mark.parametrize(
+    ("change", "failed"),
+    [
+        ({"accuracy_megatron": 0.89, "accuracy_transformers": 0.89}, [0]),
+        ({"accuracy_megatron": 0.95}, [1]),
+        ({"logits": Difference(2e-4, 1e-7)}, [2]),
+        ({"logits": Difference(1e-7, 2e-4)}, [2]),
+        ({"logits": Difference(float("nan"), float("nan"))}, [2]),
+        ({"logits": Difference(1e-7, float("nan"))}, [2]),
+        ({"blind_megatron": 0.21}, [3]),
+        ({"blind_transformers": 0.21}, [3]),
+    ],
+)
+def test_a_claim_fails_alone(change: dict[str, object], failed: list[int]) -> None:
+    claims = replace(GOOD, **change).claims  # type: ignore[arg-type]
+    assert [number for number, claim in enumerate(claims) if not claim.holds] == failed
+
+
+def test_the_report_tells_figures_layout_and_what_failed() -> None:
+    text = report_text(replace(GOOD, recipe=replace(RECIPE, tp=2, pp=2), blind_megatron=0.5))
+    for part in (
+        "96.00%",
+        "1,080,064",
+        "TP=2 x PP=2",
+        "| Import | 0.5 s |",
+        "(loss.png)",
+        "(answers.png)",
+        "megatron-core",
+    ):
+        assert part in text
+    assert text.count("**no**") == 1
+    assert "**no**" not in report_text(GOOD)
+
+
+def test_a_difference_is_the_largest_and_the_norms_quotient() -> None:
+    difference = Difference.of(torch.tensor([[3.0, 4.5]]), torch.tensor([[3.0, 4.0]]))
+    assert (difference.absolute, difference.relative) == (0.5, 0.1)
+    with pytest.raises(VLBridgeError, match=r"expected \[2, 1\], found \[1, 2\]"):
+        Difference.of(torch.zeros(1, 2), torch.zeros(2, 1))
+
+
+def test_a_foreign_folder_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    for name in ("report.md", "data"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(VLBridgeError, match="--out"):
+        Folder(tmp_path).prepare()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "report.md"]
+    with pytest.raises(VLBridgeError, match="--out"):
+        Folder(tmp_path / "data").prepare()
+
+
+def test_a_former_result_is_replaced_and_what_others_put_there_is_kept(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "weights").write_text("mine")
+    folder = Folder(tmp_path / "out")
+    folder.prepare()
+    folder.report.write_text("old")
+    folder.data.mkdir()
+    (folder.data / "train.jsonl").write_text("old")
+    folder.hf_trained.symlink_to(elsewhere)
+    (folder.root / "notes.txt").write_text("mine")
+    folder.prepare()
+    assert sorted(path.name for path in folder.root.iterdir() if not path.name.startswith(".")) == ["logs", "notes.txt"]
+    assert list(elsewhere.iterdir()) == [elsewhere / "weights"]
+
+
+def test_conversations_come_back_from_their_files_each_picture_written_once(tmp_path: Path) -> None:
+    original = conversations(load_scans(32)[:6], pairs=4)
+    write_conversations(original, tmp_path / "some.jsonl")
+    assert len(list((tmp_path / "some").glob("*.png"))) == 6
+    found = load_conversations(tmp_path / "some.jsonl")
+    assert len(found) == len(original) == len(read_conversations(tmp_path / "some.jsonl"))
+    for one, other in zip(original, found, strict=True):
+        assert [message["role"] for message in one] == [message["role"] for message in other]
+        for part, part_found in zip(
+            one[0]["content"] + one[1]["content"], other[0]["content"] + other[1]["content"], strict=True
+        ):
+            if part["type"] == "image":
+                assert part["image"].tobytes() == part_found["image"].tobytes()
+            else:
+                assert part == part_found
+
+
+def test_answers_come_back_from_their_file(tmp_path: Path) -> None:
+    answers = Answers(("seven", 'two "\n'), ("", "ö"), torch.randn(3, 5))
+    answers.save(tmp_path / "answers.safetensors")
+    found = Answers.load(tmp_path / "answers.safetensors")
+    assert (found.said, found.said_blind) == (answers.said, answers.said_blind)
+    assert torch.equal(found.logits, answers.logits)
+
+
+def test_an_answer_counts_only_word_for_word() -> None:
+    asked = conversations(load_scans(32)[7:8], pairs=0) * 4
+    assert accuracy(["seven", " seven", "seven seven", "one"], asked) == 0.25
+
+
+def test_the_output_of_a_process_is_kept_and_followed(tmp_path: Path) -> None:
+    lines: list[str] = []
+    follow(["-c", "import os; print('a'); os.write(2, b'b\\xff\\n')"], tmp_path / "log", lines.append)
+    assert sorted(lines) == ["a\n", "b�\n"]
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "".join(lines)
+
+
+def test_a_failing_process_is_told_with_its_error_and_the_end_of_its_log(tmp_path: Path) -> None:
+    code = "print('begin'); print('[rank1]: ValueError: the reason'); [print('line', i) for i in range(20)]; exit(3)"
+    with pytest.raises(VLBridgeError, match="status 3") as failure:
+        follow(["-c", code], tmp_path / "log")
+    told = str(failure.value)
+    assert str(tmp_path / "log") in told
+    assert "  [rank1]: ValueError: the reason" in told
+    assert "line 19" in told
+    assert "begin" not in told
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_ctrl_c_ends_the_process_before_it_is_reported(tmp_path: Path) -> None:
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    begin = time.monotonic()
+    found: list[int] = []
+
+    def on_line(line: str) -> None:
+        found.append(int(line))
+        main = threading.main_thread().ident
+        threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGINT]).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        follow(["-c", child], tmp_path / "log", on_line)
+    assert time.monotonic() - begin < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(found[0], 0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--tp", "0"], ["--pp", "3"], ["--iterations", "0"], ["--seed", "-1"], ["--iterations", "many"], ["--unknown"]],
+)
+def test_a_wrong_option_is_usage(wrong: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_vlbridge.demo", *wrong], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
