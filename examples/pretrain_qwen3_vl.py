@@ -40,6 +40,7 @@ def main() -> None:
                 seq_length=args.seq_length,
                 num_samples=count,
                 seed=args.seed,
+                multiple_of=args.pack_multiple_of,
             )
             if file and count
             else None

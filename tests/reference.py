@@ -23,9 +23,24 @@ class Conversation:
     video_grids: torch.Tensor
 
 
-def write_checkpoint(folder: Path, *, tied: bool = False, seed: int = 0, layers: int = 4, shard: str = "100KB") -> Path:
-    """A tiny random fp32 checkpoint of dense Qwen3-VL, as transformers saves it, in several shards."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+def write_checkpoint(
+    folder: Path,
+    *,
+    tied: bool = False,
+    seed: int = 0,
+    layers: int = 4,
+    shard: str = "100KB",
+    experts: dict[str, object] | None = None,
+) -> Path:
+    """A tiny random fp32 checkpoint of Qwen3-VL, as transformers saves it, in several shards.
+
+    Dense, or with `experts` (fields of the text config beside the number and size of experts).
+    """
+    import transformers
+
+    kind = "Qwen3VL" if experts is None else "Qwen3VLMoe"
+    make_config = getattr(transformers, f"{kind}Config")
+    make_model = getattr(transformers, f"{kind}ForConditionalGeneration")
 
     text = {
         "vocab_size": 128,
@@ -56,7 +71,9 @@ def write_checkpoint(folder: Path, *, tied: bool = False, seed: int = 0, layers:
         "num_position_embeddings": 36,
         "deepstack_visual_indexes": [0, 2],
     }
-    config = Qwen3VLConfig(
+    if experts is not None:
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, **experts}
+    config = make_config(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=tied,
@@ -66,7 +83,7 @@ def write_checkpoint(folder: Path, *, tied: bool = False, seed: int = 0, layers:
         vision_end_token_id=END,
     )
     torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(config).float()
+    model = make_model(config).float()
     for parameter in model.parameters():
         # Norms stay near one and biases near zero, but none is trivial: a mix-up of two tensors must show.
         parameter.data += 0.06 * torch.randn_like(parameter)
@@ -144,9 +161,9 @@ class Reference:
 
 def run_transformers(folder: Path, conversations: Sequence[Conversation]) -> Reference:
     """Forward and backward of each conversation alone."""
-    from transformers import Qwen3VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).train()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
     logits, losses = [], []
     vision: list[dict[str, torch.Tensor]] = []
     for c in conversations:

@@ -97,7 +97,11 @@ class PackedAttention(torch.nn.Module):
         if config.attention_dropout:
             raise VLBridgeError(f"CPU backend: attention_dropout must be 0, found {config.attention_dropout}")
         self.softmax_scale = softmax_scale
-        self.cp_group = pg_collection.cp if pg_collection and config.context_parallel_size > 1 else None
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            if pg_collection is None:
+                raise VLBridgeError("CPU backend: attention over context-parallel ranks needs their process group")
+            self.cp_group = pg_collection.cp
 
     def forward(
         self,

@@ -6,81 +6,58 @@ export needs nothing else.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from megatron_vlbridge import families
+from megatron_vlbridge.checkpoint.conversion import Conversion
+from megatron_vlbridge.checkpoint.engine import Options
+from megatron_vlbridge.checkpoint.hub import find_folder
+from megatron_vlbridge.checkpoint.raw import gather_into
 from megatron_vlbridge.checkpoint.safetensors import (
     DEFAULT_SHARD_BYTES,
     INDEX,
     SafetensorsFolder,
-    load_json_object,
+    SafetensorsWriter,
     plan_shards,
     row_blocks,
-    write_folder,
 )
-from megatron_vlbridge.checkpoint.staging import staged_folder
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, write_release
+from megatron_vlbridge.checkpoint.side_files import Like, copy_side_files, find_like, keep_side_files, side_files
+from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
+from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family
-from megatron_vlbridge.weights import Piece, Plan, Region, TensorSpec
+from megatron_vlbridge.weights import Plan, Region, TensorSpec
 
-SIDE_FOLDER = "hf"
-FACTS = "vlbridge.json"
-
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Reader = Callable[[Region], torch.Tensor]
 
 
 def import_checkpoint(
-    hf_folder: str | Path, megatron_folder: str | Path, *, dtype: str | torch.dtype | None = None
+    hf_folder: str | Path,
+    megatron_folder: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    experts: str | None = None,
+    options: Options | None = None,
+    resume: bool = False,
 ) -> Path:
     """Write a Hugging Face checkpoint as a Megatron checkpoint, and return the new folder.
 
-    The folder loads through Megatron's `--load` and `--pretrained-checkpoint` at any parallel layout. `dtype`
-    (`"float32"`, `"bfloat16"`, `"float16"`) converts all weights; by default each keeps its own. Tensors are read when
-    they are written.
+    `hf_folder` may be a Hub id. The new folder loads through Megatron's `--load` and `--pretrained-checkpoint` at any
+    parallel layout. `dtype` (`"float32"`, `"bfloat16"`, `"float16"`) converts all weights; by default each keeps its
+    own. `experts` says the form of fused experts where their shapes do not. `options` says with how many threads and
+    how much memory; `resume` continues a run that was interrupted, with the same result.
 
     Raises VLBridgeError, and leaves nothing under the new name, when the two do not fit each other exactly, a file is
-    missing or damaged, or the target exists.
+    missing or damaged, the target exists or is being written, or the disk is full.
 
-    Example: `import_checkpoint("Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron")`.
+    Example: `import_checkpoint("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron")`.
     """
-    source, target = Path(hf_folder), Path(megatron_folder)
-    config = read_config(source)
-    family = families.find(config)
-    table = family.table(config)
-    weights = SafetensorsFolder(source)
-    hf = dict(weights.table)
-    if config.tie_word_embeddings and family.head in hf:
-        check_tied_head(weights, family)
-        del hf[family.head]
-    wanted = _as_dtype(dtype)
-    megatron = _derive_table(
-        table.megatron_shapes, ((move.megatron.name, move.hf.name) for move in table.moves), hf, wanted
-    )
-    Plan(table, hf, megatron, cast=wanted is not None, hf_source=str(source), megatron_source="the new checkpoint")
-
-    def read(region: Region) -> torch.Tensor:
-        return gather(region, table.hf_sources(region), weights.read, megatron[region.name].dtype)
-
-    with staged_folder(target) as work:
-        write_release(work, megatron, read)
-        side = work / SIDE_FOLDER
-        copy_side_files(source, side)
-        if (source / INDEX).is_file():
-            shutil.copyfile(source / INDEX, side / INDEX)
-        facts = {name: [file, str(weights.table[name].dtype)] for name, file in weights.files.items()}
-        (side / FACTS).write_text(json.dumps({"version": 1, "tensors": facts}, indent=1) + "\n", encoding="utf-8")
-    return target
+    return plan_import(hf_folder, megatron_folder, dtype=dtype, experts=experts).run(options, resume=resume)
 
 
 def export_checkpoint(
@@ -89,93 +66,144 @@ def export_checkpoint(
     *,
     like: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
+    experts: str | None = None,
     max_shard_size: int | None = None,
+    options: Options | None = None,
+    resume: bool = False,
 ) -> Path:
     """Write the weights of a Megatron checkpoint as a Hugging Face checkpoint, and return the new folder.
 
     Config, tokenizer, processor and all other files come unchanged from what the import kept beside the weights, or
-    from `like`, the Hugging Face folder that training started from; a folder that a training run wrote holds none.
-    Shards are those of that source, or at most `max_shard_size` bytes each (5 GB where the source does not tell).
-    `dtype` converts all weights; by default they keep what the Megatron checkpoint holds.
+    from `like`, the Hugging Face folder (or Hub id) that training started from; a folder that a training run wrote
+    holds none. Shards are those of that source, or at most `max_shard_size` bytes each (5 GB where the source does not
+    tell); experts have the form that they have there, or `experts`. `dtype` converts all weights; by default they keep
+    what the Megatron checkpoint holds. `options` and `resume` are those of `import_checkpoint`.
 
     Raises VLBridgeError, and leaves nothing under the new name, when the two do not fit each other exactly, a file is
-    missing or damaged, the target exists, or it is not known which config belongs to the weights.
+    missing or damaged, the target exists or is being written, the disk is full, or it is not known which config
+    belongs to the weights.
 
-    Example: `export_checkpoint("run", "trained", like="Qwen3-VL-2B-Instruct")`.
+    Example: `export_checkpoint("run", "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
     """
+    plan = plan_export(
+        megatron_folder, hf_folder, like=like, dtype=dtype, experts=experts, max_shard_size=max_shard_size
+    )
+    return plan.run(options, resume=resume)
+
+
+def plan_import(
+    hf_folder: str | Path,
+    megatron_folder: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    experts: str | None = None,
+) -> Conversion:
+    """What `import_checkpoint` would do, proved from headers alone; arguments and errors are the same."""
+    source = find_folder(hf_folder)
+    config = read_config(source)
+    family = families.find(config)
+    weights = SafetensorsFolder(source)
+    hf = dict(weights.table)
+    table = family.table(config, family.find_expert_form(config, hf, experts))
+    if config.tie_word_embeddings and family.head in hf:
+        check_tied_head(weights, family)
+        del hf[family.head]
+    wanted = _as_dtype(dtype)
+    pairs = ((move.megatron.name, move.hf.name) for move in table.moves)
+    megatron = _derive_table(table.megatron_shapes, pairs, hf, wanted)
+    plan = Plan(
+        table, hf, megatron, cast=wanted is not None, hf_source=str(source), megatron_source="the new checkpoint"
+    )
+
+    def fill(region: Region, out: torch.Tensor) -> None:
+        gather_into(out, table.hf_sources(region), weights.read_into)
+
+    return Conversion(
+        kind="import",
+        architecture=family.architecture,
+        source=source,
+        target=Path(megatron_folder),
+        plan=plan,
+        writer=ReleaseWriter(megatron, fill),
+        source_files=tuple(source / file for file in dict.fromkeys(weights.files.values())),
+        side_files=tuple(side_files(source)),
+        complete=lambda folder: keep_side_files(weights, folder, experts),
+        check=lambda folder: _check_written(folder, TorchDistFolder(folder).table, megatron),
+    )
+
+
+def plan_export(
+    megatron_folder: str | Path,
+    hf_folder: str | Path,
+    *,
+    like: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    experts: str | None = None,
+    max_shard_size: int | None = None,
+) -> Conversion:
+    """What `export_checkpoint` would do, proved from headers alone; arguments and errors are the same."""
     source, target = Path(megatron_folder), Path(hf_folder)
-    model = _find_like(source, like)
+    model = find_like(source, like)
     config = read_config(model.folder)
     family = families.find(config)
-    table = family.table(config)
+    table = family.table(config, family.find_expert_form(config, model.table, experts or model.experts))
     weights = TorchDistFolder(source)
     wanted = _as_dtype(dtype)
     pairs = ((move.hf.name, move.megatron.name) for move in table.moves)
     hf = _derive_table(table.hf_shapes, pairs, weights.table, wanted)
-    Plan(table, hf, weights.table, cast=wanted is not None, hf_source=str(target), megatron_source=str(weights.folder))
+    plan = Plan(
+        table, hf, weights.table, cast=wanted is not None, hf_source=str(target), megatron_source=str(weights.folder)
+    )
     if config.tie_word_embeddings and family.head in model.tensors:
         hf[family.head] = hf[family.embedding]
-    surplus = sorted(model.tensors.keys() - hf.keys())
+    _check_like(model, hf, family, chosen_form=experts is not None)
+    files, index = _shards(hf, model, max_shard_size)
+
+    def fill(region: Region, out: torch.Tensor) -> None:
+        known = region.name in table.hf_shapes
+        named = region if known else Region(family.embedding, region.offset, region.shape)
+        gather_into(out, table.megatron_sources(named), weights.read_into)
+
+    def complete(folder: Path) -> None:
+        copy_side_files(model.folder, folder)
+        if index is not None:
+            shutil.copyfile(index, folder / INDEX)
+
+    return Conversion(
+        kind="export",
+        architecture=family.architecture,
+        source=source,
+        target=target,
+        plan=plan,
+        writer=SafetensorsWriter(hf, files, fill),
+        source_files=weights.files,
+        side_files=tuple(side_files(model.folder)),
+        complete=complete,
+        check=lambda folder: _check_written(folder, SafetensorsFolder(folder).table, hf),
+    )
+
+
+def _check_like(model: Like, hf: Mapping[str, TensorSpec], family: Family, *, chosen_form: bool) -> None:
+    """Refuse a source whose tensors would be lost; those of experts have other names in another form."""
+    surplus = sorted(name for name in model.tensors.keys() - hf.keys() if not (chosen_form and ".experts." in name))
     if surplus:
         raise VLBridgeError(
             f"{model.folder}: expected only tensors of a {family.architecture}, found {len(surplus)} more: "
             f"{', '.join(surplus[:8])}. Give a like= folder of the same architecture."
         )
-    files, index = _shards(hf, model, max_shard_size)
-
-    def read(region: Region) -> torch.Tensor:
-        spec = hf[region.name]
-        named = region if region.name in table.hf_shapes else Region(family.embedding, region.offset, region.shape)
-        return gather(region, table.megatron_sources(named), weights.read, spec.dtype)
-
-    with staged_folder(target) as work:
-        write_folder(work, hf, files, read)
-        copy_side_files(model.folder, work)
-        if index is not None:
-            shutil.copyfile(index, work / INDEX)
-    return target
 
 
-@dataclass(frozen=True)
-class _Like:
-    """Where an export takes the other files from, and what the weights there were called: tensor -> (file, dtype)."""
-
-    folder: Path
-    tensors: Mapping[str, tuple[str, str]]
-
-
-def _find_like(source: Path, like: str | Path | None) -> _Like:
-    if like is not None:
-        folder = Path(like)
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.safetensors.index.json")):
-            return _Like(folder, {})
-        weights = SafetensorsFolder(folder)
-        return _Like(folder, {name: (file, str(weights.table[name].dtype)) for name, file in weights.files.items()})
-    for folder in (source / SIDE_FOLDER, source.resolve().parent / SIDE_FOLDER):
-        if (folder / FACTS).is_file():
-            return _Like(folder, _read_facts(folder / FACTS))
-    raise VLBridgeError(
-        f"{source}: expected {SIDE_FOLDER}/{FACTS}, as an import leaves it, found none (a training run keeps weights "
-        "only). Give like=, the Hugging Face folder that the training started from."
-    )
-
-
-def _read_facts(path: Path) -> dict[str, tuple[str, str]]:
-    tensors = load_json_object(path).get("tensors")
-    result = {}
-    for name, fact in tensors.items() if isinstance(tensors, dict) else ():
-        if not isinstance(fact, list) or len(fact) != 2 or not all(isinstance(item, str) for item in fact):
-            raise VLBridgeError(f"{path}: {name}: expected a file and a dtype, found {fact!r:.80}. Import again.")
-        if "/" in fact[0] or not fact[0].endswith(".safetensors"):
-            raise VLBridgeError(f"{path}: {name}: expected a plain safetensors name, found {fact[0]!r}. Import again.")
-        result[name] = (fact[0], fact[1])
-    if not result:
-        raise VLBridgeError(f"{path}: tensors: expected names with their files, found {tensors!r:.80}. Import again.")
-    return result
+def _check_written(folder: Path, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise VLBridgeError(
+                f"{folder}: {name}: expected to read back {expected.get(name)}, found {found.get(name)}. "
+                "The disk does not keep what is written: take another."
+            )
 
 
 def _shards(
-    hf: Mapping[str, TensorSpec], model: _Like, max_shard_size: int | None
+    hf: Mapping[str, TensorSpec], model: Like, max_shard_size: int | None
 ) -> tuple[dict[str, str], Path | None]:
     """Tensor -> file, and the source's own index where it still says the truth about sizes and files."""
     if max_shard_size is not None and max_shard_size <= 0:
@@ -183,7 +211,7 @@ def _shards(
     if max_shard_size is not None or model.tensors.keys() != hf.keys():
         return plan_shards(hf, max_shard_size or DEFAULT_SHARD_BYTES), None
     files = {name: file for name, (file, _) in model.tensors.items()}
-    same_sizes = all(str(hf[name].dtype) == dtype for name, (_, dtype) in model.tensors.items())
+    same_sizes = all(hf[name].dtype == spec.dtype for name, (_, spec) in model.tensors.items())
     index = model.folder / INDEX
     return files, index if same_sizes and index.is_file() else None
 
@@ -210,14 +238,6 @@ def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     raise VLBridgeError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}.")
 
 
-def gather(region: Region, pieces: Iterable[Piece], read: Reader, dtype: torch.dtype) -> torch.Tensor:
-    """A region put together from the other side's pieces, in `dtype`."""
-    result = torch.empty(region.shape, dtype=dtype)
-    for piece in pieces:
-        result[piece.target.slices] = read(piece.source).reshape(piece.target.shape)
-    return result
-
-
 def check_tied_head(weights: SafetensorsFolder, family: Family) -> None:
     """Refuse a stored output head that is not the embedding, bit for bit, although the config says they are one."""
     head, embedding = weights.table[family.head], weights.table.get(family.embedding)
@@ -233,12 +253,3 @@ def check_tied_head(weights: SafetensorsFolder, family: Family) -> None:
             f"{weights.folder}: {family.head}: expected the numbers of {family.embedding}, as tie_word_embeddings is "
             f"true, found others ({head}; {embedding}). Set tie_word_embeddings to false if the head is its own."
         )
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy, unchanged, every file of a Hugging Face folder that is no weight: config, tokenizer, processor, licence."""
-    target.mkdir(exist_ok=True)
-    for path in sorted(source.iterdir()):
-        hidden_or_ours = path.name.startswith(".") or path.name == FACTS
-        if path.is_file() and not hidden_or_ours and not path.name.endswith(_WEIGHT_FILES):
-            shutil.copyfile(path, target / path.name)

@@ -10,33 +10,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_vlbridge import families
-from megatron_vlbridge.checkpoint.convert import Reader, check_tied_head, gather
+from megatron_vlbridge.checkpoint.convert import check_tied_head
+from megatron_vlbridge.checkpoint.hub import find_folder
+from megatron_vlbridge.checkpoint.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder
 from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.weights import Piece, Plan, Region, RuleTable, TensorSpec, stack_layers
+from megatron_vlbridge.weights import Piece, Plan, Region, RuleTable, TensorSpec
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 
 @torch.no_grad()
-def load_hf_weights(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str | Path) -> None:
-    """Copy the weights of a Hugging Face folder into a model that is already sharded, in place.
+def load_hf_weights(
+    model: torch.nn.Module | Sequence[torch.nn.Module], folder: str | Path, *, experts: str | None = None
+) -> None:
+    """Copy the weights of a Hugging Face folder (or Hub id) into a model that is already sharded, in place.
 
     `model` is what Megatron's `get_model` gives: one module, or a list of them under virtual pipelining, wrapped or
     not. Its own `sharded_state_dict` says which slice of which tensor each rank holds; only those are read, and
     converted to the dtype of the parameter. Rows that pad the vocabulary become zero. All ranks must call it.
+    `experts` (an `ExpertForm`) says how the folder holds its experts where its tensors do not tell.
 
     Raises VLBridgeError when the folder does not fit its config or the model's config, a slice has no source, a
     parameter is not filled, or a weight of the folder has no place on any rank.
 
     Example: `load_hf_weights(get_model(model_provider), "Qwen3-VL-2B-Instruct")`.
     """
-    folder = Path(folder)
+    folder = find_folder(folder)
     modules = [_unwrap(module) for module in (model if isinstance(model, Sequence) else [model])]
     config = read_config(folder)
-    table, read = _prove(folder, config)
+    table, read = _prove(folder, config, experts)
     placed: set[str] = set()
     for module in modules:
         _check_config(folder, config, module)
@@ -47,18 +52,18 @@ def load_hf_weights(model: torch.nn.Module | Sequence[torch.nn.Module], folder: 
     _check_every_weight_is_placed(folder, table, placed)
 
 
-def _prove(folder: Path, config: Config) -> tuple[RuleTable, Reader]:
+def _prove(folder: Path, config: Config, experts: str | None) -> tuple[RuleTable, Filler]:
     """The rules of the folder, proved against its headers, and how to read it."""
     family = families.find(config)
-    table = family.table(config)
     weights = SafetensorsFolder(folder)
     hf = dict(weights.table)
+    table = family.table(config, family.find_expert_form(config, hf, experts))
     if config.tie_word_embeddings and family.head in hf:
         check_tied_head(weights, family)
         del hf[family.head]
     megatron = {name: TensorSpec(shape, torch.float32) for name, shape in table.megatron_shapes.items()}
     Plan(table, hf, megatron, cast=True, hf_source=str(folder), megatron_source="the model")
-    return table, weights.read
+    return table, weights.read_into
 
 
 def _unwrap(module: torch.nn.Module) -> Any:
@@ -109,11 +114,11 @@ def _check_every_parameter_is_filled(module: torch.nn.Module, tensors: Iterable[
             )
 
 
-def _fill(folder: Path, tensor: ShardedTensor, table: RuleTable, read: Reader) -> str:
+def _fill(folder: Path, tensor: ShardedTensor, table: RuleTable, read: Filler) -> str:
     """Copy one shard's numbers into it, and return its canonical name."""
     surplus = tensor.prepend_axis_num
     region = Region(tensor.key, tuple(tensor.global_offset), (1,) * surplus + tuple(tensor.local_shape))
-    canonical = stack_layers(region)
+    canonical = table.canonical(region)
     expected = table.megatron_shapes.get(canonical.name)
     name = canonical.name
     if expected is None:
@@ -130,7 +135,7 @@ def _fill(folder: Path, tensor: ShardedTensor, table: RuleTable, read: Reader) -
         local.zero_()
     if known is not None:
         pieces: list[Piece] = table.hf_sources(known)
-        local[known.within(canonical).slices].copy_(gather(known, pieces, read, tensor.dtype))
+        gather_into(local[known.within(canonical).slices], pieces, read)
     return name
 
 

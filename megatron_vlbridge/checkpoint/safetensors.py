@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from megatron_vlbridge.checkpoint.engine import PART_BYTES, Block, Written
+from megatron_vlbridge.checkpoint.raw import Filler, Stored, as_bytes, write_exactly
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region, TensorSpec
 
@@ -55,12 +58,12 @@ class SafetensorsFolder:
         self.folder = Path(folder)
         self.files = self._read_index()
         self.table: dict[str, TensorSpec] = {}
-        self._open: dict[str, Any] = {}
         headers = {file: read_header(self.folder / file) for file in dict.fromkeys(self.files.values())}
         if not self.files:
             file = self._single_file()
             headers = {file: read_header(self.folder / file)}
             self.files = dict.fromkeys(headers[file], file)
+        self._stored: dict[str, Stored] = {}
         for file, header in headers.items():
             self._add(file, header)
         for name in self.files.keys() - self.table.keys():
@@ -74,20 +77,23 @@ class SafetensorsFolder:
 
     def read(self, region: Region) -> torch.Tensor:
         """The numbers of a region, as stored."""
-        file = self.files[region.name]
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(self.folder / file, framework="pt")
-            part: torch.Tensor = self._open[file].get_slice(region.name)[region.slices]
-        except (SafetensorError, OSError) as error:
-            raise self._error(file, f"expected to read {region}, found: {error}", "Fetch the file again.") from error
+        part = torch.empty(region.shape, dtype=self.table[region.name].dtype)
+        self.read_into(region, part)
         return part
+
+    def read_into(self, region: Region, out: torch.Tensor) -> None:
+        """Put the numbers of a region into a tensor of its shape, converted to the tensor's dtype."""
+        try:
+            self._stored[region.name].read_into(region.offset, out)
+        except OSError as error:
+            text = f"expected to read {region}, found: {error}"
+            raise self._error(self.files[region.name], text, "Fetch the file again.") from error
 
     def _error(self, file: str, text: str, remedy: str) -> VLBridgeError:
         return VLBridgeError(f"{self.folder / file}: {text}. {remedy}")
 
-    def _add(self, file: str, header: Mapping[str, TensorSpec]) -> None:
-        for name, spec in header.items():
+    def _add(self, file: str, header: Mapping[str, Stored]) -> None:
+        for name, stored in header.items():
             place = self.files.get(name)
             if place is None:
                 raise self._error(
@@ -95,7 +101,7 @@ class SafetensorsFolder:
                 )
             if place != file:
                 raise self._error(file, f"expected {name} only in {place}, found it here too", "Remove the wrong copy.")
-            self.table[name] = spec
+            self._stored[name], self.table[name] = stored, stored.spec
 
     def _single_file(self) -> str:
         found = sorted(path.name for path in self.folder.glob("*.safetensors"))
@@ -151,7 +157,7 @@ def load_json_object(path: Path, text: bytes | None = None) -> dict[str, Any]:
     return value
 
 
-def read_header(path: Path) -> dict[str, TensorSpec]:
+def read_header(path: Path) -> dict[str, Stored]:
     """Every tensor of one file, in the order of the data, after checking the header against the file's size."""
     try:
         size = path.stat().st_size
@@ -180,7 +186,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
             f"{path}: expected {position} bytes of data after the header, found {size - 8 - length}. "
             "The file is truncated or damaged: fetch it again."
         )
-    return {name: spec for _, _, name, spec in entries}
+    return {name: Stored(path, 8 + length + start, spec) for start, _, name, spec in entries}
 
 
 def _parse_entry(path: Path, name: str, entry: object) -> tuple[int, int, str, TensorSpec]:
@@ -224,49 +230,97 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_
     return {name: file for file, names in zip(files, shards, strict=True) for name in names}
 
 
-def write_folder(
-    folder: Path, specs: Mapping[str, TensorSpec], files: Mapping[str, str], read: Callable[[Region], torch.Tensor]
-) -> None:
-    """Write tensors into the files that `files` says, and an index when there are several.
+class SafetensorsWriter:
+    """Writes tensors into the files that `files` says (tensor -> file), and an index when there are several.
 
-    `read` gives the numbers of a region, in the spec's dtype, when it is to be written; no more than one block of rows
-    (64 MiB, or one row) is held.
+    `fill` gives the numbers of a region when they are to be written, a block of rows at a time. The format is a length,
+    a JSON header and the plain numbers, so parts of one file are written side by side.
     """
-    by_file: dict[str, dict[str, TensorSpec]] = {}
-    for name, file in files.items():
-        by_file.setdefault(file, {})[name] = specs[name]
-    for file, tensors in by_file.items():
-        write_file(folder / file, tensors, read)
-    if len(by_file) > 1:
-        total = sum(spec.nbytes for spec in specs.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def __init__(self, specs: Mapping[str, TensorSpec], files: Mapping[str, str], fill: Filler) -> None:
+        self.specs, self.files, self._fill = specs, files, fill
+        self.sizes: list[int] = []
+        self.block_bytes = 0
+        self._parts: list[_Range] = []
+        self._lengths: dict[str, int] = {}
+        by_file: dict[str, dict[str, TensorSpec]] = {}
+        for name, file in files.items():
+            by_file.setdefault(file, {})[name] = specs[name]
+        for file, tensors in by_file.items():
+            self._cut(file, tensors)
+
+    def _cut(self, file: str, tensors: Mapping[str, TensorSpec]) -> None:
+        """Lay one file out and cut it into parts."""
+        # Wider dtypes first keeps every tensor aligned to its own size, as the format's library does.
+        ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+        head = _header(ordered)
+        part = _Range(file, 0, head, [])
+        for name, spec in ordered.items():
+            for region in row_blocks(Region.whole(name, spec.shape), spec.dtype.itemsize):
+                nbytes = region.volume * spec.dtype.itemsize
+                if part.regions and part.nbytes + nbytes > PART_BYTES:
+                    self._add(part)
+                    part = _Range(file, part.start + len(part.head) + part.nbytes, b"", [])
+                part.regions.append(region)
+                part.nbytes += nbytes
+                self.block_bytes = max(self.block_bytes, nbytes)
+        self._add(part)
+        self._lengths[file] = part.start + len(part.head) + part.nbytes
+
+    def _add(self, part: _Range) -> None:
+        self._parts.append(part)
+        self.sizes.append(part.nbytes)
+
+    def prepare(self, folder: Path) -> None:
+        """Make the files at their full length."""
+        for file, length in self._lengths.items():
+            with (folder / file).open("ab") as stream:
+                stream.truncate(length)
+
+    def write(self, number: int, folder: Path, block: Block) -> Written:
+        """Write one range of one file."""
+        part = self._parts[number]
+        position = part.start + len(part.head)
+        handle = os.open(folder / part.file, os.O_WRONLY)
+        try:
+            write_exactly(handle, part.start, part.head)
+            for region in part.regions:
+                held = block.take(region.shape, self.specs[region.name].dtype)
+                self._fill(region, held)
+                write_exactly(handle, position, as_bytes(held))
+                position += held.nbytes
+        finally:
+            os.close(handle)
+        return Written(part.file, part.start, position - part.start)
+
+    def finish(self, folder: Path, _written: Sequence[Written]) -> None:
+        """Write the index, as the Hub has it."""
+        if len(self._lengths) > 1:
+            total = sum(spec.nbytes for spec in self.specs.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.files.items()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_file(path: Path, specs: Mapping[str, TensorSpec], read: Callable[[Region], torch.Tensor]) -> None:
-    """Write one safetensors file, tensor after tensor. The format is a length, a JSON header and the plain numbers."""
-    # Wider dtypes first keeps every tensor aligned to its own size, as the format's library does.
-    ordered = sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize)
+@dataclass
+class _Range:
+    """Neighbouring blocks of one file; the first range begins with the header."""
+
+    file: str
+    start: int
+    head: bytes
+    regions: list[Region]
+    nbytes: int = 0
+
+
+def _header(tensors: Mapping[str, TensorSpec]) -> bytes:
+    """What a file begins with: the length of the JSON, and the JSON."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, spec in ordered:
-        offsets = [position, position + spec.nbytes]
-        header[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-        position = offsets[1]
+    ends = list(accumulate((spec.nbytes for spec in tensors.values()), initial=0))
+    for (name, spec), start, end in zip(tensors.items(), ends[:-1], ends[1:], strict=True):
+        header[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name, spec in ordered:
-            for region in row_blocks(Region.whole(name, spec.shape), spec.dtype.itemsize):
-                part = read(region)
-                if tuple(part.shape) != region.shape or part.dtype != spec.dtype:
-                    found = TensorSpec(tuple(part.shape), part.dtype)
-                    expected = TensorSpec(region.shape, spec.dtype)
-                    raise VLBridgeError(f"{path}: {name}: expected {expected} to write, found {found}.")
-                stream.write(part.contiguous().view(-1).view(torch.uint8).numpy())
-        stream.flush()
-        os.fsync(stream.fileno())
+    return len(text).to_bytes(8, "little") + text
 
 
 def row_blocks(region: Region, itemsize: int, block_bytes: int = BLOCK_BYTES, dim: int = 0) -> Iterator[Region]:

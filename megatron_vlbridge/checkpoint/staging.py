@@ -1,69 +1,199 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and work that a killed run leaves for the next one to continue.
+
+Beside the target `name` stands, while it is written, the hidden folder `.name.vlbridge`: `result/` becomes the target
+by one rename, `journal.jsonl` says from what it is made and which parts are finished, `lock` keeps other runs out.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_vlbridge.errors import VLBridgeError
 
 
-@contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """A hidden sibling of `target` to work in; renamed to it at the end, removed after any error.
+@dataclass(frozen=True)
+class Finished:
+    """A part that is on the disk: its range of a file in the result, the SHA-256 of it, and the places of entries."""
 
-    Raises VLBridgeError where `target` exists, and for what the file system refuses (a full disk, missing rights).
+    number: int
+    file: str
+    start: int
+    length: int
+    sha256: str
+    places: tuple[tuple[int, int], ...] = ()
+
+
+class Staging:
+    """The work folder of one run: `folder` is the result to be, `finished` what an earlier run has done."""
+
+    def __init__(self, work: Path, finished: Mapping[int, Finished]) -> None:
+        self.folder, self.finished = work / "result", dict(finished)
+        self._journal = work / "journal.jsonl"
+
+    def note(self, part: Finished) -> None:
+        """Append a finished part to the journal."""
+        with self._journal.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(part)) + "\n")
+        self.finished[part.number] = part
+
+
+@contextmanager
+def staged_folder(target: Path, origin: Mapping[str, Any], *, resume: bool = False) -> Iterator[Staging]:
+    """A folder to work in; flushed and renamed to `target` at the end.
+
+    `origin` says, in JSON's types, what the result is made from and how; work is continued only where it is the same.
+    After an error or an interruption, finished parts stay for a run with `resume`; where there are none, nothing does.
+
+    Raises VLBridgeError where `target` exists, another run is writing it, an interrupted run's work is there and
+    `resume` is false or the origin has changed, and for what the file system refuses (a full disk, missing rights).
     """
+    work = target.parent / f".{target.name}.vlbridge"
+    try:
+        _check_free(target, work)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target, work):
+            _check_free(target, work)
+            staging = _begin(target, work, origin, resume)
+            try:
+                yield staging
+                sync_tree(staging.folder)
+                _check_free(target, work)  # a rename would replace an empty folder
+                staging.folder.rename(target)
+                sync(target.parent)
+            except VLBridgeError as error:
+                raise VLBridgeError(f"{error} {_what_is_left(work, staging)}") from error
+            except OSError as error:
+                text = f"{target}: expected to write it, found: {error}. See to space and rights, and retry."
+                raise VLBridgeError(f"{text} {_what_is_left(work, staging)}") from error
+            except BaseException:
+                _what_is_left(work, staging)
+                raise
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        text = f"{target}: expected to write it, found: {error}. See to space and rights, and retry."
+        raise VLBridgeError(text) from error
+
+
+def _what_is_left(work: Path, staging: Staging) -> str:
+    """Remove the work folder unless a part is finished; says which."""
+    if staging.finished:
+        return f"{len(staging.finished)} finished parts are kept in {work}: continue with --resume, or remove it."
+    shutil.rmtree(work, ignore_errors=True)
+    return "Nothing was left there."
+
+
+def _check_free(target: Path, work: Path) -> None:
     if target.exists() or target.is_symlink():
+        if work.exists() and not (work / "result").exists():  # a run was killed between its last two steps
+            shutil.rmtree(work, ignore_errors=True)
         raise VLBridgeError(
             f"{target}: expected a name that is free, found something there. Remove it or take another."
         )
+
+
+@contextmanager
+def _locked(target: Path, work: Path) -> Iterator[None]:
+    """Hold the work folder alone. The kernel gives the lock back when a process ends, however it ends."""
+    while True:
+        work.mkdir(exist_ok=True)
+        try:
+            handle = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the run that held it has just ended
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(work / "lock", handle):
+                yield
+                return
+        except BlockingIOError as error:
+            text = f"{target}: expected to write it alone, found another run that writes it ({work}). Wait for it."
+            raise VLBridgeError(text) from error
+        finally:
+            os.close(handle)
+
+
+def _is_still(path: Path, handle: int) -> bool:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise _refused(target, error) from error
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _begin(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) -> Staging:
+    """An empty result and a new journal, or what an interrupted run with the same origin left."""
+    journal = work / "journal.jsonl"
+    before, finished = _read_journal(journal)
+    if finished and not resume:
+        raise VLBridgeError(
+            f"{target}: expected no earlier work, found {len(finished)} finished parts of an interrupted run in "
+            f"{work}. Continue it with --resume, or remove that folder."
+        )
+    if finished and before != origin:
+        changed = _first_difference(before, origin)
+        raise VLBridgeError(
+            f"{target}: expected to continue from the same source with the same options, found {changed}. "
+            f"Remove {work} and begin again."
+        )
     try:
-        yield work
-        work.chmod(0o777 & ~_umask())
-        sync_tree(work)
-        if target.exists():  # rename would replace an empty folder
-            raise VLBridgeError(f"{target}: expected a name that is free, found something made meanwhile. Try again.")
-        work.rename(target)
-        _sync(target.parent)
-    except OSError as error:
-        raise _refused(target, error) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if not finished:
+            shutil.rmtree(work / "result", ignore_errors=True)
+        (work / "result").mkdir(exist_ok=True)  # a run may have been killed just after it had put its result in place
+        lines = [json.dumps(origin), *(json.dumps(asdict(part)) for part in finished.values())]
+        fresh = work / "journal.new"
+        fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")  # without the line that a kill may have torn
+        fresh.replace(journal)
+    except OSError:
+        if not finished:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    return Staging(work, finished)
+
+
+def _read_journal(path: Path) -> tuple[Any, dict[int, Finished]]:
+    """Origin and finished parts; whatever follows a line that a kill has torn counts as not done."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    finished: dict[int, Finished] = {}
+    try:
+        origin = json.loads(lines[0]) if lines else None
+        for line in lines[1:]:
+            entry = json.loads(line)
+            entry["places"] = tuple((start, length) for start, length in entry["places"])
+            finished[entry["number"]] = Finished(**entry)
+    except (json.JSONDecodeError, TypeError, KeyError, ValueError):
+        if not finished:
+            return None, {}
+    return origin, finished
+
+
+def _first_difference(before: Any, now: Any, where: str = "") -> str:
+    """The first place in which two JSON values differ, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                return _first_difference(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
+    return f"{where or 'origin'} {now!r:.120} where it was {before!r:.120}"
 
 
 def sync_tree(folder: Path) -> None:
     """Flush every file and folder below to the disk."""
     for place, _, files in os.walk(folder):
         for file in files:
-            _sync(Path(place) / file)
-        _sync(Path(place))
+            sync(Path(place) / file)
+        sync(Path(place))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _refused(target: Path, error: OSError) -> VLBridgeError:
-    return VLBridgeError(
-        f"{target}: expected to write it, found: {error}. Nothing was left there. See to space and rights, and retry."
-    )

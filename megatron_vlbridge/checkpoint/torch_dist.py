@@ -6,48 +6,33 @@ strangers and is read by an unpickler that knows only the classes a checkpoint n
 
 from __future__ import annotations
 
-import io
-import json
 import pickle
 import re
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_vlbridge.checkpoint.safetensors import load_json_object, row_blocks
+from megatron_vlbridge.checkpoint.raw import Stored, gather_into, span_of
+from megatron_vlbridge.checkpoint.safetensors import load_json_object
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.weights import Region, TensorSpec, stack_layers
+from megatron_vlbridge.weights import Region, TensorSpec, mixed_stacks, stack_layers
 from megatron_vlbridge.weights.regions import RegionIndex, Shape, check_exact_cover
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT = "metadata.json"
-CACHE_BYTES = 256 * 2**20
 
+# What torch's loader raises for bytes that it did not write.
+_UNREADABLE = (
+    *(RuntimeError, AssertionError, pickle.UnpicklingError, OSError, EOFError),
+    *(ValueError, AttributeError, TypeError, KeyError, IndexError),
+)
 _NO_WEIGHT = re.compile(r"^(optimizer|chained_\d+)\.")
 _PLAIN_NAMES = {
     ("collections", "OrderedDict"),
@@ -112,19 +97,24 @@ class _SafeReader(FileSystemReader):
             raise VLBridgeError(f"{path}: expected DCP's metadata, found {type(metadata).__name__}.")
         return metadata
 
+    def find(self, index: MetadataIndex) -> tuple[torch.Tensor, int]:
+        """The outside of a stored tensor (shape, dtype, strides; no numbers), and the byte at which its numbers begin.
 
-class _ReadOne(DefaultLoadPlanner):
-    """Puts the one chunk that is asked for into one tensor."""
+        torch's own loader, which finds the numbers in what torch wrote, is asked for this much alone.
+        """
+        info = self.storage_data[index]
+        with self.fs.create_stream(self.fs.concat_path(self.path, info.relative_path), "rb") as stream:
+            with FakeTensorMode():
+                tensor = torch.load(self._slice_file(stream, info), map_location="cpu", weights_only=True)
+            start: int | None = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        if start is None:
+            raise ValueError("no tensor that torch saved")
+        return tensor, info.offset + start
 
-    def __init__(self, target: torch.Tensor) -> None:
-        super().__init__()
-        self.target = target
 
-    def resolve_tensor(self, _read_item: ReadItem) -> torch.Tensor:
-        return self.target
-
-    def commit_tensor(self, _read_item: ReadItem, _tensor: torch.Tensor) -> None:
-        pass
+def is_torch_dist(folder: Path) -> bool:
+    """Whether a folder looks like a Megatron checkpoint, whole or damaged."""
+    return (folder / ".metadata").exists() or (folder / TRACKER).exists()
 
 
 def locate(folder: str | Path) -> Path:
@@ -170,40 +160,57 @@ class TorchDistFolder:
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._chunks: dict[str, _Chunk] = {}
         stored = self._stored_tensors(metadata)
+        self._mixed = mixed_stacks(stored)
         self._index = RegionIndex(
-            (stack_layers(Region(chunk.name, chunk.offset, chunk.shape)), Region.whole(key, chunk.shape))
+            (
+                stack_layers(Region(chunk.name, chunk.offset, chunk.shape), self._mixed),
+                Region.whole(key, chunk.shape),
+                False,
+            )
             for key, chunk in self._chunks.items()
         )
         self.table = self._make_table(stored)
-        self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._found: dict[str, Stored] = {}
 
     def read(self, region: Region) -> torch.Tensor:
-        """The numbers of a region, whatever the grid of chunks. Chunks are kept (256 MiB) for the next regions."""
+        """The numbers of a region, whatever the grid of chunks."""
         result = torch.empty(region.shape, dtype=self.table[region.name].dtype)
-        for piece in self._index.pieces(region):
-            part = self._load(piece.source.name)[piece.source.slices]
-            result[piece.target.slices] = part.reshape(piece.target.shape)
+        self.read_into(region, result)
         return result
 
-    def _load(self, key: str) -> torch.Tensor:
-        """One stored chunk."""
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        chunk = self._chunks[key]
-        target = torch.empty(chunk.shape, dtype=chunk.dtype)
-        index = MetadataIndex(chunk.name, chunk.offset)
-        corner, size = torch.Size([0] * len(chunk.shape)), torch.Size(chunk.shape)
-        item = ReadItem(LoadItemType.TENSOR, index, corner, index, corner, size)
+    def read_into(self, region: Region, out: torch.Tensor) -> None:
+        """Put the numbers of a region into a tensor of its shape, converted to the tensor's dtype."""
+        gather_into(out, self._index.pieces(region), self._read_chunk)
+
+    def _read_chunk(self, region: Region, out: torch.Tensor) -> None:
+        """Part of one stored chunk."""
+        chunk = self._chunks[region.name]
         try:
-            self._reader.read_data(LoadPlan([item]), _ReadOne(target)).wait()
-        except (RuntimeError, AssertionError, pickle.UnpicklingError, OSError, EOFError, ValueError) as error:
+            if region.name not in self._found:
+                self._found[region.name] = self._find(chunk)
+            self._found[region.name].read_into(region.offset, out)
+        except _UNREADABLE as error:
             text = f"expected the numbers of {chunk.name} at {list(chunk.offset)}, found: {error}"
             raise VLBridgeError(f"{self.folder / chunk.file}: {text}. Copy the file again.") from error
-        self._cache[key] = target
-        while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > CACHE_BYTES:
-            self._cache.popitem(last=False)
-        return target
+
+    def _find(self, chunk: _Chunk) -> Stored:
+        """Where the numbers of a chunk begin in its file."""
+        tensor, start = self._reader.find(MetadataIndex(chunk.name, chunk.offset))
+        found, expected = TensorSpec(tuple(tensor.shape), tensor.dtype), TensorSpec(chunk.shape, chunk.dtype)
+        if found != expected:
+            raise ValueError(f"{found}, expected {expected}")
+        strides = tuple(map(int, tensor.stride()))
+        first = start + int(tensor.storage_offset()) * tensor.itemsize
+        end = first + span_of(chunk.shape, strides) * tensor.itemsize
+        if tensor.numel() and not chunk.start <= first < end <= chunk.start + chunk.length:
+            raise ValueError(f"numbers from byte {first} to {end}, outside of the chunk")
+        return Stored(self.folder / chunk.file, first, expected, strides)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold weights, and the metadata that describes them."""
+        names = dict.fromkeys(chunk.file for chunk in self._chunks.values())
+        return (self.folder / ".metadata", *(self.folder / name for name in names))
 
     def _error(self, name: str, text: str) -> VLBridgeError:
         return VLBridgeError(f"{self.folder / '.metadata'}: {name}: {text}. The folder is damaged: copy it again.")
@@ -228,12 +235,14 @@ class TorchDistFolder:
         file = getattr(info, "relative_path", None)
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.distcp", file):
             raise self._error(name, f"expected a .distcp file in the folder for each chunk, found {file!r:.80}")
-        noted = _Chunk(name, tuple(chunk.offsets), tuple(chunk.sizes), spec.dtype, file)
         path = self.folder / file
         size = path.stat().st_size if path.is_file() else -1
         if size < 0:
             raise VLBridgeError(f"{path}: expected it to hold {name}, found no such file. Copy the folder again.")
-        if not (_are_sizes((info.offset, info.length)) and noted.nbytes <= info.length <= size - info.offset):
+        if not _are_sizes((info.offset, info.length)):
+            raise self._error(name, f"expected a place in {file}, found {info!r:.120}")
+        noted = _Chunk(name, tuple(chunk.offsets), tuple(chunk.sizes), spec.dtype, file, info.offset, info.length)
+        if not noted.nbytes <= noted.length <= size - noted.start:
             raise VLBridgeError(
                 f"{path}: expected {noted.nbytes} bytes of {name} within {info.length} at {info.offset}, "
                 f"found a file of {size} bytes. It is truncated: copy it again."
@@ -248,7 +257,7 @@ class TorchDistFolder:
         dtypes: dict[str, set[torch.dtype]] = {}
         shapes = self._index.shapes
         for name, spec in stored.items():
-            canonical = stack_layers(Region.whole(name, spec.shape))
+            canonical = stack_layers(Region.whole(name, spec.shape), self._mixed)
             if canonical.name not in shapes or canonical.shape[1:] != shapes[canonical.name][1:]:
                 raise self._error(name, f"expected chunks that fill {spec}, found others")
             if canonical.name == name and spec.shape != shapes[name]:
@@ -273,6 +282,8 @@ class _Chunk:
     shape: Shape
     dtype: torch.dtype
     file: str
+    start: int
+    length: int
 
     @property
     def nbytes(self) -> int:
@@ -281,82 +292,3 @@ class _Chunk:
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, tuple) and all(type(item) is int and item >= 0 for item in value)
-
-
-class _WriteStreaming(DefaultSavePlanner):
-    """Plans the chunks of all tensors up front, and reads the source of each only when DCP is about to write it."""
-
-    def __init__(
-        self, specs: Mapping[str, TensorSpec], read: Callable[[Region], torch.Tensor], objects: Mapping[str, object]
-    ) -> None:
-        super().__init__()
-        self.specs, self.source, self.objects = specs, read, objects
-
-    def create_local_plan(self) -> SavePlan:
-        items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self.objects]
-        for name, spec in self.specs.items():
-            for region in _chunk_grid(name, spec):
-                chunk = ChunkStorageMetadata(torch.Size(region.offset), torch.Size(region.shape))
-                data = TensorWriteData(chunk, TensorProperties(dtype=spec.dtype), torch.Size(spec.shape))
-                items.append(WriteItem(MetadataIndex(name, region.offset), WriteItemType.SHARD, tensor_data=data))
-        self.plan = SavePlan(items, planner_data={})
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        name = write_item.index.fqn
-        if write_item.type == WriteItemType.BYTE_IO:
-            stream = io.BytesIO()
-            torch.save([self.objects[name]], stream)
-            return stream
-        assert write_item.tensor_data is not None
-        chunk = write_item.tensor_data.chunk
-        return self.source(Region(name, tuple(chunk.offsets), tuple(chunk.sizes)))
-
-
-def _chunk_grid(name: str, spec: TensorSpec) -> Iterator[Region]:
-    """One chunk per layer of a stacked tensor, and blocks of rows in what is larger than 64 MiB."""
-    whole = Region.whole(name, spec.shape)
-    if ".layers." not in name:
-        yield from row_blocks(whole, spec.dtype.itemsize)
-        return
-    for layer in row_blocks(whole, spec.dtype.itemsize, block_bytes=1):
-        yield from row_blocks(layer, spec.dtype.itemsize, dim=1)
-
-
-def write_release(folder: Path, specs: Mapping[str, TensorSpec], read: Callable[[Region], torch.Tensor]) -> None:
-    """Write a checkpoint that Megatron loads as a release: weights alone, iteration 0, at any parallel layout.
-
-    `read` gives the numbers of a region when they are to be written; one chunk (64 MiB, or one row) is held at a time.
-    """
-    place = folder / "release"
-    place.mkdir()
-    planner = _WriteStreaming(specs, read, {**_common_state(), **_extra_states(specs)})
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            save({}, storage_writer=FileSystemWriter(place), planner=planner, no_dist=True)
-    except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        raise causes[0] from error
-    (place / FORMAT).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-    (folder / TRACKER).write_text("release")
-
-
-def _common_state() -> dict[str, object]:
-    """What Megatron's loader looks for beside the tensors. Version 3 means the order of rows in qkv of the rules."""
-    content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    return {"common_state/shard_0_1": {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}}
-
-
-def _extra_states(specs: Mapping[str, TensorSpec]) -> dict[str, object]:
-    """Transformer Engine's entry for a module without FP8 state, an empty tensor, for each module that may ask for one.
-
-    A model built from Transformer Engine's modules asks for it in Megatron's loader; other models pass it over.
-    """
-    modules = {name.rpartition(".")[0]: spec.shape[0] if ".layers." in name else None for name, spec in specs.items()}
-    nothing = torch.empty(0, dtype=torch.uint8)
-    result: dict[str, object] = {}
-    for module, layers in modules.items():
-        for layer in range(layers or 1):
-            result[f"{module}._extra_state/shard_{layer}_{layers or 1}"] = nothing
-    return result

@@ -34,6 +34,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         seq_length: tokens of a pack.
         num_samples: how many packs the dataset has; as many epochs are begun as that needs.
         seed: of the shuffling.
+        multiple_of: what each conversation's length is padded to inside a pack; 2 * the context-parallel size, if
+            that is not 1. Room is left for the padding; the tensors stay without it.
 
     Raises:
         VLBridgeError: processor and config do not fit each other; a conversation cannot be encoded or is longer than
@@ -55,6 +57,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         seq_length: int,
         num_samples: int,
         seed: int = 0,
+        multiple_of: int = 1,
     ) -> None:
         check_processor(processor, config)
         if not conversations:
@@ -64,6 +67,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.seq_length = seq_length
         self.num_samples = num_samples
         self.seed = seed
+        self.multiple_of = multiple_of
         sizes = np.array([self._size(index) for index in range(len(conversations))])
         self.lengths: list[int] = sizes[:, 0].tolist()
         self._supervised: list[int] = sizes[:, 1].tolist()
@@ -91,7 +95,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         """All packs of an epoch, as indices of conversations."""
         if self._packs_of_epoch[0] != epoch:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths)).tolist()
-            packs = pack([self.lengths[member] for member in order], self.seq_length)
+            packs = pack([self._room(self.lengths[member]) for member in order], self.seq_length)
             self._packs_of_epoch = epoch, [[order[place] for place in places] for places in packs]
         return self._packs_of_epoch[1]
 
@@ -99,10 +103,13 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         """How many labels pack `index` has, without encoding it."""
         return sum(self._supervised[member] for member in self.members(index))
 
+    def _room(self, length: int) -> int:
+        return -(-length // self.multiple_of) * self.multiple_of
+
     def _size(self, index: int) -> tuple[int, int]:
         sample = self._encoded(index)
         length = len(sample.input_ids)
-        if length > self.seq_length:
+        if self._room(length) > self.seq_length:
             raise VLBridgeError(
                 f"conversation {index}: {length} tokens do not fit into a pack of {self.seq_length}; "
                 "raise the sequence length, shorten the conversation or make its pictures smaller"

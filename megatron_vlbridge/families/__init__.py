@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import qwen3_vl
+from megatron_vlbridge.families import qwen3_vl, qwen3_vl_moe
+from megatron_vlbridge.families.experts import ExpertForm
 from megatron_vlbridge.families.family import Family
 
-FAMILIES = (qwen3_vl.FAMILY,)
+FAMILIES = (qwen3_vl.FAMILY, qwen3_vl_moe.FAMILY)
 
-__all__ = ["FAMILIES", "Family", "find"]
+__all__ = ["FAMILIES", "ExpertForm", "Family", "find"]
 
 
 def find(config: Config) -> Family:

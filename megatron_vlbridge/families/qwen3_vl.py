@@ -3,53 +3,70 @@
 from __future__ import annotations
 
 from megatron_vlbridge.config import Config, TextConfig, VisionConfig
+from megatron_vlbridge.families.experts import ExpertForm
 from megatron_vlbridge.families.family import Family
 from megatron_vlbridge.weights import Copy, GateUp, GroupedQkv, Rule, VisionQkv
 
 _HF_TEXT, _TEXT = "model.language_model", "language_model"
 _HF_VISION, _VISION = "model.visual", "vision_model"
+HF_LAYERS, LAYERS = f"{_HF_TEXT}.layers", f"{_TEXT}.decoder.layers"
 
 
-def rules(config: Config) -> list[Rule]:
-    """All rules of a dense Qwen3-VL checkpoint. Where the embeddings are tied, neither side has an output head."""
-    text, vision = config.text, config.vision
-    vocabulary = (text.vocab_size, text.hidden_size)
+def rules(config: Config, _experts: ExpertForm) -> list[Rule]:
+    """All rules of a dense Qwen3-VL checkpoint."""
+    result = embedding_rules(config)
+    for layer in range(config.text.num_layers):
+        hf = f"{HF_LAYERS}.{layer}"
+        result += attention_rules(config.text, hf, LAYERS, layer)
+        result += mlp_rules(config.text, hf, LAYERS, layer)
+    return result + vision_rules(config.vision)
+
+
+def embedding_rules(config: Config) -> list[Rule]:
+    """Both ends of the language model. Where the embeddings are tied, neither side has an output head."""
+    hidden, vocabulary = config.text.hidden_size, (config.text.vocab_size, config.text.hidden_size)
+    embedding = f"{_HF_TEXT}.embed_tokens.weight", f"{_TEXT}.embedding.word_embeddings.weight"
     result: list[Rule] = [
-        Copy(
-            f"{_HF_TEXT}.embed_tokens.weight",
-            f"{_TEXT}.embedding.word_embeddings.weight",
-            vocabulary,
-            padded_rows=True,
-        ),
-        Copy(f"{_HF_TEXT}.norm.weight", f"{_TEXT}.decoder.final_layernorm.weight", (text.hidden_size,)),
+        Copy(*embedding, vocabulary, padded_rows=True),
+        Copy(f"{_HF_TEXT}.norm.weight", f"{_TEXT}.decoder.final_layernorm.weight", (hidden,)),
     ]
     if not config.tie_word_embeddings:
         result.append(Copy("lm_head.weight", f"{_TEXT}.output_layer.weight", vocabulary, padded_rows=True))
-    for layer in range(text.num_layers):
-        result += _decoder_layer(text, layer)
-    result += _vision_ends(vision)
-    for layer in range(vision.depth):
-        result += _vision_block(vision, layer)
     return result
 
 
-def _decoder_layer(text: TextConfig, layer: int) -> list[Rule]:
-    hf, to = f"{_HF_TEXT}.layers.{layer}", f"{_TEXT}.decoder.layers"
-    hidden, inner, head_dim = text.hidden_size, text.intermediate_size, text.head_dim
+def attention_rules(text: TextConfig, hf: str, to: str, layer: int | None) -> list[Rule]:
+    """The attention of the decoder layer `hf`: layer `layer` of the stack `to`, or `to` itself where that is None."""
+    hidden, head_dim = text.hidden_size, text.head_dim
     heads, groups = text.num_attention_heads, text.num_key_value_heads
     q, k, v = (f"{hf}.self_attn.{part}_proj.weight" for part in "qkv")
-    gate, up = (f"{hf}.mlp.{part}_proj.weight" for part in ("gate", "up"))
-    attention, mlp = f"{to}.self_attention", f"{to}.mlp"
+    attention = f"{to}.self_attention"
     return [
         Copy(f"{hf}.input_layernorm.weight", f"{attention}.linear_qkv.layer_norm_weight", (hidden,), layer),
         GroupedQkv(q, k, v, f"{attention}.linear_qkv.weight", heads, groups, head_dim, (hidden,), layer),
         Copy(f"{hf}.self_attn.q_norm.weight", f"{attention}.q_layernorm.weight", (head_dim,), layer),
         Copy(f"{hf}.self_attn.k_norm.weight", f"{attention}.k_layernorm.weight", (head_dim,), layer),
         Copy(f"{hf}.self_attn.o_proj.weight", f"{attention}.linear_proj.weight", (hidden, heads * head_dim), layer),
+    ]
+
+
+def mlp_rules(text: TextConfig, hf: str, to: str, layer: int | None) -> list[Rule]:
+    """The dense MLP of a decoder layer and the norm before it; names and `layer` as in `attention_rules`."""
+    hidden, inner, mlp = text.hidden_size, text.intermediate_size, f"{to}.mlp"
+    gate, up = (f"{hf}.mlp.{part}_proj.weight" for part in ("gate", "up"))
+    return [
         Copy(f"{hf}.post_attention_layernorm.weight", f"{mlp}.linear_fc1.layer_norm_weight", (hidden,), layer),
         GateUp(gate, up, f"{mlp}.linear_fc1.weight", inner, (hidden,), layer),
         Copy(f"{hf}.mlp.down_proj.weight", f"{mlp}.linear_fc2.weight", (hidden, inner), layer),
     ]
+
+
+def vision_rules(vision: VisionConfig) -> list[Rule]:
+    """The whole vision tower."""
+    result = _vision_ends(vision)
+    for layer in range(vision.depth):
+        result += _vision_block(vision, layer)
+    return result
 
 
 def _vision_block(vision: VisionConfig, layer: int) -> list[Rule]:
@@ -109,4 +126,5 @@ FAMILY = Family(
     rules=rules,
     embedding=f"{_HF_TEXT}.embed_tokens.weight",
     head="lm_head.weight",
+    layers=HF_LAYERS,
 )

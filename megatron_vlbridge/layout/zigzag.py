@@ -36,7 +36,7 @@ def zigzag_index(segments: tuple[int, ...], cp_size: int, cp_rank: int) -> torch
 
 @lru_cache(maxsize=16)
 def pack_order(segments: tuple[int, ...], cp_size: int) -> torch.Tensor:
-    """Where each token of the pack is when all ranks' tokens stand one rank behind the other: int64 `[sum(segments)]`."""
+    """Where each token of the pack is when the ranks' tokens stand one rank behind the other: int64 `[T]`."""
     gathered = torch.cat([zigzag_index(segments, cp_size, rank) for rank in range(cp_size)])
     order = torch.empty_like(gathered)
     order[gathered] = torch.arange(len(gathered))
@@ -48,6 +48,6 @@ def check_divisible(segments: Sequence[int], cp_size: int) -> None:
     for number, length in enumerate(segments):
         if length % (2 * cp_size):
             raise VLBridgeError(
-                f"segment {number} has {length} tokens with its padding, but context parallelism of size {cp_size} needs "
-                f"a multiple of {2 * cp_size}; pad each segment to that (BatchLayout's alignment)"
+                f"segment {number} has {length} tokens with its padding, but context parallelism of size {cp_size} "
+                f"needs a multiple of {2 * cp_size}; see BatchLayout.context_parallel"
             )

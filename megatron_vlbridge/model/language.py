@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.model.rope import inverse_frequencies, mrope_axes, rotary_table
@@ -50,11 +50,22 @@ class LanguageModel(GPTModel):
         parallel_output: bool,
         vp_stage: int | None,
     ) -> None:
-        layer = layer_spec(backend, config, AttnMaskType.causal, layer=DeepstackLayer)
-        count = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
+        pp_rank = pg_collection.pp.rank()
+        first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+        moe = checkpoint.text.moe
+        layers = [
+            layer_spec(
+                backend,
+                config,
+                AttnMaskType.causal,
+                layer=DeepstackLayer,
+                experts=moe is not None and moe.is_moe_layer(number),
+            )
+            for number in range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
+        ]
         super().__init__(
             config,
-            block_spec(backend, config, layer, count),
+            block_spec(backend, config, layers),
             vocab_size=vocab_size,
             max_sequence_length=checkpoint.text.max_position_embeddings,
             pre_process=pre_process,

@@ -25,8 +25,9 @@ def layer_spec(
     config: TransformerConfig,
     attn_mask_type: AttnMaskType,
     layer: type[TransformerLayer] = TransformerLayer,
+    experts: bool = False,
 ) -> ModuleSpec:
-    """A pre-norm layer of `backend`: attention (causal or bidirectional, as `attn_mask_type` says) and dense MLP."""
+    """A pre-norm layer of `backend`: attention (causal or bidirectional), then a dense MLP or a router and experts."""
     rms_norm = config.normalization == "RMSNorm"
     fused = backend.fuse_layernorm_and_linear()
     norm = IdentityOp if fused else backend.layer_norm(rms_norm=rms_norm)
@@ -46,17 +47,24 @@ def layer_spec(
                 module=RotarySelfAttention, params={"attn_mask_type": attn_mask_type}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(backend),
+            # No linear follows this norm directly where there are experts.
+            pre_mlp_layernorm=backend.layer_norm(rms_norm=rms_norm) if experts else norm,
+            mlp=get_mlp_module_spec_for_backend(
+                backend, config.num_moe_experts if experts else None, config.moe_grouped_gemm
+            ),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={} if fused else _FUSED_NORM_NAMES,
+            sharded_state_dict_keys_map={
+                ours: fused_name
+                for ours, fused_name in _FUSED_NORM_NAMES.items()
+                if not fused and not (experts and "mlp" in ours)
+            },
         ),
     )
 
 
 def block_spec(
-    backend: BackendSpecProvider, config: TransformerConfig, layer: ModuleSpec, count: int
+    backend: BackendSpecProvider, config: TransformerConfig, layers: list[ModuleSpec]
 ) -> TransformerBlockSubmodules:
-    """`count` layers and the final norm."""
+    """These layers and the final norm."""
     norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

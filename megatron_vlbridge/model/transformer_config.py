@@ -26,21 +26,45 @@ _COMMON: dict[str, Any] = {
 def language_fields(config: Config) -> dict[str, Any]:
     """The `TransformerConfig` fields that a checkpoint's text part decides."""
     text = config.text
-    return _COMMON | {
-        "num_layers": text.num_layers,
-        "hidden_size": text.hidden_size,
-        "ffn_hidden_size": text.intermediate_size,
-        "num_attention_heads": text.num_attention_heads,
-        "num_query_groups": text.num_key_value_heads,
-        "kv_channels": text.head_dim,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": text.rms_norm_eps,
-        "qk_layernorm": True,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
-        "init_method_std": text.initializer_range,
+    return (
+        _COMMON
+        | _expert_fields(config)
+        | {
+            "num_layers": text.num_layers,
+            "hidden_size": text.hidden_size,
+            "ffn_hidden_size": text.intermediate_size,
+            "num_attention_heads": text.num_attention_heads,
+            "num_query_groups": text.num_key_value_heads,
+            "kv_channels": text.head_dim,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": text.rms_norm_eps,
+            "qk_layernorm": True,
+            "gated_linear_unit": True,
+            "activation_func": torch.nn.functional.silu,
+            "add_bias_linear": False,
+            "add_qkv_bias": False,
+            "init_method_std": text.initializer_range,
+        }
+    )
+
+
+def _expert_fields(config: Config) -> dict[str, Any]:
+    """Router as in transformers: softmax in fp32 over all experts, the largest k, renormalised.
+
+    Megatron takes the softmax of the k largest logits, which is the same.
+    """
+    moe = config.text.moe
+    if moe is None:
+        return {"num_moe_experts": None}
+    layers = [int(moe.is_moe_layer(number)) for number in range(config.text.num_layers)]
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.num_experts_per_tok,
+        "moe_ffn_hidden_size": moe.moe_intermediate_size,
+        "moe_layer_freq": 1 if all(layers) else layers,
+        "moe_router_pre_softmax": False,
+        "moe_router_score_function": "softmax",
+        "moe_router_dtype": "fp32",
     }
 
 
@@ -72,6 +96,11 @@ def vision_fields(config: Config) -> dict[str, Any]:
         "num_layers_in_last_pipeline_stage": None,
         "context_parallel_size": 1,
         "mtp_num_layers": None,
+        "num_moe_experts": None,
+        "moe_ffn_hidden_size": None,
+        "moe_layer_freq": 1,
+        "expert_model_parallel_size": 1,
+        "moe_grouped_gemm": False,
     }
 
 

@@ -128,7 +128,7 @@ class VisionModel(MegatronModule):
         layer = layer_spec(backend, config, AttnMaskType.no_mask)
         self.decoder = TransformerBlock(
             config,
-            block_spec(backend, config, layer, vision.depth),
+            block_spec(backend, config, [layer] * vision.depth),
             post_layer_norm=False,
             pg_collection=pg_collection,
         )

@@ -94,8 +94,9 @@ class Qwen3VLModel(MegatronModule):
         """Logits, or the loss of each token where there are labels.
 
         Takes a padded batch (`input_ids`, `attention_mask`, `labels` `[B, S]` and the processor's media, on any device)
-        and gives `[B, S, V]` or `[B, S]`; or takes `inputs`, a pack, and gives `[1, T, V]` or `[1, T]`. Labels are next
-        tokens; where they are -100 the loss is 0. `mm_token_type_ids` `[B, S]` (1 image, 2 video) is only checked.
+        and gives `[B, S, V]` or `[B, S]`, V being this rank's part of the padded vocabulary; or takes `inputs`, a pack,
+        and gives `[1, T, V]` or `[1, T]`. Labels are next tokens; where they are -100 the loss is 0.
+        `mm_token_type_ids` `[B, S]` (1 image, 2 video) is only checked.
         A stage without the head gives hidden states `[T, 1, H]` for the next one.
 
         Raises:
@@ -123,6 +124,13 @@ class Qwen3VLModel(MegatronModule):
         return pack.layout.unpack(output) if self.post_process else output
 
     def _forward_pack(self, inputs: PackedInputs) -> torch.Tensor:
+        tp_size = self.pg_collection.tp.size()
+        if self.config.sequence_parallel and inputs.tokens.shape[1] % tp_size:
+            raise VLBridgeError(
+                f"sequence parallelism cuts the {inputs.tokens.shape[1]} tokens that each rank gets of a pack of "
+                f"{inputs.layout.total} (context-parallel size {inputs.layout.cp_size}) in {tp_size} equal parts; "
+                f"use a sequence length that is a multiple of {tp_size * inputs.layout.cp_size}"
+            )
         embeddings = deepstack = None
         if self.pre_process:
             embeddings, deepstack = self._embed(inputs)

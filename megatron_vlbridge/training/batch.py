@@ -41,15 +41,16 @@ def next_inputs(
     stage gets the patches, the last the labels, every stage tokens' positions and the layout.
 
     Raises:
-        VLBridgeError: on every rank of the group, where the pack is not fit.
+        VLBridgeError: on every rank of the group, where the pack is not fit; likewise whatever the iterator raises.
     """
-    inputs, failure = None, None
+    inputs: PackedInputs | None = None
+    failure: Exception | None = None
     if pg_collection.tp.rank() == 0:
         try:
             inputs = read_pack(_next(data_iterator), config)
             inputs = inputs.context_parallel(pg_collection.cp.size(), pg_collection.cp.rank(), config)
             inputs = _for_stage(inputs, pre_process, post_process)
-        except VLBridgeError as error:
+        except Exception as error:  # noqa: BLE001  the other ranks wait for this one: they must hear of anything
             failure = error
     device = torch.device(torch.cuda.current_device())
     if pg_collection.tp.size() > 1:
@@ -119,8 +120,8 @@ def _for_stage(inputs: PackedInputs, pre_process: bool, post_process: bool) -> P
 
 
 def _broadcast(
-    inputs: PackedInputs | None, failure: VLBridgeError | None, group: dist.ProcessGroup, device: torch.device
-) -> tuple[PackedInputs | None, VLBridgeError | None]:
+    inputs: PackedInputs | None, failure: Exception | None, group: dist.ProcessGroup, device: torch.device
+) -> tuple[PackedInputs | None, Exception | None]:
     """The first rank's inputs or failure, on all ranks of `group`: patches as a tensor, all else in a header."""
     source = dist.get_process_group_ranks(group)[0]
     header: list[Any] = [failure, None, None]

@@ -8,7 +8,11 @@ from megatron_vlbridge.errors import VLBridgeError
 # Field of TransformerConfig -> the values that the tests prove (tests/functional/), and the words for a person.
 _PROVED: dict[str, tuple[tuple[object, ...], str]] = {
     "cp_comm_type": ((None, "p2p"), "another exchange between context-parallel ranks than p2p"),
-    "expert_model_parallel_size": ((1,), "expert parallelism"),
+    "moe_aux_loss_coeff": ((0.0,), "an auxiliary loss of the router"),
+    "moe_z_loss_coeff": ((None,), "a z-loss of the router"),
+    "moe_expert_capacity_factor": ((None,), "tokens dropped by experts"),
+    "moe_input_jitter_eps": ((None,), "a jittered router"),
+    "moe_router_enable_expert_bias": ((False,), "a biased router"),
     "virtual_pipeline_model_parallel_size": ((None, 1), "virtual pipeline stages"),
     "pipeline_model_parallel_layout": ((None,), "a pipeline layout string"),
     "account_for_embedding_in_pipeline_split": ((False,), "an embedding stage of its own"),
@@ -30,7 +34,6 @@ _PROVED: dict[str, tuple[tuple[object, ...], str]] = {
     "fp16": ((False,), "fp16 (use --bf16)"),
     "fp32_residual_connection": ((False,), "a residual stream in fp32"),
     # What would make it another architecture than the checkpoint's.
-    "num_moe_experts": ((None,), "experts"),
     "multi_latent_attention": ((False,), "multi-latent attention"),
     "experimental_attention_variant": ((None,), "another attention"),
     "attention_output_gate": ((False,), "gated attention"),

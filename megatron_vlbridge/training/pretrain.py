@@ -55,12 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--hf-weights", action="store_true", help="start from the weights in --hf-folder")
     group.add_argument("--conversations", required=True, help="JSON lines of {'messages': [...]}, pictures by path")
     group.add_argument("--valid-conversations", help="the same, for evaluation")
+    group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
     group.add_argument("--cpu", action="store_true", help="run on CPU processes over gloo")
     return parser
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Megatron's and our arguments of the command line, completed from the checkpoint's config, validated and made global.
+    """Megatron's and our arguments of the command line, completed from the checkpoint's config and made global.
 
     Raises:
         VLBridgeError: where an argument contradicts the checkpoint.
@@ -79,6 +80,8 @@ def parse_arguments() -> argparse.Namespace:
             flag = f"--{name.replace('_', '-')}"
             raise VLBridgeError(f"{flag} is {given}, but {args.hf_folder} says {value}; leave it out")
         setattr(args, name, value)
+    if args.pack_multiple_of is None:
+        args.pack_multiple_of = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
     if cpu_runtime.is_enabled():
         for name, value in _CPU_ARGUMENTS.items():
             setattr(args, name, value)

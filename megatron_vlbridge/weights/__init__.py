@@ -1,11 +1,21 @@
 """How Hugging Face and Megatron tensors correspond: invertible rules over regions, and the plan that proves them."""
 
 from megatron_vlbridge.weights.plan import Plan, TensorSpec
-from megatron_vlbridge.weights.regions import Move, Piece, Region, stack_layers
-from megatron_vlbridge.weights.rules import Copy, GateUp, GroupedQkv, Rule, RuleTable, VisionQkv
+from megatron_vlbridge.weights.regions import Move, Piece, Region, mixed_stacks, stack_layers
+from megatron_vlbridge.weights.rules import (
+    Copy,
+    FusedExperts,
+    GateUp,
+    GroupedQkv,
+    Rule,
+    RuleTable,
+    SingleExperts,
+    VisionQkv,
+)
 
 __all__ = [
     "Copy",
+    "FusedExperts",
     "GateUp",
     "GroupedQkv",
     "Move",
@@ -14,7 +24,9 @@ __all__ = [
     "Region",
     "Rule",
     "RuleTable",
+    "SingleExperts",
     "TensorSpec",
     "VisionQkv",
+    "mixed_stacks",
     "stack_layers",
 ]

@@ -6,8 +6,10 @@ import math
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -62,64 +64,104 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Two regions that hold the same numbers in the same order; one may have further leading dims of extent 1."""
+    """Two regions that hold the same numbers in the same order; one may have further leading dims of extent 1.
+
+    Where `transposed`, the last two dims of one are those of the other swapped.
+    """
 
     hf: Region
     megatron: Region
+    transposed: bool = False
 
     def __post_init__(self) -> None:
-        rank = min(len(self.hf.shape), len(self.megatron.shape))
-        surplus = self.hf.shape[:-rank] + self.megatron.shape[:-rank] if rank else ()
-        if self.hf.shape[-rank:] != self.megatron.shape[-rank:] or any(extent != 1 for extent in surplus):
+        ours = _swap(self.hf.shape) if self.transposed else self.hf.shape
+        rank = min(len(ours), len(self.megatron.shape))
+        surplus = ours[:-rank] + self.megatron.shape[:-rank] if rank else ()
+        if ours[-rank:] != self.megatron.shape[-rank:] or any(extent != 1 for extent in surplus):
             raise ValueError(f"{self.hf} and {self.megatron} do not hold the same rectangle")
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`source` holds what belongs at `target`, whose offset is counted from the corner of the region asked for."""
+    """`source` holds what belongs at `target`, whose offset is counted from the corner of the region asked for.
+
+    Where `transposed`, the last two dims of the source are those of the target swapped.
+    """
 
     source: Region
     target: Region
+    transposed: bool = False
+
+    def place(self, out: torch.Tensor) -> torch.Tensor:
+        """Where the numbers of `source` go in `out`, the region asked for: a view in the source's own shape."""
+        part = out[self.target.slices]
+        return (part.transpose(-1, -2) if self.transposed else part).view(self.source.shape)
 
 
 class RegionIndex:
     """Finds, for a region of the tensors on one side, where the other side holds its numbers.
 
-    `pairs` are (here, there) regions. Building is O(n log n), a query O(log n + found) while the regions of one tensor
-    are cut along its first dim, as stacked layers and row blocks are.
+    `links` are (here, there, transposed). Building is O(n log n), a query O(log n + found) while the regions of one
+    tensor are cut along its first dim, or along the first that is longer than 1 in all of them: layers of a stacked
+    tensor, experts of a layer, blocks of rows.
     """
 
-    def __init__(self, pairs: Iterable[tuple[Region, Region]]) -> None:
-        by_name: dict[str, list[tuple[Region, Region]]] = defaultdict(list)
-        for here, there in pairs:
-            by_name[here.name].append((here, there))
-        self._pairs = {name: sorted(found, key=lambda pair: pair[0].offset) for name, found in by_name.items()}
-        self._starts = {name: [pair[0].offset[0] for pair in found] for name, found in self._pairs.items()}
-        self._extent = {name: max(pair[0].shape[0] for pair in found) for name, found in self._pairs.items()}
+    def __init__(self, links: Iterable[tuple[Region, Region, bool]]) -> None:
+        by_name: dict[str, list[tuple[Region, Region, bool]]] = defaultdict(list)
+        for link in links:
+            by_name[link[0].name].append(link)
+        self._links = {name: sorted(found, key=lambda link: link[0].offset) for name, found in by_name.items()}
+        self._offsets = {name: [link[0].offset for link in found] for name, found in self._links.items()}
+        self._extents = {
+            name: tuple(max(extents) for extents in zip(*(link[0].shape for link in found), strict=True))
+            for name, found in self._links.items()
+        }
 
     def regions(self, name: str) -> list[Region]:
         """The regions of one tensor, by offset."""
-        return [here for here, _ in self._pairs[name]]
+        return [here for here, _, _ in self._links[name]]
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """The full shape of every tensor: the corner furthest from the origin that any region reaches."""
         return {
-            name: tuple(max(ends) for ends in zip(*(here.end for here, _ in found), strict=True))
-            for name, found in self._pairs.items()
+            name: tuple(max(ends) for ends in zip(*(here.end for here, _, _ in found), strict=True))
+            for name, found in self._links.items()
         }
 
     def pieces(self, wanted: Region) -> list[Piece]:
         """What makes up `wanted`. Numbers that nobody covers have no piece; an unknown name has none at all."""
         found = []
-        starts = self._starts.get(wanted.name, [])
-        first = bisect_left(starts, wanted.offset[0] - self._extent[wanted.name] + 1) if starts else 0
-        last = bisect_left(starts, wanted.end[0])
-        for here, there in self._pairs.get(wanted.name, [])[first:last]:
+        for here, there, transposed in self._candidates(wanted):
             common = here.intersection(wanted)
             if common:
-                found.append(Piece(_map(common.within(here), there), common.within(wanted)))
+                inner = common.within(here)
+                source = _map(_transpose(inner) if transposed else inner, there)
+                found.append(Piece(source, common.within(wanted), transposed))
         return found
+
+    def _candidates(self, wanted: Region) -> list[tuple[Region, Region, bool]]:
+        """The links between the first and the last, by offset, that can reach `wanted`."""
+        offsets = self._offsets.get(wanted.name, [])
+        if not offsets or not wanted.shape:
+            return self._links.get(wanted.name, [])
+        extents = self._extents[wanted.name]
+        # While both sides are one index wide in a dim, only that index matters, and the next dim is sorted within it.
+        dim = 0
+        while dim < len(extents) - 1 and extents[dim] == 1 and wanted.shape[dim] == 1:
+            dim += 1
+        fixed = wanted.offset[:dim]
+        first = bisect_left(offsets, (*fixed, wanted.offset[dim] - extents[dim] + 1))
+        last = bisect_left(offsets, (*fixed, wanted.end[dim]))
+        return self._links[wanted.name][first:last]
+
+
+def _swap(values: Shape) -> Shape:
+    return (*values[:-2], values[-1], values[-2])
+
+
+def _transpose(region: Region) -> Region:
+    return Region(region.name, _swap(region.offset), _swap(region.shape))
 
 
 def _map(inner: Region, there: Region) -> Region:
@@ -134,13 +176,27 @@ def _map(inner: Region, there: Region) -> Region:
 _LAYER = re.compile(r"^(?P<stack>.*\blayers)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 
 
-def stack_layers(region: Region) -> Region:
+def mixed_stacks(names: Iterable[str]) -> frozenset[str]:
+    """The stacks of layers, such as `decoder.layers`, in which some layer has a tensor that another lacks.
+
+    Megatron stores the layers of such a stack one by one, `layers.7.x`, and has no other name for them.
+    """
+    layers: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for match in filter(None, map(_LAYER.match, names)):
+        layers[match["stack"]][match["rest"]].add(int(match["layer"]))
+    return frozenset(
+        stack for stack, parts in layers.items() if any(found != next(iter(parts.values())) for found in parts.values())
+    )
+
+
+def stack_layers(region: Region, mixed: Collection[str] = ()) -> Region:
     """The canonical place of a Megatron region: `layers.7.x` is layer 7 of the stacked `layers.x`.
 
-    Megatron stores layers stacked when they are all alike, one by one otherwise.
+    Megatron stores layers stacked when they are all alike, one by one otherwise or when told to. `mixed` names the
+    stacks whose layers are not alike; they stay as they are.
     """
     match = _LAYER.match(region.name)
-    if not match:
+    if not match or match["stack"] in mixed:
         return region
     name = f"{match['stack']}.{match['rest']}"
     return Region(name, (int(match["layer"]), *region.offset), (1, *region.shape))

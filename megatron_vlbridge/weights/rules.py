@@ -7,12 +7,12 @@ one layer, one rank) asks the same moves, so there is no second description that
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from megatron_vlbridge.weights.regions import Move, Piece, Region, RegionIndex, Shape, stack_layers
+from megatron_vlbridge.weights.regions import Move, Piece, Region, RegionIndex, Shape, mixed_stacks, stack_layers
 
 
 class Rule(Protocol):
@@ -107,6 +107,53 @@ class GateUp:
             yield Move(_rows(hf, None, (0, self.rows), self.columns), target)
 
 
+@dataclass(frozen=True)
+class FusedExperts:
+    """One HF tensor holds a linear of all experts of a layer, as Megatron does: `shape` `[E, out, in]`.
+
+    Where `transposed`, HF holds it as `[E, in, out]`.
+    """
+
+    hf: str
+    megatron: str
+    shape: tuple[int, int, int]
+    layer: int | None = None
+    transposed: bool = False
+
+    def moves(self) -> Iterator[Move]:
+        """One move."""
+        experts, rows, columns = self.shape
+        shape = (experts, columns, rows) if self.transposed else self.shape
+        target = _rows(self.megatron, self.layer, (0, experts), (rows, columns))
+        yield Move(Region.whole(self.hf, shape), target, self.transposed)
+
+
+@dataclass(frozen=True)
+class SingleExperts:
+    """HF holds each expert's linears in tensors of their own; Megatron those of a layer in one `[E, out, in]`.
+
+    `hf` are name templates with a place for the expert, such as `experts.{}.gate_proj.weight`. Their rows, as many of
+    each, follow one another in Megatron's tensor.
+    """
+
+    hf: tuple[str, ...]
+    megatron: str
+    shape: tuple[int, int, int]
+    layer: int | None = None
+
+    def moves(self) -> Iterator[Move]:
+        """One move per expert and template."""
+        experts, rows, columns = self.shape
+        rows //= len(self.hf)
+        stack = () if self.layer is None else (self.layer,)
+        for expert in range(experts):
+            for number, name in enumerate(self.hf):
+                target = Region(
+                    self.megatron, (*stack, expert, number * rows, 0), (*(1 for _ in stack), 1, rows, columns)
+                )
+                yield Move(Region.whole(name.format(expert), (rows, columns)), target)
+
+
 def _rows(name: str, layer: int | None, rows: tuple[int, int], columns: Shape) -> Region:
     """Rows `(start, count)` with all columns, of a tensor or of one layer of a stacked tensor."""
     stack, extent = ((), ()) if layer is None else ((layer,), (1,))
@@ -123,21 +170,26 @@ class RuleTable:
     def __init__(self, rules: Iterable[Rule]) -> None:
         self.rules = tuple(rules)
         self.moves = tuple(move for rule in self.rules for move in rule.moves())
-        self.hf = RegionIndex((move.hf, move.megatron) for move in self.moves)
-        self.megatron = RegionIndex((move.megatron, move.hf) for move in self.moves)
+        self.hf = RegionIndex((move.hf, move.megatron, move.transposed) for move in self.moves)
+        self.megatron = RegionIndex((move.megatron, move.hf, move.transposed) for move in self.moves)
         self.hf_shapes: dict[str, Shape] = self.hf.shapes
         self.megatron_shapes: dict[str, Shape] = self.megatron.shapes
         self.padded = frozenset(rule.megatron for rule in self.rules if isinstance(rule, Copy) and rule.padded_rows)
+        self._mixed = mixed_stacks(self.megatron_shapes)
+
+    def canonical(self, region: Region) -> Region:
+        """Where the table has a region of a Megatron tensor, whose layers may be stored stacked or one by one."""
+        return stack_layers(region, self._mixed)
 
     def hf_sources(self, region: Region) -> list[Piece]:
         """The HF regions whose numbers make up a region of a Megatron tensor (stacked or `layers.N.`)."""
-        canonical = stack_layers(region)
+        canonical = self.canonical(region)
         pieces = self.megatron.pieces(canonical)
         surplus = len(canonical.shape) - len(region.shape)
         if not surplus:
             return pieces
         return [
-            Piece(p.source, Region(region.name, p.target.offset[surplus:], p.target.shape[surplus:])) for p in pieces
+            replace(p, target=Region(region.name, p.target.offset[surplus:], p.target.shape[surplus:])) for p in pieces
         ]
 
     def megatron_sources(self, region: Region) -> list[Piece]:
@@ -164,6 +216,5 @@ def assemble(pieces: Iterable[Piece], shape: Shape, tensors: Mapping[str, torch.
     pieces = list(pieces)
     result = torch.empty(shape, dtype=tensors[pieces[0].source.name].dtype)
     for piece in pieces:
-        part = tensors[piece.source.name][piece.source.slices]
-        result[piece.target.slices] = part.reshape(piece.target.shape)
+        piece.place(result).copy_(tensors[piece.source.name][piece.source.slices])
     return result

@@ -7,6 +7,6 @@ from tests.functional.pool import Pool
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
-    workers = Pool(size=4)
+    workers = Pool()
     yield workers
     workers.close()

@@ -8,6 +8,7 @@ import torch
 
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import find
+from megatron_vlbridge.families.experts import ExpertForm
 from tests import reference
 from tests.functional import ranks
 from tests.functional.pool import Layout, Pool
@@ -61,7 +62,9 @@ def measure(
     # Whether transformers' tower ran images or videos, a pack's rows are its images' and then its videos'.
     towers = torch.cat(ranks.of_packs(results, "vision", layout, lengths), dim=1)
     config = read_config(folder)
-    gradients = find(config).table(config).to_hf(ranks.assemble([r["gradients"] for r in results]))
+    gradients = (
+        find(config).table(config, ExpertForm.FUSED_OUT_IN).to_hf(ranks.assemble([r["gradients"] for r in results]))
+    )
     assert gradients.keys() == expected.gradients.keys()
     check_data_reaches_every_parameter(expected, conversations)
     return Errors(

@@ -19,6 +19,8 @@ class Layout:
     pp: int = 1
     sp: bool = False
     cp: int = 1
+    ep: int = 1
+    etp: int | None = None
     world: int = 1
 
     @property
@@ -27,24 +29,25 @@ class Layout:
         return self.world // (self.tp * self.pp * self.cp)
 
     def __str__(self) -> str:
-        parts = [f"tp{self.tp}" + ("-sp" if self.sp else ""), f"pp{self.pp}", f"cp{self.cp}", f"dp{self.dp}"]
-        return "-".join(part for part in parts if not part.endswith("1")) or "one-process"
+        sizes = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "ep": self.ep, "dp": self.dp}
+        parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        parts += ["sp"] * self.sp + ([] if self.etp is None else [f"etp{self.etp}"])
+        return "-".join(parts) or "one-process"
 
 
 class Pool:
     """Runs a function on the ranks of a layout; the function sees an initialised Megatron.
 
-    Workers are started once; after a failure all are started anew, since a rank that waits for a dead one hangs.
+    Workers are started when first needed and kept; after a failure all are started anew, since a rank that waits for a dead one hangs.
     """
 
-    def __init__(self, size: int, timeout: float = 300.0) -> None:
-        self.size, self.timeout = size, timeout
+    def __init__(self, timeout: float = 300.0) -> None:
+        self.timeout = timeout
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, function: Callable[..., Any], layout: Layout, **kwargs: Any) -> list[Any]:
         """`function(layout, **kwargs)` on each rank; its results in the order of the ranks."""
-        if not self._workers:
-            self._start()
+        self._start(layout.world - len(self._workers))
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             for rank in range(layout.world):
@@ -78,9 +81,9 @@ class Pool:
             process.join()
         self._workers = []
 
-    def _start(self) -> None:
+    def _start(self, more: int) -> None:
         context = mp.get_context("spawn")
-        for _ in range(self.size):
+        for _ in range(more):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there,))
             process.start()
@@ -118,7 +121,13 @@ def _on_rank(function: Callable[..., Any], layout: Layout, rank: int, store: str
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=layout.world)
     try:
-        parallel_state.initialize_model_parallel(layout.tp, layout.pp, context_parallel_size=layout.cp)
+        parallel_state.initialize_model_parallel(
+            layout.tp,
+            layout.pp,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+        )
         model_parallel_cuda_manual_seed(1234)
         return function(layout, **kwargs)
     finally:

@@ -35,6 +35,8 @@ def build_model(
         pipeline_model_parallel_size=layout.pp,
         sequence_parallel=layout.sp,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         use_cpu_initialization=True,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import reference
 from tests.functional import ranks
@@ -25,8 +26,9 @@ def imported(source: Path) -> Path:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file, byte by byte."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file, byte by byte, but for the checksums."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKSUMS]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -44,6 +44,7 @@ LAYOUTS = [
     Layout(tp=2, cp=2, world=4),
     Layout(tp=2, sp=True, cp=2, world=4),
     Layout(pp=2, cp=2, world=4),
+    Layout(tp=2, sp=True, pp=2, cp=2, world=8),
 ]
 
 
@@ -53,12 +54,20 @@ def test_padded_vocabulary_changes_nothing(pool: Pool, folder: Path, layout: Lay
     compare(pool, layout, folder, groups, vocab_size=192)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_packs_equal_separate_conversations(pool: Pool, folder: Path, layout: Layout) -> None:
-    groups = [
+def groups() -> list[list[reference.Conversation]]:
+    return [
         [reference.conversation(kind, seed) for kind, seed in (("mixed", 2), ("text", 3), ("image", 4))],
         [reference.conversation(kind, seed) for kind, seed in (("text", 5),)],
         [reference.conversation(kind, seed) for kind, seed in (("images", 6), ("video", 7))],
         [reference.conversation(kind, seed) for kind, seed in (("image", 8), ("video", 9), ("text", 10))],
     ]
-    compare(pool, layout, folder, groups)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_packs_equal_separate_conversations(pool: Pool, folder: Path, layout: Layout) -> None:
+    compare(pool, layout, folder, groups())
+
+
+def test_three_stages(pool: Pool, folder: Path) -> None:
+    """The first stage holds the two layers that take deepstack features, the middle one has neither end."""
+    compare(pool, Layout(pp=3, world=3), folder, groups(), num_layers_in_first_pipeline_stage=2)

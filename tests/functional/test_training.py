@@ -66,6 +66,13 @@ def test_layout_follows_one_process(folder: Path, one_process: list[float], proc
     assert_same_curve(found, one_process)
 
 
+def test_context_parallel_follows_one_process(folder: Path) -> None:
+    # The same packs: context parallelism needs room in them for its padding.
+    arguments = ("--hf-folder", "hf", "--hf-weights", "--pack-multiple-of", 4)
+    alone = train(folder, *arguments)
+    assert_same_curve(train(folder, *arguments, "--context-parallel-size", 2, processes=2), alone)
+
+
 def test_bf16_with_the_distributed_optimizer_stays_near(folder: Path, one_process: list[float]) -> None:
     layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 2)
     precision = ("--bf16", "--use-distributed-optimizer")

@@ -33,7 +33,7 @@ def main() -> None:
     from tests import reference
     from tests.functional.parity import TOLERANCE
 
-    pool = Pool(size=1)
+    pool = Pool()
     with tempfile.TemporaryDirectory() as folder:
         rows = {
             kind: table(pool, reference.write_checkpoint(Path(folder) / kind, tied=kind == "tied"))

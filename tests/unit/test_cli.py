@@ -1,8 +1,12 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from megatron_vlbridge import cli
+from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from tests import reference
 
 
@@ -11,9 +15,8 @@ def test_import_and_export_give_the_same_folder(tmp_path: Path, capsys: pytest.C
     assert cli.main(["import", str(hf), str(tmp_path / "megatron")]) == 0
     assert cli.main(["export", str(tmp_path / "megatron"), str(tmp_path / "back")]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "megatron"), str(tmp_path / "back")]
-    assert {p.name: p.read_bytes() for p in (tmp_path / "back").iterdir()} == {
-        p.name: p.read_bytes() for p in hf.iterdir()
-    }
+    back = {p.name: p.read_bytes() for p in (tmp_path / "back").iterdir() if p.name != CHECKSUMS}
+    assert back == {p.name: p.read_bytes() for p in hf.iterdir()}
 
 
 def test_unfit_input_exits_with_1_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,4 +30,61 @@ def test_unfit_input_exits_with_1_and_says_why(tmp_path: Path, capsys: pytest.Ca
 def test_wrong_usage_exits_with_2() -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["import", "only-one-folder"])
+    assert stop.value.code == 2
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    code = cli.main([*map(str, arguments), "--json"])
+    return {"code": code, **json.loads(capsys.readouterr().out)}
+
+
+def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = reference.write_checkpoint(tmp_path / "hf", layers=2)
+    capsys.readouterr()
+    plan = run_json(capsys, "import", hf, tmp_path / "megatron", "--dry-run", "--workers", "1")
+    weights = sum(tensor.nbytes for path in hf.glob("*.safetensors") for tensor in load_file(path).values())
+    assert plan["code"] == 0
+    assert plan["bytes"] == weights
+    assert plan["workers"] == 1
+    assert cli.main(["import", str(hf), str(tmp_path / "megatron"), "--dry-run"]) == 0
+    assert "every number covered once" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_verify_tells_by_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = reference.write_checkpoint(tmp_path / "hf", layers=2)
+    other = reference.write_checkpoint(tmp_path / "other", layers=2, seed=1)
+    assert cli.main(["import", str(hf), str(tmp_path / "megatron"), "--workers", "2", "--memory", "0.5GiB"]) == 0
+    assert cli.main(["verify", str(hf), str(tmp_path / "megatron")]) == 0
+    assert cli.main(["verify", str(tmp_path / "megatron")]) == 0
+    capsys.readouterr()
+    report = run_json(capsys, "verify", other, tmp_path / "megatron")
+    assert report["code"] == 1
+    assert report["equal"] is False
+    assert len(report["differences"]) == report["compared"]
+    assert cli.main(["verify", str(other), str(tmp_path / "megatron")]) == 1
+    assert f"and {report['compared'] - 10} more" in capsys.readouterr().out
+
+
+def test_inspect_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = reference.write_checkpoint(tmp_path / "hf", layers=2)
+    capsys.readouterr()
+    assert cli.main(["inspect", str(hf), "--pp", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "stage 0: layers 0 to 1" in text
+    assert len(text.splitlines()) == 3 + 5 + len({n for p in hf.glob("*.safetensors") for n in load_file(p)})
+    assert cli.main(["inspect", str(hf), "--pp", "2"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1000", 1000), ("5GB", 5 * 10**9), ("1GiB", 2**30), ("0.5 MiB", 2**19), ("2kB", 2000)]
+)
+def test_sizes_are_read(text: str, expected: int) -> None:
+    assert cli._size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1G", "GB", "1XB", "1e9"])
+def test_other_sizes_are_wrong_usage(text: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["import", "a", "b", f"--memory={text}"])
     assert stop.value.code == 2

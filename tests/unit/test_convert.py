@@ -13,11 +13,13 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.safetensors import INDEX
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import find
+from megatron_vlbridge.weights import TensorSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -106,8 +108,9 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 
 def assert_side_files_are_the_same(found: Path, expected: Path) -> None:
-    names = {path.name for path in expected.iterdir() if not path.name.endswith((".safetensors", INDEX))}
-    assert names == {path.name for path in found.iterdir() if not path.name.endswith((".safetensors", INDEX))}
+    weights = (".safetensors", INDEX, CHECKSUMS)
+    names = {path.name for path in expected.iterdir() if not path.name.endswith(weights)}
+    assert names == {path.name for path in found.iterdir() if not path.name.endswith(weights)}
     assert all((found / name).read_bytes() == (expected / name).read_bytes() for name in names)
 
 
@@ -120,7 +123,7 @@ def test_there_and_back_is_the_same_folder(tie, dtype, shard, tmp_path):
     export_checkpoint(tmp_path / "megatron", tmp_path / "back")
     assert_same_bits(tensors(tmp_path / "back"), tensors(source))
     assert_side_files_are_the_same(tmp_path / "back", source)
-    assert {p.name for p in source.iterdir()} == {p.name for p in (tmp_path / "back").iterdir()}
+    assert {p.name for p in source.iterdir()} | {CHECKSUMS} == {p.name for p in (tmp_path / "back").iterdir()}
     if (source / INDEX).exists():
         assert (tmp_path / "back" / INDEX).read_bytes() == (source / INDEX).read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron", "back"}
@@ -285,8 +288,9 @@ def test_a_disk_that_ends_in_the_middle_leaves_nothing(limit, source, tmp_path):
 
 def training_run(folder: Path, source: Path, *, padding: int = 0, unstacked: bool = False) -> Path:
     """What a Megatron run leaves: an iteration with weights and optimizer state, and no Hugging Face files."""
-    config = read_config(source)
-    state = find(config).table(config).to_megatron(tensors(source))
+    config, found = read_config(source), tensors(source)
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()}
+    state = find(config).table(config, find(config).find_expert_form(config, specs)).to_megatron(found)
     for name in [name for name in state if name.endswith(("word_embeddings.weight", "output_layer.weight"))]:
         state[name] = torch.cat([state[name], torch.full((padding, 32), 7, dtype=state[name].dtype)])
     if unstacked:

@@ -214,12 +214,16 @@ def test_the_output_of_a_process_is_kept_and_followed(tmp_path: Path) -> None:
 
 
 def test_a_failing_process_is_told_with_its_error_and_the_end_of_its_log(tmp_path: Path) -> None:
-    code = "print('begin'); print('[rank1]: ValueError: the reason'); [print('line', i) for i in range(20)]; exit(3)"
+    lines = [
+        f"[rank{rank}]: {text}" for rank in (1, 0) for text in ("  raise", "a.VLBridgeError: the reason", "  more")
+    ]
+    lines = ["begin", *lines, "torch.ChildFailedError: ", *(f"line {i}" for i in range(20))]
+    code = f"print({chr(10).join(lines)!r}); exit(3)"
     with pytest.raises(VLBridgeError, match="status 3") as failure:
         follow(["-c", code], tmp_path / "log")
     told = str(failure.value)
     assert str(tmp_path / "log") in told
-    assert "  [rank1]: ValueError: the reason" in told
+    assert told.count("a.VLBridgeError: the reason\n     more\nThe last 15 lines:") == told.count("reason") == 1
     assert "line 19" in told
     assert "begin" not in told
 

@@ -16,8 +16,7 @@ CHECKPOINT = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3
 
 # A value of each guarded field that nobody proved.
 UNPROVED = {
-    "context_parallel_size": 2,
-    "expert_model_parallel_size": 2,
+    "cp_comm_type": "a2a",
     "virtual_pipeline_model_parallel_size": 2,
     "pipeline_model_parallel_layout": "Et*14|t*14L",
     "account_for_embedding_in_pipeline_split": True,
@@ -35,7 +34,11 @@ UNPROVED = {
     "distribute_saved_activations": True,
     "fp16": True,
     "fp32_residual_connection": True,
-    "num_moe_experts": 8,
+    "moe_aux_loss_coeff": 1e-3,
+    "moe_z_loss_coeff": 1e-3,
+    "moe_expert_capacity_factor": 1.0,
+    "moe_input_jitter_eps": 0.1,
+    "moe_router_enable_expert_bias": True,
     "multi_latent_attention": True,
     "experimental_attention_variant": "gated_delta_net",
     "attention_output_gate": True,
@@ -88,8 +91,8 @@ def test_what_is_not_proved_is_refused_by_name(name):
 
 def test_all_faults_are_named_at_once():
     config = proved()
-    config.context_parallel_size, config.fp8 = 2, "hybrid"
-    with pytest.raises(VLBridgeError, match=r"context_parallel_size=2[^\n]*\n[^\n]*fp8='hybrid'"):
+    config.cp_comm_type, config.fp8 = "a2a", "hybrid"
+    with pytest.raises(VLBridgeError, match=r"cp_comm_type='a2a'[^\n]*\n[^\n]*fp8='hybrid'"):
         guards.check_layout(config, CHECKPOINT)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_vlbridge.checkpoint.safetensors import INDEX, SafetensorsFolder, plan_shards, row_blocks, write_folder
+from megatron_vlbridge.checkpoint.engine import Block
+from megatron_vlbridge.checkpoint.safetensors import (
+    INDEX,
+    SafetensorsFolder,
+    SafetensorsWriter,
+    plan_shards,
+    row_blocks,
+)
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region, TensorSpec
 
@@ -71,6 +79,13 @@ def test_every_region_is_the_slice(tmp_path_factory, data):
     assert torch.equal(SafetensorsFolder(folder).read(region), tensor[region.slices])
 
 
+def write_folder(folder: Path, specs, files, fill) -> None:
+    writer = SafetensorsWriter(specs, files, fill)
+    writer.prepare(folder)
+    block = Block(writer.block_bytes, threading.Event())
+    writer.finish(folder, [writer.write(number, folder, block) for number in range(len(writer.sizes))])
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8]), min_size=1, max_size=6),
@@ -80,7 +95,8 @@ def test_what_is_written_is_what_the_library_reads(tmp_path_factory, dtypes, lim
     folder = tmp_path_factory.mktemp("written")
     tensors = {f"t{i}": torch.arange(4 * i + 4).reshape(2, -1).to(dtype) for i, dtype in enumerate(dtypes)}
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    write_folder(folder, specs, plan_shards(specs, limit), lambda region: tensors[region.name][region.slices])
+    fill = lambda region, out: out.copy_(tensors[region.name][region.slices])  # noqa: E731
+    write_folder(folder, specs, plan_shards(specs, limit), fill)
     read = {}
     for file in folder.glob("*.safetensors"):
         part = load_file(file)

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, locate, write_release
+from megatron_vlbridge.checkpoint.engine import Block
+from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, locate
+from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region, TensorSpec
 
@@ -62,6 +65,13 @@ def write(folder: Path, tensors, cuts=None) -> Path:
     return folder
 
 
+def write_release(folder: Path, specs, fill) -> None:
+    writer = ReleaseWriter(specs, fill)
+    writer.prepare(folder)
+    block = Block(writer.block_bytes, threading.Event())
+    writer.finish(folder, [writer.write(number, folder, block) for number in range(len(writer.sizes))])
+
+
 def some(*shape, dtype=torch.int32):
     return torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
 
@@ -103,7 +113,7 @@ def test_what_is_written_is_what_torch_reads(tmp_path):
         "m.norm.weight": some(5, dtype=torch.float32),
     }
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    write_release(tmp_path, specs, lambda region: tensors[region.name][region.slices])
+    write_release(tmp_path, specs, lambda region, out: out.copy_(tensors[region.name][region.slices]))
     dcp_to_torch_save(tmp_path / "release", tmp_path / "all.pt")
     found = torch.load(tmp_path / "all.pt", weights_only=False)
     for name, tensor in tensors.items():
@@ -125,11 +135,11 @@ def test_large_tensors_are_written_in_blocks(tmp_path):
     shape = (1, 300, 2**17)  # 75 MiB of int16, 256 KiB a row
     asked = []
 
-    def read(region):
+    def fill(region, out):
         asked.append(region)
-        return torch.zeros(region.shape, dtype=torch.int16)
+        assert out.shape == region.shape
 
-    write_release(tmp_path, {"m.layers.w": TensorSpec(shape, torch.int16)}, read)
+    write_release(tmp_path, {"m.layers.w": TensorSpec(shape, torch.int16)}, fill)
     assert [region.shape for region in asked] == [(1, 256, 2**17), (1, 44, 2**17)]
 
 

@@ -1,0 +1,88 @@
+"""The checksums that stand in every result, by which rot is found without the source."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megatron_vlbridge.checkpoint.engine import digest_range
+from megatron_vlbridge.checkpoint.report import Difference, Report
+from megatron_vlbridge.checkpoint.safetensors import load_json_object
+from megatron_vlbridge.checkpoint.staging import Finished, sync
+from megatron_vlbridge.checkpoint.torch_dist import TRACKER
+from megatron_vlbridge.errors import VLBridgeError
+
+CHECKSUMS = "vlbridge-checksums.json"
+
+Range = tuple[int, int, str]
+"""First byte, length, SHA-256."""
+
+
+def write_checksums(folder: Path, finished: Sequence[Finished]) -> None:
+    """Note the checksums of all files below: the parts' own, and those of the small files now."""
+    files: dict[str, list[Range]] = {}
+    for part in sorted(finished, key=lambda part: (part.file, part.start)):
+        files.setdefault(part.file, []).append((part.start, part.length, part.sha256))
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        # A run that saves here rewrites the tracker; the checksums may be those of a run that was killed after them.
+        if path.is_file() and name not in files and name not in (TRACKER, CHECKSUMS):
+            size = path.stat().st_size
+            files[name] = [(0, size, digest_range(path, 0, size))]
+    text = json.dumps({"version": 1, "sha256": files}, indent=1)
+    (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
+    sync(folder / CHECKSUMS)
+
+
+def verify_checksums(folder: str | Path) -> Report:
+    """Compare every file of a result with the checksums that were noted when it was written.
+
+    Each file that is missing, of another length or changed is a difference. Files that a training run has added are
+    not looked at.
+
+    Raises VLBridgeError where the folder has no checksums.
+
+    Example: `verify_checksums("qwen3-vl-2b-megatron").equal`.
+    """
+    folder = Path(folder)
+    files = _read_checksums(folder / CHECKSUMS)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        found = list(pool.map(lambda item: _check_file(folder / item[0], *item), files.items()))
+    differences = [difference for part in found for difference in part]
+    nbytes = sum(length for ranges in files.values() for _, length, _ in ranges)
+    return Report(str(folder), str(folder / CHECKSUMS), len(files), nbytes, tuple(differences), unit="files")
+
+
+def _check_file(path: Path, name: str, ranges: Sequence[Range]) -> list[Difference]:
+    length = sum(count for _, count, _ in ranges)
+    try:
+        size = path.stat().st_size
+        if size != length:
+            return [Difference(name, f"expected {length} bytes, found {size}")]
+        changed = [(start, count) for start, count, digest in ranges if digest_range(path, start, count) != digest]
+    except OSError as error:
+        return [Difference(name, f"expected a readable file, found: {error}")]
+    return [Difference(name, f"bytes {start} to {start + count} are not those written") for start, count in changed]
+
+
+def _read_checksums(path: Path) -> dict[str, list[Range]]:
+    if not path.is_file():
+        raise VLBridgeError(f"{path}: expected checksums, found none. Name a second folder to compare with.")
+    files = load_json_object(path).get("sha256")
+    result: dict[str, list[Range]] = {}
+    for name, ranges in files.items() if isinstance(files, dict) else ():
+        parts = Path(name).parts
+        if not isinstance(ranges, list) or not all(map(_is_range, ranges)) or ".." in parts or Path(name).is_absolute():
+            raise VLBridgeError(f"{path}: {name}: expected ranges with their SHA-256, found {ranges!r:.80}.")
+        result[name] = [(start, length, digest) for start, length, digest in ranges]
+    if not result:
+        raise VLBridgeError(f"{path}: expected files with their SHA-256, found {files!r:.80}.")
+    return result
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and [type(item) for item in value] == [int, int, str] and min(value[:2]) >= 0

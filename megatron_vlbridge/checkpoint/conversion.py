@@ -1,0 +1,126 @@
+"""One import or export: planned from headers, told to the user, run, checked and put under its name."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vlbridge.checkpoint.checksums import write_checksums
+from megatron_vlbridge.checkpoint.engine import Options, Writer, digest_range, run
+from megatron_vlbridge.checkpoint.staging import Staging, staged_folder
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.weights import Plan
+
+_LAYOUT = 1  # of parts and blocks; part files of another layout are not continued
+_HEAD_BYTES = 64 * 2**10
+_SPARE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What an import or export will do. Nothing has been written; every tensor of both sides is accounted for.
+
+    `complete(folder)` adds the files beside the weights, `check(folder)` reads the written headers back.
+    """
+
+    kind: str
+    architecture: str
+    source: Path
+    target: Path
+    plan: Plan
+    writer: Writer
+    source_files: tuple[Path, ...]
+    side_files: tuple[Path, ...]
+    complete: Callable[[Path], None]
+    check: Callable[[Path], None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights to be written."""
+        return sum(self.writer.sizes)
+
+    def summary(self, options: Options | None = None) -> dict[str, Any]:
+        """The plan for people and machines: sizes in bytes, threads, the most memory that blocks take."""
+        options = options or Options()
+        threads = options.threads(self.writer.block_bytes)
+        return {
+            "kind": self.kind,
+            "architecture": self.architecture,
+            "source": str(self.source),
+            "target": str(self.target),
+            "hf_tensors": len(self.plan.hf),
+            "megatron_tensors": len(self.plan.megatron),
+            "bytes": self.nbytes,
+            "free_bytes": free_bytes(self.target),
+            "parts": len(self.writer.sizes),
+            "workers": threads,
+            "memory_bytes": options.needed(self.writer.block_bytes, threads),
+            "notes": list(self.plan.notes),
+        }
+
+    def run(self, options: Options | None = None, *, resume: bool = False) -> Path:
+        """Write the result, and return its folder.
+
+        Raises VLBridgeError where the target exists or is being written, the disk is too small or fails, a file of
+        the source is damaged, and where an interrupted run's work is there that is not to be, or cannot be, continued.
+        """
+        options = options or Options()
+        options.threads(self.writer.block_bytes)
+        with staged_folder(self.target, self._origin(), resume=resume) as staging:
+            self._check_space(staging)
+            finished = run(self.writer, staging, options)
+            self.complete(staging.folder)
+            self.check(staging.folder)
+            write_checksums(staging.folder, finished)
+        return self.target
+
+    def _check_space(self, staging: Staging) -> None:
+        missing = sum(size for number, size in enumerate(self.writer.sizes) if number not in staging.finished)
+        missing += sum(path.stat().st_size for path in self.side_files) + _SPARE_BYTES
+        free = free_bytes(self.target)
+        if missing > free:
+            text = f"expected room for {missing} bytes, found {free}. Make room or take another disk."
+            raise VLBridgeError(f"{self.target}: {text}")
+
+    def _origin(self) -> dict[str, Any]:
+        """What must not change between a run that was interrupted and the one that continues it."""
+        moves = "\n".join(f"{move.hf} {move.megatron} {move.transposed}" for move in self.plan.table.moves)
+        sides = (self.plan.hf, self.plan.megatron)
+        specs = "\n".join(f"{name} {spec}" for side in sides for name, spec in side.items())
+        return {
+            "kind": self.kind,
+            "layout": _LAYOUT,
+            "torch": torch.__version__,
+            "rules": _digest(moves),
+            "tensors": _digest(specs),
+            "parts": _digest(str(list(self.writer.sizes))),
+            "weights": _fingerprint(self.source_files),
+            "other files": _fingerprint(self.side_files),
+        }
+
+
+def free_bytes(target: Path) -> int:
+    """Bytes that may be written where `target` will be."""
+    place = target.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fingerprint(paths: Iterable[Path]) -> dict[str, list[int | str]]:
+    """Size, time of change and the first bytes of each file, by name."""
+    result: dict[str, list[int | str]] = {}
+    for path in paths:
+        status = path.stat()
+        result[path.name] = [status.st_size, status.st_mtime_ns, digest_range(path, 0, _HEAD_BYTES)]
+    return result

@@ -1,0 +1,220 @@
+"""Writing a result in parts: several workers, bounded memory, and every finished part noted for a later run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Protocol
+
+import torch
+
+from megatron_vlbridge.checkpoint.raw import SPAN_BYTES
+from megatron_vlbridge.checkpoint.staging import Finished, Staging, sync
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.weights import TensorSpec
+from megatron_vlbridge.weights.regions import Shape
+
+PART_BYTES = 256 * 2**20
+DEFAULT_MEMORY = 2**30
+
+_BASE_BYTES = 64 * 2**20  # tables of names and regions, journal, Python's own
+_SYNCERS = 2  # threads beyond the workers, so that some fill blocks while others wait for the disk
+_HASHED_AT_ONCE = 2**20
+
+
+class Writer(Protocol):
+    """A result that is written in parts, in any order and by several threads; equal input gives equal bytes."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Bytes of numbers in each part."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """The largest block of numbers that a part holds at once."""
+        ...
+
+    def prepare(self, folder: Path) -> None:
+        """Make what the parts are written into; does nothing to what is there from an interrupted run."""
+        ...
+
+    def write(self, number: int, folder: Path, block: Block) -> Written:
+        """Write one part, over whatever is there."""
+        ...
+
+    def finish(self, folder: Path, written: Sequence[Written]) -> None:
+        """Write what needs all parts: indexes, metadata."""
+        ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a part lies in the result, and the places of its entries where the format asks for them."""
+
+    file: str
+    start: int
+    length: int
+    places: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, in bytes on the disk; `resumed` of them an earlier run had written."""
+
+    done: int
+    total: int
+    resumed: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second in this run."""
+        return (self.done - self.resumed) / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        """Time to the end at this rate; infinite before the first part."""
+        return (self.total - self.done) / self.rate if self.rate else float("inf")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: threads that fill blocks (default: the cores) and bytes of anonymous memory that they may hold."""
+
+    workers: int | None = None
+    memory: int = DEFAULT_MEMORY
+    report: Callable[[Progress], None] | None = None
+
+    def threads(self, block_bytes: int) -> int:
+        """How many workers the memory admits.
+
+        Raises VLBridgeError where that is none.
+        """
+        wanted = self.workers if self.workers is not None else len(os.sched_getaffinity(0))
+        if wanted < 1:
+            raise VLBridgeError(f"workers: expected at least 1, found {wanted}.")
+        least = self.needed(block_bytes, 1)
+        if least > self.memory:
+            raise VLBridgeError(f"memory: expected at least {least} bytes for this checkpoint, found {self.memory}.")
+        return max(count for count in range(1, wanted + 1) if self.needed(block_bytes, count) <= self.memory)
+
+    def needed(self, block_bytes: int, threads: int) -> int:
+        """Bytes of anonymous memory at the most."""
+        return _BASE_BYTES + _SYNCERS * SPAN_BYTES + threads * (block_bytes + 2 * SPAN_BYTES)
+
+
+class Block:
+    """Memory that one worker fills again and again: fresh pages cost more than the copying into them."""
+
+    def __init__(self, nbytes: int, stop: threading.Event) -> None:
+        self._memory, self._stop = bytearray(nbytes), stop
+
+    def take(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor in this memory; the one taken before is lost."""
+        if self._stop.is_set():
+            raise _StoppedError
+        nbytes = TensorSpec(shape, dtype).nbytes
+        if not nbytes:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes).view(dtype).view(shape)
+
+
+class _StoppedError(Exception):
+    """Another worker failed, or the user interrupted."""
+
+
+def run(writer: Writer, staging: Staging, options: Options) -> list[Finished]:
+    """Write all parts, except those that the staging's journal has with their bytes unchanged; then finish.
+
+    Raises what a part raises, after all workers have stopped; parts that were finished stay in the journal.
+    """
+    threads = options.threads(writer.block_bytes)
+    writer.prepare(staging.folder)
+    state = _Run(writer, staging, options, threads)
+    with ThreadPoolExecutor(threads + _SYNCERS) as pool:
+        futures = [pool.submit(state.part, number) for number in range(len(writer.sizes))]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            finished = _results(futures)
+        except BaseException:
+            state.stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    writer.finish(staging.folder, [Written(part.file, part.start, part.length, part.places) for part in finished])
+    return finished
+
+
+def _results(futures: Sequence[Future[Finished]]) -> list[Finished]:
+    """All results, or the first failure that is a cause and no consequence."""
+    for future in futures:
+        if future.done() and (error := future.exception()) is not None and not isinstance(error, _StoppedError):
+            raise error
+    return [future.result() for future in futures]
+
+
+class _Run:
+    """What the threads of one run share."""
+
+    def __init__(self, writer: Writer, staging: Staging, options: Options, threads: int) -> None:
+        self.writer, self.staging, self.options = writer, staging, options
+        self.stop = threading.Event()
+        self.blocks: SimpleQueue[Block] = SimpleQueue()
+        for _ in range(threads):
+            self.blocks.put(Block(writer.block_bytes, self.stop))
+        self.lock = threading.Lock()
+        self.begin = time.monotonic()
+        self.done = self.resumed = 0
+
+    def part(self, number: int) -> Finished:
+        kept = self.staging.finished.get(number)
+        if kept is not None and self._is_intact(kept):
+            self._report(number, resumed=True)
+            return kept
+        block = self.blocks.get()
+        try:
+            written = self.writer.write(number, self.staging.folder, block)
+        except BaseException:
+            self.stop.set()
+            raise
+        finally:
+            self.blocks.put(block)
+        path = self.staging.folder / written.file
+        sync(path)
+        digest = digest_range(path, written.start, written.length)
+        finished = Finished(number, written.file, written.start, written.length, digest, written.places)
+        with self.lock:
+            self.staging.note(finished)
+        self._report(number)
+        return finished
+
+    def _is_intact(self, part: Finished) -> bool:
+        path = self.staging.folder / part.file
+        return path.is_file() and digest_range(path, part.start, part.length) == part.sha256
+
+    def _report(self, number: int, *, resumed: bool = False) -> None:
+        with self.lock:
+            self.done += self.writer.sizes[number]
+            self.resumed += self.writer.sizes[number] if resumed else 0
+            if self.options.report is not None:
+                seconds = time.monotonic() - self.begin
+                self.options.report(Progress(self.done, sum(self.writer.sizes), self.resumed, seconds))
+
+
+def digest_range(path: Path, start: int, length: int) -> str:
+    """SHA-256 of a range of a file, of what is there of it where the file is shorter."""
+    digest = hashlib.sha256()
+    held = memoryview(bytearray(min(length, _HASHED_AT_ONCE)))
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while length and (count := stream.readinto(held[: min(length, len(held))])):
+            digest.update(held[:count])
+            length -= count
+    return digest.hexdigest()

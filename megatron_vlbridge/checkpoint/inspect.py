@@ -1,0 +1,124 @@
+"""What is in a checkpoint: family, parameters by part, dtypes, pipeline stages, tensors."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vlbridge import families
+from megatron_vlbridge.checkpoint.hub import find_folder
+from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder
+from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, is_torch_dist
+from megatron_vlbridge.checkpoint.verify import find_config
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.weights import TensorSpec
+
+# The first pattern that a name matches, of either side's names, is its part.
+_PARTS = (
+    ("vision mergers", r"(visual|vision_model)\.(merger|deepstack_merger_list)\."),
+    ("vision tower", r"(visual|vision_model)\."),
+    ("experts", r"\.experts\."),
+    ("output head", r"(^lm_head|\.output_layer)\."),
+    ("embedding", r"\.(embed_tokens|word_embeddings)\."),
+    ("decoder", r"language_model|^model\."),
+)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint's headers, read. `kind` is `hugging face` or `megatron`; `config` is None where none is kept."""
+
+    folder: Path
+    kind: str
+    config: Config | None
+    table: Mapping[str, TensorSpec]
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """How many numbers each part holds."""
+        counts: Counter[str] = Counter()
+        for name, spec in self.table.items():
+            counts[_part(name)] += spec.nbytes // spec.dtype.itemsize
+        return dict(counts)
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many tensors have each dtype."""
+        return dict(Counter(str(spec.dtype).removeprefix("torch.") for spec in self.table.values()))
+
+    def stages(self, pp: int) -> list[range]:
+        """The decoder layers of each pipeline stage, cut evenly.
+
+        Raises VLBridgeError where that cannot be done, or the layers that take deepstack features leave the first.
+        """
+        if self.config is None:
+            raise VLBridgeError(f"{self.folder}: expected a config to count the layers by, found none.")
+        layers = self.config.text.num_layers
+        taking = len(self.config.vision.deepstack_visual_indexes)
+        if pp < 1 or layers % pp or layers // pp < taking:
+            expected = f"a divisor of {layers} that leaves at least {taking} layers, which take deepstack features"
+            raise VLBridgeError(f"{self.folder}: pp: expected {expected}, to the first stage, found {pp}.")
+        each = layers // pp
+        return [range(stage * each, (stage + 1) * each) for stage in range(pp)]
+
+    def as_json(self, pp: int | None = None) -> dict[str, Any]:
+        """Everything, in JSON's types; sizes in bytes."""
+        result: dict[str, Any] = {
+            "folder": str(self.folder),
+            "kind": self.kind,
+            "architecture": self.config.architecture if self.config else None,
+            "bytes": sum(spec.nbytes for spec in self.table.values()),
+            "parameters": {"total": sum(self.parameters.values()), **self.parameters},
+            "dtypes": self.dtypes,
+            "tensors": {
+                name: {"shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
+                for name, spec in self.table.items()
+            },
+        }
+        if pp is not None:
+            result["stages"] = [[stage.start, stage.stop] for stage in self.stages(pp)]
+        return result
+
+
+def inspect(name: str | Path) -> Inspection:
+    """Read the headers of a Hugging Face folder (or Hub id) or of a Megatron folder.
+
+    Raises VLBridgeError where they are damaged, or the config belongs to no supported family.
+
+    Example: `inspect("Qwen/Qwen3-VL-2B-Instruct").parameters["vision tower"]`.
+    """
+    config = find_config(name)
+    if config is not None:
+        families.find(config)
+    if is_torch_dist(Path(name)):
+        weights = TorchDistFolder(name)
+        return Inspection(weights.folder, "megatron", config, weights.table)
+    folder = find_folder(name)
+    return Inspection(folder, "hugging face", config, SafetensorsFolder(folder).table)
+
+
+def _part(name: str) -> str:
+    return next((part for part, pattern in _PARTS if re.search(pattern, name)), "other")
+
+
+def table_lines(found: Inspection, pp: int | None = None) -> list[str]:
+    """The inspection for people."""
+    total = sum(found.parameters.values())
+    nbytes = sum(spec.nbytes for spec in found.table.values())
+    architecture = found.config.architecture if found.config else "architecture unknown: no config.json beside it"
+    dtypes = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in found.dtypes.items())
+    lines = [
+        f"{found.folder}: {found.kind}, {architecture}",
+        f"{total:,} parameters, {nbytes / 1e9:.3f} GB, {dtypes}",
+        *(f"  {part:<16}{count:>18,}" for part, count in found.parameters.items()),
+    ]
+    if pp is not None:
+        stages = enumerate(found.stages(pp))
+        lines += [f"  stage {number}: layers {stage.start} to {stage.stop - 1}" for number, stage in stages]
+    width = max(map(len, found.table), default=0)
+    return lines + [f"{name:<{width}}  {spec}" for name, spec in found.table.items()]

@@ -1,0 +1,100 @@
+"""Numbers that lie row-major in a file: any rectangle of them, read straight into the tensor that wants them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from megatron_vlbridge.weights import Piece, Region, TensorSpec
+from megatron_vlbridge.weights.regions import Shape
+
+SPAN_BYTES = 4 * 2**20
+
+Filler = Callable[[Region, torch.Tensor], None]
+"""Puts the numbers of a region into a tensor of its shape, converted to the tensor's dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where the numbers of a tensor lie: from byte `start` of `path`, row-major unless `strides` say else."""
+
+    path: Path
+    start: int
+    spec: TensorSpec
+    strides: Shape | None = None
+
+    def read_into(self, offset: Shape, out: torch.Tensor) -> None:
+        """Fill `out` with the rectangle of its shape at `offset`, converted to its dtype.
+
+        Holds at most 4 MiB besides. Raises OSError where the file cannot be read or ends too early.
+        """
+        if out.numel():
+            strides = _row_major(self.spec.shape) if self.strides is None else self.strides
+            first = sum(index * stride for index, stride in zip(offset, strides, strict=True))
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                self._read(handle, first, strides, out)
+            finally:
+                os.close(handle)
+
+    def _read(self, handle: int, first: int, strides: Shape, out: torch.Tensor) -> None:
+        """Halve the rectangle until its numbers lie side by side where they can be read at once, or in a small span."""
+        dtype, span = self.spec.dtype, span_of(out.shape, strides)
+        pairs = zip(out.shape, out.stride(), strides, strict=True)
+        alike = all(size == 1 or here == there for size, here, there in pairs)
+        if alike and out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu":
+            read_exactly(handle, self.start + first * dtype.itemsize, out)
+        elif span * dtype.itemsize <= SPAN_BYTES or out.numel() == 1:
+            held = torch.empty(span, dtype=dtype)
+            read_exactly(handle, self.start + first * dtype.itemsize, held)
+            out.copy_(held.as_strided(out.shape, strides))
+        else:
+            dim = next(dim for dim, size in enumerate(out.shape) if size > 1)
+            half = out.shape[dim] // 2
+            self._read(handle, first, strides, out.narrow(dim, 0, half))
+            rest = out.narrow(dim, half, out.shape[dim] - half)
+            self._read(handle, first + half * strides[dim], strides, rest)
+
+
+def span_of(shape: Shape, strides: Shape) -> int:
+    """From the first to the last number of a rectangle that is not empty, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _row_major(shape: Shape) -> Shape:
+    """The distance, in numbers, between neighbours along each dim."""
+    return tuple(accumulate(shape[:0:-1], lambda product, size: product * size, initial=1))[::-1] if shape else ()
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def read_exactly(handle: int, position: int, out: torch.Tensor) -> None:
+    """Fill a contiguous tensor from `position` of an open file; OSError where the file ends before."""
+    view = as_bytes(out)
+    while view:
+        count = os.preadv(handle, [view], position)
+        if count == 0:
+            raise OSError(f"the file ends at byte {position}, {len(view)} bytes too early")
+        view, position = view[count:], position + count
+
+
+def write_exactly(handle: int, position: int, numbers: memoryview | bytes) -> None:
+    """Write all of `numbers` at `position` of an open file."""
+    view = memoryview(numbers)
+    while view:
+        count = os.pwrite(handle, view, position)
+        view, position = view[count:], position + count
+
+
+def gather_into(out: torch.Tensor, pieces: Iterable[Piece], fill: Filler) -> None:
+    """Put a region together from the other side's pieces, in the dtype of `out`."""
+    for piece in pieces:
+        fill(piece.source, piece.place(out))

@@ -1,0 +1,158 @@
+"""Are two checkpoints the same? Hugging Face or Megatron folders, bit by bit, through the rules, block by block."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_vlbridge import families
+from megatron_vlbridge.checkpoint.convert import check_tied_head
+from megatron_vlbridge.checkpoint.hub import find_folder
+from megatron_vlbridge.checkpoint.raw import Filler, gather_into
+from megatron_vlbridge.checkpoint.report import Difference, Report
+from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder, row_blocks
+from megatron_vlbridge.checkpoint.side_files import SIDE_FOLDER
+from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, is_torch_dist
+from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.weights import Plan, Region, RuleTable, TensorSpec
+
+_BLOCK_BYTES = 16 * 2**20
+
+Tensors = Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One checkpoint as Megatron tensors, whatever it is on the disk."""
+
+    folder: Path
+    table: Tensors
+    fill: Filler
+    config: Config | None
+
+
+def verify(a: str | Path, b: str | Path) -> Report:
+    """Compare two checkpoints, each a Hugging Face folder (or Hub id) or a Megatron folder, bit for bit.
+
+    Both are seen as Megatron tensors, so names, shards, layouts, forms of experts and rows that pad the vocabulary do
+    not matter; numbers and dtypes do. Optimizer state is passed over. Where a config is known on both sides, its
+    architecture and sizes are compared too.
+
+    Raises VLBridgeError where a folder is damaged or does not fit its own config.
+
+    Example: `verify("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron").equal`.
+    """
+    config = find_config(a) or find_config(b)
+    left, right = (_open(name, config) for name in (a, b))
+    differences = [*_compare_configs(left, right), *_compare_tables(left, right)]
+    names = [name for name, spec in left.table.items() if right.table.get(name) == spec]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        found = pool.map(lambda name: _compare(name, left.table[name], left, right), names)
+        differences += [difference for difference in found if difference is not None]
+    nbytes = sum(left.table[name].nbytes for name in names)
+    return Report(str(left.folder), str(right.folder), len(names), nbytes, tuple(differences))
+
+
+def find_config(name: str | Path) -> Config | None:
+    """The config of a folder; a folder that a training run wrote has none."""
+    folder = Path(name)
+    if not is_torch_dist(folder):
+        return read_config(find_folder(name))
+    for place in (folder / SIDE_FOLDER, folder.resolve().parent / SIDE_FOLDER):
+        if (place / "config.json").is_file():
+            return read_config(place)
+    return None
+
+
+def _open(name: str | Path, config: Config | None) -> _Side:
+    if not is_torch_dist(Path(name)):
+        return _open_hf(find_folder(name))
+    weights = TorchDistFolder(name)
+    own = find_config(name)
+    known = own or config
+    if known is None:  # two folders of training runs: compared as they are, padding included
+        return _Side(weights.folder, weights.table, weights.read_into, None)
+    table = families.find(known).table(known)
+    hf = {name: TensorSpec(shape, torch.float32) for name, shape in table.hf_shapes.items()}
+    Plan(table, hf, weights.table, cast=True, hf_source="the config", megatron_source=str(weights.folder))
+    found = {name: TensorSpec(shape, weights.table[name].dtype) for name, shape in table.megatron_shapes.items()}
+    return _Side(weights.folder, found, weights.read_into, own)
+
+
+def _open_hf(folder: Path) -> _Side:
+    config = read_config(folder)
+    family = families.find(config)
+    weights = SafetensorsFolder(folder)
+    hf = dict(weights.table)
+    table = family.table(config, family.find_expert_form(config, hf))
+    if config.tie_word_embeddings and family.head in hf:
+        check_tied_head(weights, family)
+        del hf[family.head]
+    dtypes = {move.megatron.name: hf[move.hf.name].dtype for move in reversed(table.moves) if move.hf.name in hf}
+    found = {name: TensorSpec(shape, dtypes.get(name, torch.float32)) for name, shape in table.megatron_shapes.items()}
+    Plan(table, hf, found, hf_source=str(folder), megatron_source="the rules")
+    return _Side(folder, found, _through(table, weights.read_into), config)
+
+
+def _through(table: RuleTable, read: Filler) -> Filler:
+    def fill(region: Region, out: torch.Tensor) -> None:
+        gather_into(out, table.hf_sources(region), read)
+
+    return fill
+
+
+def _compare_configs(left: _Side, right: _Side) -> Iterable[Difference]:
+    if left.config is None or right.config is None:
+        return
+    for part in ("architecture", "text", "vision", "tie_word_embeddings"):
+        ours, theirs = getattr(left.config, part), getattr(right.config, part)
+        if ours != theirs:
+            yield Difference(f"config.json: {part}", f"{ours} and {theirs}")
+
+
+def _compare_tables(left: _Side, right: _Side) -> Iterable[Difference]:
+    for name in sorted(left.table.keys() | right.table.keys()):
+        ours, theirs = left.table.get(name), right.table.get(name)
+        if ours != theirs:
+            yield Difference(name, f"{ours or 'absent'} and {theirs or 'absent'}")
+
+
+def _compare(name: str, spec: TensorSpec, left: _Side, right: _Side) -> Difference | None:
+    """The first number that differs, and how many do."""
+    count, first = 0, ""
+    for region in row_blocks(Region.whole(name, spec.shape), spec.dtype.itemsize, _BLOCK_BYTES):
+        ours, theirs = (torch.empty(region.shape, dtype=spec.dtype) for _ in range(2))
+        left.fill(region, ours)
+        right.fill(region, theirs)
+        unequal = _bits(ours) != _bits(theirs)
+        if not unequal.any():
+            continue
+        if not count:
+            index = tuple(int(i) for i in unequal.view(region.shape).nonzero()[0])
+            place = [a + b for a, b in zip(index, region.offset, strict=True)]
+            first = f"first at {place}: {ours[index].item()!r} and {theirs[index].item()!r}"
+        count += int(unequal.sum())
+    return Difference(name, f"{count} of {Region.whole(name, spec.shape).volume} numbers, {first}") if count else None
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers: zeros of either sign differ, and a NaN equals itself."""
+    return tensor.view(-1).view(_INTEGERS[tensor.itemsize])
+
+
+def first_lines(report: Report, shown: int = 10) -> list[str]:
+    """The report for people: what was compared, and the first differences."""
+    same = "the same" if report.equal else f"{len(report.differences)} differ"
+    lines = [f"{report.a} and {report.b}: {report.compared} {report.unit}, {report.nbytes / 1e9:.3f} GB: {same}"]
+    lines += [f"  {difference.name}: {difference.text}" for difference in report.differences[:shown]]
+    if len(report.differences) > shown:
+        lines.append(f"  and {len(report.differences) - shown} more")
+    return lines

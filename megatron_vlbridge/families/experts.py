@@ -1,0 +1,91 @@
+"""The forms in which Hugging Face checkpoints hold the weights of a layer's experts, and how to tell them apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.weights import Copy, FusedExperts, Rule, SingleExperts, TensorSpec
+
+Shapes = tuple[tuple[int, int, int], tuple[int, int, int]]
+
+
+class ExpertForm(StrEnum):
+    """`E` experts of a layer with hidden size `H` and intermediate size `I`, gate before up in all forms."""
+
+    FUSED_IN_OUT = "fused_in_out"
+    """`experts.gate_up_proj` `[E, H, 2I]` and `experts.down_proj` `[E, I, H]`: Qwen3-VL on the Hub."""
+    FUSED_OUT_IN = "fused_out_in"
+    """`experts.gate_up_proj` `[E, 2I, H]` and `experts.down_proj` `[E, H, I]`: Qwen3-VL as transformers 5 saves it."""
+    PER_EXPERT = "per_expert"
+    """`experts.7.gate_proj.weight` and `up_proj.weight` `[I, H]`, `down_proj.weight` `[H, I]` for each expert."""
+
+
+def find_form(config: Config, hf: Mapping[str, TensorSpec], layers: str, default: ExpertForm) -> ExpertForm:
+    """The form of the experts in a checkpoint whose tensors are `hf`; `default` where it holds none.
+
+    `layers` is the HF name of the decoder layers. Names tell fused from single experts, and both full shapes tell the
+    orientation; other layers than the first with both tensors are left to the plan.
+
+    Raises VLBridgeError, naming tensors and shapes, where the orientation cannot be known or neither fits.
+    """
+    for layer in moe_layers(config):
+        names = _fused_names(layers, layer)
+        if all(name in hf for name in names):
+            return _orientation(config, names, (hf[names[0]], hf[names[1]]))
+    single = re.compile(rf"{re.escape(layers)}\.\d+\.mlp\.experts\.\d+\.")
+    return ExpertForm.PER_EXPERT if any(map(single.match, hf)) else default
+
+
+def moe_layers(config: Config) -> list[int]:
+    """The decoder layers, counted from 0, that have experts."""
+    moe = config.text.moe
+    return [layer for layer in range(config.text.num_layers) if moe and moe.is_moe_layer(layer)]
+
+
+def expert_rules(config: Config, form: ExpertForm, hf: str, megatron: str, layer: int | None) -> list[Rule]:
+    """The rules of one layer's router and experts; `hf` and `megatron` are the names of its MLP."""
+    assert config.text.moe is not None
+    experts, hidden, inner = config.text.moe.num_experts, config.text.hidden_size, config.text.moe.moe_intermediate_size
+    fc1, fc2 = (f"{megatron}.experts.experts.linear_{part}.weight" for part in ("fc1", "fc2"))
+    shape1, shape2 = (experts, 2 * inner, hidden), (experts, hidden, inner)
+    result: list[Rule] = [Copy(f"{hf}.gate.weight", f"{megatron}.router.weight", (experts, hidden), layer)]
+    if form is ExpertForm.PER_EXPERT:
+        gate, up, down = (f"{hf}.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down"))
+        return [*result, SingleExperts((gate, up), fc1, shape1, layer), SingleExperts((down,), fc2, shape2, layer)]
+    transposed = form is ExpertForm.FUSED_IN_OUT
+    return [
+        *result,
+        FusedExperts(f"{hf}.experts.gate_up_proj", fc1, shape1, layer, transposed),
+        FusedExperts(f"{hf}.experts.down_proj", fc2, shape2, layer, transposed),
+    ]
+
+
+def _fused_names(layers: str, layer: int) -> tuple[str, str]:
+    return f"{layers}.{layer}.mlp.experts.gate_up_proj", f"{layers}.{layer}.mlp.experts.down_proj"
+
+
+def _orientation(config: Config, names: tuple[str, str], specs: tuple[TensorSpec, TensorSpec]) -> ExpertForm:
+    assert config.text.moe is not None
+    experts, hidden, inner = config.text.moe.num_experts, config.text.hidden_size, config.text.moe.moe_intermediate_size
+    expected: dict[ExpertForm, Shapes] = {
+        ExpertForm.FUSED_IN_OUT: ((experts, hidden, 2 * inner), (experts, inner, hidden)),
+        ExpertForm.FUSED_OUT_IN: ((experts, 2 * inner, hidden), (experts, hidden, inner)),
+    }
+    fitting = [form for form, shapes in expected.items() if shapes == (specs[0].shape, specs[1].shape)]
+    text = " or ".join(f"{list(first)} and {list(second)} ({form})" for form, (first, second) in expected.items())
+    found = f"{names[0]} and {names[1]}: expected {text}, found {list(specs[0].shape)} and {list(specs[1].shape)}"
+    # One square tensor hides its orientation, and the other does not tell it: transformers 5 turns each of the two by
+    # its own shape alone, so a file that it has written may hold one turned and the other not.
+    if fitting and hidden in (inner, 2 * inner):
+        choices = " or ".join(f'experts="{form}"' for form in expected)
+        raise VLBridgeError(
+            f"{found}. The hidden size {hidden} makes one of them square, so that the orientation cannot be seen: "
+            f"say which it is with {choices}."
+        )
+    if not fitting:
+        raise VLBridgeError(f"{found}. Use the config.json that belongs to these weights.")
+    return fitting[0]

@@ -1,0 +1,44 @@
+"""Qwen3-VL with experts: the vision tower and the attention of the dense family, a router and experts in its layers.
+
+The norm before the experts stays a tensor of its own, `pre_mlp_layernorm`, as no linear follows it directly.
+"""
+
+from __future__ import annotations
+
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.families import qwen3_vl
+from megatron_vlbridge.families.experts import ExpertForm, expert_rules, moe_layers
+from megatron_vlbridge.families.family import Family
+from megatron_vlbridge.weights import Copy, Rule
+
+
+def rules(config: Config, experts: ExpertForm) -> list[Rule]:
+    """All rules of a Qwen3-VL-MoE checkpoint, whose experts HF holds in the form `experts`.
+
+    Where some layers have experts and others a dense MLP, Megatron's names of the layers are `layers.0`, `layers.1` and
+    so on, otherwise the layers are stacked.
+    """
+    text, with_experts = config.text, moe_layers(config)
+    stacked = len(with_experts) in (0, text.num_layers)
+    result = qwen3_vl.embedding_rules(config)
+    for layer in range(text.num_layers):
+        hf = f"{qwen3_vl.HF_LAYERS}.{layer}"
+        to = qwen3_vl.LAYERS if stacked else f"{qwen3_vl.LAYERS}.{layer}"
+        index = layer if stacked else None
+        result += qwen3_vl.attention_rules(text, hf, to, index)
+        if layer in with_experts:
+            norm = f"{hf}.post_attention_layernorm.weight", f"{to}.pre_mlp_layernorm.weight"
+            result.append(Copy(*norm, (text.hidden_size,), index))
+            result += expert_rules(config, experts, f"{hf}.mlp", f"{to}.mlp", index)
+        else:
+            result += qwen3_vl.mlp_rules(text, hf, to, index)
+    return result + qwen3_vl.vision_rules(config.vision)
+
+
+FAMILY = Family(
+    architecture="Qwen3VLMoeForConditionalGeneration",
+    rules=rules,
+    embedding=qwen3_vl.FAMILY.embedding,
+    head=qwen3_vl.FAMILY.head,
+    layers=qwen3_vl.HF_LAYERS,
+)

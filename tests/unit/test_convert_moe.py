@@ -1,0 +1,241 @@
+"""Import and export of checkpoints with experts: bit for bit in every form that they are published in."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.config import read_config
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families import ExpertForm, find
+from tests.unit.test_convert import assert_same_bits, assert_side_files_are_the_same, tensors, training_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+FORMS = [form.value for form in ExpertForm]
+HF_LAYERS = "model.language_model.layers"
+SIDES = {"mixed": [1], "alike": []}
+
+
+def tiny_config(inner: int = 12, dense: list[int] | None = None, step: int = 1) -> Qwen3VLMoeConfig:
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    text = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "rope_parameters": rope,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": inner,
+        "mlp_only_layers": dense or [],
+        "decoder_sparse_step": step,
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 4,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    tokens = {"image_token_id": 10, "video_token_id": 11, "vision_start_token_id": 8, "vision_end_token_id": 9}
+    return Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+
+
+def make(folder: Path, form: str = "fused_out_in", **sizes) -> Path:
+    """What transformers saves, `fused_out_in`, or the same model with its experts turned or taken apart by torch."""
+    torch.manual_seed(0)
+    model = Qwen3VLMoeForConditionalGeneration(tiny_config(**sizes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
+    (folder / "tokenizer.json").write_bytes(b'{"a":  1}\n')
+    if form != "fused_out_in":
+        found = tensors(folder)
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+        names = [name for name in found if ".mlp.experts." in name]
+        for name in names:
+            found |= other_form(name, found.pop(name), form)
+        shards = [list(found)[start::3] for start in range(3)]
+        files = [f"model-{number + 1:05}-of-00003.safetensors" for number in range(3)]
+        for file, part in zip(files, shards, strict=True):
+            save_file({name: found[name].contiguous() for name in part}, folder / file)
+        weight_map = {name: file for file, part in zip(files, shards, strict=True) for name in part}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in found.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def other_form(name: str, fused: torch.Tensor, form: str) -> dict[str, torch.Tensor]:
+    """One `[E, out, in]` tensor as others hold it."""
+    if form == "fused_in_out":
+        return {name: fused.transpose(1, 2)}
+    place, _, kind = name.rpartition(".")
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    return {
+        f"{place}.{expert}.{part}.weight": rows
+        for expert, weight in enumerate(fused)
+        for part, rows in zip(parts, weight.chunk(len(parts)), strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    folder = tmp_path_factory.mktemp("moe")
+    return {
+        (form, side): make(folder / f"{form}-{side}", form, dense=dense)
+        for form in FORMS
+        for side, dense in SIDES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("square")
+    return {form: make(folder / form, form, inner=16) for form in FORMS}
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("form", FORMS)
+def test_there_and_back_is_the_same_folder(form, side, sources, tmp_path):
+    source = sources[form, side]
+    import_checkpoint(source, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert_same_bits(tensors(tmp_path / "back"), tensors(source))
+    assert_side_files_are_the_same(tmp_path / "back", source)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_three_forms_of_a_model_are_one_megatron_checkpoint(side, sources, tmp_path):
+    contents = []
+    for form in FORMS:
+        folder = import_checkpoint(sources[form, side], tmp_path / form) / "release"
+        contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert contents[0] == contents[1] == contents[2]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_checkpoint_is_exported_in_the_form_of_like(form, sources, tmp_path):
+    run = training_run(tmp_path / "run", sources["per_expert", "alike"], padding=4)
+    export_checkpoint(run, tmp_path / "back", like=sources[form, "alike"])
+    assert_same_bits(tensors(tmp_path / "back"), tensors(sources[form, "alike"]))
+
+
+def test_an_export_can_be_asked_for_another_form(sources, tmp_path):
+    import_checkpoint(sources["fused_out_in", "alike"], tmp_path / "megatron")
+    for form in FORMS:
+        export_checkpoint(tmp_path / "megatron", tmp_path / form, experts=form)
+        assert_same_bits(tensors(tmp_path / form), tensors(sources[form, "alike"]))
+
+
+@pytest.mark.parametrize("unstacked", [False, True], ids=["stacked", "unstacked"])
+def test_without_a_source_the_export_has_the_form_of_the_hub(unstacked, sources, tmp_path):
+    run = training_run(tmp_path / "run", sources["fused_out_in", "alike"], unstacked=unstacked)
+    (tmp_path / "like").mkdir()
+    shutil.copy(sources["fused_out_in", "alike"] / "config.json", tmp_path / "like")
+    export_checkpoint(run, tmp_path / "back", like=tmp_path / "like")
+    assert_same_bits(tensors(tmp_path / "back"), tensors(sources["fused_in_out", "alike"]))
+
+
+def test_layers_of_two_kinds_are_stored_one_by_one_under_megatrons_names(sources, tmp_path):
+    folder = import_checkpoint(sources["fused_out_in", "mixed"], tmp_path / "megatron")
+    names = FileSystemReader(folder / "release").read_metadata().state_dict_metadata
+    layers = "language_model.decoder.layers"
+    assert f"{layers}.0.mlp.experts.experts.linear_fc1.weight" in names
+    assert f"{layers}.0.mlp.experts.experts.linear_fc1._extra_state/shard_3_4" in names
+    assert f"{layers}.1.mlp.linear_fc1.layer_norm_weight" in names
+    assert f"{layers}.1.mlp.linear_fc1._extra_state/shard_0_1" in names
+    assert f"{layers}.2.pre_mlp_layernorm.weight" in names
+    assert f"{layers}.1.mlp.router.weight" not in names
+    assert not any(name.startswith((f"{layers}.mlp", f"{layers}.self")) for name in names)
+
+
+def test_experts_are_stored_one_by_one_in_a_stack_of_layers_and_experts(sources, tmp_path):
+    folder = import_checkpoint(sources["fused_in_out", "alike"], tmp_path / "megatron")
+    names = FileSystemReader(folder / "release").read_metadata().state_dict_metadata
+    name = "language_model.decoder.layers.mlp.experts.experts.linear_fc1"
+    entry = names[f"{name}.weight"]
+    assert entry.size == (3, 4, 24, 32)
+    assert {tuple(chunk.sizes) for chunk in entry.chunks} == {(1, 1, 24, 32)}
+    assert {n for n in names if n.startswith(f"{name}._extra")} == {
+        f"{name}._extra_state/shard_{layer}.{expert}_3.4" for layer in range(3) for expert in range(4)
+    }
+
+
+def test_every_second_layer_has_experts_where_the_config_says_so(tmp_path):
+    source = make(tmp_path / "hf", step=2)
+    import_checkpoint(source, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert_same_bits(tensors(tmp_path / "back"), tensors(source))
+    experts = {name.split(".")[3] for name in tensors(source) if ".mlp.experts." in name}
+    assert experts == {"1"}
+
+
+@pytest.mark.parametrize("form", ["fused_in_out", "fused_out_in"])
+def test_transformers_loads_the_export(form, sources, tmp_path):
+    import_checkpoint(sources["per_expert", "alike"], tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", experts=form)
+    expected = Qwen3VLMoeForConditionalGeneration.from_pretrained(sources["fused_out_in", "alike"]).state_dict()
+    found = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "back").state_dict()
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("form", ["fused_in_out", "fused_out_in"])
+def test_an_orientation_that_cannot_be_seen_is_refused_unless_said(form, square, tmp_path):
+    source = square[form]
+    with pytest.raises(VLBridgeError, match="orientation cannot be seen"):
+        import_checkpoint(source, tmp_path / "megatron")
+    assert not any(tmp_path.iterdir())
+    import_checkpoint(source, tmp_path / "megatron", experts=form)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert_same_bits(tensors(tmp_path / "back"), tensors(source))
+    import_checkpoint(square["per_expert"], tmp_path / "single")
+    export_checkpoint(tmp_path / "single", tmp_path / "same", experts=form)
+    assert_same_bits(tensors(tmp_path / "same"), tensors(source))
+    with pytest.raises(VLBridgeError, match="orientation cannot be seen"):
+        export_checkpoint(tmp_path / "single", tmp_path / "other", like=source)
+    export_checkpoint(tmp_path / "single", tmp_path / "other", like=source, experts=form)
+    assert_same_bits(tensors(tmp_path / "other"), tensors(source))
+
+
+@pytest.mark.parametrize("asked", ["fused_in_out", "per_expert"])
+def test_a_form_that_the_tensors_do_not_have_is_refused(asked, sources, tmp_path):
+    with pytest.raises(VLBridgeError, match=r"mlp\.experts"):
+        import_checkpoint(sources["fused_out_in", "alike"], tmp_path / "megatron", experts=asked)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("key", "value"), [("norm_topk_prob", False), ("mlp_only_layers", [1]), ("num_experts", 5)])
+def test_a_config_that_means_another_model_is_refused(key, value, sources, tmp_path):
+    source = Path(shutil.copytree(sources["fused_out_in", "alike"], tmp_path / "hf"))
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"].pop("num_local_experts" if key == "num_experts" else key, None)
+    config["text_config"][key] = value
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VLBridgeError, match="norm_topk_prob" if key == "norm_topk_prob" else r"mlp\.experts"):
+        import_checkpoint(source, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_the_rules_agree_with_transformers_on_names_and_shapes(sources):
+    """In the form that transformers holds in memory."""
+    for side, dense in SIDES.items():
+        model = Qwen3VLMoeForConditionalGeneration(tiny_config(dense=dense))
+        config = read_config(sources["fused_out_in", side])
+        table = find(config).table(config, ExpertForm.FUSED_OUT_IN)
+        assert table.hf_shapes == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

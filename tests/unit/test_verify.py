@@ -1,0 +1,178 @@
+"""`verify` finds every changed bit and nothing else; `inspect` counts what is there."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_vlbridge.checkpoint.checksums import CHECKSUMS, verify_checksums
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.inspect import inspect
+from megatron_vlbridge.checkpoint.verify import verify
+from megatron_vlbridge.errors import VLBridgeError
+from tests import reference
+from tests.unit.test_convert import training_run
+
+QKV = "language_model.decoder.layers.self_attention.linear_qkv.weight"
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """`hf`, and `megatron` made from it."""
+    folder = tmp_path_factory.mktemp("model")
+    import_checkpoint(reference.write_checkpoint(folder / "hf", layers=2), folder / "megatron")
+    return folder
+
+
+@pytest.fixture
+def hf(model, tmp_path) -> Path:
+    return Path(shutil.copytree(model / "hf", tmp_path / "changed"))
+
+
+def change(folder: Path, name: str, edit) -> None:
+    """Edit one tensor of a Hugging Face folder in place."""
+    file = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(folder / file)
+    tensors[name] = edit(tensors[name].clone()).contiguous()
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("a", "b"), [("hf", "megatron"), ("megatron", "hf"), ("hf", "hf"), ("megatron", "megatron")])
+def test_the_same_weights_are_equal_in_any_two_forms(a, b, model):
+    report = verify(model / a, model / b)
+    assert report.equal
+    assert report.compared == len(inspect(model / "megatron").table)
+    assert report.nbytes == sum(spec.nbytes for spec in inspect(model / "hf").table.values())
+
+
+def test_other_shards_and_a_training_run_are_equal_too(model, tmp_path):
+    export_checkpoint(model / "megatron", tmp_path / "one", max_shard_size=10**9)
+    assert verify(tmp_path / "one", model / "hf").equal
+
+
+def test_padding_and_layers_one_by_one_are_equal_too(tmp_path):
+    from tests.unit import test_convert
+
+    hf = test_convert.make(tmp_path / "hf")
+    run = training_run(tmp_path / "run", hf, padding=4, unstacked=True)
+    assert verify(run, hf).equal
+    assert verify(hf, run / "iter_0000007").equal
+    assert verify(run, run).equal
+
+
+def flip_a_bit(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.view(torch.int32)[17, 3] ^= 1
+    return tensor
+
+
+def test_a_single_bit_is_found_and_named(model, hf):
+    change(hf, "model.language_model.layers.1.self_attn.q_proj.weight", flip_a_bit)
+    for other in ("hf", "megatron"):
+        report = verify(model / other, hf)
+        assert not report.equal
+        (difference,) = report.differences
+        assert difference.name == QKV
+        # Row 17 is in the first group's second head, so it keeps its place among the grouped rows.
+        assert difference.text.startswith("1 of 16384 numbers, first at [1, 17, 3]: ")
+
+
+def negative_zero(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[0] = -0.0
+    return tensor
+
+
+def zero(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[0] = 0.0
+    return tensor
+
+
+def nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[0] = float("nan")
+    return tensor
+
+
+def test_zeros_of_two_signs_differ_and_a_nan_equals_itself(model, hf, tmp_path):
+    name = "model.language_model.norm.weight"
+    other = Path(shutil.copytree(hf, tmp_path / "other"))
+    change(hf, name, zero)
+    change(other, name, negative_zero)
+    assert [d.text for d in verify(hf, other).differences] == ["1 of 64 numbers, first at [0]: 0.0 and -0.0"]
+    change(hf, name, nan)
+    change(other, name, nan)
+    assert verify(hf, other).equal
+
+
+def test_a_dtype_that_differs_is_a_difference(model, tmp_path):
+    import_checkpoint(model / "hf", tmp_path / "half", dtype="bfloat16")
+    report = verify(model / "hf", tmp_path / "half")
+    assert len(report.differences) == len(inspect(model / "megatron").table)
+    assert report.compared == 0
+    assert "float32 and" in report.differences[0].text
+    assert "bfloat16" in report.differences[0].text
+
+
+def test_models_of_other_sizes_differ_by_config_and_tensors(model, tmp_path):
+    reference.write_checkpoint(tmp_path / "hf", layers=4)
+    names = [difference.name for difference in verify(model / "megatron", tmp_path / "hf").differences]
+    assert names[0] == "config.json: text"
+    assert QKV in names
+
+
+def test_checksums_find_rot_anywhere(model, tmp_path):
+    """One bit in any file of either kind of result, and a file that is lost or longer."""
+    megatron = Path(shutil.copytree(model / "megatron", tmp_path / "megatron"))
+    back = export_checkpoint(megatron, tmp_path / "back")
+    for folder in (megatron, back):
+        assert verify_checksums(folder).equal
+        skipped = ("latest_checkpointed_iteration.txt", CHECKSUMS)
+        for path in [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in skipped]:
+            content = path.read_bytes()
+            for damaged in (bytes([content[0] ^ 1]) + content[1:], content[:-1], content + b"\0"):
+                path.write_bytes(damaged)
+                names = [difference.name for difference in verify_checksums(folder).differences]
+                assert names == [path.relative_to(folder).as_posix()]
+            path.unlink()
+            assert "No such file" in verify_checksums(folder).differences[0].text
+            path.write_bytes(content)
+        assert verify_checksums(folder).equal
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "{}", '{"sha256": {"../x": [[0, 1, "a"]]}}', '{"sha256": {"x": [[0, -1, "a"]]}}']
+)
+def test_checksums_that_are_none_are_refused(text, hf):
+    if text is not None:
+        (hf / CHECKSUMS).write_text(text)
+    with pytest.raises(VLBridgeError, match=CHECKSUMS):
+        verify_checksums(hf)
+
+
+def test_inspect_counts_the_same_in_both_forms(model):
+    ours, theirs = inspect(model / "megatron"), inspect(model / "hf")
+    assert ours.kind == "megatron"
+    assert theirs.kind == "hugging face"
+    assert ours.parameters == theirs.parameters
+    tensors = [tensor for file in (model / "hf").glob("*.safetensors") for tensor in load_file(file).values()]
+    assert sum(ours.parameters.values()) == sum(tensor.numel() for tensor in tensors)
+    assert theirs.dtypes == {"float32": len(tensors)}
+    vision = [n for name, n in ours.parameters.items() if name.startswith("vision")]
+    assert sum(vision) == sum(
+        tensor.numel()
+        for file in (model / "hf").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+        if ".visual." in name
+    )
+    assert json.loads(json.dumps(ours.as_json()))["parameters"]["total"] == sum(ours.parameters.values())
+
+
+def test_stages_are_even_and_keep_deepstack_on_the_first(tmp_path):
+    found = inspect(reference.write_checkpoint(tmp_path / "hf", layers=4))
+    assert found.stages(1) == [range(4)]
+    assert found.stages(2) == [range(2), range(2, 4)]
+    for pp in (0, 3, 4):  # two layers take deepstack features
+        with pytest.raises(VLBridgeError, match="pp: expected a divisor of 4"):
+            found.stages(pp)
