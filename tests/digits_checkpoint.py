@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 
-def write(folder: Path, conversations: int = 48) -> Path:
+def write(folder: Path, conversations: int = 48, experts: bool = False) -> Path:
     """`folder/hf` (random weights, processor) and `folder/train.jsonl` with its pictures."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    import transformers
 
     from megatron_vlbridge.data import digits
     from megatron_vlbridge.data.tiny_processor import build_processor
@@ -24,8 +24,11 @@ def write(folder: Path, conversations: int = 48) -> Path:
         )
     }
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
-    config = Qwen3VLConfig(
+    kind = "Qwen3VLMoe" if experts else "Qwen3VL"
+    size = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24} if experts else {}
+    config = getattr(transformers, f"{kind}Config")(
         text_config={
+            **size,
             "vocab_size": 333,
             "hidden_size": 64,
             "intermediate_size": 96,
@@ -49,7 +52,7 @@ def write(folder: Path, conversations: int = 48) -> Path:
         **ids,
     )
     torch.manual_seed(0)
-    Qwen3VLForConditionalGeneration(config).float().save_pretrained(folder / "hf")
+    getattr(transformers, f"{kind}ForConditionalGeneration")(config).float().save_pretrained(folder / "hf")
     processor.save_pretrained(folder / "hf")
     scans = digits.load_scans(32)[: conversations * 2]
     with (folder / "train.jsonl").open("w") as lines:

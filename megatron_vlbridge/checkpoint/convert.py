@@ -104,6 +104,7 @@ def plan_import(
     family = families.find(config)
     weights = SafetensorsFolder(source)
     hf = dict(weights.table)
+    check_dtypes(source, hf)
     table = family.table(config, family.find_expert_form(config, hf, experts))
     if config.tie_word_embeddings and family.head in hf:
         check_tied_head(weights, family)
@@ -148,6 +149,7 @@ def plan_export(
     family = families.find(config)
     table = family.table(config, family.find_expert_form(config, model.table, experts or model.experts))
     weights = TorchDistFolder(source)
+    check_dtypes(weights.folder, weights.table)
     wanted = _as_dtype(dtype)
     pairs = ((move.hf.name, move.megatron.name) for move in table.moves)
     hf = _derive_table(table.hf_shapes, pairs, weights.table, wanted)
@@ -181,6 +183,20 @@ def plan_export(
         complete=complete,
         check=lambda folder: _check_written(folder, SafetensorsFolder(folder).table, hf),
     )
+
+
+def check_dtypes(folder: Path, table: Mapping[str, TensorSpec]) -> None:
+    """Refuse what no checkpoint of these models holds: integers, 8-bit numbers, both kinds of 16 bits at once."""
+    for name, spec in table.items():
+        if spec.dtype not in (torch.float64, *_DTYPES.values()):
+            raise VLBridgeError(
+                f"{folder}: {name}: expected floating-point numbers of 16 bits or more, found {spec}. "
+                "Quantised checkpoints are not supported; where it is none, fetch the file again."
+            )
+    halves = {spec.dtype: name for name, spec in table.items() if spec.dtype.itemsize == 2}
+    if len(halves) > 1:
+        text = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in halves.items())
+        raise VLBridgeError(f"{folder}: expected one kind of 16-bit numbers, found {text}. Fetch the files again.")
 
 
 def _check_like(model: Like, hf: Mapping[str, TensorSpec], family: Family, *, chosen_form: bool) -> None:

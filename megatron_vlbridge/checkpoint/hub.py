@@ -24,7 +24,7 @@ def find_folder(name: str | Path) -> Path:
     """
     path = Path(name)
     match = _REPOSITORY.fullmatch(name) if isinstance(name, str) else None
-    if path.is_dir():
+    if str(name) and path.is_dir():
         return path
     if match is None:
         raise VLBridgeError(f"{name}: expected a folder or the id of a Hub repository, found neither. Check the name.")

@@ -239,12 +239,13 @@ class TorchDistFolder:
         size = path.stat().st_size if path.is_file() else -1
         if size < 0:
             raise VLBridgeError(f"{path}: expected it to hold {name}, found no such file. Copy the folder again.")
-        if not _are_sizes((info.offset, info.length)):
-            raise self._error(name, f"expected a place in {file}, found {info!r:.120}")
-        noted = _Chunk(name, tuple(chunk.offsets), tuple(chunk.sizes), spec.dtype, file, info.offset, info.length)
+        place = (getattr(info, "offset", None), getattr(info, "length", None))
+        if not _are_sizes(place) or getattr(info, "transform_descriptors", None):
+            raise self._error(name, f"expected a place in {file}, untransformed, found {vars(info)!r:.120}")
+        noted = _Chunk(name, tuple(chunk.offsets), tuple(chunk.sizes), spec.dtype, file, *place)
         if not noted.nbytes <= noted.length <= size - noted.start:
             raise VLBridgeError(
-                f"{path}: expected {noted.nbytes} bytes of {name} within {info.length} at {info.offset}, "
+                f"{path}: expected {noted.nbytes} bytes of {name} within {noted.length} at {noted.start}, "
                 f"found a file of {size} bytes. It is truncated: copy it again."
             )
         key = f"{name} {noted.offset}"

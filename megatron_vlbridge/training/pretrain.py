@@ -146,7 +146,8 @@ def run(args: argparse.Namespace, dataset_provider: Callable[..., Any]) -> None:
 
 def _architecture_arguments(config: Config) -> dict[str, Any]:
     text = config.text
-    return {
+    experts = {} if text.moe is None else {"num_experts": text.moe.num_experts}
+    return experts | {
         "num_layers": text.num_layers,
         "hidden_size": text.hidden_size,
         "ffn_hidden_size": text.intermediate_size,

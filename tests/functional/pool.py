@@ -38,7 +38,8 @@ class Layout:
 class Pool:
     """Runs a function on the ranks of a layout; the function sees an initialised Megatron.
 
-    Workers are started when first needed and kept; after a failure all are started anew, since a rank that waits for a dead one hangs.
+    Workers are started when first needed and kept; after a failure all are started anew, since a rank that waits for
+    a dead one hangs.
     """
 
     def __init__(self, timeout: float = 300.0) -> None:

@@ -106,9 +106,9 @@ def load_run_save(
     dist_checkpointing.save({"model": model.sharded_state_dict()}, str(saved))
     return {
         "logits": [x[0].clone() for x in logits],
-        "tp_rank": model.pg_collection.tp.rank(),
-        "cp_rank": 0,
-        "dp_rank": 0,
+        "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
+        "cp_rank": parallel_state.get_context_parallel_rank(),
+        "dp_rank": parallel_state.get_data_parallel_rank(),
     }
 
 

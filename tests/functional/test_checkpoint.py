@@ -1,6 +1,7 @@
 """The torch_dist folder and Megatron's own loader and saver, at other layouts than it was written with."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +14,25 @@ from tests.functional import ranks
 from tests.functional.pool import Layout, Pool
 
 LAYOUTS = [Layout(tp=tp, pp=pp, sp=tp > 1, world=tp * pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))]
-
-
-@pytest.fixture(scope="module", params=["untied", "tied"])
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reference.write_checkpoint(tmp_path_factory.mktemp(request.param) / "hf", tied=request.param == "tied")
+EXPERT_LAYOUTS = [Layout(), Layout(ep=4, world=4), Layout(ep=2, pp=2, world=4), Layout(tp=2, sp=True, ep=2, world=4)]
+KINDS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tied": True},
+    "experts": {"experts": {}},
+    "some-experts": {"experts": {"mlp_only_layers": [1]}},
+}
+CASES = [(kind, layout) for kind in ("untied", "tied") for layout in LAYOUTS]
+CASES += [(kind, layout) for kind in ("experts", "some-experts") for layout in EXPERT_LAYOUTS]
 
 
 @pytest.fixture(scope="module")
-def imported(source: Path) -> Path:
-    return import_checkpoint(source, source.parent / "megatron")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of each kind the Hugging Face folder `hf`; beside it lies its import `megatron`."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    sources = {kind: reference.write_checkpoint(folder / kind / "hf", **options) for kind, options in KINDS.items()}
+    for source in sources.values():
+        import_checkpoint(source, source.parent / "megatron")
+    return sources
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -35,27 +45,30 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
 
 
-def test_round_trip_is_bit_identical(source: Path, imported: Path) -> None:
-    exported = export_checkpoint(imported, source.parent / "exported")
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_is_bit_identical(sources: dict[str, Path], kind: str) -> None:
+    source = sources[kind]
+    exported = export_checkpoint(source.parent / "megatron", source.parent / "exported")
     assert files_of(exported) == files_of(source)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_megatron_loads_it_and_saves_it(pool: Pool, source: Path, imported: Path, layout: Layout) -> None:
+@pytest.mark.parametrize(("kind", "layout"), CASES, ids=str)
+def test_megatron_loads_it_and_saves_it(pool: Pool, sources: dict[str, Path], kind: str, layout: Layout) -> None:
+    source = sources[kind]
     conversation = reference.conversation("mixed", seed=21)
     saved = source.parent / f"saved-{layout}"
     results = pool.run(
         ranks.load_run_save,
         layout,
         folder=source,
-        checkpoint=imported,
-        packs=[reference.pack([conversation], 96)],
+        checkpoint=source.parent / "megatron",
+        packs=[reference.pack([conversation], 96)] * layout.dp,
         saved=saved,
         # More rows than the vocabulary, as Megatron pads it to a multiple of the tensor-parallel size.
         vocab_size=192,
     )
     expected = reference.run_transformers(source, [conversation]).logits[0]
-    found = ranks.of_packs(results, "logits", layout, [[len(conversation.tokens)]])[0][
+    found = ranks.of_packs(results, "logits", layout, [[len(conversation.tokens)]] * layout.dp)[0][
         : len(expected), : expected.shape[1]
     ]
     assert reference.relative_error(found, expected) < 1e-5

@@ -73,6 +73,13 @@ def test_context_parallel_follows_one_process(folder: Path) -> None:
     assert_same_curve(train(folder, *arguments, "--context-parallel-size", 2, processes=2), alone)
 
 
+def test_expert_parallel_follows_one_process(tmp_path: Path) -> None:
+    folder = digits_checkpoint.write(tmp_path, experts=True)
+    arguments = ("--hf-folder", "hf", "--hf-weights")
+    alone = train(folder, *arguments)
+    assert_same_curve(train(folder, *arguments, "--expert-model-parallel-size", 2, processes=2), alone)
+
+
 def test_bf16_with_the_distributed_optimizer_stays_near(folder: Path, one_process: list[float]) -> None:
     layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 2)
     precision = ("--bf16", "--use-distributed-optimizer")
