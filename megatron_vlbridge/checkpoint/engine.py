@@ -143,19 +143,19 @@ def run(writer: Writer, staging: Staging, options: Options) -> list[Finished]:
         futures = [pool.submit(state.part, number) for number in range(len(writer.sizes))]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
-            finished = _results(futures)
-        except BaseException:
+        finally:  # nothing is left to stop unless a part failed or the user interrupted
             state.stop.set()
             pool.shutdown(cancel_futures=True)
-            raise
+    finished = _results(futures)
     writer.finish(staging.folder, [Written(part.file, part.start, part.length, part.places) for part in finished])
     return finished
 
 
 def _results(futures: Sequence[Future[Finished]]) -> list[Finished]:
     """All results, or the first failure that is a cause and no consequence."""
-    for future in futures:
-        if future.done() and (error := future.exception()) is not None and not isinstance(error, _StoppedError):
+    errors = [error for future in futures if not future.cancelled() and (error := future.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, _StoppedError):
             raise error
     return [future.result() for future in futures]
 

@@ -129,7 +129,7 @@ def locate(folder: str | Path) -> Path:
             "Give the folder that Megatron saved to, or one iteration in it."
         )
     text = tracker.read_text(errors="replace").strip()
-    if text != "release" and not text.isdecimal():
+    if text != "release" and not re.fullmatch("[0-9]{1,18}", text):
         raise VLBridgeError(f"{tracker}: expected an iteration or 'release', found {text!r:.60}. Name one by hand.")
     found = folder / ("release" if text == "release" else f"iter_{int(text):07}")
     if not (found / ".metadata").is_file():
@@ -239,7 +239,7 @@ class TorchDistFolder:
         size = path.stat().st_size if path.is_file() else -1
         if size < 0:
             raise VLBridgeError(f"{path}: expected it to hold {name}, found no such file. Copy the folder again.")
-        place = (getattr(info, "offset", None), getattr(info, "length", None))
+        place: Any = (getattr(info, "offset", None), getattr(info, "length", None))
         if not _are_sizes(place) or getattr(info, "transform_descriptors", None):
             raise self._error(name, f"expected a place in {file}, untransformed, found {vars(info)!r:.120}")
         noted = _Chunk(name, tuple(chunk.offsets), tuple(chunk.sizes), spec.dtype, file, *place)

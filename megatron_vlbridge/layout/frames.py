@@ -30,6 +30,11 @@ class Frames:
         return tuple(height * width for frames, height, width in self.grids for _ in range(frames))
 
     @property
+    def singles(self) -> tuple[Grid, ...]:
+        """Each frame as a grid of its own."""
+        return tuple((1, height, width) for frames, height, width in self.grids for _ in range(frames))
+
+    @property
     def patches(self) -> int:
         """Patches of all frames."""
         return sum(frames * height * width for frames, height, width in self.grids)

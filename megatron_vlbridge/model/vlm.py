@@ -23,6 +23,7 @@ from megatron_vlbridge.model.language import LanguageModel
 from megatron_vlbridge.model.recompute import recomputable
 from megatron_vlbridge.model.transformer_config import vision_config
 from megatron_vlbridge.model.vision import VisionModel
+from megatron_vlbridge.model.vision_balance import balanced_features
 
 
 class Qwen3VLModel(MegatronModule):
@@ -33,6 +34,7 @@ class Qwen3VLModel(MegatronModule):
         checkpoint: what the checkpoint is (`read_config(folder)`).
         vocab_size: rows of the embedding, where the vocabulary is padded (default: the checkpoint's).
         pre_process, post_process, vp_stage: this stage's part, as Megatron's pretrain gives them.
+        balance_vision: share the tower's frames out over the context-parallel ranks; else each rank runs all of them.
         parallel_output: leave the logits split over the tensor-parallel ranks.
         backend: which kernels (default: the CPU's where the CPU runtime is enabled, else Transformer Engine).
 
@@ -53,6 +55,7 @@ class Qwen3VLModel(MegatronModule):
         post_process: bool = True,
         vp_stage: int | None = None,
         parallel_output: bool = True,
+        balance_vision: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
         backend: BackendSpecProvider | None = None,
     ) -> None:
@@ -60,6 +63,7 @@ class Qwen3VLModel(MegatronModule):
         backend = backend or spec_provider()
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.checkpoint = checkpoint
+        self.balance_vision = balance_vision
         # Megatron's schedules, DDP and gradient finalisation look for these names.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
@@ -154,7 +158,7 @@ class Qwen3VLModel(MegatronModule):
         words = self.language_model.embedding(input_ids=inputs.tokens, position_ids=None)
         if not inputs.frames.grids:
             return self._scatter(words + self._silent_tower(words)), None
-        features = self.vision_model(inputs.patches, inputs.frames).to(words.dtype)[:, :, None]
+        features = self._features(inputs).to(words.dtype)[:, :, None]
         if inputs.feature_rows is not None:
             features = features[:, inputs.feature_rows]
         embeddings = self._scatter(words.index_copy(0, inputs.vision_rows, features[0]))
@@ -162,6 +166,11 @@ class Qwen3VLModel(MegatronModule):
             return embeddings, None
         levels = words.new_zeros((len(features) - 1, *words.shape)).index_copy(1, inputs.vision_rows, features[1:])
         return embeddings, torch.stack([self._scatter(level) for level in levels])
+
+    def _features(self, inputs: PackedInputs) -> torch.Tensor:
+        if self.pg_collection.cp.size() > 1 and self.balance_vision:
+            return balanced_features(self.vision_model, inputs.patches, inputs.frames, self.pg_collection.cp)
+        return self.vision_model(inputs.patches, inputs.frames)
 
     def _silent_tower(self, words: torch.Tensor) -> torch.Tensor | float:
         """Zero, made by the tower from a blank picture, so that a batch of text gives every parameter a gradient.

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--conversations", required=True, help="JSON lines of {'messages': [...]}, pictures by path")
     group.add_argument("--valid-conversations", help="the same, for evaluation")
     group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
+    group.add_argument("--no-vision-balance", action="store_true", help="each context-parallel rank runs all frames")
     group.add_argument("--cpu", action="store_true", help="run on CPU processes over gloo")
     return parser
 
@@ -118,6 +119,7 @@ def model_provider(
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,
+        balance_vision=not args.no_vision_balance,
         pg_collection=pg_collection,
     )
     if args.hf_weights and not (args.load and checkpoint_exists(args.load)):

@@ -25,7 +25,12 @@ Shard = tuple[str, tuple[int, ...], torch.Tensor]
 
 
 def build_model(
-    layout: Layout, folder: Path, vocab_size: int | None = None, load: bool = True, **overrides: Any
+    layout: Layout,
+    folder: Path,
+    vocab_size: int | None = None,
+    load: bool = True,
+    balance_vision: bool = True,
+    **overrides: Any,
 ) -> Qwen3VLModel:
     """This rank's stage, with the folder's weights or random ones."""
     checkpoint = read_config(folder)
@@ -49,6 +54,7 @@ def build_model(
         config,
         checkpoint,
         vocab_size=vocab_size,
+        balance_vision=balance_vision,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )

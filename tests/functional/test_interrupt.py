@@ -3,14 +3,12 @@
 VLBRIDGE_KILLS says how many kills (default 40, half of them into imports and half into exports).
 """
 
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,67 +20,60 @@ from megatron_vlbridge.checkpoint.engine import Options
 from tests import reference
 
 KILLS = int(os.environ.get("VLBRIDGE_KILLS", "40"))
-OPTIONS = Options(workers=2)
+CONVERT = {"import": import_checkpoint, "export": export_checkpoint}
 
 
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tens of parts for a tiny checkpoint."""
-    monkeypatch.setattr(safetensors, "PART_BYTES", 20_000)
-    monkeypatch.setattr(torch_dist_writer, "PART_BYTES", 20_000)
+def convert(kind: str, source: Path, target: Path) -> None:
+    """Continue or begin, in tens of parts although the checkpoint is tiny."""
+    torch.set_num_threads(1)
+    safetensors.PART_BYTES = torch_dist_writer.PART_BYTES = 20_000
+    CONVERT[kind](source, target, options=Options(workers=2), resume=True)
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.BaseContext:
+    """Processes that begin with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def run(processes, arguments: tuple, seconds: float | None = None) -> bool:
+    """Convert in a process of its own, killed after some seconds if they are given; whether it was."""
+    child = processes.Process(target=convert, args=arguments)
+    child.start()
+    child.join(seconds)
+    child.kill()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def run_and_kill(work: Callable[[], object], seconds: float) -> bool:
-    """Do the work in a process that is killed after some seconds; whether it was."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            work()
-            code = 0
-        finally:
-            if code:
-                traceback.print_exc(file=sys.stdout)
-                sys.stdout.flush()
-            os._exit(code)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
 @pytest.mark.parametrize("kind", ["import", "export"])
-def test_killed_runs_are_resumed_to_the_same_bytes(kind: str, tmp_path: Path) -> None:
+def test_killed_runs_are_resumed_to_the_same_bytes(kind: str, processes, tmp_path: Path) -> None:
     hf = reference.write_checkpoint(tmp_path / "hf", layers=2)
-    megatron = import_checkpoint(hf, tmp_path / "megatron", options=OPTIONS)
-    convert, source = (import_checkpoint, hf) if kind == "import" else (export_checkpoint, megatron)
+    source = hf if kind == "import" else import_checkpoint(hf, tmp_path / "megatron")
+    run(processes, (kind, source, tmp_path / "straight"))
     begin = time.monotonic()
-    expected = files_of(convert(source, tmp_path / "straight", options=OPTIONS))
+    run(processes, (kind, source, tmp_path / "again"))
     whole = time.monotonic() - begin
-    target, work = tmp_path / "target", tmp_path / ".target.vlbridge"
+    expected = files_of(tmp_path / "straight")
+    assert files_of(tmp_path / "again") == expected
+    target, journal = tmp_path / "target", tmp_path / ".target.vlbridge" / "journal.jsonl"
     chance = random.Random(7)
     kills = continued = finished = 0
     while kills < KILLS // 2:
-        # A run that is killed early leaves the more to the next one, so that kills fall into all of its parts.
-        was_killed = run_and_kill(
-            lambda: convert(source, target, options=OPTIONS, resume=True), chance.uniform(0, 0.7 * whole)
-        )
-        kills += was_killed
-        assert not was_killed or not target.exists() or files_of(target) == expected
-        journal = work / "journal.jsonl"
-        continued += was_killed and journal.exists() and len(journal.read_bytes().splitlines()) > 1
+        kills += run(processes, (kind, source, target), chance.uniform(0, whole))
+        continued += journal.exists() and len(journal.read_bytes().splitlines()) > 1
         if target.exists():
             assert files_of(target) == expected
             finished += 1
             shutil.rmtree(target)
-    assert finished or continued
-    if not target.exists():
-        convert(source, target, options=OPTIONS, resume=True)
+    run(processes, (kind, source, target))
     assert files_of(target) == expected
+    assert continued, "no kill fell between two parts"
     print(f"{kind}: {kills} kills, {continued} of them left parts to continue, {finished} runs came to their end")

@@ -68,6 +68,11 @@ def test_packs_equal_separate_conversations(pool: Pool, folder: Path, layout: La
     compare(pool, layout, folder, groups())
 
 
+@pytest.mark.parametrize("layout", [Layout(cp=2, world=2), Layout(tp=2, sp=True, cp=2, world=4)], ids=str)
+def test_the_tower_on_every_context_parallel_rank(pool: Pool, folder: Path, layout: Layout) -> None:
+    compare(pool, layout, folder, groups(), balance_vision=False)
+
+
 def test_three_stages(pool: Pool, folder: Path) -> None:
     """The first stage holds the two layers that take deepstack features, the middle one has neither end."""
     compare(pool, Layout(pp=3, world=3), folder, groups(), num_layers_in_first_pipeline_stage=2)

@@ -401,19 +401,15 @@ MEGATRON = [
     *(entry_is_wrong, tracker_is_wrong, format_is_wrong, facts_are_wrong),
 ]
 
-CASES = [("hf", damage, n) for damage in [*ANY, *HF] for n in range(ROUNDS)]
-CASES += [("megatron", damage, n) for damage in [*ANY, *MEGATRON] for n in range(ROUNDS)]
+CASES = [*(("hf", damage) for damage in [*ANY, *HF]), *(("megatron", damage) for damage in [*ANY, *MEGATRON])]
 
 
 def test_there_are_hundreds_of_cases():
-    assert len(CASES) >= 200
+    assert ROUNDS * len(CASES) >= 200
 
 
-@pytest.mark.parametrize("kind", ["hf", "megatron"])
-@pytest.mark.parametrize("damage", dict.fromkeys(damage for _, damage, _ in CASES), ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(("kind", "damage"), CASES, ids=[f"{kind}-{damage.__name__}" for kind, damage in CASES])
 def test_damage_is_refused_by_name_or_changes_nothing(kind, damage, sound, tmp_path):
-    if not any(case[:2] == (kind, damage) for case in CASES):
-        pytest.skip("a kind of damage to the other kind of folder")
     refused = 0
     for number in range(ROUNDS):
         chance = random.Random(f"{SEED} {kind} {damage.__name__} {number}")
