@@ -120,7 +120,7 @@ def show(what: str, seconds: float, copies: tuple[float, float], nbytes: int, pe
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(path.stem for path in CONFIGS.glob("*.json")))
-    parser.add_argument("--folder", help="where to work; needs four times the size of the checkpoint")
+    parser.add_argument("--folder", help="where to work; needs three times the size of the checkpoint")
     parser.add_argument("--layers", type=int, help="fewer layers of the language model")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--memory", type=int, default=2**30, help="bytes")
@@ -146,12 +146,12 @@ def measure(args: argparse.Namespace, work: Path) -> int:
     between = copy(source, spare)
     show("import", seconds, (before, between), nbytes, peak)
     seconds, peak = step(megatron, CONVERT, f"export_checkpoint({str(megatron)!r}, {str(back)!r}, {options})")
-    after = copy(source, spare)
-    show("export", seconds, (between, after), nbytes, peak)
     same = all(files_are_equal(path, back / path.name) for path in source.glob("*.safetensors"))
-    print("there and back: " + ("identical files" if same else "DIFFERENT"), flush=True)
     shutil.rmtree(megatron)
     shutil.rmtree(back)
+    after = copy(source, spare)
+    show("export", seconds, (between, after), nbytes, peak)
+    print("there and back: " + ("identical files" if same else "DIFFERENT"), flush=True)
     if not args.no_transformers:
         load = f"Auto.from_pretrained({str(source)!r}, dtype=torch.bfloat16).save_pretrained({str(spare)!r})"
         seconds, peak = step(source, TRANSFORMERS, load)

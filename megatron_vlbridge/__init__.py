@@ -11,7 +11,9 @@ from megatron_vlbridge.errors import VLBridgeError
 
 if TYPE_CHECKING:
     from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+    from megatron_vlbridge.checkpoint.inspect import inspect
     from megatron_vlbridge.checkpoint.live import load_hf_weights
+    from megatron_vlbridge.checkpoint.verify import verify
     from megatron_vlbridge.layout.batch_layout import BatchLayout
     from megatron_vlbridge.model.vlm import Qwen3VLModel
     from megatron_vlbridge.training.pretrain import model_provider
@@ -23,8 +25,10 @@ _HOMES = {
     "Qwen3VLModel": "model.vlm",
     "export_checkpoint": "checkpoint.convert",
     "import_checkpoint": "checkpoint.convert",
+    "inspect": "checkpoint.inspect",
     "load_hf_weights": "checkpoint.live",
     "model_provider": "training.pretrain",
+    "verify": "checkpoint.verify",
     "vlm_step": "training.step",
 }
 
@@ -35,9 +39,11 @@ __all__ = [
     "VLBridgeError",
     "export_checkpoint",
     "import_checkpoint",
+    "inspect",
     "load_hf_weights",
     "model_provider",
     "read_config",
+    "verify",
     "vlm_step",
 ]
 

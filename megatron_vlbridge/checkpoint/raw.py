@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -50,15 +51,37 @@ class Stored:
         if alike and out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu":
             read_exactly(handle, self.start + first * dtype.itemsize, out)
         elif span * dtype.itemsize <= SPAN_BYTES or out.numel() == 1:
-            held = torch.empty(span, dtype=dtype)
+            held = _scratch("read", span * dtype.itemsize).view(dtype)
             read_exactly(handle, self.start + first * dtype.itemsize, held)
-            out.copy_(held.as_strided(out.shape, strides))
+            _copy(out, held.as_strided(out.shape, strides))
         else:
             dim = next(dim for dim, size in enumerate(out.shape) if size > 1)
             half = out.shape[dim] // 2
             self._read(handle, first, strides, out.narrow(dim, 0, half))
             rest = out.narrow(dim, half, out.shape[dim] - half)
             self._read(handle, first + half * strides[dim], strides, rest)
+
+
+def _copy(out: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Copy into a tensor that may be transposed: in two steps then, as torch is five times faster at each of them."""
+    turned = out.ndim > 1 and out.stride(-2) == 1 != out.stride(-1) and out.shape[:-2].numel() == 1
+    if not (turned and numbers.is_contiguous() and out.dtype == numbers.dtype):
+        out.copy_(numbers)
+        return
+    rows, columns = out.shape[-2:]
+    held = _scratch("turn", numbers.nbytes).view(numbers.dtype).view(columns, rows)
+    held.copy_(numbers.view(rows, columns).t())
+    out[(0,) * (out.ndim - 2)].t().copy_(held)
+
+
+_own = threading.local()
+
+
+def _scratch(use: str, nbytes: int) -> torch.Tensor:
+    """Bytes of this thread's own, lost with the next call. Taken from the allocator, they would fragment its heaps."""
+    if len(getattr(_own, use, b"")) < nbytes:
+        setattr(_own, use, bytearray(max(nbytes, SPAN_BYTES)))
+    return torch.frombuffer(getattr(_own, use), dtype=torch.uint8, count=nbytes)
 
 
 def span_of(shape: Shape, strides: Shape) -> int:
@@ -73,7 +96,8 @@ def _row_major(shape: Shape) -> Shape:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    # Not view(-1): dims of extent 1 may have any stride, and a single number keeps it.
+    return memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy())
 
 
 def read_exactly(handle: int, position: int, out: torch.Tensor) -> None:

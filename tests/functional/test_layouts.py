@@ -9,9 +9,12 @@ from tests.functional.parity import KINDS, measure
 from tests.functional.pool import Layout, Pool
 
 
-@pytest.fixture(scope="module", params=["untied", "tied"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reference.write_checkpoint(tmp_path_factory.mktemp(request.param), tied=request.param == "tied")
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        kind: reference.write_checkpoint(tmp_path_factory.mktemp(kind), tied=kind == "tied")
+        for kind in ("untied", "tied")
+    }
 
 
 def compare(
@@ -21,11 +24,24 @@ def compare(
     measure(pool, layout, folder, groups, **overrides).check()
 
 
+@pytest.mark.parametrize("ends", ["untied", "tied"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_input_equals_transformers(pool: Pool, folder: Path, kind: str) -> None:
-    compare(pool, Layout(), folder, [[reference.conversation(each, seed) for seed, each in enumerate(KINDS[kind], 1)]])
+def test_every_kind_of_input_equals_transformers(pool: Pool, folders: dict[str, Path], kind: str, ends: str) -> None:
+    compare(
+        pool,
+        Layout(),
+        folders[ends],
+        [[reference.conversation(each, seed) for seed, each in enumerate(KINDS[kind], 1)]],
+    )
 
 
+# Tied or not matters where both ends of the model are, and how they are split.
+TIED_LAYOUTS = [
+    Layout(tp=4, sp=True, world=4),
+    Layout(pp=2, world=2),
+    Layout(tp=2, pp=2, sp=True, world=4),
+    Layout(pp=2, cp=2, world=4),
+]
 LAYOUTS = [
     Layout(),
     Layout(tp=2, world=2),
@@ -48,10 +64,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, world=2), Layout(tp=4, sp=True, world=4)], ids=str)
-def test_padded_vocabulary_changes_nothing(pool: Pool, folder: Path, layout: Layout) -> None:
-    groups = [[reference.conversation("image", 11), reference.conversation("text", 12)]]
-    compare(pool, layout, folder, groups, vocab_size=192)
+CASES = [("untied", layout) for layout in LAYOUTS] + [("tied", layout) for layout in TIED_LAYOUTS]
 
 
 def groups() -> list[list[reference.Conversation]]:
@@ -63,16 +76,21 @@ def groups() -> list[list[reference.Conversation]]:
     ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_packs_equal_separate_conversations(pool: Pool, folder: Path, layout: Layout) -> None:
-    compare(pool, layout, folder, groups())
+@pytest.mark.parametrize(("ends", "layout"), CASES, ids=str)
+def test_packs_equal_separate_conversations(pool: Pool, folders: dict[str, Path], ends: str, layout: Layout) -> None:
+    compare(pool, layout, folders[ends], groups())
+
+
+@pytest.mark.parametrize(("ends", "layout"), [("tied", Layout()), ("untied", Layout(tp=4, sp=True, world=4))], ids=str)
+def test_padded_vocabulary_changes_nothing(pool: Pool, folders: dict[str, Path], ends: str, layout: Layout) -> None:
+    compare(pool, layout, folders[ends], groups(), vocab_size=192)
 
 
 @pytest.mark.parametrize("layout", [Layout(cp=2, world=2), Layout(tp=2, sp=True, cp=2, world=4)], ids=str)
-def test_the_tower_on_every_context_parallel_rank(pool: Pool, folder: Path, layout: Layout) -> None:
-    compare(pool, layout, folder, groups(), balance_vision=False)
+def test_the_tower_on_every_context_parallel_rank(pool: Pool, folders: dict[str, Path], layout: Layout) -> None:
+    compare(pool, layout, folders["untied"], groups(), balance_vision=False)
 
 
-def test_three_stages(pool: Pool, folder: Path) -> None:
+def test_three_stages(pool: Pool, folders: dict[str, Path]) -> None:
     """The first stage holds the two layers that take deepstack features, the middle one has neither end."""
-    compare(pool, Layout(pp=3, world=3), folder, groups(), num_layers_in_first_pipeline_stage=2)
+    compare(pool, Layout(pp=3, world=3), folders["tied"], groups(), num_layers_in_first_pipeline_stage=2)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
@@ -228,8 +229,16 @@ def test_a_failing_process_is_told_with_its_error_and_the_end_of_its_log(tmp_pat
     assert "begin" not in told
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell's background job ignores Ctrl-C, and so would the tests that run in one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_ctrl_c_ends_the_process_before_it_is_reported(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_process_before_it_is_reported(tmp_path: Path, interruptible: None) -> None:
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     begin = time.monotonic()
     found: list[int] = []

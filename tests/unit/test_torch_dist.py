@@ -100,6 +100,13 @@ def test_layers_stored_one_by_one_are_read_as_a_stack(tmp_path):
     assert torch.equal(reader.read(region), stacked[region.slices])
 
 
+def test_a_tensor_that_was_saved_transposed_is_read_right(tmp_path):
+    """DCP keeps the strides of what it is given."""
+    tensor = some(5, 3).t()
+    reader = TorchDistFolder(write(tmp_path, {"x": tensor}))
+    assert torch.equal(reader.read(Region("x", (1, 2), (2, 3))), tensor[1:, 2:])
+
+
 def test_optimizer_state_is_passed_over(tmp_path):
     tensors = {"w": some(2), "optimizer.state.exp_avg.w": some(2), "chained_1.optimizer.state.exp_avg.w": some(2)}
     assert TorchDistFolder(write(tmp_path, tensors)).table.keys() == {"w"}
