@@ -49,12 +49,41 @@ _PROVED: dict[str, tuple[tuple[object, ...], str]] = {
 }
 
 
+# Which dimensions larger than one a test runs together, for dense models and for experts; the sizes are arithmetic.
+_DENSE = ("", "tp", "tp sp", "pp", "cp", "tp pp", "tp sp pp", "tp cp", "tp sp cp", "pp cp", "tp sp pp cp")
+_EXPERTS = ("", "tp sp", "pp", "cp", "ep", "ep pp", "ep tp sp", "ep cp", "ep tp sp cp", "ep tp sp pp", "ep pp cp")
+
+
+def check_combination(config: TransformerConfig, checkpoint: Config) -> None:
+    """Refuse parallel dimensions together that no test runs together for this kind of model.
+
+    Raises:
+        VLBridgeError: naming the combination and those that are proved.
+    """
+    sizes = {
+        "tp": config.tensor_model_parallel_size,
+        "sp": 2 if config.sequence_parallel else 1,
+        "pp": config.pipeline_model_parallel_size,
+        "cp": config.context_parallel_size,
+        "ep": config.expert_model_parallel_size,
+    }
+    used = {name for name, size in sizes.items() if size > 1}
+    proved = _DENSE if checkpoint.text.moe is None else _EXPERTS
+    if used not in [set(names.split()) for names in proved]:
+        raise VLBridgeError(
+            f"{checkpoint.architecture}: the dimensions {' x '.join(sorted(used))} together are not proved equal to "
+            f"transformers, so they are refused. Proved: {', '.join(' x '.join(n.split()) or 'none' for n in proved)}; "
+            "each with any data-parallel size"
+        )
+
+
 def check_layout(config: TransformerConfig, checkpoint: Config) -> None:
     """Refuse a layout that no test proves for this family.
 
     Raises:
         VLBridgeError: naming every setting that is not proved, and what is.
     """
+    check_combination(config, checkpoint)
     faults = [
         f"{words}: {name}={getattr(config, name)!r}, proved: {' or '.join(map(repr, values))}"
         for name, (values, words) in _PROVED.items()

@@ -91,6 +91,12 @@ def test_the_tower_on_every_context_parallel_rank(pool: Pool, folders: dict[str,
     compare(pool, layout, folders["untied"], groups(), balance_vision=False)
 
 
+def test_recomputed_layers_under_pipeline_and_context_parallel(pool: Pool, folders: dict[str, Path]) -> None:
+    layout = Layout(pp=2, cp=2, world=4)
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    compare(pool, layout, folders["untied"], groups(), **recompute)
+
+
 def test_three_stages(pool: Pool, folders: dict[str, Path]) -> None:
     """The first stage holds the two layers that take deepstack features, the middle one has neither end."""
     compare(pool, Layout(pp=3, world=3), folders["tied"], groups(), num_layers_in_first_pipeline_stage=2)

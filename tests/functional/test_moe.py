@@ -39,6 +39,8 @@ LAYOUTS = [
     Layout(ep=2, world=4),
     Layout(ep=4, pp=2, world=8),
     Layout(tp=2, sp=True, cp=2, ep=2, world=8),
+    Layout(tp=2, sp=True, pp=2, ep=2, world=8),
+    Layout(ep=2, pp=2, cp=2, world=8),
 ]
 
 

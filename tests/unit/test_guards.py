@@ -116,3 +116,37 @@ def test_recomputed_groups_of_layers_do_not_swallow_deepstack_features():
     language = proved(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=7)
     assert vision_config(CHECKPOINT, language).recompute_num_layers == 1
     assert language.recompute_num_layers == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "used"),
+    [
+        (
+            {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "context_parallel_size": 2},
+            "cp x pp x tp",
+        ),
+        ({"expert_model_parallel_size": 2}, "ep"),
+    ],
+)
+def test_a_combination_that_no_test_runs_is_refused_by_name(fields, used):
+    config = proved()
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with pytest.raises(VLBridgeError, match=f"the dimensions {used} together are not proved"):
+        guards.check_layout(config, CHECKPOINT)
+
+
+@pytest.mark.parametrize("table", ["_DENSE", "_EXPERTS"])
+def test_the_table_of_combinations_is_what_the_layout_tests_run(table):
+    from tests.functional import test_layouts, test_moe
+
+    rows = test_layouts.LAYOUTS if table == "_DENSE" else test_moe.LAYOUTS
+    run = {frozenset()} | {
+        frozenset(
+            name
+            for name, size in (("tp", x.tp), ("pp", x.pp), ("cp", x.cp), ("ep", x.ep), ("sp", 1 + x.sp))
+            if size > 1
+        )
+        for x in rows
+    }
+    assert {frozenset(names.split()) for names in getattr(guards, table)} == run
