@@ -1,15 +1,19 @@
 # `make demo` and `make test` are all that a newcomer needs; both set up .venv first.
 PY := .venv/bin/python
 DEMO_ARGS ?=
+LAYOUT_ARGS ?=
 
-.PHONY: help setup demo test lint format unit functional clean clean-venv
+.PHONY: help setup demo test test-long test-layouts test-te lint format unit functional clean clean-venv
 
 help:
 	@echo "make demo        digits -> HF checkpoint -> Megatron -> training -> HF -> answers, in demo-out/ (DEMO_ARGS=...)"
 	@echo "make test        lint, types, unit and functional tests"
+	@echo "make test-long   the functional tests that take minutes"
+	@echo "make test-layouts  every layout with all its variants, then writes docs/layouts.md (LAYOUT_ARGS=--check: does not)"
+	@echo "make test-te     Transformer Engine's modules, in .venv-te; needs a CUDA toolkit (nvcc), but no GPU"
 	@echo "make lint        ruff and mypy alone        make format      let ruff reformat and fix"
 	@echo "make unit        unit tests alone           make functional  functional tests alone"
-	@echo "make clean       remove what was generated  make clean-venv  remove .venv too"
+	@echo "make clean       remove what was generated  make clean-venv  remove the venvs too"
 
 setup:
 	@ci/setup.sh
@@ -22,6 +26,16 @@ test: setup
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory functional
+
+test-long: setup
+	$(PY) -m pytest tests/functional -m long
+
+test-layouts: setup
+	$(PY) -m tests.functional.write_layouts $(LAYOUT_ARGS)
+
+test-te: setup
+	@ci/setup_te.sh
+	.venv-te/bin/python -m pytest tests/te
 
 lint: setup
 	$(PY) -m ruff check .
@@ -36,11 +50,11 @@ unit: setup
 	$(PY) -m pytest tests/unit
 
 functional: setup
-	$(PY) -m pytest tests/functional
+	$(PY) -m pytest tests/functional -m "not long"
 
 clean:
 	rm -rf build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name .venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 clean-venv: clean
-	rm -rf .venv
+	rm -rf .venv .venv-te

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
     from megatron_vlbridge.checkpoint.inspect import inspect
     from megatron_vlbridge.checkpoint.live import load_hf_weights
+    from megatron_vlbridge.checkpoint.live_export import export_hf_weights
+    from megatron_vlbridge.checkpoint.live_save import save_hf
     from megatron_vlbridge.checkpoint.verify import verify
     from megatron_vlbridge.layout.batch_layout import BatchLayout
     from megatron_vlbridge.model.vlm import Qwen3VLModel
@@ -24,10 +26,12 @@ _HOMES = {
     "BatchLayout": "layout.batch_layout",
     "Qwen3VLModel": "model.vlm",
     "export_checkpoint": "checkpoint.convert",
+    "export_hf_weights": "checkpoint.live_export",
     "import_checkpoint": "checkpoint.convert",
     "inspect": "checkpoint.inspect",
     "load_hf_weights": "checkpoint.live",
     "model_provider": "training.pretrain",
+    "save_hf": "checkpoint.live_save",
     "verify": "checkpoint.verify",
     "vlm_step": "training.step",
 }
@@ -38,11 +42,13 @@ __all__ = [
     "Qwen3VLModel",
     "VLBridgeError",
     "export_checkpoint",
+    "export_hf_weights",
     "import_checkpoint",
     "inspect",
     "load_hf_weights",
     "model_provider",
     "read_config",
+    "save_hf",
     "verify",
     "vlm_step",
 ]

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    plan = plan_import(args.hf_folder, args.megatron_folder, dtype=args.dtype, experts=args.experts)
+    names = ("dtype", "experts", "leave_out")
+    plan = plan_import(args.hf_folder, args.megatron_folder, **{name: getattr(args, name) for name in names})
     return _convert(args, plan)
 
 
@@ -73,7 +74,7 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    report = verify_checksums(args.a) if args.b is None else verify(args.a, args.b)
+    report = verify_checksums(args.a) if args.b is None else verify(args.a, args.b, leave_out=args.leave_out)
     if args.json:
         print(json.dumps({"equal": report.equal, **asdict(report)}))
     else:
@@ -139,7 +140,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--memory", type=_size, default=DEFAULT_MEMORY, help="at most this (default: 1GiB)")
     convert.add_argument("--resume", action="store_true", help="continue an interrupted run")
     convert.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    read = commands.add_parser("import", parents=[convert], help="Hugging Face folder -> Megatron torch_dist folder")
+    leave = argparse.ArgumentParser(add_help=False)
+    leave.add_argument(
+        "--leave-out",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out Hugging Face tensors of such names, such as 'rotary.*', which are no part of the model",
+    )
+    read = commands.add_parser(
+        "import", parents=[convert, leave], help="Hugging Face folder -> Megatron torch_dist folder"
+    )
     read.add_argument("hf_folder", help="a folder, or a Hub id such as Qwen/Qwen3-VL-2B-Instruct")
     read.add_argument("megatron_folder", help="must not exist")
     read.set_defaults(run=_import)
@@ -149,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--like", help="the Hugging Face folder or Hub id that training started from (config, ...)")
     write.add_argument("--max-shard-size", type=_size, help="such as 5GB (default: the source's shards)")
     write.set_defaults(run=_export)
-    check = commands.add_parser("verify", parents=[machine], help="are two checkpoints the same, is one intact")
+    check = commands.add_parser("verify", parents=[machine, leave], help="are two checkpoints the same, is one intact")
     check.add_argument("a", help="a Hugging Face folder, Hub id or Megatron folder")
     check.add_argument("b", nargs="?", help="another, of either kind; without it A's own checksums are checked")
     check.set_defaults(run=_verify)

@@ -145,6 +145,23 @@ def pack(conversations: Sequence[Conversation], total: int, filler: int = 0) -> 
     }
 
 
+def padded_batch(conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+    """The batch `[B, S]` of these conversations, the first padded at the left, the next at the right, and so on."""
+    width = max(len(c.tokens) for c in conversations) + 1
+    batch = {
+        "input_ids": torch.full((len(conversations), width), 5),
+        "attention_mask": torch.zeros(len(conversations), width, dtype=torch.int64),
+        "labels": torch.full((len(conversations), width), -100),
+    }
+    for row, c in enumerate(conversations):
+        place = slice(0, len(c.tokens)) if row % 2 else slice(width - len(c.tokens), width)
+        batch["input_ids"][row, place], batch["labels"][row, place] = c.tokens, c.labels
+        batch["attention_mask"][row, place] = 1
+    joined = pack(conversations, width * len(conversations))
+    media = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+    return batch | {key: joined[key] for key in media}
+
+
 @dataclass(frozen=True)
 class Reference:
     """What transformers gives.
@@ -165,11 +182,16 @@ _KNOWN: dict[tuple[Path, bytes], Reference] = {}
 
 def run_transformers(folder: Path, conversations: Sequence[Conversation]) -> Reference:
     """Forward and backward of each conversation alone; run once for the same checkpoint and conversations."""
-    parts = (x.numpy().tobytes() for c in conversations for x in vars(c).values())
-    key = folder, hashlib.sha256(b"".join(parts)).digest()
+    key = folder, digest(conversations)
     if key not in _KNOWN:
         _KNOWN[key] = _run_transformers(folder, conversations)
     return _KNOWN[key]
+
+
+def digest(conversations: Sequence[Conversation]) -> bytes:
+    """What tells these conversations from others."""
+    parts = (x.numpy().tobytes() for c in conversations for x in vars(c).values())
+    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def _run_transformers(folder: Path, conversations: Sequence[Conversation]) -> Reference:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_vlbridge.backends import gloo
 from megatron_vlbridge.errors import VLBridgeError
 
 _mode: "_CudaIsCpu | None" = None
@@ -58,6 +59,7 @@ def enable() -> None:
     torch.cuda.random.get_rng_state = _get_rng_state
     torch.cuda.nvtx.range_push = _nothing
     torch.cuda.nvtx.range_pop = _nothing
+    gloo.install()
     _replace_rng_tracker_state()
     _mode = _CudaIsCpu()
     _mode.__enter__()

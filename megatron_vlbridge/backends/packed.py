@@ -15,16 +15,23 @@ class PackedSegments(PackedSeqParams):
     Under context parallelism the segments are those of the whole pack, and `pack_order` `[T]` says where each token of
     the pack is when the ranks' tokens stand one rank behind the other.
 
+    `vision_rows` [n]: the rows of this rank's hidden states that hold picture tokens, where layers add deepstack
+    features to them.
+
     Transformer Engine's kernels read the `cu_seqlens` tensors; the CPU kernels read `segments`. Neither asks the
     device for a number.
     """
 
     segments: tuple[int, ...] = ()
     pack_order: torch.Tensor | None = None
+    vision_rows: torch.Tensor | None = None
 
 
 def packed_segments(
-    lengths: Sequence[int], device: torch.device, pack_order: torch.Tensor | None = None
+    lengths: Sequence[int],
+    device: torch.device,
+    pack_order: torch.Tensor | None = None,
+    vision_rows: torch.Tensor | None = None,
 ) -> PackedSegments:
     """THD parameters of a row that holds segments of these `lengths` (tokens) one behind the other.
 
@@ -44,4 +51,5 @@ def packed_segments(
         max_seqlen_kv=longest,
         segments=tuple(lengths),
         pack_order=pack_order,
+        vision_rows=vision_rows,
     )

@@ -27,6 +27,7 @@ class Conversion:
     """What an import or export will do. Nothing has been written; every tensor of both sides is accounted for.
 
     `complete(folder)` adds the files beside the weights, `check(folder)` reads the written headers back.
+    `notes` says in words what else than a plain copy will be done.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Conversion:
     side_files: tuple[Path, ...]
     complete: Callable[[Path], None]
     check: Callable[[Path], None]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +63,7 @@ class Conversion:
             "parts": len(self.writer.sizes),
             "workers": threads,
             "memory_bytes": options.needed(self.writer.block_bytes, threads),
-            "notes": list(self.plan.notes),
+            "notes": [*self.notes, *self.plan.notes],
         }
 
     def run(self, options: Options | None = None, *, resume: bool = False) -> Path:
@@ -73,14 +75,15 @@ class Conversion:
         options = options or Options()
         options.threads(self.writer.block_bytes)
         with staged_folder(self.target, self._origin(), resume=resume) as staging:
-            self._check_space(staging)
+            self.check_space(staging)
             finished = run(self.writer, staging, options)
             self.complete(staging.folder)
             self.check(staging.folder)
             write_checksums(staging.folder, finished)
         return self.target
 
-    def _check_space(self, staging: Staging) -> None:
+    def check_space(self, staging: Staging) -> None:
+        """Refuse a disk that has no room for what is still to be written."""
         missing = sum(size for number, size in enumerate(self.writer.sizes) if number not in staging.finished)
         missing += sum(path.stat().st_size for path in self.side_files) + _SPARE_BYTES
         free = free_bytes(self.target)

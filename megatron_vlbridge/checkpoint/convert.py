@@ -7,14 +7,17 @@ export needs nothing else.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.conversion import Conversion
+from megatron_vlbridge.checkpoint.dtypes import hf_tensors, megatron_tensors, narrow_into
 from megatron_vlbridge.checkpoint.engine import Options
+from megatron_vlbridge.checkpoint.extras import left_out, listed, read_notes
 from megatron_vlbridge.checkpoint.hub import find_folder
 from megatron_vlbridge.checkpoint.raw import gather_into
 from megatron_vlbridge.checkpoint.safetensors import (
@@ -28,7 +31,7 @@ from megatron_vlbridge.checkpoint.safetensors import (
 from megatron_vlbridge.checkpoint.side_files import Like, copy_side_files, find_like, keep_side_files, side_files
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
 from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family
 from megatron_vlbridge.weights import Plan, Region, TensorSpec
@@ -42,6 +45,7 @@ def import_checkpoint(
     *,
     dtype: str | torch.dtype | None = None,
     experts: str | None = None,
+    leave_out: Sequence[str] = (),
     options: Options | None = None,
     resume: bool = False,
 ) -> Path:
@@ -49,15 +53,17 @@ def import_checkpoint(
 
     `hf_folder` may be a Hub id. The new folder loads through Megatron's `--load` and `--pretrained-checkpoint` at any
     parallel layout. `dtype` (`"float32"`, `"bfloat16"`, `"float16"`) converts all weights; by default each keeps its
-    own. `experts` says the form of fused experts where their shapes do not. `options` says with how many threads and
-    how much memory; `resume` continues a run that was interrupted, with the same result.
+    own, and those stored in FP8 become bfloat16. `experts` says the form of fused experts where their shapes do not.
+    `leave_out` are patterns (`rotary.*`) for tensors that are no part of the model. `options` says with how many
+    threads and how much memory; `resume` continues a run that was interrupted, with the same result.
 
     Raises VLBridgeError, and leaves nothing under the new name, when the two do not fit each other exactly, a file is
     missing or damaged, the target exists or is being written, or the disk is full.
 
     Example: `import_checkpoint("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron")`.
     """
-    return plan_import(hf_folder, megatron_folder, dtype=dtype, experts=experts).run(options, resume=resume)
+    plan = plan_import(hf_folder, megatron_folder, dtype=dtype, experts=experts, leave_out=leave_out)
+    return plan.run(options, resume=resume)
 
 
 def export_checkpoint(
@@ -76,8 +82,9 @@ def export_checkpoint(
     Config, tokenizer, processor and all other files come unchanged from what the import kept beside the weights, or
     from `like`, the Hugging Face folder (or Hub id) that training started from; a folder that a training run wrote
     holds none. Shards are those of that source, or at most `max_shard_size` bytes each (5 GB where the source does not
-    tell); experts have the form that they have there, or `experts`. `dtype` converts all weights; by default they keep
-    what the Megatron checkpoint holds. `options` and `resume` are those of `import_checkpoint`.
+    tell); experts have the form that they have there, or `experts`. Names are those of the Hub. Tensors of `like` that
+    are no part of the model are copied unchanged. `dtype` converts all weights; by default they keep what the Megatron
+    checkpoint holds. `options` and `resume` are those of `import_checkpoint`.
 
     Raises VLBridgeError, and leaves nothing under the new name, when the two do not fit each other exactly, a file is
     missing or damaged, the target exists or is being written, the disk is full, or it is not known which config
@@ -97,23 +104,31 @@ def plan_import(
     *,
     dtype: str | torch.dtype | None = None,
     experts: str | None = None,
+    leave_out: Sequence[str] = (),
 ) -> Conversion:
     """What `import_checkpoint` would do, proved from headers alone; arguments and errors are the same."""
     source = find_folder(hf_folder)
     config = read_config(source)
     family = families.find(config)
     weights = SafetensorsFolder(source)
-    hf = dict(weights.table)
-    check_dtypes(source, hf)
-    table = family.table(config, family.find_expert_form(config, hf, experts))
+    check_scales(config, weights)
+    table = family.table_for(config, weights.table, experts)
+    left = left_out(source, weights.table, {*table.hf_shapes, family.head}, leave_out)
+    hf = {name: spec for name, spec in weights.table.items() if name not in left}
+    check_dtypes(source, {name: spec for name, spec in hf.items() if name in table.hf_shapes})
     if config.tie_word_embeddings and family.head in hf:
         check_tied_head(weights, family)
         del hf[family.head]
-    wanted = _as_dtype(dtype)
-    pairs = ((move.megatron.name, move.hf.name) for move in table.moves)
-    megatron = _derive_table(table.megatron_shapes, pairs, hf, wanted)
+    wanted = as_dtype(dtype)
+    megatron, widened = megatron_tensors(table, hf, wanted)
     plan = Plan(
-        table, hf, megatron, cast=wanted is not None, hf_source=str(source), megatron_source="the new checkpoint"
+        table,
+        hf,
+        megatron,
+        cast=wanted is not None,
+        widened=widened,
+        hf_source=str(source),
+        megatron_source="the new checkpoint",
     )
 
     def fill(region: Region, out: torch.Tensor) -> None:
@@ -126,11 +141,18 @@ def plan_import(
         target=Path(megatron_folder),
         plan=plan,
         writer=ReleaseWriter(megatron, fill),
-        source_files=tuple(source / file for file in dict.fromkeys(weights.files.values())),
+        source_files=weights.paths,
         side_files=tuple(side_files(source)),
-        complete=lambda folder: keep_side_files(weights, folder, experts),
+        complete=lambda folder: keep_side_files(weights, folder, experts, left),
         check=lambda folder: _check_written(folder, TorchDistFolder(folder).table, megatron),
+        notes=tuple(_import_notes(weights, left)),
     )
+
+
+def _import_notes(weights: SafetensorsFolder, left: Sequence[str]) -> Iterator[str]:
+    yield from read_notes(weights)
+    if left:
+        yield f"left out, as no part of the model: {listed(left)}"
 
 
 def plan_export(
@@ -143,28 +165,83 @@ def plan_export(
     max_shard_size: int | None = None,
 ) -> Conversion:
     """What `export_checkpoint` would do, proved from headers alone; arguments and errors are the same."""
-    source, target = Path(megatron_folder), Path(hf_folder)
+    source = Path(megatron_folder)
     model = find_like(source, like)
+    return plan_export_of(
+        TorchDistFolder(source), hf_folder, model, dtype=dtype, experts=experts, max_shard_size=max_shard_size
+    )
+
+
+class MegatronWeights(Protocol):
+    """A Megatron checkpoint, wherever its numbers are; `folder` names it in errors."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is, or what it is."""
+        ...
+
+    @property
+    def table(self) -> Mapping[str, TensorSpec]:
+        """All tensors."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What it is read from."""
+        ...
+
+    def read_into(self, region: Region, out: torch.Tensor) -> None:
+        """Put the numbers of a region into a tensor of its shape, converted to the tensor's dtype."""
+        ...
+
+
+def plan_export_of(
+    weights: MegatronWeights,
+    hf_folder: str | Path,
+    model: Like,
+    *,
+    dtype: str | torch.dtype | None = None,
+    experts: str | None = None,
+    max_shard_size: int | None = None,
+) -> Conversion:
+    """The export of `weights` with the other files of `model`; arguments and errors are those of `plan_export`."""
+    target = Path(hf_folder)
     config = read_config(model.folder)
     family = families.find(config)
-    table = family.table(config, family.find_expert_form(config, model.table, experts or model.experts))
-    weights = TorchDistFolder(source)
+    table = family.table_for(config, model.table, experts or model.experts)
     check_dtypes(weights.folder, weights.table)
-    wanted = _as_dtype(dtype)
-    pairs = ((move.hf.name, move.megatron.name) for move in table.moves)
-    hf = _derive_table(table.hf_shapes, pairs, weights.table, wanted)
+    wanted = as_dtype(dtype)
+    hf, widened = hf_tensors(table, weights.table, model.table, wanted)
     plan = Plan(
-        table, hf, weights.table, cast=wanted is not None, hf_source=str(target), megatron_source=str(weights.folder)
+        table,
+        hf,
+        weights.table,
+        cast=wanted is not None,
+        widened=widened,
+        hf_source=str(target),
+        megatron_source=str(weights.folder),
     )
     if config.tie_word_embeddings and family.head in model.tensors:
         hf[family.head] = hf[family.embedding]
-    _check_like(model, hf, family, chosen_form=experts is not None)
+    carried = _carried(model, hf, family, chosen_form=experts is not None)
+    hf |= carried
     files, index = _shards(hf, model, max_shard_size)
 
     def fill(region: Region, out: torch.Tensor) -> None:
-        known = region.name in table.hf_shapes
-        named = region if known else Region(family.embedding, region.offset, region.shape)
-        gather_into(out, table.megatron_sources(named), weights.read_into)
+        if region.name in carried:
+            assert model.weights is not None
+            model.weights.read_into(region, out)
+        elif region.name in table.hf_shapes:
+            numbers(region, out)
+        else:
+            numbers(Region(family.embedding, region.offset, region.shape), out)
+
+    def numbers(region: Region, out: torch.Tensor) -> None:
+        pieces = table.megatron_sources(region)
+        if out.dtype != torch.float32 and any(piece.source.name in widened for piece in pieces):
+            narrow_into(region, out, numbers)
+        else:
+            gather_into(out, pieces, weights.read_into)
 
     def complete(folder: Path) -> None:
         copy_side_files(model.folder, folder)
@@ -174,15 +251,35 @@ def plan_export(
     return Conversion(
         kind="export",
         architecture=family.architecture,
-        source=source,
+        source=weights.folder,
         target=target,
         plan=plan,
         writer=SafetensorsWriter(hf, files, fill),
-        source_files=weights.files,
+        source_files=(*weights.files, *dict.fromkeys(model.folder / model.tensors[name][0] for name in carried)),
         side_files=tuple(side_files(model.folder)),
         complete=complete,
         check=lambda folder: _check_written(folder, SafetensorsFolder(folder).table, hf),
+        notes=tuple(_export_notes(model.folder, config, list(carried))),
     )
+
+
+def _export_notes(like: Path, config: Config, carried: Sequence[str]) -> Iterator[str]:
+    if config.fp8:
+        yield f"weights are not quantised again: quantization_config of {like} is left out of config.json"
+    if carried:
+        yield f"copied unchanged from {like}, as no part of the model: {listed(carried)}"
+
+
+def check_scales(config: Config, weights: SafetensorsFolder) -> None:
+    """Refuse scales of 8-bit weights that are no scales, and a config that says otherwise than the tensors."""
+    weights.check_scales()
+    if config.fp8 != bool(weights.scaled):
+        found = f"{weights.scaled[0]} in FP8" if weights.scaled else "no such tensor"
+        expected = "FP8 tensors" if config.fp8 else "none in FP8"
+        raise VLBridgeError(
+            f"{weights.folder}: expected {expected}, as quantization_config in config.json says, found {found}. "
+            "Use the config.json that belongs to these weights."
+        )
 
 
 def check_dtypes(folder: Path, table: Mapping[str, TensorSpec]) -> None:
@@ -199,14 +296,18 @@ def check_dtypes(folder: Path, table: Mapping[str, TensorSpec]) -> None:
         raise VLBridgeError(f"{folder}: expected one kind of 16-bit numbers, found {text}. Fetch the files again.")
 
 
-def _check_like(model: Like, hf: Mapping[str, TensorSpec], family: Family, *, chosen_form: bool) -> None:
-    """Refuse a source whose tensors would be lost; those of experts have other names in another form."""
-    surplus = sorted(name for name in model.tensors.keys() - hf.keys() if not (chosen_form and ".experts." in name))
-    if surplus:
+def _carried(model: Like, hf: Mapping[str, TensorSpec], family: Family, *, chosen_form: bool) -> dict[str, TensorSpec]:
+    """The source's tensors that are no part of the model. Those of experts have other names in another form.
+
+    Refuses a source that knows of such tensors but does not hold them.
+    """
+    names = [name for name in model.tensors if name not in hf and not (chosen_form and ".experts." in name)]
+    if names and model.weights is None:
         raise VLBridgeError(
-            f"{model.folder}: expected only tensors of a {family.architecture}, found {len(surplus)} more: "
-            f"{', '.join(surplus[:8])}. Give a like= folder of the same architecture."
+            f"{model.folder}: expected only tensors of a {family.architecture}, found more: {listed(names)}. "
+            "Give like=, the Hugging Face folder that holds them."
         )
+    return {name: model.tensors[name][1] for name in names}
 
 
 def _check_written(folder: Path, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
@@ -228,25 +329,11 @@ def _shards(
         return plan_shards(hf, max_shard_size or DEFAULT_SHARD_BYTES), None
     files = {name: file for name, (file, _) in model.tensors.items()}
     same_sizes = all(hf[name].dtype == spec.dtype for name, (_, spec) in model.tensors.items())
-    index = model.folder / INDEX
-    return files, index if same_sizes and index.is_file() else None
+    return files, model.index if same_sizes else None
 
 
-def _derive_table(
-    shapes: Mapping[str, tuple[int, ...]],
-    pairs: Iterable[tuple[str, str]],
-    sources: Mapping[str, TensorSpec],
-    dtype: torch.dtype | None,
-) -> dict[str, TensorSpec]:
-    """The tensors to be written: the rules' shapes, and the dtype asked for or that of their (first) source."""
-    dtypes: dict[str, torch.dtype] = {}
-    for name, source in pairs:
-        if source in sources:
-            dtypes.setdefault(name, sources[source].dtype)
-    return {name: TensorSpec(shape, dtype or dtypes.get(name, torch.float32)) for name, shape in shapes.items()}
-
-
-def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that a user asked for, None where weights keep their own; refuses all but the three of these models."""
     if dtype is None or dtype in _DTYPES.values():
         return dtype if isinstance(dtype, torch.dtype) else None
     if isinstance(dtype, str) and dtype in _DTYPES:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlbridge import families
+from megatron_vlbridge.checkpoint.extras import read_notes
 from megatron_vlbridge.checkpoint.hub import find_folder
 from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, is_torch_dist
@@ -31,12 +32,17 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's headers, read. `kind` is `hugging face` or `megatron`; `config` is None where none is kept."""
+    """A checkpoint's headers, read. `kind` is `hugging face` or `megatron`; `config` is None where none is kept.
+
+    `table` has the Hub's names, and FP8 weights as the bfloat16 ones that they stand for; `notes` says where files
+    differ from that.
+    """
 
     folder: Path
     kind: str
     config: Config | None
     table: Mapping[str, TensorSpec]
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -75,6 +81,7 @@ class Inspection:
             "bytes": sum(spec.nbytes for spec in self.table.values()),
             "parameters": {"total": sum(self.parameters.values()), **self.parameters},
             "dtypes": self.dtypes,
+            "notes": list(self.notes),
             "tensors": {
                 name: {"shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
                 for name, spec in self.table.items()
@@ -99,7 +106,8 @@ def inspect(name: str | Path) -> Inspection:
         weights = TorchDistFolder(name)
         return Inspection(weights.folder, "megatron", config, weights.table)
     folder = find_folder(name)
-    return Inspection(folder, "hugging face", config, SafetensorsFolder(folder).table)
+    hf = SafetensorsFolder(folder)
+    return Inspection(folder, "hugging face", config, hf.table, tuple(read_notes(hf)))
 
 
 def _part(name: str) -> str:
@@ -115,6 +123,7 @@ def table_lines(found: Inspection, pp: int | None = None) -> list[str]:
     lines = [
         f"{found.folder}: {found.kind}, {architecture}",
         f"{total:,} parameters, {nbytes / 1e9:.3f} GB, {dtypes}",
+        *found.notes,
         *(f"  {part:<16}{count:>18,}" for part, count in found.parameters.items()),
     ]
     if pp is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -116,6 +116,19 @@ def write_exactly(handle: int, position: int, numbers: memoryview | bytes) -> No
     while view:
         count = os.pwrite(handle, view, position)
         view, position = view[count:], position + count
+
+
+def split(offset: Shape, out: torch.Tensor, numbers: int) -> Iterator[tuple[Shape, torch.Tensor]]:
+    """Parts of `out`, of at most so many numbers, each with its offset where that of `out` is `offset`."""
+    if out.numel() <= numbers:
+        if out.numel():
+            yield offset, out
+        return
+    dim = next(dim for dim, size in enumerate(out.shape) if size > 1)
+    half = out.shape[dim] // 2
+    yield from split(offset, out.narrow(dim, 0, half), numbers)
+    behind = (*offset[:dim], offset[dim] + half, *offset[dim + 1 :])
+    yield from split(behind, out.narrow(dim, half, out.shape[dim] - half), numbers)
 
 
 def gather_into(out: torch.Tensor, pieces: Iterable[Piece], fill: Filler) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from megatron_vlbridge.weights import TensorSpec
 SIDE_FOLDER = "hf"
 FACTS = "vlbridge.json"
 
+_QUANTISATION = "quantization_config"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -26,12 +27,20 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpac
 class Like:
     """Where an export takes the other files from, and how the weights were stored there: tensor -> (file, spec).
 
-    `experts` is the form of the experts, where the user had to say it at the import.
+    `experts` is the form of the experts, where the user had to say it at the import. `weights` are the weights
+    themselves, where they are there.
     """
 
     folder: Path
     tensors: Mapping[str, tuple[str, TensorSpec]]
     experts: str | None = None
+    weights: SafetensorsFolder | None = None
+
+    @property
+    def index(self) -> Path | None:
+        """The index file, where it says what the tensors are."""
+        path = self.folder / INDEX
+        return path if path.is_file() and (self.weights is None or self.weights.as_on_the_hub) else None
 
     @property
     def table(self) -> dict[str, TensorSpec]:
@@ -50,37 +59,49 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy those files unchanged."""
+    """Copy those files unchanged, but for a config that says that weights are quantised, as they no longer are."""
     target.mkdir(exist_ok=True)
     for path in side_files(source):
-        shutil.copyfile(path, target / path.name)
+        config = load_json_object(path) if path.name == "config.json" else {}
+        if config.pop(_QUANTISATION, None) is None:
+            shutil.copyfile(path, target / path.name)
+        else:
+            text = json.dumps(config, indent=2, ensure_ascii=False)
+            (target / path.name).write_text(text + "\n", encoding="utf-8")
 
 
-def keep_side_files(weights: SafetensorsFolder, target: Path, experts: str | None) -> None:
-    """Leave all that an export needs in the `hf` folder of an imported checkpoint, also the `experts` of the user."""
+def keep_side_files(weights: SafetensorsFolder, target: Path, experts: str | None, left: Collection[str] = ()) -> None:
+    """Leave all that an export needs in the `hf` folder of an imported checkpoint, also the `experts` of the user.
+
+    Nothing is noted of the tensors `left` out. The index is kept where it says what an export will hold.
+    """
     side = target / SIDE_FOLDER
     copy_side_files(weights.folder, side)
-    if (weights.folder / INDEX).is_file():
+    if (weights.folder / INDEX).is_file() and weights.as_on_the_hub and not left:
         shutil.copyfile(weights.folder / INDEX, side / INDEX)
     facts = {
         name: [file, str(weights.table[name].dtype), list(weights.table[name].shape)]
         for name, file in weights.files.items()
+        if name not in left
     }
     content = {"version": 2, "experts": experts, "tensors": facts}
     (side / FACTS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def find_like(source: Path, like: str | Path | None) -> Like:
-    """The Hugging Face side of an export: what the user named, or what the import left.
+    """The Hugging Face side of an export: what the user named, which may be what an import left, or that of `source`.
 
     Raises VLBridgeError where there is neither, or the import's facts are damaged.
     """
     if like is not None:
         folder = find_folder(like)
+        if (folder / FACTS).is_file():
+            return _read_facts(folder)
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.safetensors.index.json")):
             return Like(folder, {})
         weights = SafetensorsFolder(folder)
-        return Like(folder, {name: (file, weights.table[name]) for name, file in weights.files.items()})
+        tensors = {name: (file, weights.table[name]) for name, file in weights.files.items()}
+        return Like(folder, tensors, weights=weights)
     for folder in (source / SIDE_FOLDER, source.resolve().parent / SIDE_FOLDER):
         if (folder / FACTS).is_file():
             return _read_facts(folder)

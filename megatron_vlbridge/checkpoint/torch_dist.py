@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from megatron_vlbridge.checkpoint.raw import Stored, gather_into, span_of
 from megatron_vlbridge.checkpoint.safetensors import load_json_object
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families.spellings import strip_wrappers
 from megatron_vlbridge.weights import Region, TensorSpec, mixed_stacks, stack_layers
 from megatron_vlbridge.weights.regions import RegionIndex, Shape, check_exact_cover
 
@@ -33,6 +34,7 @@ _UNREADABLE = (
     *(RuntimeError, AssertionError, pickle.UnpicklingError, OSError, EOFError),
     *(ValueError, AttributeError, TypeError, KeyError, IndexError),
 )
+_WRAPPERS = ("module.", "model.")
 _NO_WEIGHT = re.compile(r"^(optimizer|chained_\d+)\.")
 _PLAIN_NAMES = {
     ("collections", "OrderedDict"),
@@ -140,8 +142,9 @@ def locate(folder: str | Path) -> Path:
 class TorchDistFolder:
     """The weights of a `torch_dist` checkpoint; optimizer state and other entries are passed over.
 
-    `table` maps canonical names (layers stacked, whether stored stacked or one by one) to shape and dtype. `folder` is
-    the iteration's folder. Opening reads metadata only.
+    `table` maps canonical names (layers stacked, whether stored stacked or one by one; without the prefix that a
+    wrapper such as DistributedDataParallel puts before all of them) to shape and dtype. `folder` is the iteration's
+    folder. Opening reads metadata only.
 
     Raises VLBridgeError, naming file and tensor, for a folder that is none, metadata that asks for foreign classes, a
     file that is missing or truncated, and chunks that leave gaps or overlap.
@@ -160,10 +163,11 @@ class TorchDistFolder:
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._chunks: dict[str, _Chunk] = {}
         stored = self._stored_tensors(metadata)
-        self._mixed = mixed_stacks(stored)
+        self._wrapper = strip_wrappers(list(stored), _WRAPPERS)
+        self._mixed = mixed_stacks(name.removeprefix(self._wrapper) for name in stored)
         self._index = RegionIndex(
             (
-                stack_layers(Region(chunk.name, chunk.offset, chunk.shape), self._mixed),
+                self._canonical(Region(chunk.name, chunk.offset, chunk.shape)),
                 Region.whole(key, chunk.shape),
                 False,
             )
@@ -212,6 +216,11 @@ class TorchDistFolder:
         names = dict.fromkeys(chunk.file for chunk in self._chunks.values())
         return (self.folder / ".metadata", *(self.folder / name for name in names))
 
+    def _canonical(self, region: Region) -> Region:
+        """Where the table has a region of a stored tensor."""
+        name = region.name.removeprefix(self._wrapper)
+        return stack_layers(Region(name, region.offset, region.shape), self._mixed)
+
     def _error(self, name: str, text: str) -> VLBridgeError:
         return VLBridgeError(f"{self.folder / '.metadata'}: {name}: {text}. The folder is damaged: copy it again.")
 
@@ -258,11 +267,11 @@ class TorchDistFolder:
         dtypes: dict[str, set[torch.dtype]] = {}
         shapes = self._index.shapes
         for name, spec in stored.items():
-            canonical = stack_layers(Region.whole(name, spec.shape), self._mixed)
+            canonical = self._canonical(Region.whole(name, spec.shape))
             if canonical.name not in shapes or canonical.shape[1:] != shapes[canonical.name][1:]:
                 raise self._error(name, f"expected chunks that fill {spec}, found others")
-            if canonical.name == name and spec.shape != shapes[name]:
-                raise self._error(name, f"expected chunks that fill {spec}, found only {list(shapes[name])}")
+            if len(canonical.shape) == len(spec.shape) and spec.shape != shapes[canonical.name]:
+                raise self._error(name, f"expected chunks that fill {spec}, found only {list(shapes[canonical.name])}")
             dtypes.setdefault(canonical.name, set()).add(spec.dtype)
         for name, found in dtypes.items():
             if len(found) > 1:

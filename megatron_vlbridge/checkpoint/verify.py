@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 
 from megatron_vlbridge import families
-from megatron_vlbridge.checkpoint.convert import check_tied_head
+from megatron_vlbridge.checkpoint.convert import check_scales, check_tied_head
+from megatron_vlbridge.checkpoint.dtypes import megatron_tensors
 from megatron_vlbridge.checkpoint.hub import find_folder
 from megatron_vlbridge.checkpoint.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.report import Difference, Report
@@ -28,27 +30,32 @@ Tensors = Mapping[str, TensorSpec]
 
 @dataclass(frozen=True)
 class _Side:
-    """One checkpoint as Megatron tensors, whatever it is on the disk."""
+    """One checkpoint as Megatron tensors, whatever it is on the disk, and what else a Hugging Face folder holds.
+
+    `widened` are its own tensors that have a dtype beside others in one Megatron tensor.
+    """
 
     folder: Path
     table: Tensors
     fill: Filler
     config: Config | None
+    widened: Tensors = field(default_factory=dict)
 
 
-def verify(a: str | Path, b: str | Path) -> Report:
+def verify(a: str | Path, b: str | Path, *, leave_out: Sequence[str] = ()) -> Report:
     """Compare two checkpoints, each a Hugging Face folder (or Hub id) or a Megatron folder, bit for bit.
 
     Both are seen as Megatron tensors, so names, shards, layouts, forms of experts and rows that pad the vocabulary do
-    not matter; numbers and dtypes do. Optimizer state is passed over. Where a config is known on both sides, its
-    architecture and sizes are compared too.
+    not matter; numbers and dtypes do. Weights in FP8 are compared as the bfloat16 numbers that they stand for.
+    Optimizer state is passed over, and so are tensors of Hugging Face folders that the patterns `leave_out` fit, such
+    as an import was told to leave out. Where a config is known on both sides, its architecture and sizes are compared.
 
     Raises VLBridgeError where a folder is damaged or does not fit its own config.
 
     Example: `verify("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron").equal`.
     """
     config = find_config(a) or find_config(b)
-    left, right = (_open(name, config) for name in (a, b))
+    left, right = (_open(name, config, leave_out) for name in (a, b))
     differences = [*_compare_configs(left, right), *_compare_tables(left, right)]
     names = [name for name, spec in left.table.items() if right.table.get(name) == spec]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -69,9 +76,9 @@ def find_config(name: str | Path) -> Config | None:
     return None
 
 
-def _open(name: str | Path, config: Config | None) -> _Side:
+def _open(name: str | Path, config: Config | None, leave_out: Sequence[str]) -> _Side:
     if not is_torch_dist(Path(name)):
-        return _open_hf(find_folder(name))
+        return _open_hf(find_folder(name), leave_out)
     weights = TorchDistFolder(name)
     own = find_config(name)
     known = own or config
@@ -84,24 +91,31 @@ def _open(name: str | Path, config: Config | None) -> _Side:
     return _Side(weights.folder, found, weights.read_into, own)
 
 
-def _open_hf(folder: Path) -> _Side:
+def _open_hf(folder: Path, leave_out: Sequence[str]) -> _Side:
     config = read_config(folder)
     family = families.find(config)
     weights = SafetensorsFolder(folder)
-    hf = dict(weights.table)
-    table = family.table(config, family.find_expert_form(config, hf))
+    check_scales(config, weights)
+    table = family.table_for(config, weights.table)
+    left = {name for name in weights.table if any(fnmatchcase(name, pattern) for pattern in leave_out)}
+    hf = {name: spec for name, spec in weights.table.items() if name not in left or name in table.hf_shapes}
     if config.tie_word_embeddings and family.head in hf:
         check_tied_head(weights, family)
         del hf[family.head]
-    dtypes = {move.megatron.name: hf[move.hf.name].dtype for move in reversed(table.moves) if move.hf.name in hf}
-    found = {name: TensorSpec(shape, dtypes.get(name, torch.float32)) for name, shape in table.megatron_shapes.items()}
-    Plan(table, hf, found, hf_source=str(folder), megatron_source="the rules")
-    return _Side(folder, found, _through(table, weights.read_into), config)
+    others = {name: spec for name, spec in hf.items() if name not in table.hf_shapes}
+    known = {name: spec for name, spec in hf.items() if name not in others}
+    found, widened = megatron_tensors(table, known)
+    Plan(table, known, found, widened=widened, hf_source=str(folder), megatron_source="the rules")
+    parts = {move.hf.name: known[move.hf.name] for move in table.moves if move.megatron.name in widened}
+    return _Side(folder, found | others, _through(table, weights.read_into), config, parts)
 
 
 def _through(table: RuleTable, read: Filler) -> Filler:
     def fill(region: Region, out: torch.Tensor) -> None:
-        gather_into(out, table.hf_sources(region), read)
+        if region.name in table.megatron_shapes:
+            gather_into(out, table.hf_sources(region), read)
+        else:
+            read(region, out)
 
     return fill
 
@@ -120,6 +134,9 @@ def _compare_tables(left: _Side, right: _Side) -> Iterable[Difference]:
         ours, theirs = left.table.get(name), right.table.get(name)
         if ours != theirs:
             yield Difference(name, f"{ours or 'absent'} and {theirs or 'absent'}")
+    for name in sorted(left.widened.keys() & right.widened.keys()):
+        if left.widened[name] != right.widened[name]:
+            yield Difference(name, f"{left.widened[name]} and {right.widened[name]}")
 
 
 def _compare(name: str, spec: TensorSpec, left: _Side, right: _Side) -> Difference | None:

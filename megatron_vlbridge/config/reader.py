@@ -45,10 +45,8 @@ def read_config(path: str | Path) -> Config:
         vision_end_token_id=top.integer("vision_end_token_id", default=family.token_defaults[3], minimum=0),
         tie_word_embeddings=_read_tie(top),
         dtype=_read_dtype(top),
+        fp8=_read_fp8(top),
     )
-    if top.value("quantization_config") is not None:
-        remedy = "Quantised checkpoints are not supported: use the unquantised one."
-        raise top.fail("quantization_config", top.value("quantization_config"), "no quantisation", remedy)
     _check_parts_fit(top, config)
     return config
 
@@ -100,6 +98,24 @@ def _read_dtype(top: Section) -> str:
     if dtype not in _DTYPES:
         raise top.fail("dtype", dtype, f"one of {', '.join(_DTYPES)}", "Convert the checkpoint to one of these first.")
     return str(dtype)
+
+
+def _read_fp8(top: Section) -> bool:
+    """Whether weights are quantised, which must be to FP8 in blocks of 128 x 128.
+
+    Which modules are not (`modules_to_not_convert`) is not asked: the tensors' own dtypes say it.
+    """
+    if top.value("quantization_config") is None:
+        return False
+    values = top.section("quantization_config")
+    needed: dict[str, object] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    optional: dict[str, object] = {"activation_scheme": "dynamic", "fmt": "e4m3", "expert_dtype": "fp8"}
+    for key, expected in (needed | optional).items():
+        value = values.value(key, default=optional.get(key))
+        if value != expected:
+            remedy = "Of quantised checkpoints only FP8 in blocks of 128 x 128 is supported: use the unquantised one."
+            raise values.fail(key, value, repr(expected), remedy)
+    return True
 
 
 def _read_rope(text: Section, defaults: Mapping[str, Any]) -> tuple[float, tuple[int, int, int], float]:
@@ -186,8 +202,9 @@ def _check_text(text: Section, result: TextConfig, partial: bool) -> None:
     if 2 * sum(result.mrope_section) != result.rotary_dim:
         expected = f"a sum of {result.rotary_dim / 2:g}, half of the {result.rotary_dim} rotated dimensions of a head"
         raise text.fail("mrope_section", list(result.mrope_section), expected, "Correct mrope_section or head_dim.")
-    if result.num_mtp_layers and not partial:
-        raise text.fail("mtp_num_hidden_layers", result.num_mtp_layers, "0", "This family has no prediction layers.")
+    if result.num_mtp_layers > 1:
+        remedy = "Only one multi-token prediction layer is supported."
+        raise text.fail("mtp_num_hidden_layers", result.num_mtp_layers, "0 or 1", remedy)
 
 
 def _read_moe(text: Section, defaults: Mapping[str, Any], num_layers: int) -> MoeConfig:

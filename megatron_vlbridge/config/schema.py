@@ -36,7 +36,10 @@ class LinearAttentionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The language model. `intermediate_size` is that of dense MLPs, 0 where a family has none."""
+    """The language model. `intermediate_size` is that of dense MLPs, 0 where a family has none.
+
+    `num_mtp_layers` is how many layers behind the decoder predict the token after the next one (0 or 1).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -92,7 +95,10 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A vision-language checkpoint: its architecture, its two parts and what joins them."""
+    """A vision-language checkpoint: its architecture, its two parts and what joins them.
+
+    `fp8`: weights are stored in 8 bits, with a scale for each block of 128 x 128; `dtype` is what they stand for.
+    """
 
     architecture: str
     model_type: str
@@ -104,3 +110,4 @@ class Config:
     vision_end_token_id: int
     tie_word_embeddings: bool
     dtype: str
+    fp8: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
 from megatron_vlbridge.config import Config
@@ -24,20 +24,32 @@ class ExpertForm(StrEnum):
     """`experts.7.gate_proj.weight` and `up_proj.weight` `[I, H]`, `down_proj.weight` `[H, I]` for each expert."""
 
 
-def find_form(config: Config, hf: Mapping[str, TensorSpec], layers: str, default: ExpertForm) -> ExpertForm:
+def find_form(
+    config: Config,
+    hf: Mapping[str, TensorSpec],
+    layers: str,
+    default: ExpertForm,
+    numbers: Sequence[int] | None = None,
+) -> ExpertForm:
     """The form of the experts in a checkpoint whose tensors are `hf`; `default` where it holds none.
 
-    `layers` is the HF name of the decoder layers. Names tell fused from single experts, and both full shapes tell the
-    orientation; other layers than the first with both tensors are left to the plan.
+    `layers` is the HF name of the layers, `numbers` which have experts (default: those of the decoder). Names
+    tell fused from single experts, and both full shapes tell the orientation; other layers than the first with both
+    tensors are left to the plan.
 
     Raises VLBridgeError, naming tensors and shapes, where the orientation cannot be known or neither fits.
     """
-    for layer in moe_layers(config):
+    for layer in moe_layers(config) if numbers is None else numbers:
         names = _fused_names(layers, layer)
         if all(name in hf for name in names):
             return _orientation(config, names, (hf[names[0]], hf[names[1]]))
+    return ExpertForm.PER_EXPERT if has_single_experts(hf, layers) else default
+
+
+def has_single_experts(hf: Iterable[str], layers: str) -> bool:
+    """Whether a checkpoint with these tensors holds each expert of those layers in tensors of its own."""
     single = re.compile(rf"{re.escape(layers)}\.\d+\.mlp\.experts\.\d+\.")
-    return ExpertForm.PER_EXPERT if any(map(single.match, hf)) else default
+    return any(map(single.match, hf))
 
 
 def moe_layers(config: Config) -> list[int]:

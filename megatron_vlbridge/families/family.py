@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families.experts import ExpertForm, find_form, moe_layers
+from megatron_vlbridge.families.experts import ExpertForm, find_form, has_single_experts, moe_layers
+from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Rule, RuleTable, TensorSpec
 
 
@@ -19,7 +20,7 @@ class Family:
     """
 
     architecture: str
-    rules: Callable[[Config, ExpertForm], list[Rule]]
+    rules: Callable[[Config, ExpertForm, ExpertForm], list[Rule]]
     embedding: str
     head: str
     layers: str
@@ -44,6 +45,29 @@ class Family:
             )
         return ExpertForm(asked)
 
-    def table(self, config: Config, experts: ExpertForm | None = None) -> RuleTable:
-        """The rule table of a checkpoint with this config, whose experts are in this form (default: the Hub's)."""
-        return RuleTable(self.rules(config, experts or self.expert_form))
+    def table_for(
+        self, config: Config, hf: Mapping[str, TensorSpec] | None = None, asked: str | None = None
+    ) -> RuleTable:
+        """The rule table of a checkpoint with the HF tensors `hf`, or with experts in the form that the user `asked`.
+
+        A prediction layer may hold its experts in another form than the decoder. Where its names say that each expert
+        has tensors of its own it keeps them, whatever was asked.
+
+        Raises VLBridgeError as `find_expert_form` does.
+        """
+        hf, experts = hf or {}, self.find_expert_form(config, hf, asked)
+        if config.text.moe is None or not config.text.num_mtp_layers:
+            return self.table(config, experts)
+        if has_single_experts(hf, MTP_LAYERS):
+            return self.table(config, experts, ExpertForm.PER_EXPERT)
+        return self.table(config, experts, experts if asked else find_form(config, hf, MTP_LAYERS, experts, [0]))
+
+    def table(
+        self, config: Config, experts: ExpertForm | None = None, mtp_experts: ExpertForm | None = None
+    ) -> RuleTable:
+        """The rule table of a checkpoint with this config, whose experts are in this form (default: the Hub's).
+
+        `mtp_experts` is the form of the prediction layer's experts (default: that of the others).
+        """
+        experts = experts or self.expert_form
+        return RuleTable(self.rules(config, experts, mtp_experts or experts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_vlbridge.config import Config, TextConfig, VisionConfig
 from megatron_vlbridge.families.experts import ExpertForm
 from megatron_vlbridge.families.family import Family
+from megatron_vlbridge.families.mtp import mtp_rules
 from megatron_vlbridge.weights import Copy, GateUp, GroupedQkv, Rule, VisionQkv
 
 _HF_TEXT, _TEXT = "model.language_model", "language_model"
@@ -12,14 +13,16 @@ _HF_VISION, _VISION = "model.visual", "vision_model"
 HF_LAYERS, LAYERS = f"{_HF_TEXT}.layers", f"{_TEXT}.decoder.layers"
 
 
-def rules(config: Config, _experts: ExpertForm) -> list[Rule]:
+def rules(config: Config, _experts: ExpertForm, _mtp_experts: ExpertForm) -> list[Rule]:
     """All rules of a dense Qwen3-VL checkpoint."""
+
+    def layer_rules(hf: str, to: str, layer: int | None = None) -> list[Rule]:
+        return attention_rules(config.text, hf, to, layer) + mlp_rules(config.text, hf, to, layer)
+
     result = embedding_rules(config)
     for layer in range(config.text.num_layers):
-        hf = f"{HF_LAYERS}.{layer}"
-        result += attention_rules(config.text, hf, LAYERS, layer)
-        result += mlp_rules(config.text, hf, LAYERS, layer)
-    return result + vision_rules(config.vision)
+        result += layer_rules(f"{HF_LAYERS}.{layer}", LAYERS, layer)
+    return result + mtp_rules(config, layer_rules) + vision_rules(config.vision)
 
 
 def embedding_rules(config: Config) -> list[Rule]:

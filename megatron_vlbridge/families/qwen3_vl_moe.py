@@ -9,14 +9,16 @@ from megatron_vlbridge.config import Config
 from megatron_vlbridge.families import qwen3_vl
 from megatron_vlbridge.families.experts import ExpertForm, expert_rules, moe_layers
 from megatron_vlbridge.families.family import Family
+from megatron_vlbridge.families.mtp import mtp_rules
 from megatron_vlbridge.weights import Copy, Rule
 
 
-def rules(config: Config, experts: ExpertForm) -> list[Rule]:
+def rules(config: Config, experts: ExpertForm, mtp_experts: ExpertForm) -> list[Rule]:
     """All rules of a Qwen3-VL-MoE checkpoint, whose experts HF holds in the form `experts`.
 
-    Where some layers have experts and others a dense MLP, Megatron's names of the layers are `layers.0`, `layers.1` and
-    so on, otherwise the layers are stacked.
+    Those of the prediction layer, which always has experts, have a form of their own, `mtp_experts`. Where
+    some layers have experts and others a dense MLP, Megatron's names of the layers are `layers.0`, `layers.1` and so
+    on, otherwise the layers are stacked.
     """
     text, with_experts = config.text, moe_layers(config)
     stacked = len(with_experts) in (0, text.num_layers)
@@ -27,12 +29,23 @@ def rules(config: Config, experts: ExpertForm) -> list[Rule]:
         index = layer if stacked else None
         result += qwen3_vl.attention_rules(text, hf, to, index)
         if layer in with_experts:
-            norm = f"{hf}.post_attention_layernorm.weight", f"{to}.pre_mlp_layernorm.weight"
-            result.append(Copy(*norm, (text.hidden_size,), index))
-            result += expert_rules(config, experts, f"{hf}.mlp", f"{to}.mlp", index)
+            result += _sparse_rules(config, experts, hf, to, index)
         else:
             result += qwen3_vl.mlp_rules(text, hf, to, index)
-    return result + qwen3_vl.vision_rules(config.vision)
+
+    def mtp_layer(hf: str, to: str) -> list[Rule]:
+        return qwen3_vl.attention_rules(text, hf, to, None) + _sparse_rules(config, mtp_experts, hf, to, None)
+
+    return result + mtp_rules(config, mtp_layer) + qwen3_vl.vision_rules(config.vision)
+
+
+def _sparse_rules(config: Config, experts: ExpertForm, hf: str, to: str, layer: int | None) -> list[Rule]:
+    """The router and the experts of a decoder layer and the norm before them."""
+    norm = f"{hf}.post_attention_layernorm.weight", f"{to}.pre_mlp_layernorm.weight"
+    return [
+        Copy(*norm, (config.text.hidden_size,), layer),
+        *expert_rules(config, experts, f"{hf}.mlp", f"{to}.mlp", layer),
+    ]
 
 
 FAMILY = Family(

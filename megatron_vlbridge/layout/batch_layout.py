@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.layout.zigzag import zigzag_index
+from megatron_vlbridge.layout.zigzag import chunks, ramps
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,20 @@ class BatchLayout:
 
         int64 `[total / cp_size]`, on the CPU. The one index with which everything that has an axis of tokens is taken.
         """
-        lengths, padded = torch.tensor(self.lengths), torch.tensor(self.padded_lengths)
-        shift = (padded - lengths).cumsum(0) - (padded - lengths)
-        dense = torch.arange(sum(self.lengths))
-        sources = torch.full((self.total,), -1)
-        sources[dense + shift.repeat_interleave(lengths, output_size=len(dense))] = dense
-        return sources[zigzag_index(self.segments, self.cp_size, self.cp_rank)] if self.cp_size > 1 else sources
+        sources = torch.full((self.total // self.cp_size,), -1)
+        if self.cp_size == 1:
+            used = sum(self.lengths)
+            sources[:used] = torch.arange(used)
+            return sources
+        lengths = torch.tensor(self.lengths)
+        offsets, chunk = chunks(torch.tensor(self.padded_lengths), self.cp_size, self.cp_rank)
+        firsts = (lengths.cumsum(0) - lengths)[:, None] + offsets
+        held = (lengths[:, None] - offsets).clamp(min=0).minimum(chunk[:, None])
+        ends = chunk.repeat_interleave(2).cumsum(0).view(-1, 2)
+        sources[: int(ends[-1, -1])] = ramps(firsts.flatten(), chunk.repeat_interleave(2))
+        missing = chunk[:, None] - held
+        sources[ramps((ends - missing).flatten(), missing.flatten())] = -1
+        return sources
 
     @property
     def padding(self) -> int:

@@ -24,23 +24,44 @@ def zigzag_index(segments: tuple[int, ...], cp_size: int, cp_rank: int) -> torch
         tensor([ 0,  3,  4,  5, 10, 11])
     """
     check_divisible(segments, cp_size)
-    chunk = torch.tensor(segments) // (2 * cp_size)
-    starts = torch.tensor(segments).cumsum(0) - torch.tensor(segments)
-    # Each segment gives two runs of `chunk` tokens; this rank's token i of a run is its first plus i.
-    firsts = torch.stack((starts + cp_rank * chunk, starts + (2 * cp_size - 1 - cp_rank) * chunk), dim=1).flatten()
-    sizes = chunk.repeat_interleave(2)
-    total = int(sizes.sum())
-    before = sizes.cumsum(0) - sizes
-    return torch.arange(total) + (firsts - before).repeat_interleave(sizes, output_size=total)
+    lengths = torch.tensor(segments)
+    offsets, chunk = chunks(lengths, cp_size, cp_rank)
+    starts = lengths.cumsum(0) - lengths
+    sizes = chunk[:, None].expand(offsets.shape)
+    return ramps((starts[:, None] + offsets).flatten(), sizes.flatten(), sum(segments) // cp_size)
 
 
 @lru_cache(maxsize=16)
 def pack_order(segments: tuple[int, ...], cp_size: int) -> torch.Tensor:
     """Where each token of the pack is when the ranks' tokens stand one rank behind the other: int64 `[T]`."""
-    gathered = torch.cat([zigzag_index(segments, cp_size, rank) for rank in range(cp_size)])
-    order = torch.empty_like(gathered)
-    order[gathered] = torch.arange(len(gathered))
-    return order
+    check_divisible(segments, cp_size)
+    lengths = torch.tensor(segments)
+    chunk, starts = lengths // (2 * cp_size), (lengths.cumsum(0) - lengths) // cp_size
+    # A rank holds of each segment a chunk of the first half, in rank order, and behind it one of the second half.
+    ranks = torch.arange(cp_size) * (sum(segments) // cp_size)
+    firsts = torch.cat((starts[:, None] + ranks, (starts + chunk)[:, None] + ranks.flip(0)), dim=1)
+    sizes = chunk[:, None].expand(firsts.shape)
+    return ramps(firsts.flatten(), sizes.flatten(), sum(segments))
+
+
+def chunks(lengths: torch.Tensor, cp_size: int, cp_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where this rank's two chunks of each segment begin in it, int64 `[n, 2]`, and how long each is, int64 `[n]`."""
+    chunk = lengths // (2 * cp_size)
+    return chunk[:, None] * torch.tensor([cp_rank, 2 * cp_size - 1 - cp_rank]), chunk
+
+
+def ramps(firsts: torch.Tensor, sizes: torch.Tensor, total: int | None = None) -> torch.Tensor:
+    """Runs of `sizes` `[n]` consecutive numbers that begin with `firsts` `[n]`, one behind the other: `[sum(sizes)]`.
+
+    On the device of its arguments, which is not asked for their sum where `total` tells it.
+
+    Example:
+        >>> ramps(torch.tensor([7, 0]), torch.tensor([2, 3]))
+        tensor([7, 8, 0, 1, 2])
+    """
+    before = sizes.cumsum(0) - sizes
+    shifts = (firsts - before).repeat_interleave(sizes, output_size=total)
+    return shifts.add_(torch.arange(len(shifts), device=shifts.device))
 
 
 def check_divisible(segments: Sequence[int], cp_size: int) -> None:

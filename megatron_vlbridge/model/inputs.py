@@ -10,6 +10,7 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.layout.frames import Frames, grids_of
 from megatron_vlbridge.layout.positions import mrope_positions
+from megatron_vlbridge.model.mtp_inputs import MtpInputs
 
 IGNORED = -100
 
@@ -30,6 +31,14 @@ class Media:
 
 
 @dataclass(frozen=True)
+class SequencePart:
+    """A tensor-parallel rank's part of the picture tokens: which of them, and their rows in its part of the tokens."""
+
+    features: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True)
 class PackedInputs:
     """One pack, ready for a pipeline stage. Every tensor that has an axis of tokens follows `layout`.
 
@@ -37,6 +46,8 @@ class PackedInputs:
     `vision_rows` `[N]`: the place in the pack of each token that the tower makes, in the tower's order; `labels`
     `[1, T]` and `loss_mask` `[1, T]` only where a loss is wanted. Under context parallelism T counts this rank's
     tokens, and `feature_rows` `[N]` says which of the tower's rows belong to its `vision_rows` (None: all, in order).
+    Under sequence parallelism `part` says which of these lie in this tensor-parallel rank's part. `mtp` is what a
+    prediction layer needs, where the checkpoint has one.
 
     Example:
         >>> inputs = PackedInputs.from_padded(batch["input_ids"], batch["attention_mask"], media, config)
@@ -51,6 +62,8 @@ class PackedInputs:
     labels: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
     feature_rows: torch.Tensor | None = None
+    part: SequencePart | None = None
+    mtp: MtpInputs | None = None
 
     @classmethod
     def from_pack(
@@ -68,12 +81,12 @@ class PackedInputs:
         """
         if tokens.shape != (1, layout.total):
             raise VLBridgeError(f"tokens of a pack are [1, {layout.total}], found {list(tokens.shape)}")
-        _refuse_outside_vocabulary("tokens", tokens[0], torch.ones_like(tokens[0], dtype=torch.bool), config)
+        refuse_outside_vocabulary("tokens", tokens[0], torch.ones_like(tokens[0], dtype=torch.bool), config)
         if labels is not None:
-            _refuse_outside_vocabulary("labels", labels[0], labels[0] != IGNORED, config)
+            refuse_outside_vocabulary("labels", labels[0], labels[0] != IGNORED, config)
             _refuse_labels_in_padding(labels[0], layout)
-        images, image_patches = _grids_and_patches("image", media.image_grid_thw, media.pixel_values, config)
-        videos, video_patches = _grids_and_patches("video", media.video_grid_thw, media.pixel_values_videos, config)
+        images, image_patches = grids_and_patches("image", media.image_grid_thw, media.pixel_values, config)
+        videos, video_patches = grids_and_patches("video", media.video_grid_thw, media.pixel_values_videos, config)
         position_ids = mrope_positions(
             tokens[0],
             layout.lengths,
@@ -95,6 +108,9 @@ class PackedInputs:
             vision_rows=torch.cat(places),
             labels=None if labels is None else labels.clamp(min=0),
             loss_mask=None if labels is None else (labels != IGNORED).float(),
+            mtp=MtpInputs.from_pack(tokens, labels, layout.lengths, filler_token(config), IGNORED)
+            if config.text.num_mtp_layers
+            else None,
         )
 
     @classmethod
@@ -122,29 +138,53 @@ class PackedInputs:
             return self
         layout = self.layout.context_parallel(cp_size, cp_rank)
         sources = layout.sources
-        features = torch.full((self.layout.total,), -1)
-        features[self.vision_rows] = torch.arange(len(self.vision_rows))
-        mine = take(features, sources, -1)
-        places = (mine >= 0).nonzero().flatten()
+        vision_rows, feature_rows = taken_rows(self.vision_rows, sources, layout.total)
         return replace(
             self,
             layout=layout,
             tokens=take(self.tokens, sources, filler_token(config)),
             position_ids=take(self.position_ids, sources, 0),
-            vision_rows=places,
-            feature_rows=mine[places],
+            vision_rows=vision_rows,
+            feature_rows=feature_rows,
             labels=None if self.labels is None else take(self.labels, sources, 0),
             loss_mask=None if self.loss_mask is None else take(self.loss_mask, sources, 0),
+            mtp=self.mtp
+            and replace(
+                self.mtp,
+                tokens=take(self.mtp.tokens, sources, filler_token(config)),
+                labels=None if self.mtp.labels is None else take(self.mtp.labels, sources, 0),
+                weights=None if self.mtp.weights is None else take(self.mtp.weights, sources, 0),
+            ),
         )
+
+    def sequence_parallel(self, size: int, rank: int) -> "PackedInputs":
+        """The same pack, knowing which picture tokens lie in the part of tensor-parallel rank `rank` of `size`."""
+        tokens = self.tokens.shape[1] // size
+        rows = self.vision_rows - rank * tokens
+        mine = ((rows >= 0) & (rows < tokens)).nonzero().flatten()
+        return replace(self, part=SequencePart(mine, rows[mine]))
+
+    @property
+    def deepstack_rows(self) -> torch.Tensor:
+        """The rows of this rank's hidden states that hold picture tokens."""
+        return self.vision_rows if self.part is None else self.part.rows
 
     def to(self, device: torch.device) -> "PackedInputs":
         """The same pack with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+        return replace(
+            self,
+            **_moved(self, device),
+            part=self.part and replace(self.part, **_moved(self.part, device)),
+            mtp=self.mtp and replace(self.mtp, **_moved(self.mtp, device)),
+        )
+
+
+def _moved(tensors: object, device: torch.device) -> dict[str, Any]:
+    return {
+        name: value.to(device, non_blocking=True)
+        for name, value in vars(tensors).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def take(row: torch.Tensor, sources: torch.Tensor, fill: float) -> torch.Tensor:
@@ -153,12 +193,21 @@ def take(row: torch.Tensor, sources: torch.Tensor, fill: float) -> torch.Tensor:
     return taken.masked_fill(sources < 0, fill)
 
 
+def taken_rows(rows: torch.Tensor, sources: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the places `rows` `[n]` of a pack of `total` tokens stand in `sources`, and which of the n they are."""
+    numbers = torch.full((total,), -1)
+    numbers[rows] = torch.arange(len(rows))
+    mine = take(numbers, sources, -1)
+    places = (mine >= 0).nonzero().flatten()
+    return places, mine[places]
+
+
 def filler_token(config: Config) -> int:
     """A token id for padding that is no placeholder."""
     return next(i for i in range(3) if i not in (config.image_token_id, config.video_token_id))
 
 
-def _refuse_outside_vocabulary(what: str, ids: torch.Tensor, used: torch.Tensor, config: Config) -> None:
+def refuse_outside_vocabulary(what: str, ids: torch.Tensor, used: torch.Tensor, config: Config) -> None:
     """A tensor-parallel embedding or loss would take such an id for zeros, without a word."""
     bad = (used & ((ids < 0) | (ids >= config.text.vocab_size))).nonzero().flatten()
     if len(bad):
@@ -178,9 +227,10 @@ def _refuse_labels_in_padding(labels: torch.Tensor, layout: BatchLayout) -> None
         )
 
 
-def _grids_and_patches(
+def grids_and_patches(
     kind: str, grid_thw: torch.Tensor | None, patches: torch.Tensor | None, config: Config
 ) -> tuple[tuple[tuple[int, int, int], ...], torch.Tensor]:
+    """The grids of one kind on the host, and its patches (fp32); refused where they do not fit each other."""
     if grid_thw is not None and (grid_thw.shape[1:] != (3,) or grid_thw.is_floating_point()):
         raise VLBridgeError(
             f"{kind} grids are int64 [n, 3] (frames, height, width in patches), "

@@ -1,10 +1,10 @@
 """The language model: Megatron's GPT with interleaved MRoPE and deepstack."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -12,27 +12,33 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from megatron_vlbridge.config import Config
+from megatron_vlbridge.model.mtp import PredictingModel, prediction_spec
 from megatron_vlbridge.model.rope import inverse_frequencies, mrope_axes, rotary_table
 from megatron_vlbridge.model.specs import block_spec, layer_spec
 
 
 class DeepstackLayer(TransformerLayer):
-    """A decoder layer k that adds `context[k]` to its output, where `context` holds a row for it.
+    """A decoder layer k < `levels` that adds deepstack features of level k to the picture tokens of its output.
 
-    `context` `[levels, s, 1, H]` carries the deepstack features through Megatron's block, which hands it from layer to
-    layer and through activation recomputation. Megatron uses it for cross-attention, which this model has not.
+    `context` `[rest, n, 1, H]` carries the features of the last `rest` levels through Megatron's block, which hands it
+    from layer to layer and through activation recomputation; `PackedSegments.vision_rows` `[n]` says to which rows they
+    belong. Megatron uses `context` for cross-attention, which this model has not.
     """
+
+    def __init__(self, *args: Any, levels: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.levels = levels
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Same as Megatron's, see there."""
         hidden_states, context = super().forward(*args, **kwargs)
-        level = self.layer_number - 1
-        if context is not None and level < context.shape[0]:
-            hidden_states = hidden_states + context[level]
+        if context is not None and self.layer_number <= self.levels:
+            features = context[self.layer_number - 1 - self.levels]
+            hidden_states = hidden_states.index_add(0, kwargs["packed_seq_params"].vision_rows, features)
         return hidden_states, context
 
 
-class LanguageModel(GPTModel):
+class LanguageModel(PredictingModel):
     """Megatron's `GPTModel` whose positions are `[3, 1, T]` (time, row, column) and whose layers take deepstack rows.
 
     All that depends on `GPTModel` stands in this class.
@@ -53,13 +59,17 @@ class LanguageModel(GPTModel):
         pp_rank = pg_collection.pp.rank()
         first = get_transformer_layer_offset(config, vp_stage, pp_rank)
         moe = checkpoint.text.moe
+        levels = len(checkpoint.vision.deepstack_visual_indexes)
         layers = [
-            layer_spec(
-                backend,
-                config,
-                AttnMaskType.causal,
-                layer=DeepstackLayer,
-                experts=moe is not None and moe.is_moe_layer(number),
+            replace(
+                layer_spec(
+                    backend,
+                    config,
+                    AttnMaskType.causal,
+                    layer=DeepstackLayer,
+                    experts=moe is not None and moe.is_moe_layer(number),
+                ),
+                params={"levels": levels},
             )
             for number in range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
         ]
@@ -75,6 +85,7 @@ class LanguageModel(GPTModel):
             position_embedding_type="none",
             # Pictures are put into the whole embeddings, which are scattered afterwards.
             scatter_embedding_sequence_parallel=False,
+            mtp_block_spec=prediction_spec(backend, config, checkpoint),
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
@@ -86,6 +97,13 @@ class LanguageModel(GPTModel):
         frequencies = inverse_frequencies(self.text.head_dim // 2, self.text.rope_theta, position_ids.device)
         table = rotary_table(position_ids[:, 0], mrope_axes(self.text.mrope_section), frequencies)
         return (decoder_input, table, *rest)
+
+    def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Megatron's postprocessing; deepstack features that later layers take go on behind the hidden states."""
+        context = (kwargs.pop("extra_block_kwargs") or {}).get("context")
+        output = super()._postprocess(hidden_states, **kwargs)
+        rest = None if context is None else context[len(self.decoder.layers) :]
+        return output if rest is None or not len(rest) else torch.cat((output, rest.flatten(0, 1)))
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Megatron's loss `[b, s]` of `logits` `[s, b, V / tp]`, without the columns that only pad the vocabulary.

@@ -34,7 +34,9 @@ def rotary_table(positions: torch.Tensor, axes: Sequence[int], frequencies: torc
     Takes `positions` `[axes, T]`, the axis of each frequency, and the frequencies `[len(axes)]`. The table is made in
     fp32 for every batch and is no buffer of a module, so that no cast of the model's weights can round it.
     """
-    angles = positions[list(axes)].T.float() * frequencies
+    # Indexing with a list would wait until the list has come to the device.
+    which = torch.tensor(axes).to(positions.device, non_blocking=True)
+    angles = positions[which].T.float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None]
     return torch.stack((angles.cos(), angles.sin()))
 

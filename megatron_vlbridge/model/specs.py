@@ -1,5 +1,9 @@
 """Layer specs: which Megatron modules make a layer, with the kernels of a backend."""
 
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -12,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_vlbridge.model.attention import RotarySelfAttention
+from megatron_vlbridge.model.router import PackRouter
 
 # Backends that fuse the norms into the linears name them there; checkpoints use those names for every backend.
 _FUSED_NORM_NAMES = {
@@ -49,9 +54,7 @@ def layer_spec(
             self_attn_bda=get_bias_dropout_add,
             # No linear follows this norm directly where there are experts.
             pre_mlp_layernorm=backend.layer_norm(rms_norm=rms_norm) if experts else norm,
-            mlp=get_mlp_module_spec_for_backend(
-                backend, config.num_moe_experts if experts else None, config.moe_grouped_gemm
-            ),
+            mlp=_expert_spec(backend, config) if experts else get_mlp_module_spec_for_backend(backend),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={
                 ours: fused_name
@@ -60,6 +63,13 @@ def layer_spec(
             },
         ),
     )
+
+
+def _expert_spec(backend: BackendSpecProvider, config: TransformerConfig) -> Any:
+    """Megatron's experts behind a :class:`PackRouter`."""
+    # A backend that has grouped experts uses them; the checkpoint is the same.
+    spec = get_mlp_module_spec_for_backend(backend, config.num_moe_experts, moe_grouped_gemm=True)
+    return partial(spec, submodules=replace(spec.keywords["submodules"], router=PackRouter))
 
 
 def block_spec(

@@ -5,9 +5,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlbridge.config import Config
+from megatron_vlbridge.errors import VLBridgeError
 
 gelu_tanh = partial(torch.nn.functional.gelu, approximate="tanh")
 
@@ -44,6 +47,7 @@ def language_fields(config: Config) -> dict[str, Any]:
             "add_bias_linear": False,
             "add_qkv_bias": False,
             "init_method_std": text.initializer_range,
+            "mtp_num_layers": text.num_mtp_layers or None,
         }
     )
 
@@ -94,6 +98,7 @@ def vision_fields(config: Config) -> dict[str, Any]:
         "pipeline_model_parallel_layout": None,
         "num_layers_in_first_pipeline_stage": None,
         "num_layers_in_last_pipeline_stage": None,
+        "variable_seq_lengths": False,
         "context_parallel_size": 1,
         "mtp_num_layers": None,
         "num_moe_experts": None,
@@ -110,7 +115,37 @@ def language_config(config: Config, base: TransformerConfig | None = None, **ove
     Example:
         >>> language_config(read_config("Qwen3-VL-2B-Instruct"), tensor_model_parallel_size=2)
     """
-    return _over(base, language_fields(config) | overrides)
+    asked = 0 if base is None else base.mtp_num_layers or 0
+    if asked not in (0, config.text.num_mtp_layers):
+        raise VLBridgeError(
+            f"mtp_num_layers: expected {config.text.num_mtp_layers}, as the checkpoint's config says, found {asked}. "
+            "Leave it out: it is read from the checkpoint"
+        )
+    built = _over(base, language_fields(config) | overrides)
+    if deepstack_travels(built, config):
+        if config.text.moe is not None and built.moe_token_dispatcher_type == "allgather":
+            raise VLBridgeError(
+                "the layers that take deepstack features lie on several pipeline stages, which needs hidden states of "
+                "changing length, and Megatron's all-gather dispatcher of tokens to experts takes none. "
+                "Use --moe-token-dispatcher-type alltoall, or give the first stage "
+                f"{len(config.vision.deepstack_visual_indexes)} layers"
+            )
+        built.variable_seq_lengths = True
+        if config.text.moe is None:
+            # Megatron asks for it all the same.
+            built.moe_token_dispatcher_type = "alltoall"
+    return built
+
+
+def deepstack_travels(language: TransformerConfig, config: Config) -> bool:
+    """Whether layers that take deepstack features lie behind the first (virtual) pipeline stage."""
+    if language.pipeline_model_parallel_size == 1:
+        return False
+    if language.pipeline_model_parallel_layout is not None:
+        first = language.pipeline_model_parallel_layout.layout[0][0].count(LayerType.decoder)
+    else:
+        first = get_num_layers_to_build(language, vp_stage=0, pp_rank=0)
+    return bool(first < len(config.vision.deepstack_visual_indexes))
 
 
 def vision_config(config: Config, language: TransformerConfig) -> TransformerConfig:

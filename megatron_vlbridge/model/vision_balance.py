@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from megatron_vlbridge.layout.balance import frame_work, share_out
 from megatron_vlbridge.layout.frames import Frames
+from megatron_vlbridge.layout.zigzag import ramps
 from megatron_vlbridge.model.vision import VisionModel
 
 
@@ -26,23 +27,26 @@ def balanced_features(
     area, side = tower.vision.merge_area, tower.vision.spatial_merge_size
     if mine:
         pieces = patches.split(list(sizes))
-        own = Frames(tuple(frames.singles[number] for number in mine), frames.merge_size)
+        singles = frames.singles
+        own = Frames(tuple(singles[number] for number in mine), frames.merge_size)
         features = tower(torch.cat([pieces[number] for number in mine]), own)
     else:
         features = tower(patches.new_zeros(area, patches.shape[1]), Frames(((1, side, side),), side))
     longest = max(1, *(sum(sizes[number] for number in share) // area for share in shares))
     rows = pad(features.transpose(0, 1), (0, 0, 0, 0, 0, longest - features.shape[1])).contiguous()
     gathered = gather_from_sequence_parallel_region(rows, group=group)
-    return gathered[_order(sizes, shares, area, longest).to(gathered.device)].transpose(0, 1)
+    return gathered[_order(sizes, shares, area, longest, gathered.device)].transpose(0, 1)
 
 
-def _order(sizes: tuple[int, ...], shares: tuple[tuple[int, ...], ...], area: int, longest: int) -> torch.Tensor:
+def _order(
+    sizes: tuple[int, ...], shares: tuple[tuple[int, ...], ...], area: int, longest: int, device: torch.device
+) -> torch.Tensor:
     """Where the tokens of each frame, in the batch's order, stand in the ranks' gathered rows: int64 `[N]`."""
+    tokens = [size // area for size in sizes]
     firsts: dict[int, int] = {}
     for rank, share in enumerate(shares):
-        before = accumulate((sizes[number] // area for number in share), initial=0)
+        before = accumulate((tokens[number] for number in share), initial=0)
         firsts |= {number: rank * longest + start for number, start in zip(share, before, strict=False)}
-    tokens = torch.tensor([size // area for size in sizes])
-    starts = torch.tensor([firsts[number] for number in range(len(sizes))]) - (tokens.cumsum(0) - tokens)
-    total = int(tokens.sum())
-    return torch.arange(total) + starts.repeat_interleave(tokens, output_size=total)
+    runs = torch.tensor([[firsts[number], count] for number, count in enumerate(tokens)])
+    starts, counts = runs.to(device, non_blocking=True).T
+    return ramps(starts, counts, total=sum(tokens))

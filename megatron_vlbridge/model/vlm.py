@@ -1,27 +1,34 @@
 """Qwen3-VL on Megatron-Core."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.multi_token_prediction import get_mtp_layer_offset
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_vlbridge.backends.packed import PackedSegments, packed_segments
 from megatron_vlbridge.backends.select import spec_provider
+from megatron_vlbridge.backends.te import without_extra_states
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.layout.frames import Frames
 from megatron_vlbridge.layout.zigzag import pack_order
 from megatron_vlbridge.model.inputs import Media, PackedInputs
 from megatron_vlbridge.model.language import LanguageModel
 from megatron_vlbridge.model.recompute import recomputable
-from megatron_vlbridge.model.transformer_config import vision_config
+from megatron_vlbridge.model.sharded import Row, row_inputs
+from megatron_vlbridge.model.transformer_config import deepstack_travels, vision_config
 from megatron_vlbridge.model.vision import VisionModel
 from megatron_vlbridge.model.vision_balance import balanced_features
 
@@ -35,6 +42,7 @@ class Qwen3VLModel(MegatronModule):
         vocab_size: rows of the embedding, where the vocabulary is padded (default: the checkpoint's).
         pre_process, post_process, vp_stage: this stage's part, as Megatron's pretrain gives them.
         balance_vision: share the tower's frames out over the context-parallel ranks; else each rank runs all of them.
+        seq_length: what pipeline stages send each other is of this length; a pack of another is refused.
         parallel_output: leave the logits split over the tensor-parallel ranks.
         backend: which kernels (default: the CPU's where the CPU runtime is enabled, else Transformer Engine).
 
@@ -56,6 +64,7 @@ class Qwen3VLModel(MegatronModule):
         vp_stage: int | None = None,
         parallel_output: bool = True,
         balance_vision: bool = True,
+        seq_length: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         backend: BackendSpecProvider | None = None,
     ) -> None:
@@ -63,7 +72,10 @@ class Qwen3VLModel(MegatronModule):
         backend = backend or spec_provider()
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.checkpoint = checkpoint
-        self.balance_vision = balance_vision
+        self._levels = len(checkpoint.vision.deepstack_visual_indexes)
+        self._first_layer = get_transformer_layer_offset(config, vp_stage, self.pg_collection.pp.rank())
+        self._received: torch.Tensor | None = None
+        self.balance_vision, self.seq_length = balance_vision, seq_length
         # Megatron's schedules, DDP and gradient finalisation look for these names.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
@@ -79,7 +91,7 @@ class Qwen3VLModel(MegatronModule):
             parallel_output=parallel_output,
             vp_stage=vp_stage,
         )
-        self._refuse_deepstack_on_a_later_stage()
+        self._refuse_deepstack_that_cannot_travel()
         if pre_process:
             self.vision_model = VisionModel(vision_config(checkpoint, config), checkpoint, backend, self.pg_collection)
 
@@ -94,6 +106,9 @@ class Qwen3VLModel(MegatronModule):
         video_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         inputs: PackedInputs | None = None,
+        cu_seqlens: Sequence[int] | torch.Tensor | None = None,
+        lengths: Sequence[int] | torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
         """Logits, or the loss of each token where there are labels.
 
@@ -103,20 +118,40 @@ class Qwen3VLModel(MegatronModule):
         `mm_token_type_ids` `[B, S]` (1 image, 2 video) is only checked.
         A stage without the head gives hidden states `[T, 1, H]` for the next one.
 
+        With `cu_seqlens` (of the whole pack, padding included; `lengths` without it) or Megatron's `packed_seq_params`,
+        `input_ids` and `labels` are a packed row `[1, T]`: the whole pack, or under context parallelism this rank's
+        zigzag part of it, in which case the output is that of its part too. Every rank takes all media.
+
         Raises:
             VLBridgeError: where the parts of the batch do not fit each other.
         """
         batch = (input_ids, attention_mask, labels, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        if (inputs is None) == (input_ids is None) or (inputs is not None and any(x is not None for x in batch)):
+        rest = (*batch, cu_seqlens, packed_seq_params)
+        if (inputs is None) == (input_ids is None) or (inputs is not None and any(x is not None for x in rest)):
             raise VLBridgeError(
                 "Qwen3VLModel takes either input_ids [B, S] and what belongs to them, or a pack as `inputs`"
             )
         if inputs is not None:
             return self._forward_pack(inputs)
+        if packed_seq_params is not None and cu_seqlens is None:
+            cu_seqlens, lengths = _bounds_of(packed_seq_params)
+        if cu_seqlens is not None:
+            return self._forward_row(batch, cu_seqlens, lengths, mm_token_type_ids)
+        return self._forward_padded(batch, mm_token_type_ids)
+
+    def _forward_padded(
+        self, batch: Sequence[torch.Tensor | None], mm_token_type_ids: torch.Tensor | None
+    ) -> torch.Tensor:
         if self.config.context_parallel_size > 1:
             raise VLBridgeError(
                 f"a padded [B, S] batch is not offered under context parallelism (size "
-                f"{self.config.context_parallel_size}): no rank would hold whole rows. Give a pack as `inputs`"
+                f"{self.config.context_parallel_size}): no rank would hold whole rows. Give a packed row with "
+                "`cu_seqlens`, or a pack as `inputs`"
+            )
+        if self.config.pipeline_model_parallel_size > 1 and not self.config.variable_seq_lengths:
+            raise VLBridgeError(
+                "a padded [B, S] batch has as many rows as its conversations have tokens, so pipeline stages send each "
+                "other tensors of changing length; set variable_seq_lengths (--variable-seq-lengths)"
             )
         # A pack is made on the host, which has to know its lengths and grids.
         ids, mask, labels, *media = (None if x is None else x.cpu() for x in batch)
@@ -127,6 +162,24 @@ class Qwen3VLModel(MegatronModule):
         output = self._forward_pack(pack.to(next(self.parameters()).device))
         return pack.layout.unpack(output) if self.post_process else output
 
+    def _forward_row(
+        self,
+        batch: Sequence[torch.Tensor | None],
+        cu_seqlens: Sequence[int] | torch.Tensor,
+        lengths: Sequence[int] | torch.Tensor | None,
+        mm_token_type_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ids, mask, labels, *media = (None if x is None else x.cpu() for x in batch)
+        assert ids is not None
+        if mask is not None or mm_token_type_ids is not None:
+            raise VLBridgeError(
+                "a packed row (cu_seqlens) has neither attention_mask nor mm_token_type_ids: `lengths` says what is "
+                "padding, and the placeholders what is a picture"
+            )
+        row = Row(ids, cu_seqlens, Media(*media), labels, lengths)
+        inputs = row_inputs(row, self.checkpoint, self.pg_collection.cp)
+        return self._forward_pack(self._sequence_parallel(inputs).to(next(self.parameters()).device))
+
     def _forward_pack(self, inputs: PackedInputs) -> torch.Tensor:
         tp_size = self.pg_collection.tp.size()
         if self.config.sequence_parallel and inputs.tokens.shape[1] % tp_size:
@@ -135,18 +188,24 @@ class Qwen3VLModel(MegatronModule):
                 f"{inputs.layout.total} (context-parallel size {inputs.layout.cp_size}) in {tp_size} equal parts; "
                 f"use a sequence length that is a multiple of {tp_size * inputs.layout.cp_size}"
             )
-        embeddings = deepstack = None
-        if self.pre_process:
-            embeddings, deepstack = self._embed(inputs)
-            embeddings = recomputable(embeddings, self.language_model.decoder)
+        fixed = self.config.pipeline_model_parallel_size > 1 and not self.config.variable_seq_lengths
+        if fixed and self.seq_length not in (None, inputs.layout.total):
+            raise VLBridgeError(
+                f"the pack has {inputs.layout.total} tokens, but the pipeline stages send each other "
+                f"{self.seq_length} (--seq-length); make all packs as long, or set variable_seq_lengths"
+            )
+        inputs = self._sequence_parallel(inputs)
+        embeddings, deepstack = self._embed(inputs) if self.pre_process else (None, self._split_received(inputs))
         output = self.language_model(
             inputs.tokens,
             inputs.position_ids,
             attention_mask=None,
             decoder_input=embeddings,
             labels=inputs.labels,
-            packed_seq_params=self._packed(inputs.layout, inputs.tokens.device),
+            packed_seq_params=self._packed(inputs),
+            padding_mask=self._padding(inputs),
             extra_block_kwargs=None if deepstack is None else {"context": deepstack},
+            output_processor_context=inputs.mtp,
         )
         if self.post_process and inputs.labels is not None:
             assert inputs.loss_mask is not None
@@ -154,18 +213,40 @@ class Qwen3VLModel(MegatronModule):
         return output
 
     def _embed(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token embeddings with the pictures in place `[s, 1, H]`, and the deepstack rows `[levels, s, 1, H]`."""
+        """Token embeddings `[s, 1, H]` with pictures in place, and this rank's deepstack rows `[levels, n, 1, H]`."""
         words = self.language_model.embedding(input_ids=inputs.tokens, position_ids=None)
+        decoder = self.language_model.decoder
         if not inputs.frames.grids:
-            return self._scatter(words + self._silent_tower(words)), None
+            silent = self._scatter(words + self._silent_tower(words))
+            return recomputable(silent, decoder), words.new_zeros(self._levels, 0, *words.shape[1:])
         features = self._features(inputs).to(words.dtype)[:, :, None]
         if inputs.feature_rows is not None:
             features = features[:, inputs.feature_rows]
         embeddings = self._scatter(words.index_copy(0, inputs.vision_rows, features[0]))
-        if len(features) == 1:
-            return embeddings, None
-        levels = words.new_zeros((len(features) - 1, *words.shape)).index_copy(1, inputs.vision_rows, features[1:])
-        return embeddings, torch.stack([self._scatter(level) for level in levels])
+        levels = features[1:]
+        if inputs.part is not None:
+            # Each rank adds a part of the rows, so their gradient is summed over the ranks.
+            levels = copy_to_tensor_model_parallel_region(levels, group=self.pg_collection.tp)[:, inputs.part.features]
+        return recomputable(embeddings, decoder), levels
+
+    def _split_received(self, inputs: PackedInputs) -> torch.Tensor:
+        """The deepstack rows `[rest, n, 1, H]` behind the hidden states that the previous stage sent."""
+        received, self._received = self._received, None
+        if received is None:
+            raise VLBridgeError("a stage without embeddings needs the hidden states of the previous one")
+        tokens = inputs.tokens.shape[1] // (1 if inputs.part is None else self.pg_collection.tp.size())
+        # Behind the stage of the prediction layer its output follows that of the decoder.
+        tokens *= 1 + get_mtp_layer_offset(self.config, self.vp_stage)
+        rest = max(0, self._levels - self._first_layer)
+        pictures = len(inputs.deepstack_rows)
+        if received.shape[0] != tokens + rest * pictures:
+            raise VLBridgeError(
+                f"pipeline stage {self.pg_collection.pp.rank()} received {received.shape[0]} rows, expected {tokens} "
+                f"tokens and {rest} x {pictures} rows of deepstack features. Do all stages read the same packs, "
+                "and have these the --seq-length that the schedule was told?"
+            )
+        self.language_model.set_input_tensor(received[:tokens])
+        return received[tokens:].view(rest, pictures, *received.shape[1:])
 
     def _features(self, inputs: PackedInputs) -> torch.Tensor:
         if self.pg_collection.cp.size() > 1 and self.balance_vision:
@@ -184,9 +265,24 @@ class Qwen3VLModel(MegatronModule):
         blank = torch.zeros(side**2, vision.patch_dim, device=words.device)
         return self.vision_model(blank, Frames(((1, side, side),), side)).sum().to(words.dtype) * 0.0
 
-    def _packed(self, layout: BatchLayout, device: torch.device) -> PackedSegments:
+    def _packed(self, inputs: PackedInputs) -> PackedSegments:
+        layout = inputs.layout
         order = pack_order(layout.segments, layout.cp_size) if layout.cp_size > 1 else None
-        return packed_segments(layout.segments, device, order)
+        return packed_segments(layout.segments, inputs.tokens.device, order, inputs.deepstack_rows)
+
+    def _padding(self, inputs: PackedInputs) -> torch.Tensor | None:
+        """`[1, s]`: which of this rank's rows are padding, where the router has a loss that must not count them."""
+        if not (self.config.moe_aux_loss_coeff or self.config.moe_z_loss_coeff):
+            return None
+        padding = inputs.layout.sources < 0
+        if self.config.sequence_parallel:
+            padding = padding.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
+        return padding[None].to(inputs.tokens.device, non_blocking=True)
+
+    def _sequence_parallel(self, inputs: PackedInputs) -> PackedInputs:
+        if not self.config.sequence_parallel or inputs.part is not None:
+            return inputs
+        return inputs.sequence_parallel(self.pg_collection.tp.size(), self.pg_collection.tp.rank())
 
     def _scatter(self, rows: torch.Tensor) -> torch.Tensor:
         """`[T, 1, H]` -> this rank's part under sequence parallelism, else unchanged."""
@@ -204,21 +300,31 @@ class Qwen3VLModel(MegatronModule):
                 f"input_ids {list(ids.shape)}, found another table {list(mm_token_type_ids.shape)}"
             )
 
-    def _refuse_deepstack_on_a_later_stage(self) -> None:
-        levels = len(self.checkpoint.vision.deepstack_visual_indexes)
-        layers = get_num_layers_to_build(self.config, vp_stage=0, pp_rank=0)
-        if layers < levels:
+    def _refuse_deepstack_that_cannot_travel(self) -> None:
+        if deepstack_travels(self.config, self.checkpoint) and not self.config.variable_seq_lengths:
             raise VLBridgeError(
-                f"the first {levels} decoder layers take deepstack features and must lie on the first pipeline stage, "
-                f"which holds {layers} of {self.config.num_layers} layers "
-                f"(pipeline size {self.config.pipeline_model_parallel_size}). Use fewer stages, or give the first one "
-                f"at least {levels} layers (num_layers_in_first_pipeline_stage)"
+                f"the first {self._levels} decoder layers take deepstack features and lie on several pipeline stages, "
+                "so these send each other rows of changing number, which needs variable_seq_lengths. "
+                "Make the model's config with language_config, which sets it"
             )
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's, see there; the same entries on every backend."""
+        return without_extra_states(super().sharded_state_dict(*args, **kwargs))
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Megatron's schedules hand over the previous stage's output here."""
-        self.language_model.set_input_tensor(input_tensor)
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor:
         """The tied weight of this stage, whose gradient Megatron adds up over the first and the last stage."""
         return self.language_model.shared_embedding_or_output_weight()
+
+
+def _bounds_of(params: PackedSeqParams) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`cu_seqlens` with padding, and the lengths without where there is any, of Megatron's parameters of a pack."""
+    if params.cu_seqlens_q is None:
+        raise VLBridgeError("packed_seq_params has no cu_seqlens_q; a packed row needs where its segments end")
+    if params.cu_seqlens_q_padded is None:
+        return params.cu_seqlens_q, None
+    return params.cu_seqlens_q_padded, params.cu_seqlens_q.diff()

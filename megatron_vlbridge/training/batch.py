@@ -34,6 +34,7 @@ def next_inputs(
     *,
     pre_process: bool,
     post_process: bool,
+    sequence_parallel: bool = False,
 ) -> PackedInputs:
     """The next pack, for one pipeline stage, the same on all ranks of its tensor-parallel group.
 
@@ -58,6 +59,9 @@ def next_inputs(
     if failure is not None:
         raise failure
     assert inputs is not None
+    if sequence_parallel:
+        # Before the move: the number of rows is known without asking the device.
+        inputs = inputs.sequence_parallel(pg_collection.tp.size(), pg_collection.tp.rank())
     return inputs.to(device)
 
 
@@ -115,7 +119,7 @@ def _for_stage(inputs: PackedInputs, pre_process: bool, post_process: bool) -> P
     if not pre_process:
         inputs = replace(inputs, patches=inputs.patches[:0])
     if not post_process:
-        inputs = replace(inputs, labels=None)
+        inputs = replace(inputs, labels=None, mtp=inputs.mtp and inputs.mtp.without_labels())
     return inputs
 
 

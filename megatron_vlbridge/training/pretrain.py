@@ -25,13 +25,25 @@ from megatron_vlbridge.backends import cpu_runtime
 from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model.mtp import embedding_ranks
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.guards import check_layout
 from megatron_vlbridge.training.step import vlm_step
 
 # Arguments of the architecture that are None in Megatron unless somebody gave them.
-_NO_DEFAULT = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "vocab_size")
+_NO_DEFAULT = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "vocab_size",
+    "mtp_num_layers",
+)
+
+# This rank's virtual stages, while Megatron has them built one by one.
+_chunks: list[Qwen3VLModel] = []
 
 # What Megatron would fuse with kernels that only a GPU has.
 _CPU_ARGUMENTS = {
@@ -57,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--valid-conversations", help="the same, for evaluation")
     group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
     group.add_argument("--no-vision-balance", action="store_true", help="each context-parallel rank runs all frames")
+    group.add_argument(
+        "--allow-unproved-combination", action="store_true", help="run dimensions together that no test runs together"
+    )
     group.add_argument("--cpu", action="store_true", help="run on CPU processes over gloo")
     return parser
 
@@ -111,7 +126,7 @@ def model_provider(
     args = get_args()
     checkpoint = read_config(args.hf_folder)
     transformer_config = language_config(checkpoint, config or core_transformer_config_from_args(args))
-    check_layout(transformer_config, checkpoint)
+    check_layout(transformer_config, checkpoint, any_combination=args.allow_unproved_combination)
     model = Qwen3VLModel(
         transformer_config,
         checkpoint,
@@ -120,11 +135,22 @@ def model_provider(
         post_process=post_process,
         vp_stage=vp_stage,
         balance_vision=not args.no_vision_balance,
+        seq_length=args.seq_length,
         pg_collection=pg_collection,
     )
     if args.hf_weights and not (args.load and checkpoint_exists(args.load)):
-        load_hf_weights(model, args.hf_folder)
+        _load_when_complete(model, vp_stage, args)
     return model
+
+
+def _load_when_complete(model: Qwen3VLModel, vp_stage: int | None, args: argparse.Namespace) -> None:
+    """Fill this rank's chunks when Megatron has built the last: only together they must hold every weight."""
+    if not vp_stage:
+        _chunks.clear()
+    _chunks.append(model)
+    if len(_chunks) == (args.virtual_pipeline_model_parallel_size or 1):
+        load_hf_weights(_chunks, args.hf_folder)
+        _chunks.clear()
 
 
 def run(args: argparse.Namespace, dataset_provider: Callable[..., Any]) -> None:
@@ -143,7 +169,15 @@ def run(args: argparse.Namespace, dataset_provider: Callable[..., Any]) -> None:
         ModelType.encoder_or_decoder,
         vlm_step,
         model_provider,
+        get_embedding_ranks=_embedding_ranks,
     )
+
+
+def _embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """Which ranks of a pipeline hold the word embedding; Megatron asks when it makes its process groups."""
+    args = get_args()
+    tied = not args.untie_embeddings_and_output_weights
+    return embedding_ranks(pp_ranks, core_transformer_config_from_args(args), tied)
 
 
 def _architecture_arguments(config: Config) -> dict[str, Any]:
@@ -170,6 +204,7 @@ def _architecture_arguments(config: Config) -> dict[str, Any]:
         "calculate_per_token_loss": True,
         "tokenizer_type": "NullTokenizer",
         "vocab_size": text.vocab_size,
+        "mtp_num_layers": text.num_mtp_layers or None,
     }
 
 

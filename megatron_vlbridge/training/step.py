@@ -32,6 +32,7 @@ def vlm_step(
         stage.pg_collection,
         pre_process=stage.pre_process,
         post_process=stage.post_process,
+        sequence_parallel=stage.config.sequence_parallel,
     )
     assert inputs.loss_mask is not None
     return model(inputs=inputs), partial(token_loss, inputs.loss_mask)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from megatron_vlbridge.weights.regions import Move, Shape, check_exact_cover
 from megatron_vlbridge.weights.rules import RuleTable
 
 _SHOWN = 8
+_EXTRA = "extra Hugging Face tensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,16 @@ class _Misfits:
             if len(lines) > _SHOWN:
                 text.append(f"    and {len(lines) - _SHOWN} more")
         text.append("Use the config.json that belongs to these weights, and fetch damaged or missing files again.")
+        if _EXTRA in self.lines:
+            text.append("An import leaves extra tensors out where leave_out (--leave-out) names them.")
         raise VLBridgeError("\n".join(text))
 
 
 class Plan:
     """Two tables of tensors that the rules turn into each other, every number once.
 
-    `cast` permits a dtype that differs between the sides. `hf_source` and `megatron_source` name the folders in errors.
+    `cast` permits a dtype that differs between the sides; `widened` are the Megatron tensors that hold 16-bit numbers
+    as float32, as some of their layers or parts are. `hf_source` and `megatron_source` name the folders in errors.
     `notes` says in words what is not a plain move, such as padded rows that are cut.
 
     Raises VLBridgeError with all misfits, grouped: missing, extra, covered twice or not at all, of the wrong shape or
@@ -75,11 +79,15 @@ class Plan:
         megatron: TensorTable,
         *,
         cast: bool = False,
+        widened: Collection[str] = (),
         hf_source: str = "the Hugging Face side",
         megatron_source: str = "the Megatron side",
     ) -> None:
         self.table, self.hf, self.megatron = table, dict(hf), dict(megatron)
-        self.notes: list[str] = []
+        self.widened = widened
+        self.notes = [
+            f"{name}: float32, as some of its parts are; the others are in 16 bits" for name in sorted(widened)
+        ]
         misfits = _Misfits()
         self._check_cover(misfits)
         self._check_side(misfits, "Hugging Face", self.hf, table.hf_shapes, frozenset())
@@ -107,7 +115,10 @@ class Plan:
         for name in expected.keys() - found.keys():
             misfits.add(f"missing {side} tensors", f"{name}: expected {list(expected[name])}")
         for name in found.keys() - expected.keys():
-            misfits.add(f"extra {side} tensors", f"{name}: {found[name]}, expected none of this name")
+            misfits.add(
+                _EXTRA if side == "Hugging Face" else f"extra {side} tensors",
+                f"{name}: {found[name]}, expected none of this name",
+            )
         for name in expected.keys() & found.keys():
             shape, wanted = found[name].shape, expected[name]
             if shape == wanted:
@@ -134,4 +145,6 @@ class Plan:
 
     def _dtypes_differ(self, move: Move) -> bool:
         hf, megatron = self.hf.get(move.hf.name), self.megatron.get(move.megatron.name)
-        return hf is not None and megatron is not None and hf.dtype != megatron.dtype
+        if hf is None or megatron is None or hf.dtype == megatron.dtype:
+            return False
+        return not (move.megatron.name in self.widened and megatron.dtype == torch.float32 and hf.dtype.itemsize == 2)

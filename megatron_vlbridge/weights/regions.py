@@ -179,13 +179,16 @@ _LAYER = re.compile(r"^(?P<stack>.*\blayers)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 def mixed_stacks(names: Iterable[str]) -> frozenset[str]:
     """The stacks of layers, such as `decoder.layers`, in which some layer has a tensor that another lacks.
 
-    Megatron stores the layers of such a stack one by one, `layers.7.x`, and has no other name for them.
+    Megatron stores the layers of such a stack one by one, `layers.7.x`, and has no other name for them. It does so
+    always with the layers that predict further tokens, `mtp.layers`.
     """
     layers: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for match in filter(None, map(_LAYER.match, names)):
         layers[match["stack"]][match["rest"]].add(int(match["layer"]))
     return frozenset(
-        stack for stack, parts in layers.items() if any(found != next(iter(parts.values())) for found in parts.values())
+        stack
+        for stack, parts in layers.items()
+        if stack.endswith("mtp.layers") or any(found != next(iter(parts.values())) for found in parts.values())
     )
 
 

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertForm
-from tests import reference
+from tests import mtp_reference, reference
 from tests.functional import ranks
 from tests.functional.pool import Layout, Pool
 
@@ -38,29 +39,35 @@ class Errors:
 
     def check(self) -> None:
         """Every error within the tolerance."""
+        assert not self.too_large(), self.too_large()
+
+    def too_large(self) -> dict[str, float]:
+        """The errors that are not within the tolerance."""
         found = {"vision": self.vision, "logits": self.logits, "token losses": self.token_losses, "loss": self.loss}
         found |= {f"gradient of {name}": error for name, error in self.gradients.items()}
-        too_large = {name: error for name, error in found.items() if not error < TOLERANCE}
-        assert not too_large, too_large
+        return {name: error for name, error in found.items() if not error < TOLERANCE}
 
 
-def measure(
-    pool: Pool, layout: Layout, folder: Path, groups: Sequence[Sequence[reference.Conversation]], **overrides: object
-) -> Errors:
+Groups = Sequence[Sequence[reference.Conversation]]
+
+
+def measure(pool: Pool, layout: Layout, folder: Path, groups: Groups, **options: object) -> Errors:
     """Packs of these conversations under `layout`, against transformers run conversation by conversation."""
     packs = [reference.pack(group, PACK_LENGTH) for group in groups]
-    conversations = [c for group in groups for c in group]
-    expected = reference.run_transformers(folder, conversations)
-    results = pool.run(ranks.forward_backward, layout, folder=folder, packs=packs, **overrides)
+    results = pool.run(ranks.forward_backward, layout, folder=folder, packs=packs, towers=True, **options)
+    return compare(results, layout, folder, groups)
 
+
+def compare(results: Sequence[dict[str, Any]], layout: Layout, folder: Path, groups: Groups) -> Errors:
+    """What the ranks gave, against transformers."""
+    conversations = [c for group in groups for c in group]
+    expected = _run_transformers(folder, groups)
     lengths = [[len(c.tokens) for c in group] for group in groups]
     logits = _cut(ranks.of_packs(results, "logits", layout, lengths), lengths)
     losses = _cut(ranks.of_packs(results, "losses", layout, lengths), lengths)
     losses = [x * (c.labels != -100) for x, c in zip(losses, conversations, strict=True)]
     reports = [x for r in results if r["losses"] and r["tp_rank"] == 0 for x in r["reports"]]
     total, count = torch.stack(reports).sum(0).tolist()
-    # Whether transformers' tower ran images or videos, a pack's rows are its images' and then its videos'.
-    towers = torch.cat(ranks.of_packs(results, "vision", layout, lengths), dim=1)
     config = read_config(folder)
     gradients = (
         find(config).table(config, ExpertForm.FUSED_OUT_IN).to_hf(ranks.assemble([r["gradients"] for r in results]))
@@ -68,12 +75,30 @@ def measure(
     assert gradients.keys() == expected.gradients.keys()
     check_data_reaches_every_parameter(expected, conversations)
     return Errors(
-        vision=reference.relative_error(towers, _towers_in_order(expected, groups, towers)),
+        vision=_vision_error(results, layout, expected, groups),
         logits=_worst([x[:, : config.text.vocab_size] for x in logits], expected.logits),
         token_losses=_worst(losses, expected.losses),
         loss=abs(total / count - expected.loss) / expected.loss,
         gradients={name: reference.relative_error(gradients[name], x) for name, x in expected.gradients.items()},
     )
+
+
+def _run_transformers(folder: Path, groups: Groups) -> reference.Reference:
+    """The reference, with multi-token prediction where the folder has it."""
+    if read_config(folder).text.num_mtp_layers:
+        return mtp_reference.run_transformers(folder, groups).main
+    return reference.run_transformers(folder, [c for group in groups for c in group])
+
+
+def _vision_error(
+    results: Sequence[dict[str, Any]], layout: Layout, expected: reference.Reference, groups: Groups
+) -> float:
+    """Zero where the ranks did not run the tower alone."""
+    if not any(r["vision"] for r in results):
+        return 0.0
+    # Whether transformers' tower ran images or videos, a pack's rows are its images' and then its videos'.
+    towers = torch.cat(ranks.of_packs(results, "vision", layout, [[0]] * len(groups)), dim=1)
+    return reference.relative_error(towers, _towers_in_order(expected, groups, towers))
 
 
 def check_data_reaches_every_parameter(
@@ -92,9 +117,7 @@ def _cut(rows: Sequence[torch.Tensor], lengths: Sequence[Sequence[int]]) -> list
     ]
 
 
-def _towers_in_order(
-    expected: reference.Reference, groups: Sequence[Sequence[reference.Conversation]], like: torch.Tensor
-) -> torch.Tensor:
+def _towers_in_order(expected: reference.Reference, groups: Groups, like: torch.Tensor) -> torch.Tensor:
     rows = []
     number = 0
     for group in groups:

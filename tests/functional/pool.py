@@ -13,7 +13,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Layout:
-    """A parallel layout; the rest of `world` is data-parallel."""
+    """A parallel layout; the rest of `world` is data-parallel.
+
+    `stages` is Megatron's pipeline layout string, such as `Ett|ttL`, where the split is not even.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -22,6 +25,8 @@ class Layout:
     ep: int = 1
     etp: int | None = None
     world: int = 1
+    vpp: int = 1
+    stages: str | None = None
 
     @property
     def dp(self) -> int:
@@ -32,6 +37,7 @@ class Layout:
         sizes = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "ep": self.ep, "dp": self.dp}
         parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
         parts += ["sp"] * self.sp + ([] if self.etp is None else [f"etp{self.etp}"])
+        parts += ([f"vpp{self.vpp}"] if self.vpp > 1 else []) + ([self.stages] if self.stages else [])
         return "-".join(parts) or "one-process"
 
 
@@ -125,12 +131,30 @@ def _on_rank(function: Callable[..., Any], layout: Layout, rank: int, store: str
         parallel_state.initialize_model_parallel(
             layout.tp,
             layout.pp,
+            layout.vpp if layout.vpp > 1 else None,
             context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=layout.etp,
+            get_embedding_ranks=_embedding_ranks(layout, kwargs.get("folder")),
         )
         model_parallel_cuda_manual_seed(1234)
         return function(layout, **kwargs)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _embedding_ranks(layout: Layout, folder: Path | None) -> Callable[[list[int]], list[int]] | None:
+    """Which ranks hold the embedding, where it may be others than Megatron's default, as `pretrain` says it."""
+    import torch
+
+    from megatron_vlbridge.config import read_config
+    from megatron_vlbridge.model.mtp import embedding_ranks
+    from megatron_vlbridge.model.transformer_config import language_config
+
+    checkpoint = read_config(folder) if folder and layout.stages else None
+    if checkpoint is None or not checkpoint.text.num_mtp_layers:
+        return None
+    stages = {"pipeline_model_parallel_size": layout.pp, "pipeline_model_parallel_layout": layout.stages}
+    config = language_config(checkpoint, pipeline_dtype=torch.float32, **stages)
+    return lambda ranks: embedding_ranks(ranks, config, checkpoint.tie_word_embeddings)

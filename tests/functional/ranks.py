@@ -11,33 +11,45 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
-from megatron_vlbridge.training.batch import next_inputs, read_pack
+from megatron_vlbridge.training.batch import read_pack
 from megatron_vlbridge.training.guards import check_layout
+from megatron_vlbridge.training.loss import token_loss
 from megatron_vlbridge.training.step import vlm_step
 from tests.functional.pool import Layout
 
 Shard = tuple[str, tuple[int, ...], torch.Tensor]
 
 
-def build_model(
+def build_model(layout: Layout, folder: Path, **options: Any) -> Qwen3VLModel:
+    """This rank's stage, where it holds one chunk of the model; see `build_chunks`."""
+    (model,) = build_chunks(layout, folder, **options)
+    return model
+
+
+def build_chunks(
     layout: Layout,
     folder: Path,
     vocab_size: int | None = None,
     load: bool = True,
     balance_vision: bool = True,
+    seq_length: int | None = None,
     **overrides: Any,
-) -> Qwen3VLModel:
-    """This rank's stage, with the folder's weights or random ones."""
+) -> list[Qwen3VLModel]:
+    """This rank's chunks of the model (one for each virtual stage), with the folder's weights or random ones."""
     checkpoint = read_config(folder)
+    # Deepstack features that travel over stages need it, as a user with experts is told.
+    dispatcher = {} if checkpoint.text.moe is None else {"moe_token_dispatcher_type": "alltoall"}
     config = language_config(
         checkpoint,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         sequence_parallel=layout.sp,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
@@ -45,52 +57,105 @@ def build_model(
         use_cpu_initialization=True,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
+        # As Megatron's pretrain has it: without overlap two stages confuse what they send each other.
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
-        **overrides,
+        **({"pipeline_model_parallel_layout": layout.stages} | dispatcher | overrides),
     )
     check_layout(config, checkpoint)
-    model = Qwen3VLModel(
-        config,
-        checkpoint,
-        vocab_size=vocab_size,
-        balance_vision=balance_vision,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
+    chunks = [
+        Qwen3VLModel(
+            config,
+            checkpoint,
+            vocab_size=vocab_size,
+            balance_vision=balance_vision,
+            seq_length=seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
+            vp_stage=number if layout.vpp > 1 else None,
+        )
+        for number in range(layout.vpp)
+    ]
     if load:
-        load_hf_weights(model, folder)
-    return model
+        load_hf_weights(chunks, folder)
+    return chunks
 
 
 def forward_backward(
-    layout: Layout, folder: Path, packs: Sequence[Mapping[str, torch.Tensor]], **overrides: Any
+    layout: Layout,
+    folder: Path,
+    packs: Sequence[Mapping[str, torch.Tensor]],
+    towers: bool = False,
+    step: Any = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """One training step's forward and backward over `packs`, dealt out to the data-parallel ranks.
 
-    Gives, of each of this rank's packs, the tower's output (first stage), the logits `[T, V / tp]` and token losses
-    `[T]` (last stage), and this rank's shards of every parameter's final gradient.
+    Gives, of each of this rank's packs, the logits `[T, V / tp]` and token losses `[T]` (last stage), with `towers` the
+    tower's output (first stage), and this rank's shards of every parameter's final gradient. `packs` may be padded
+    batches; of these it gives the same, without their padding. `step` is the forward step of any other form.
     """
-    model = build_model(layout, folder, **overrides)
-    logits = _run(model, _logits_step, _mine(packs), forward_only=True, collect_non_loss_data=True)
-    losses = _run(model, _losses_step, _mine(packs), forward_only=True, collect_non_loss_data=True)
-    wrapped = DistributedDataParallel(
-        model.config, DistributedDataParallelConfig(overlap_grad_reduce=False, use_distributed_optimizer=False), model
-    )
-    model.config.finalize_model_grads_func = partial(
+    chunks = build_chunks(layout, folder, **options)
+    step = Recorder(chunks[-1], step or (padded_step if "input_ids" in packs[0] else vlm_step))
+    ddp = DistributedDataParallelConfig(overlap_grad_reduce=False, use_distributed_optimizer=False)
+    wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+    chunks[0].config.finalize_model_grads_func = partial(
         finalize_model_grads, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
     )
-    reports = _run(wrapped, vlm_step, _mine(packs), forward_only=False)
+    reports = _run(wrapped, step, _mine(packs), forward_only=False)
     return {
-        "vision": _towers(model, _mine(packs)) if model.pre_process else [],
-        "logits": [x[0].clone() for x in logits],
-        "losses": [x[0].clone() for x in losses],
+        "vision": _towers(chunks[0], _mine(packs)) if towers and chunks[0].pre_process else [],
+        "logits": step.logits,
+        "losses": step.losses,
         "reports": [report["lm loss"] for report in reports],
-        "gradients": gradient_shards(model),
+        "gradients": [shard for chunk in chunks for shard in gradient_shards(chunk)],
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
         "cp_rank": parallel_state.get_context_parallel_rank(),
         "dp_rank": parallel_state.get_data_parallel_rank(),
     }
+
+
+def run_variants(
+    layout: Layout, runs: Sequence[tuple[Path, Sequence[Mapping[str, torch.Tensor]], Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    """`forward_backward` of each of these folders, packs and options."""
+    return [forward_backward(layout, folder, packs, **options) for folder, packs, options in runs]
+
+
+class Recorder:
+    """A training step that keeps the logits and token losses of `last`, the chunk that may hold the head."""
+
+    def __init__(self, last: Qwen3VLModel, step: Any) -> None:
+        self.logits: list[torch.Tensor] = []
+        self.losses: list[torch.Tensor] = []
+        self.step = step
+        if last.post_process:
+            last.language_model.output_layer.register_forward_hook(self._keep_logits)
+
+    def __call__(self, iterator: Any, model: torch.nn.Module) -> Any:
+        """`vlm_step`, or the same for a padded batch."""
+        before = len(self.logits)
+        output, loss = self.step(iterator, model)
+        if get_attr_wrapped_model(model, "post_process"):
+            # Multi-token prediction runs the head for its own layers first.
+            self.logits[before:] = self.logits[-1:]
+            self.losses.append(output.detach().clone().flatten())
+        return output, loss
+
+    def _keep_logits(self, module: torch.nn.Module, arguments: Any, output: tuple[torch.Tensor, Any]) -> None:
+        # The loss works in place.
+        self.logits.append(output[0][:, 0].detach().clone())
+
+
+def padded_step(iterator: Any, model: torch.nn.Module) -> Any:
+    """The forward step of a padded batch: the losses of its tokens, those of padding left out."""
+    batch = {key: value[0] for key, value in next(iterator).items()}
+    output = model(**batch)
+    kept = batch["attention_mask"].bool()
+    mask = (batch["labels"] != -100).float()[kept][None]
+    return output[kept][None] if get_attr_wrapped_model(model, "post_process") else output, partial(token_loss, mask)
 
 
 def load_run_save(
@@ -105,13 +170,14 @@ def load_run_save(
     model = build_model(layout, folder, vocab_size=vocab_size, load=False)
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint / "release"))
     model.load_state_dict(state["model"])
-    logits = _run(model, _logits_step, _mine(packs), forward_only=True, collect_non_loss_data=True)
+    step = Recorder(model, vlm_step)
+    _run(model, step, _mine(packs), forward_only=True)
     if torch.distributed.get_rank() == 0:
         saved.mkdir()
     torch.distributed.barrier()
     dist_checkpointing.save({"model": model.sharded_state_dict()}, str(saved))
     return {
-        "logits": [x[0].clone() for x in logits],
+        "logits": step.logits,
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
         "cp_rank": parallel_state.get_context_parallel_rank(),
         "dp_rank": parallel_state.get_data_parallel_rank(),
@@ -180,39 +246,20 @@ def _towers(model: Qwen3VLModel, packs: Sequence[Mapping[str, torch.Tensor]]) ->
 
 
 def _run(model: Any, step: Any, packs: Sequence[Mapping[str, torch.Tensor]], **kwargs: Any) -> list[Any]:
-    # Megatron's loaders give an iterator to the first tensor-parallel rank only.
-    iterator = iter(packs) if parallel_state.get_tensor_model_parallel_rank() == 0 else None
+    chunks = model if isinstance(model, list) else [model]
+    # Megatron's loaders give an iterator, one for each chunk, to the first tensor-parallel rank only.
+    padded = "input_ids" in packs[0]
+    reads = padded or parallel_state.get_tensor_model_parallel_rank() == 0
+    iterators = [iter(packs) if reads else None for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iterator,
-        model=[model],
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
         num_microbatches=len(packs),
-        seq_length=packs[0]["tokens"].shape[1],
+        seq_length=packs[0]["input_ids" if padded else "tokens"].shape[-1],
         micro_batch_size=1,
         **kwargs,
     )
-
-
-def _logits_step(iterator: Any, model: Qwen3VLModel) -> Any:
-    from dataclasses import replace
-
-    inputs = next_inputs(
-        iterator,
-        model.checkpoint,
-        model.pg_collection,
-        pre_process=model.pre_process,
-        post_process=model.post_process,
-    )
-    return model(inputs=replace(inputs, labels=None)), _collect
-
-
-def _losses_step(iterator: Any, model: Qwen3VLModel) -> Any:
-    output, _ = vlm_step(iterator, model)
-    return output, _collect
-
-
-def _collect(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-    return output.detach()
 
 
 def of_packs(

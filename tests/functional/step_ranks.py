@@ -38,10 +38,23 @@ def read_each(layout: Layout, folder: Path, packs: Sequence[Pack]) -> list[str |
     return answers
 
 
-def build_or_refuse(layout: Layout, folder: Path, **overrides: Any) -> str:
-    """The refusal of this rank's model, or nothing."""
+def build_with_fixed_lengths(layout: Layout, folder: Path, **overrides: Any) -> str:
+    """The refusal of this rank's model, where its stages exchange tensors of one length."""
+    config = ranks.build_model(layout, folder, load=False, **overrides).config
+    config.variable_seq_lengths = False
     try:
-        ranks.build_model(layout, folder, load=False, **overrides)
+        Qwen3VLModel(config, read_config(folder), pre_process=False, post_process=False)
+    except VLBridgeError as error:
+        return str(error)
+    return ""
+
+
+def run_or_refuse(layout: Layout, folder: Path, packs: Sequence[Pack], **options: Any) -> str:
+    """The refusal of the first stage, given these packs."""
+    model = ranks.build_model(layout, folder, load=False, **options)
+    try:
+        for pack in packs if model.pre_process else ():
+            model(inputs=read_pack(_with_axis(pack), model.checkpoint))
     except VLBridgeError as error:
         return str(error)
     return ""

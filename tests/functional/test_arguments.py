@@ -30,8 +30,9 @@ def refusal(layout: Layout, arguments: list[str]) -> str:
         (["--num-layers", "5"], "--num-layers is 5, but"),
         (["--hidden-size", "128"], "--hidden-size is 128, but"),
         (["--micro-batch-size", "2"], "a micro-batch is one pack"),
+        (["--mtp-num-layers", "1"], "--mtp-num-layers is 1, but"),
     ],
-    ids=["layers", "hidden", "micro-batch"],
+    ids=["layers", "hidden", "micro-batch", "prediction-layers"],
 )
 def test_contradiction_is_refused(pool: Pool, tmp_path: Path, arguments: list[str], said: str) -> None:
     folder = reference.write_checkpoint(tmp_path)

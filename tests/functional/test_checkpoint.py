@@ -9,27 +9,43 @@ from safetensors.torch import load_file
 
 from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from tests import reference
+from tests import mtp_reference, reference
 from tests.functional import ranks
 from tests.functional.pool import Layout, Pool
 
 LAYOUTS = [Layout(tp=tp, pp=pp, sp=tp > 1, world=tp * pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))]
 EXPERT_LAYOUTS = [Layout(), Layout(ep=4, world=4), Layout(ep=2, pp=2, world=4), Layout(tp=2, sp=True, ep=2, world=4)]
+OWN_STAGE = Layout(pp=3, world=3, stages="Ettt|tm|L")
+MTP_LAYOUTS = [
+    Layout(),
+    Layout(pp=2, world=2),
+    OWN_STAGE,
+    Layout(tp=2, sp=True, pp=3, world=6, stages="Ettt|tm|L"),
+    Layout(pp=3, world=3, stages="Etttt|m|L"),
+]
 KINDS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tied": True},
     "experts": {"experts": {}},
     "some-experts": {"experts": {"mlp_only_layers": [1]}},
+    "mtp": {},
+    "mtp-tied": {"tied": True},
+    "mtp-experts": {"experts": {}},
 }
 CASES = [(kind, layout) for kind in ("untied", "tied") for layout in LAYOUTS]
 CASES += [(kind, layout) for kind in ("experts", "some-experts") for layout in EXPERT_LAYOUTS]
+CASES += [(kind, layout) for kind in ("mtp", "mtp-tied") for layout in MTP_LAYOUTS]
+CASES += [("mtp-experts", layout) for layout in (*EXPERT_LAYOUTS, OWN_STAGE)]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of each kind the Hugging Face folder `hf`; beside it lies its import `megatron`."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    sources = {kind: reference.write_checkpoint(folder / kind / "hf", **options) for kind, options in KINDS.items()}
+    sources = {}
+    for kind, options in KINDS.items():
+        write = mtp_reference.write_mtp_checkpoint if kind.startswith("mtp") else reference.write_checkpoint
+        sources[kind] = write(folder / kind / "hf", **options)
     for source in sources.values():
         import_checkpoint(source, source.parent / "megatron")
     return sources

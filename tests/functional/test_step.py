@@ -281,9 +281,15 @@ def test_an_uneven_pipeline_split_equals_transformers(pool: Pool, folder: Path) 
     measure(pool, PP2, folder, groups, num_layers_in_first_pipeline_stage=3).check()
 
 
-def test_a_first_stage_without_all_deepstack_layers_is_refused_on_every_rank(pool: Pool, folder: Path) -> None:
-    answers = pool.run(step_ranks.build_or_refuse, PP2, folder=folder, num_layers_in_first_pipeline_stage=1)
+def test_deepstack_over_several_stages_needs_changing_lengths(pool: Pool, folder: Path) -> None:
+    answers = pool.run(step_ranks.build_with_fixed_lengths, PP2, folder=folder, num_layers_in_first_pipeline_stage=1)
     assert len(answers) == 2
     for answer in answers:
-        assert "the first 2 decoder layers take deepstack features" in answer
-        assert "which holds 1 of 4 layers" in answer
+        assert "the first 2 decoder layers take deepstack features and lie on several pipeline stages" in answer
+
+
+def test_stages_of_fixed_length_refuse_packs_of_another(pool: Pool, folder: Path) -> None:
+    """The next stage would read rows that nobody sent."""
+    pack = reference.pack([reference.conversation("image", 3)], 64)
+    answer = pool.run(step_ranks.run_or_refuse, PP2, folder=folder, packs=[pack], seq_length=96)[0]
+    assert "pack has 64 tokens, but the pipeline stages send each other 96" in answer

@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from megatron_vlbridge.checkpoint.convert import import_checkpoint
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import digits_checkpoint
+from tests.mtp_reference import add_prediction_layer
+from tests.reference import relative_error
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 10
@@ -73,6 +77,31 @@ def test_expert_parallel_follows_one_process(tmp_path: Path) -> None:
     arguments = ("--hf-folder", "hf", "--hf-weights")
     alone = train(folder, *arguments)
     assert_same_curve(train(folder, *arguments, "--expert-model-parallel-size", 2, processes=2), alone)
+
+
+def test_a_prediction_layer_on_a_stage_of_its_own_follows_one_process(tmp_path: Path) -> None:
+    """Copies of the embedding that did not stay equal would leave the curve."""
+    folder = digits_checkpoint.write(tmp_path)
+    add_prediction_layer(folder / "hf")
+    arguments = ("--hf-folder", "hf", "--hf-weights", "--save")
+    save = ("--save-interval", ITERATIONS)
+    alone = train(folder, *arguments, "alone", *save)
+    layout = ("--pipeline-model-parallel-size", 3, "--pipeline-model-parallel-layout", "Etttt|m|L")
+    assert_same_curve(train(folder, *arguments, "split", *save, *layout, processes=3), alone)
+    before = weights_of(folder / "hf")
+    one, other = (
+        weights_of(export_checkpoint(folder / name, folder / f"{name}-hf", like=folder / "hf"))
+        for name in ("alone", "split")
+    )
+    assert before.keys() == one.keys() == other.keys()
+    for name, start in before.items():
+        moved = relative_error(start, one[name])
+        assert moved > 1e-3, f"{name} was not trained"
+        assert relative_error(other[name], one[name]) < 0.02 * moved, name
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
 
 
 def test_bf16_with_the_distributed_optimizer_stays_near(folder: Path, one_process: list[float]) -> None:

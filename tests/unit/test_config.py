@@ -227,7 +227,7 @@ REFUSED = [
     ("text_config.hidden_size", 4096, "hidden_size"),
     ("text_config.rms_norm_eps", "1e-6", "number"),
     ("text_config.rms_norm_eps", float("nan"), "number"),
-    ("text_config.mtp_num_hidden_layers", 1, "prediction layers"),
+    ("text_config.mtp_num_hidden_layers", 2, "one multi-token prediction layer"),
     ("text_config.dtype", "float8_e4m3fn", "bfloat16"),
     ("text_config", None, "object"),
     ("vision_config", [], "object"),

@@ -1,5 +1,7 @@
 """A layout or architecture that no test proves is refused by name; a proved one passes."""
 
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,15 +15,16 @@ from megatron_vlbridge.model.transformer_config import language_config, vision_c
 from megatron_vlbridge.training import guards
 
 CHECKPOINT = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3-VL-2B-Instruct.json")
+EXPERTS = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3-VL-30B-A3B-Instruct.json")
 
 # A value of each guarded field that nobody proved.
 UNPROVED = {
-    "cp_comm_type": "a2a",
-    "virtual_pipeline_model_parallel_size": 2,
-    "pipeline_model_parallel_layout": "Et*14|t*14L",
     "account_for_embedding_in_pipeline_split": True,
     "account_for_loss_in_pipeline_split": True,
-    "mtp_num_layers": 1,
+    "mtp_use_repeated_layer": True,
+    "mtp_detach_heads": True,
+    "recompute_method": "other",
+    "recompute_modules": ["mlp"],
     "fp8": "hybrid",
     "fp4": "e2m1",
     "calculate_per_token_loss": False,
@@ -34,8 +37,9 @@ UNPROVED = {
     "distribute_saved_activations": True,
     "fp16": True,
     "fp32_residual_connection": True,
-    "moe_aux_loss_coeff": 1e-3,
-    "moe_z_loss_coeff": 1e-3,
+    "moe_router_load_balancing_type": "seq_aux_loss",
+    "moe_router_fusion": True,
+    "mlp_chunks_for_training": 2,
     "moe_expert_capacity_factor": 1.0,
     "moe_input_jitter_eps": 0.1,
     "moe_router_enable_expert_bias": True,
@@ -89,10 +93,50 @@ def test_what_is_not_proved_is_refused_by_name(name):
     assert f"{name}={UNPROVED[name]!r}, proved: " in faults[0]
 
 
+WITH_MTP = replace(CHECKPOINT, text=replace(CHECKPOINT.text, num_mtp_layers=1))
+
+
+@pytest.mark.parametrize(("checkpoint", "layers"), [(CHECKPOINT, 1), (WITH_MTP, None), (WITH_MTP, 2)])
+def test_other_prediction_layers_than_the_checkpoints_are_refused(checkpoint, layers):
+    fields = {"calculate_per_token_loss": True, "params_dtype": torch.bfloat16}
+    config = language_config(checkpoint, **fields)
+    guards.check_layout(config, checkpoint)
+    assert config.mtp_num_layers == (checkpoint.text.num_mtp_layers or None)
+    config.mtp_num_layers = layers
+    with pytest.raises(VLBridgeError, match=f"mtp_num_layers={layers or 0}"):
+        guards.check_layout(config, checkpoint)
+
+
+def test_a_base_with_prediction_layers_that_the_checkpoint_has_not_is_refused():
+    with pytest.raises(VLBridgeError, match="mtp_num_layers"):
+        language_config(CHECKPOINT, language_config(WITH_MTP))
+
+
+@pytest.mark.parametrize("name", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])
+def test_losses_of_the_router_pass_but_not_with_a_prediction_layer(name):
+    for layers in (0, 1):
+        checkpoint = replace(EXPERTS, text=replace(EXPERTS.text, num_mtp_layers=layers))
+        fields = {"calculate_per_token_loss": True, "params_dtype": torch.bfloat16, name: 1e-3}
+        config = language_config(checkpoint, **fields)
+        if layers == 0:
+            guards.check_layout(config, checkpoint)
+            continue
+        with pytest.raises(VLBridgeError, match=f"'{name}': 0.001"):
+            guards.check_layout(config, checkpoint)
+
+
+def test_recomputing_several_layers_at_once_is_refused_with_a_prediction_layer():
+    """Megatron's prediction layer takes none but 1."""
+    fields = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
+    config = language_config(WITH_MTP, calculate_per_token_loss=True, params_dtype=torch.bfloat16, **fields)
+    with pytest.raises(VLBridgeError, match="recompute_num_layers=2"):
+        guards.check_layout(config, WITH_MTP)
+
+
 def test_all_faults_are_named_at_once():
     config = proved()
-    config.cp_comm_type, config.fp8 = "a2a", "hybrid"
-    with pytest.raises(VLBridgeError, match=r"cp_comm_type='a2a'[^\n]*\n[^\n]*fp8='hybrid'"):
+    config.qk_clip, config.fp8 = True, "hybrid"
+    with pytest.raises(VLBridgeError, match=r"fp8='hybrid'[^\n]*\n[^\n]*qk_clip=True"):
         guards.check_layout(config, CHECKPOINT)
 
 
@@ -118,35 +162,90 @@ def test_recomputed_groups_of_layers_do_not_swallow_deepstack_features():
     assert language.recompute_num_layers == 7
 
 
-@pytest.mark.parametrize(
-    ("fields", "used"),
-    [
-        (
-            {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "context_parallel_size": 2},
-            "cp x pp x tp",
-        ),
-        ({"expert_model_parallel_size": 2}, "ep"),
-    ],
-)
-def test_a_combination_that_no_test_runs_is_refused_by_name(fields, used):
-    config = proved()
+def with_sizes(checkpoint, **fields):
+    config = language_config(checkpoint, calculate_per_token_loss=True, params_dtype=torch.bfloat16)
     for name, value in fields.items():
         setattr(config, name, value)
-    with pytest.raises(VLBridgeError, match=f"the dimensions {used} together are not proved"):
+    return config
+
+
+def test_a_combination_that_no_test_runs_is_refused_with_the_nearest_proved_ones():
+    config = with_sizes(CHECKPOINT, tensor_model_parallel_size=2, expert_model_parallel_size=2)
+    with pytest.raises(VLBridgeError, match="dimensions tp x ep together are not proved") as refusal:
         guards.check_layout(config, CHECKPOINT)
+    assert "nearest that are: tp, none, tp x cp" in str(refusal.value)
+    guards.check_layout(config, CHECKPOINT, any_combination=True)
 
 
-@pytest.mark.parametrize("table", ["_DENSE", "_EXPERTS"])
-def test_the_table_of_combinations_is_what_the_layout_tests_run(table):
-    from tests.functional import test_layouts, test_moe
+def test_insisting_on_a_combination_does_not_allow_another_architecture():
+    config = with_sizes(CHECKPOINT, expert_model_parallel_size=2, qk_l2_norm=True)
+    with pytest.raises(VLBridgeError, match="qk_l2_norm"):
+        guards.check_layout(config, CHECKPOINT, any_combination=True)
 
-    rows = test_layouts.LAYOUTS if table == "_DENSE" else test_moe.LAYOUTS
-    run = {frozenset()} | {
-        frozenset(
-            name
-            for name, size in (("tp", x.tp), ("pp", x.pp), ("cp", x.cp), ("ep", x.ep), ("sp", 1 + x.sp))
-            if size > 1
-        )
-        for x in rows
-    }
-    assert {frozenset(names.split()) for names in getattr(guards, table)} == run
+
+def test_the_expert_tensor_parallel_size_is_the_tensor_parallel_size_unless_given():
+    sizes = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    for given, used in ((None, "tp sp etp"), (2, "tp sp etp"), (1, "tp sp")):
+        config = with_sizes(EXPERTS, **sizes, expert_tensor_parallel_size=given)
+        assert guards.used_dimensions(config, EXPERTS) == frozenset(used.split())
+    assert guards.used_dimensions(with_sizes(CHECKPOINT, **sizes), CHECKPOINT) == frozenset({"tp", "sp"})
+
+
+@pytest.mark.parametrize("kind", ["a2a", "all_gather", ["p2p", "a2a"]])
+def test_exchanges_of_keys_that_the_cpu_kernels_have_not_are_refused(monkeypatch, kind):
+    monkeypatch.setattr(guards.cpu_runtime, "is_enabled", lambda: True)
+    config = with_sizes(CHECKPOINT, context_parallel_size=2, cp_comm_type=kind)
+    with pytest.raises(VLBridgeError, match="kernels here offer p2p, found a"):
+        guards.check_layout(config, CHECKPOINT)
+    config.context_parallel_size = 1
+    guards.check_layout(config, CHECKPOINT)
+
+
+def test_exchanges_that_transformer_engine_offers(monkeypatch):
+    monkeypatch.setattr(guards.cpu_runtime, "is_enabled", lambda: False)
+    for kind in ("p2p", "a2a", "all_gather"):
+        guards.check_exchange(with_sizes(CHECKPOINT, context_parallel_size=2, cp_comm_type=kind))
+    with pytest.raises(VLBridgeError, match="found a2a\\+p2p"):
+        guards.check_exchange(with_sizes(CHECKPOINT, context_parallel_size=2, cp_comm_type="a2a+p2p"))
+    config = with_sizes(CHECKPOINT, context_parallel_size=8, tensor_model_parallel_size=2, cp_comm_type="a2a")
+    with pytest.raises(VLBridgeError, match="8 query and 4 key-value heads, expected even multiples of 8"):
+        guards.check_exchange(config)
+
+
+def test_virtual_stages_without_overlap_are_refused():
+    config = with_sizes(CHECKPOINT, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    with pytest.raises(VLBridgeError, match="without overlap_p2p_comm"):
+        guards.check_layout(config, CHECKPOINT)
+    config.overlap_p2p_comm = True
+    guards.check_layout(config, CHECKPOINT)
+
+
+@pytest.mark.parametrize(("kind", "checkpoint"), [("dense", CHECKPOINT), ("experts", EXPERTS)], ids=["dense", "moe"])
+def test_what_is_admitted_is_what_the_rows_of_the_matrix_run(kind, checkpoint):
+    from tests.functional import matrix
+
+    run = set()
+    for row in matrix.layouts(kind):
+        sizes = {name: getattr(row, name) for name in ("tp", "pp", "vpp", "cp", "ep")} | {"sp": 1 + row.sp}
+        sizes["etp"] = (row.etp or row.tp) if kind == "experts" else 1
+        run.add(frozenset(name for name, size in sizes.items() if size > 1))
+        kinds = {(v.recompute != "", v.mtp, v.tied) for v in matrix.variants(row)}
+        assert len(kinds) == 8 or row in matrix.OTHERS[kind]
+    assert run == set(guards.proved_combinations(checkpoint))
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_every_pair_of_dimensions_is_in_a_row(kind):
+    from tests.functional import matrix
+
+    seen = set()
+    for row in matrix.layouts(kind):
+        parallel = {name for name in ("tp", "pp", "vpp", "cp", "ep", "dp") if getattr(row, name) > 1}
+        parallel |= ({"sp"} if row.sp else set()) | ({"etp"} if (row.etp or 1) > 1 else set())
+        for v in matrix.variants(row):
+            names = parallel | {name for name in ("recompute", "mtp", "tied", "padded") if getattr(v, name)}
+            seen |= {frozenset(pair) for pair in combinations(sorted(names), 2)}
+    dimensions = ["cp", "dp", "mtp", "padded", "pp", "recompute", "sp", "tied", "tp", "vpp"]
+    dimensions += ["ep", "etp"] if kind == "experts" else []
+    missing = {frozenset(pair) for pair in combinations(dimensions, 2)} - seen
+    assert missing == {frozenset({"padded", "cp"})}, "a padded batch is refused under context parallelism"

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vlbridge.errors import VLBridgeError
@@ -33,13 +33,26 @@ def test_index_equals_the_slow_one_and_ranks_share_out_the_pack(chunks: list[int
     assert torch.equal(gathered[pack_order(segments, size)], tokens)
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), sizes, st.integers(0, 3))
-def test_every_token_of_a_pack_is_on_one_rank_and_padding_is_marked(lengths: list[int], size: int, spare: int) -> None:
+def slow_sources(lengths: list[int], total: int, size: int, rank: int) -> list[int]:
+    """Write the pack down token by token, padding as -1, and pick what the rank holds."""
+    step, row, segments = 2 * size, [], []
+    for length in lengths:
+        segments.append(-(-length // step) * step)
+        row += [*range(sum(lengths[: len(segments) - 1]), sum(lengths[: len(segments)]))]
+        row += [-1] * (segments[-1] - length)
+    segments.append(total - len(row))
+    row += [-1] * segments[-1]
+    return [row[place] for place in slow_zigzag(segments, size, rank)]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(2, 8), st.integers(0, 3))
+def test_sources_equal_the_slow_ones_and_every_token_is_on_one_rank(lengths: list[int], size: int, spare: int) -> None:
     step = 2 * size
     total = sum(-(-length // step) * step for length in lengths) + spare * step
     layout = BatchLayout.packed(lengths, total)
     sources = [layout.context_parallel(size, rank).sources for rank in range(size)]
-    assert all(len(source) == total // size for source in sources)
+    assert [source.tolist() for source in sources] == [slow_sources(lengths, total, size, r) for r in range(size)]
     held = torch.cat(sources)
     assert sorted(held[held >= 0].tolist()) == list(range(sum(lengths)))
 

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Runs the checks that need a GPU: kernels and the whole model against their references, then the speed table.
+#
+#   ci/gpu.sh                    with .venv-te (ci/setup_te.sh), or else python3
+#   PYTHON=/a/python ci/gpu.sh   with this one; it needs torch, transformer_engine and what `pip install .` and pytest bring
+#
+# Exit codes: 0 all passed, 3 there is no GPU and nothing was run, anything else a failure. See docs/gpu.md.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-.venv-te/bin/python}
+[[ -n ${PYTHON:-} || -x $python ]] || python=python3
+
+# Transformer Engine multiplies fp32 as TF32 unless told otherwise, and fp32 is compared at 1e-5.
+export NVIDIA_TF32_OVERRIDE=0
+
+"$python" - <<'END'
+import datetime
+import importlib
+import importlib.metadata
+import sys
+
+try:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("no GPU: nothing was run", file=sys.stderr)
+        sys.exit(3)
+    for name in ("transformer_engine.pytorch", "megatron.core", "transformers", "pytest"):
+        importlib.import_module(name)
+except ImportError as error:
+    sys.exit(f"{sys.executable} cannot import what the checks need: {error}")
+versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", "transformers")]
+versions.append(f"transformer_engine {importlib.metadata.version('transformer_engine')}")
+print(datetime.date.today(), "|", torch.cuda.device_count(), "x", torch.cuda.get_device_name(), "|", ", ".join(versions))
+END
+"$python" -m pytest -s tests/gpu
+"$python" -m tests.gpu.speed

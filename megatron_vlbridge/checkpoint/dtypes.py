@@ -1,0 +1,84 @@
+"""Which dtype each tensor has on either side: its own, unless the user asks for another.
+
+A Megatron tensor holds many Hugging Face tensors (layers, q with k and v), which may differ in dtype. Where some are
+float32 and others 16 bits it is float32, which holds all of them exactly, and the way back gives each its own again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+
+import torch
+
+from megatron_vlbridge.checkpoint.raw import Filler, split
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
+
+Tensors = Mapping[str, TensorSpec]
+
+_HALVES = {torch.bfloat16, torch.float16}
+_AT_ONCE = 2**20
+
+
+def megatron_tensors(
+    table: RuleTable, hf: Tensors, dtype: torch.dtype | None = None
+) -> tuple[dict[str, TensorSpec], frozenset[str]]:
+    """The Megatron tensors of an HF checkpoint, all in `dtype` if one is given, and the names of those widened.
+
+    Other dtypes that differ are left to the plan, which refuses them: the first one counts here.
+    """
+    found: dict[str, dict[torch.dtype, None]] = {}
+    for move in table.moves:
+        if move.hf.name in hf:
+            found.setdefault(move.megatron.name, {})[hf[move.hf.name].dtype] = None
+    mixed = {name for name, dtypes in found.items() if _are_mixed(dtypes.keys())} if dtype is None else set()
+    own = {name: torch.float32 if name in mixed else next(iter(dtypes)) for name, dtypes in found.items()}
+    specs = {
+        name: TensorSpec(shape, dtype or own.get(name, torch.float32)) for name, shape in table.megatron_shapes.items()
+    }
+    return specs, frozenset(mixed)
+
+
+def _are_mixed(dtypes: AbstractSet[torch.dtype]) -> bool:
+    return len(dtypes) == 2 and torch.float32 in dtypes and bool(dtypes & _HALVES)
+
+
+def hf_tensors(
+    table: RuleTable, megatron: Tensors, like: Tensors, dtype: torch.dtype | None = None
+) -> tuple[dict[str, TensorSpec], frozenset[str]]:
+    """The HF tensors of a Megatron checkpoint, all in `dtype` if one is given, and the Megatron names of those widened.
+
+    They have the dtype of the Megatron tensor. Where that was widened, they have the dtype that they have in `like`;
+    it is known by all Megatron tensors having the dtypes that an import of `like` gives them.
+    """
+    imported, widened = megatron_tensors(table, like)
+    same = all(megatron[name].dtype == spec.dtype for name, spec in imported.items() if name in megatron)
+    if dtype is not None or not same:
+        widened = frozenset()
+    dtypes: dict[str, torch.dtype] = {}
+    for move in table.moves:
+        name, source = move.hf.name, move.megatron.name
+        if source in megatron:
+            own = like[name].dtype if source in widened and name in like else megatron[source].dtype
+            dtypes.setdefault(name, own)
+    specs = {
+        name: TensorSpec(shape, dtype or dtypes.get(name, torch.float32)) for name, shape in table.hf_shapes.items()
+    }
+    return specs, widened
+
+
+def narrow_into(region: Region, out: torch.Tensor, fill: Filler) -> None:
+    """Fill `out`, of 16 bits, with float32 numbers that it holds exactly.
+
+    Raises VLBridgeError, naming the tensor, where it does not: they are not what was widened, but were changed since.
+    """
+    for offset, part in split(region.offset, out, _AT_ONCE):
+        wide = torch.empty(part.shape, dtype=torch.float32)
+        fill(Region(region.name, offset, tuple(part.shape)), wide)
+        part.copy_(wide)
+        if not torch.equal(part.float().view(torch.int32), wide.view(torch.int32)):
+            raise VLBridgeError(
+                f"{region.name}: expected float32 numbers that fit into {out.dtype}, which it had before the import, "
+                "found others: they were trained since. Say with dtype= which one all weights are to have."
+            )

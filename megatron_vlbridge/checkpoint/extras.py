@@ -1,0 +1,45 @@
+"""What of a Hugging Face folder is not taken as it is, in words, and tensors that are left out when they are named."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder
+from megatron_vlbridge.errors import VLBridgeError
+
+_SHOWN = 8
+
+
+def left_out(folder: Path, names: Iterable[str], needed: Collection[str], patterns: Sequence[str]) -> list[str]:
+    """Those of a folder's tensors that the user's `patterns` (`rotary.*`, as in a shell) say to leave out.
+
+    Raises VLBridgeError where a pattern fits no tensor, or one of those `needed` by the model.
+    """
+    names = list(names)
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        fitting = [name for name in names if fnmatchcase(name, pattern)]
+        wanted = [name for name in fitting if name in needed]
+        if not fitting or wanted:
+            text = f"tensors of the model, such as {wanted[0]}" if wanted else "no tensor that it fits"
+            raise VLBridgeError(
+                f"{folder}: leave_out: expected {pattern!r} to fit tensors that are no part of the model, found "
+                f"{text}. Name those that the error without this option lists."
+            )
+        found |= dict.fromkeys(fitting)
+    return list(found)
+
+
+def read_notes(weights: SafetensorsFolder) -> Iterator[str]:
+    """In words, how weights are read otherwise than the files have them."""
+    yield from weights.renamed
+    if weights.scaled:
+        yield f"FP8 weights, dequantised to bfloat16 by their scales: {listed(weights.scaled)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`2 tensors: a, b`, the first few by name."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} tensor{'s' if len(names) != 1 else ''}: {', '.join(names[:_SHOWN])}{more}"

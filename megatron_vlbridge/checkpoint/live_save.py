@@ -1,0 +1,145 @@
+"""A Hugging Face folder out of a live, sharded model, written by all ranks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import batched
+from pathlib import Path
+
+import torch
+
+from megatron_vlbridge import families
+from megatron_vlbridge.checkpoint.checksums import write_checksums
+from megatron_vlbridge.checkpoint.conversion import Conversion
+from megatron_vlbridge.checkpoint.convert import as_dtype, plan_export_of
+from megatron_vlbridge.checkpoint.engine import Block, Written, digest_range
+from megatron_vlbridge.checkpoint.hub import find_folder
+from megatron_vlbridge.checkpoint.live import check_config
+from megatron_vlbridge.checkpoint.live_weights import LiveWeights
+from megatron_vlbridge.checkpoint.safetensors import SafetensorsWriter
+from megatron_vlbridge.checkpoint.shards import Model, gather, modules_of, rank_and_size, together
+from megatron_vlbridge.checkpoint.side_files import find_like
+from megatron_vlbridge.checkpoint.staging import Finished, staged_folder, sync
+from megatron_vlbridge.config import read_config
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families import Family
+from megatron_vlbridge.weights import Region
+
+
+@torch.no_grad()
+def save_hf(
+    model: Model,
+    folder: str | Path,
+    like: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    experts: str | None = None,
+    max_shard_size: int | None = None,
+) -> Path:
+    """Write a live, sharded model as a Hugging Face checkpoint, and return the new folder.
+
+    The result is, byte by byte, what `export_checkpoint` makes of the model saved by Megatron: names, shards, other
+    files and the form of the experts are those of `like`, the Hugging Face folder (or Hub id) that the training started
+    from, and the options are the same. All ranks must call it, and see `folder` and `like` in one file system. Each
+    writes its share, and holds, beside the model, some 600 MiB at the most. The folder appears under its name when it
+    is complete.
+
+    Raises VLBridgeError, on all ranks, and leaves nothing under the new name, when the model does not fit `like`, the
+    ranks do not hold every weight exactly once, the target exists or is being written, or the disk is full or fails.
+
+    Example: `save_hf(model, "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
+    """
+    target, (rank, _) = Path(folder), rank_and_size()
+    with together():
+        if rank == 0:  # a Hub id is fetched once
+            find_folder(like)
+    with together():
+        source = find_like(target, like)
+        config = read_config(source.folder)
+        for module in modules_of(model):
+            check_config(source.folder, config, module)
+        family = families.find(config)
+        rules = family.table_for(config, source.table, experts or source.experts)
+        wanted = as_dtype(dtype)
+    options = {"folder": str(target), "dtype": str(dtype), "experts": experts, "max_shard_size": max_shard_size}
+    weights = LiveWeights(model, rules, wanted, options)
+    with together():
+        plan = plan_export_of(weights, target, source, dtype=wanted, experts=experts, max_shard_size=max_shard_size)
+    _Save(plan, weights, family).run()
+    return target
+
+
+class _Save:
+    """One conversion, whose parts the ranks write in turns."""
+
+    def __init__(self, plan: Conversion, weights: LiveWeights, family: Family) -> None:
+        assert isinstance(plan.writer, SafetensorsWriter)
+        self.plan, self.writer, self.weights, self.family = plan, plan.writer, weights, family
+
+    def run(self) -> None:
+        first = self.weights.rank == 0
+        with ExitStack() as stack:
+            with together():
+                staging = stack.enter_context(staged_folder(self.plan.target, {"kind": "save"})) if first else None
+                if staging is not None:
+                    self.plan.check_space(staging)
+                    self.writer.prepare(staging.folder)
+            folder = gather(None if staging is None else staging.folder)[0]
+            assert folder is not None
+            with together():
+                if not folder.is_dir():
+                    raise VLBridgeError(
+                        f"{folder}: expected the folder that rank 0 has made, found none. "
+                        "Save to a file system that all ranks share."
+                    )
+            finished = self._write(folder)
+            with together():
+                if first:
+                    self._finish(folder, finished)
+            with together():
+                stack.close()  # the folder gets its name
+
+    def _write(self, folder: Path) -> list[Finished]:
+        """All parts, by all ranks. One that fails goes on sending, so that the others can end."""
+        block = Block(self.writer.block_bytes, threading.Event())
+        done: list[Finished] = []
+        failure: OSError | None = None
+        for numbers in batched(range(len(self.writer.sizes)), self.weights.size):
+            for receiver, number in enumerate(numbers):
+                self.weights.fetch(self._sources(number), receiver)
+            if self.weights.rank < len(numbers) and failure is None:
+                try:
+                    done.append(self._write_part(numbers[self.weights.rank], folder, block))
+                except OSError as error:
+                    failure = error
+            self.weights.release()
+        with together():
+            if failure is not None:
+                text = f"expected to write it, found: {failure}. See to space and rights, and retry."
+                raise VLBridgeError(f"{self.plan.target}: {text}") from failure
+        parts = [part for share in gather(done) for part in share]
+        return sorted(parts, key=lambda part: part.number)
+
+    def _write_part(self, number: int, folder: Path, block: Block) -> Finished:
+        written = self.writer.write(number, folder, block)
+        path = folder / written.file
+        sync(path)
+        digest = digest_range(path, written.start, written.length)
+        return Finished(number, written.file, written.start, written.length, digest)
+
+    def _sources(self, number: int) -> Iterator[Region]:
+        """What a part takes from the model; a head that is tied is the embedding once more."""
+        rules = self.plan.plan.table
+        for region in self.writer.regions(number):
+            if region.name == self.family.head and region.name not in rules.hf_shapes:
+                region = Region(self.family.embedding, region.offset, region.shape)
+            if region.name in rules.hf_shapes:
+                yield from (piece.source for piece in rules.megatron_sources(region))
+
+    def _finish(self, folder: Path, finished: list[Finished]) -> None:
+        self.writer.finish(folder, [Written(part.file, part.start, part.length) for part in finished])
+        self.plan.complete(folder)
+        self.plan.check(folder)
+        write_checksums(folder, finished)

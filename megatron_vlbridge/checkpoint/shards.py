@@ -1,0 +1,170 @@
+"""What the ranks of a live, sharded model hold, by the model's own description, and whether that is everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.weights import Region, RuleTable
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+Model = torch.nn.Module | Sequence[torch.nn.Module]
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's numbers of a region of a canonical Megatron tensor, in the model's own memory.
+
+    `known` is the part that Hugging Face has too, None where all of it pads the vocabulary. Of the ranks that hold the
+    same region one is the `main` one.
+    """
+
+    region: Region
+    known: Region | None
+    numbers: torch.Tensor
+    main: bool
+
+    @property
+    def known_numbers(self) -> torch.Tensor:
+        """The numbers of `known`."""
+        assert self.known is not None
+        return self.numbers[self.known.within(self.region).slices]
+
+
+def modules_of(model: Model) -> list[Any]:
+    """The chunks of a model, without DistributedDataParallel, Float16Module and the like around them."""
+    return [_unwrap(module) for module in (model if isinstance(model, Sequence) else [model])]
+
+
+def _unwrap(module: torch.nn.Module) -> Any:
+    inner = getattr(module, "module", None)
+    return _unwrap(inner) if isinstance(inner, torch.nn.Module) else module
+
+
+def shards_of(module: Any, table: RuleTable, source: str) -> list[Shard]:
+    """This rank's part of a module, from its `sharded_state_dict`. `source` begins the errors.
+
+    Raises VLBridgeError for a tensor that the rules do not have, or have in another shape.
+    """
+    return [_shard(tensor, table, source) for tensor in _sharded_tensors(module.sharded_state_dict())]
+
+
+def _sharded_tensors(value: object) -> Iterator[ShardedTensor]:
+    """Every tensor shard in a sharded state dict; factories, such as that of gate and up, are asked for theirs."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    if isinstance(value, ShardedTensor):
+        yield value
+    elif isinstance(value, ShardedTensorFactory):
+        yield from _sharded_tensors(value.build())
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _sharded_tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _sharded_tensors(item)
+
+
+def _shard(tensor: ShardedTensor, table: RuleTable, source: str) -> Shard:
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+    surplus = tensor.prepend_axis_num
+    region = Region(tensor.key, tuple(tensor.global_offset), (1,) * surplus + tuple(tensor.local_shape))
+    canonical = table.canonical(region)
+    expected = table.megatron_shapes.get(canonical.name)
+    if expected is None:
+        raise VLBridgeError(f"{source}: expected a source for {tensor.key}, found no rule for it in this architecture.")
+    padded = canonical.name in table.padded and tensor.global_shape[0] >= expected[0]
+    stacked = len(canonical.shape) > len(region.shape)
+    shape = tuple(tensor.global_shape) if not stacked else (expected[0], *tensor.global_shape)
+    if shape != expected and not (padded and shape[1:] == expected[1:]):
+        raise VLBridgeError(f"{source}: {tensor.key}: expected {list(expected)} in the model, found {list(shape)}.")
+    assert tensor.data is not None
+    known = canonical.intersection(Region.whole(canonical.name, expected))
+    return Shard(canonical, known, tensor.data.detach().view(canonical.shape), is_main_replica(tensor.replica_id))
+
+
+def check_complete(table: RuleTable, held: Iterable[Region], source: str) -> None:
+    """Refuse a model of whose weights some are on no rank: `held` are the regions of all main shards, of all ranks."""
+    by_name: dict[str, list[Region]] = {name: [] for name in table.megatron_shapes}
+    for region in held:
+        by_name[region.name].append(region)
+    missing = [hole for name, regions in by_name.items() for hole in _holes(table, name, regions)]
+    if missing:
+        lines = "".join(f"\n  {_describe(table, hole)}" for hole in missing[:_SHOWN])
+        more = f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise VLBridgeError(
+            f"{source}: expected every weight to be on some rank, found {len(missing)} on none:{lines}{more}\n"
+            "Build the whole model, on all pipeline stages and expert-parallel ranks, and give all its chunks."
+        )
+
+
+def _holes(table: RuleTable, name: str, regions: Iterable[Region]) -> list[Region]:
+    """What of a tensor none of these regions covers."""
+    left = [Region.whole(name, table.megatron_shapes[name])]
+    for region in sorted(regions, key=lambda region: region.offset):
+        left = [rest for hole in left for rest in _without(hole, region)]
+    return left
+
+
+def _without(hole: Region, region: Region) -> Iterator[Region]:
+    """The rest of `hole`, cut in rectangles: what lies before and behind `region` in the first dim, then the next."""
+    common = hole.intersection(region)
+    if common is None:
+        yield hole
+        return
+    offset, end = list(hole.offset), list(hole.end)
+    for dim, (first, last) in enumerate(zip(common.offset, common.end, strict=True)):
+        for start, stop in ((offset[dim], first), (last, end[dim])):
+            if start < stop:
+                corner, size = [*offset], [b - a for a, b in zip(offset, end, strict=True)]
+                corner[dim], size[dim] = start, stop - start
+                yield Region(hole.name, tuple(corner), tuple(size))
+        offset[dim], end[dim] = first, last
+
+
+def _describe(table: RuleTable, hole: Region) -> str:
+    names = dict.fromkeys(piece.source.name for piece in table.hf_sources(hole))
+    shown = ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{hole} ({shown})"
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process among all; the only one where torch.distributed is not in use."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def gather[T](mine: T) -> list[T]:
+    """What each rank gives, on all ranks. Small things only: it is pickled."""
+    _, size = rank_and_size()
+    everyone = [mine] * size
+    if size > 1:
+        torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Ranks leave this block together: what one raises, all raise, so that none waits for it for ever."""
+    failure: VLBridgeError | OSError | None = None
+    try:
+        yield
+    except (VLBridgeError, OSError) as error:
+        failure = error
+    texts = gather(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise VLBridgeError(f"rank {rank}: {text}")

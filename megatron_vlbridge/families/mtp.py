@@ -1,0 +1,33 @@
+"""The layer that predicts the token after the next one (multi-token prediction), as Qwen3.5 names it: `mtp.*`.
+
+It is one decoder layer of the family, with experts where the family has experts. Its input is `fc` of the normed
+embedding of the next token, then the normed hidden states behind the decoder's last norm; its output is normed and goes
+through the model's own head. Megatron stores it as layer `0`, never stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.weights import Copy, Rule
+
+HF_LAYERS = "mtp.layers"
+_BLOCK = "language_model.mtp.layers.0"
+
+
+def mtp_rules(config: Config, layer_rules: Callable[[str, str], list[Rule]]) -> list[Rule]:
+    """All rules of the prediction layer, none where the checkpoint has none.
+
+    `layer_rules` gives those of one decoder layer between its HF and its Megatron name.
+    """
+    if not config.text.num_mtp_layers:
+        return []
+    hidden = config.text.hidden_size
+    return [
+        Copy("mtp.pre_fc_norm_embedding.weight", f"{_BLOCK}.enorm.weight", (hidden,)),
+        Copy("mtp.pre_fc_norm_hidden.weight", f"{_BLOCK}.hnorm.weight", (hidden,)),
+        Copy("mtp.fc.weight", f"{_BLOCK}.eh_proj.weight", (hidden, 2 * hidden)),
+        *layer_rules(f"{HF_LAYERS}.0", f"{_BLOCK}.transformer_layer"),
+        Copy("mtp.norm.weight", f"{_BLOCK}.final_layernorm.weight", (hidden,)),
+    ]

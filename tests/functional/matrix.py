@@ -1,0 +1,168 @@
+"""Every layout that is offered, as one table: each row is run and compared with transformers.
+
+A row is a parallel layout; it is run with each variant of what does not change the ranks. The guards of
+`megatron_vlbridge.training.guards` admit exactly the combinations of dimensions of these rows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tests import reference
+from tests.functional import ranks
+from tests.functional.parity import PACK_LENGTH, Errors, compare
+from tests.functional.pool import Layout, Pool
+from tests.mtp_reference import write_mtp_checkpoint
+
+_PIPELINES: tuple[dict[str, Any], ...] = ({}, {"pp": 2}, {"pp": 2, "vpp": 2})
+_CONTEXTS: tuple[dict[str, Any], ...] = ({}, {"cp": 2})
+_TENSORS: dict[str, tuple[dict[str, Any], ...]] = {
+    "dense": ({}, {"tp": 2}, {"tp": 2, "sp": True}),
+    "experts": (
+        {},
+        {"ep": 2},
+        {"tp": 2, "sp": True, "etp": 1},
+        {"tp": 2, "sp": True, "etp": 2},
+        {"tp": 2, "sp": True, "ep": 2, "etp": 1},
+        {"tp": 2, "sp": True, "ep": 2, "etp": 2},
+    ),
+}
+
+# Other sizes and splits of proved combinations: data parallel, more ranks than KV heads, uneven stages, layout strings
+# that leave the first stage without a layer, deepstack over three stages and over the chunks of one.
+OTHERS: dict[str, tuple[Layout, ...]] = {
+    "dense": (
+        Layout(world=2),
+        Layout(tp=2, world=4),
+        Layout(tp=2, sp=True, world=4),
+        Layout(pp=2, world=4),
+        Layout(cp=2, world=4),
+        Layout(pp=2, vpp=2, world=4),
+        Layout(tp=4, world=4),
+        Layout(tp=4, sp=True, world=4),
+        Layout(cp=4, world=4),
+        Layout(pp=4, world=4),
+        Layout(tp=2, sp=True, pp=4, world=8),
+        Layout(pp=4, cp=2, world=8),
+        Layout(pp=2, stages="Et|tttL", world=2),
+        Layout(pp=4, stages="E|tt|tt|L", world=4),
+        Layout(pp=2, vpp=2, stages="Ett|t|t|L", world=2),
+        Layout(tp=2, sp=True, pp=2, stages="Ettt|tL", world=4),
+    ),
+    "experts": (
+        Layout(ep=2, world=4),
+        Layout(ep=4, world=4),
+        Layout(ep=4, pp=2, world=8),
+        Layout(ep=2, pp=4, world=8),
+        Layout(ep=2, pp=2, stages="Ettt|tL", world=4),
+        Layout(ep=2, cp=2, world=8),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is done within one layout: recomputation, multi-token prediction, tied embeddings, a padded batch."""
+
+    recompute: str = ""
+    mtp: bool = False
+    tied: bool = False
+    padded: bool = False
+
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """Fields of Megatron's config."""
+        full = {"recompute_granularity": "full", "recompute_num_layers": 1}
+        return {
+            "": {},
+            "uniform": full | {"recompute_method": "uniform"},
+            "block": full | {"recompute_method": "block"},
+            "selective": {"recompute_granularity": "selective"},
+        }[self.recompute]
+
+    def __str__(self) -> str:
+        names = [f"recompute {self.recompute}"] * bool(self.recompute)
+        names += [name for name in ("mtp", "tied", "padded") if getattr(self, name)]
+        return " ".join(names) or "plain"
+
+
+def layouts(kind: str) -> list[Layout]:
+    """The rows for `dense` models or those with `experts`: the whole product of dimensions, then other sizes."""
+    rows = [
+        Layout(**parts, world=_world(parts))
+        for tensor, pipeline, context in product(_TENSORS[kind], _PIPELINES, _CONTEXTS)
+        for parts in [tensor | pipeline | context]
+    ]
+    return rows + list(OTHERS[kind])
+
+
+def variants(layout: Layout) -> list[Variant]:
+    """All that is proved within a layout; a padded batch is offered where context parallelism does not cut it."""
+    packs = [
+        Variant(recompute, mtp, tied)
+        for recompute, mtp, tied in product(("", "uniform", "selective"), (False, True), (False, True))
+    ]
+    if layout in [row for rows in OTHERS.values() for row in rows]:
+        return [Variant(), Variant("block", mtp=True, tied=True), *[Variant(padded=True)] * (layout.cp == 1)]
+    if layout.cp > 1:
+        return packs
+    return [*packs, Variant(padded=True), Variant("block", mtp=True, tied=True, padded=True)]
+
+
+def small_set() -> Iterator[tuple[str, Layout, Variant]]:
+    """Every row with one of its variants, in turn: each dimension meets each variant."""
+    for kind in _TENSORS:
+        for number, layout in enumerate(layouts(kind)):
+            choice = variants(layout)
+            yield kind, layout, choice[5 * number % len(choice)]
+
+
+def write_folders(where: Path) -> dict[tuple[str, bool, bool], Path]:
+    """A tiny checkpoint of each kind, with and without multi-token prediction and tied embeddings."""
+    folders = {}
+    for kind, mtp, tied in product(_TENSORS, (False, True), (False, True)):
+        write = write_mtp_checkpoint if mtp else reference.write_checkpoint
+        folder = where / f"{kind}{'-mtp' * mtp}{'-tied' * tied}"
+        folders[kind, mtp, tied] = write(folder, tied=tied, experts={} if kind == "experts" else None)
+    return folders
+
+
+def run(
+    pool: Pool, kind: str, layout: Layout, chosen: Sequence[Variant], folders: Mapping[tuple[str, bool, bool], Path]
+) -> list[Errors]:
+    """How far each variant under `layout` is from transformers."""
+    packed = [reference.pack(group, PACK_LENGTH) for group in groups()]
+    padded = [reference.padded_batch(group) for group in groups()]
+    runs = [(folders[kind, v.mtp, v.tied], padded if v.padded else packed, _options(layout, v)) for v in chosen]
+    by_rank = pool.run(ranks.run_variants, layout, runs=runs)
+    return [
+        compare(results, layout, folder, groups())
+        for (folder, _, _), results in zip(runs, zip(*by_rank, strict=True), strict=True)
+    ]
+
+
+def _options(layout: Layout, variant: Variant) -> Mapping[str, Any]:
+    options = dict(variant.overrides)
+    if variant.padded and layout.pp > 1:
+        options |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    if variant.mtp and layout.stages:
+        options["pipeline_model_parallel_layout"] = layout.stages.replace("L", "mL")
+    return options
+
+
+def groups() -> list[list[reference.Conversation]]:
+    """Four packs, with images, videos and text, among them one of text alone."""
+    return [
+        [reference.conversation(kind, seed) for kind, seed in (("mixed", 2), ("text", 3), ("image", 4))],
+        [reference.conversation(kind, seed) for kind, seed in (("text", 5),)],
+        [reference.conversation(kind, seed) for kind, seed in (("images", 6), ("video", 7))],
+        [reference.conversation(kind, seed) for kind, seed in (("image", 8), ("video", 9), ("text", 10))],
+    ]
+
+
+def _world(parts: Mapping[str, Any]) -> int:
+    ranks = parts.get("tp", 1) * parts.get("cp", 1)
+    experts = parts.get("ep", 1) * parts.get("etp", 1)
+    return parts.get("pp", 1) * max(ranks, experts)

@@ -1,0 +1,241 @@
+"""Weights into and out of live, sharded models: bit for bit what the Hugging Face folder holds."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_vlbridge.checkpoint.checksums import CHECKSUMS, verify_checksums
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.verify import verify
+from megatron_vlbridge.config import read_config
+from megatron_vlbridge.families import ExpertForm, find
+from tests import mtp_reference, reference
+from tests.functional import live_ranks, ranks
+from tests.functional.live_ranks import BIG, MODES, TINY
+from tests.functional.pool import Layout, Pool
+
+DENSE = [
+    Layout(),
+    Layout(world=2),
+    Layout(tp=2, world=2),
+    Layout(tp=4, sp=True, world=4),  # more than KV heads
+    Layout(pp=2, world=2),
+    Layout(pp=2, vpp=2, world=2),
+    Layout(tp=2, pp=2, world=4),
+    Layout(cp=2, world=4),
+]
+EXPERTS = [
+    Layout(ep=4, world=4),
+    Layout(tp=2, sp=True, etp=2, ep=2, world=4),
+    Layout(ep=2, pp=2, vpp=2, world=4),
+    Layout(tp=2, sp=True, pp=2, ep=2, world=8),
+]
+KINDS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tied": True},
+    "experts": {"experts": {}},
+    "some-experts": {"experts": {"mlp_only_layers": [1]}},
+}
+CASES = [("untied", layout) for layout in DENSE]
+CASES += [("tied", layout) for layout in (Layout(), Layout(pp=2, world=2), Layout(pp=2, vpp=2, world=2))]
+CASES += [("prediction", layout) for layout in (Layout(), Layout(ep=2, pp=2, world=4))]
+CASES += [("experts", layout) for layout in EXPERTS] + [("some-experts", Layout(ep=2, pp=2, world=4))]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("live")
+    written = {kind: reference.write_checkpoint(folder / kind, **options) for kind, options in KINDS.items()}
+    return written | {"prediction": mtp_reference.write_mtp_checkpoint(folder / "prediction", tied=True, experts={})}
+
+
+@pytest.fixture(scope="module")
+def bfloat16(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The untied checkpoint in bfloat16."""
+    return as_bfloat16(sources["untied"], tmp_path_factory.mktemp("bfloat16") / "hf")
+
+
+def as_bfloat16(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in source.iterdir():
+        if path.suffix == ".safetensors":
+            tensors = {name: x.bfloat16() for name, x in load_file(path).items()}
+            save_file(tensors, target / path.name, metadata={"format": "pt"})
+        else:
+            (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def form_of(folder: Path) -> ExpertForm | None:
+    return ExpertForm.FUSED_OUT_IN if read_config(folder).text.moe else None
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    """Names, shapes, dtypes and every bit."""
+    return found.keys() == expected.keys() and all(
+        found[name].dtype == x.dtype and found[name].shape == x.shape and torch.equal(found[name], x)
+        for name, x in expected.items()
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != CHECKSUMS}
+
+
+@pytest.mark.parametrize(("kind", "layout"), CASES, ids=str)
+def test_what_was_loaded_comes_out(pool: Pool, sources: dict[str, Path], kind: str, layout: Layout) -> None:
+    source = sources[kind]
+    results = pool.run(live_ranks.export_in_all_modes, layout, folder=source, experts=form_of(source))
+    expected = weights_of(source)
+    config = read_config(source)
+    order = list(find(config).table(config, form_of(source)).hf_shapes)
+    for size in (TINY, BIG):
+        for mode in MODES:
+            per_rank = [result[mode, size] for result in results]
+            names = [[name for name, _ in rank] for rank in per_rank]
+            if mode == "all":
+                assert all(mine == order for mine in names)
+            elif mode == "first":
+                assert names[0] == order
+                assert not any(names[1:])
+            else:
+                assert sorted(name for mine in names for name in mine) == sorted(order)
+                assert all(mine == [name for name in order if name in mine] for mine in names)
+                assert size == BIG or all(names)
+            complete = per_rank if mode == "all" else [[pair for mine in per_rank for pair in mine]]
+            assert all(same(dict(weights), expected) for weights in complete)
+    assert all(not x.requires_grad and x.is_contiguous() for x in dict(results[0]["all", TINY]).values())
+
+
+def test_pretrain_loads_all_virtual_stages(pool: Pool, sources: dict[str, Path]) -> None:
+    layout = Layout(pp=2, vpp=2, world=2)
+    for result in pool.run(live_ranks.export_provided, layout, folder=sources["tied"]):
+        assert same(dict(result), weights_of(sources["tied"]))
+
+
+def test_bfloat16(pool: Pool, bfloat16: Path) -> None:
+    expected = weights_of(bfloat16)
+    assert {x.dtype for x in expected.values()} == {torch.bfloat16}
+    for result in pool.run(live_ranks.export_bfloat16, Layout(tp=2, pp=2, world=4), folder=bfloat16):
+        assert same(dict(result["half"]), expected)
+        assert same(dict(result["converted"]), expected)
+
+
+def test_no_rank_holds_more_than_two_buckets(pool: Pool, sources: dict[str, Path]) -> None:
+    limit = 120_000
+    whole = sum(x.nbytes for x in weights_of(sources["untied"]).values())
+    assert whole > 5 * limit
+    for layout in (Layout(tp=2, pp=2, world=4), Layout(world=2)):
+        for peaks in pool.run(live_ranks.measure_peaks, layout, folder=sources["untied"], limit=limit):
+            assert limit / 2 < peaks["all"]
+            assert max(peaks.values()) <= 2 * limit + 10_000  # what is sent is padded to 16 bytes, tensor by tensor
+
+
+def test_weights_that_are_not_yet_gathered_are_not_exported_as_they_were(pool: Pool, sources: dict[str, Path]) -> None:
+    arguments = {"folder": sources["untied"], "pack": reference.pack([reference.conversation("mixed", 3)], 96)}
+    at_once = pool.run(live_ranks.train_and_export, Layout(world=2), overlap=False, **arguments)
+    later = pool.run(live_ranks.train_and_export, Layout(world=2), overlap=True, **arguments)
+    before = weights_of(sources["untied"])
+    assert all(not torch.equal(x, before[name]) for name, x in at_once[0])
+    assert all(same(dict(result), dict(at_once[0])) for result in later)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("untied", Layout(tp=2, pp=2, world=4)),
+        ("tied", Layout(pp=2, vpp=2, world=2)),
+        ("experts", Layout(tp=2, sp=True, pp=2, ep=2, world=8)),
+        ("some-experts", Layout()),
+    ],
+    ids=str,
+)
+def test_a_saved_folder_is_the_source(pool: Pool, sources: dict[str, Path], kind: str, layout: Layout) -> None:
+    source = sources[kind]
+    target = source.parent / f"saved-{kind}"
+    assert pool.run(live_ranks.save, layout, folder=source, target=target) == [target] * layout.world
+    assert files_of(target) == files_of(source)
+    assert verify(source, target).equal
+    assert verify_checksums(target).equal
+    assert not list(target.parent.glob(".*"))
+
+
+def test_a_saved_folder_is_that_of_an_export(pool: Pool, sources: dict[str, Path], tmp_path: Path) -> None:
+    """Also with other options, and from what an import keeps beside the weights."""
+    source = sources["experts"]
+    imported = import_checkpoint(source, tmp_path / "megatron")
+    options: dict[str, Any] = {"dtype": "bfloat16", "experts": "per_expert", "max_shard_size": 50_000}
+    export_checkpoint(imported, tmp_path / "exported", **options)
+    target = tmp_path / "saved"
+    layout = Layout(ep=2, pp=2, world=4)
+    pool.run(live_ranks.save, layout, folder=source, like=imported / "hf", target=target, **options)
+    assert files_of(target) == files_of(tmp_path / "exported")
+    assert len(list(target.glob("*.safetensors"))) > 4
+
+
+def test_transformers_loads_a_saved_folder(pool: Pool, sources: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    pool.run(live_ranks.save, Layout(tp=2, world=2), folder=sources["tied"], target=tmp_path / "saved")
+    loaded, original = (
+        AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").state_dict()
+        for folder in (tmp_path / "saved", sources["tied"])
+    )
+    assert same(dict(loaded), dict(original))
+
+
+def test_a_round_trip_through_training_layouts(pool: Pool, sources: dict[str, Path], tmp_path: Path) -> None:
+    """Imported, loaded and saved by Megatron, exported: the same bytes."""
+    source = sources["experts"]
+    imported = import_checkpoint(source, tmp_path / "megatron")
+    pool.run(
+        ranks.load_run_save,
+        Layout(tp=2, sp=True, pp=2, ep=2, etp=1, world=8),
+        folder=source,
+        checkpoint=imported,
+        packs=[reference.pack([reference.conversation("mixed", seed=21)], 96)] * 2,
+        saved=tmp_path / "saved",
+        vocab_size=live_ranks.VOCABULARY,
+    )
+    exported = export_checkpoint(tmp_path / "saved", tmp_path / "exported", like=source)
+    assert files_of(exported) == files_of(source)
+
+
+EP2, PP2, VPP2 = Layout(ep=2, world=2), Layout(pp=2, world=2), Layout(pp=2, vpp=2, world=2)
+LOST = "2 on none:.*linear_fc1.weight.*layers.0.mlp.experts.gate_up_proj.*linear_fc2.weight"
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "layout", "said"),
+    [
+        ("load lost experts", "experts", EP2, "some rank.*" + LOST.replace("2 on", r"\d+ on")),
+        ("load a chunk of two", "untied", VPP2, "every weight to be on some rank.*layers.1.*q_proj"),
+        ("load where a rank has no folder", "untied", PP2, "absent"),
+        ("export lost experts", "experts", EP2, "the live model: .*some rank.*gate_up_proj"),
+        ("export a chunk of two", "untied", VPP2, "the live model: .*some rank.*lm_head"),
+        ("export differently", "untied", PP2, "rank 1: expected the options of rank 0, .*1000.*1001"),
+        ("export to nobody", "untied", PP2, "ranks: expected one of all, first, shared, found 'nobody'"),
+        ("export in no bytes", "untied", PP2, "bucket_bytes: expected at least 1, found 0"),
+        ("export as integers", "untied", PP2, "dtype: expected one of"),
+        ("save to a full disk", "untied", PP2, "expected to write it.*File too large"),
+        ("save over something", "untied", PP2, "expected a name that is free"),
+        ("save like another model", "untied", PP2, "tie_word_embeddings: expected False, as the model was built"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.split()[0] in ("load", "export", "save") else "",
+)
+def test_every_rank_is_told(
+    pool: Pool, sources: dict[str, Path], tmp_path: Path, what: str, kind: str, layout: Layout, said: str
+) -> None:
+    target = tmp_path / "absent"
+    arguments = {"what": what, "target": target, "others": sources["tied"]}
+    for text in pool.run(live_ranks.refusal, layout, folder=sources[kind], **arguments):
+        assert re.search(said, text, re.DOTALL), text
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,28 @@
+"""Every layout offered, with one of its variants, gives transformers' logits, loss and every gradient.
+
+All variants of all layouts: `make test-layouts`.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.functional import matrix
+from tests.functional.pool import Layout, Pool
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool, bool], Path]:
+    return matrix.write_folders(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.mark.parametrize(("kind", "layout", "variant"), list(matrix.small_set()), ids=str)
+def test_layout_equals_transformers(
+    pool: Pool,
+    folders: dict[tuple[str, bool, bool], Path],
+    kind: str,
+    layout: Layout,
+    variant: matrix.Variant,
+) -> None:
+    (errors,) = matrix.run(pool, kind, layout, [variant], folders)
+    errors.check()

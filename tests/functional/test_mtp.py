@@ -1,0 +1,120 @@
+"""Multi-token prediction: every layout offered gives transformers' logits, losses and gradients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import mtp_reference, reference
+from tests.functional import mtp_ranks, ranks
+from tests.functional.parity import PACK_LENGTH, TOLERANCE, measure
+from tests.functional.pool import Layout, Pool
+
+KINDS: dict[str, dict] = {
+    "untied": {},
+    "tied": {"tied": True},
+    "experts": {"experts": {}},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("mtp")
+    return {kind: mtp_reference.write_mtp_checkpoint(folder / kind, **options) for kind, options in KINDS.items()}
+
+
+def groups() -> list[list[reference.Conversation]]:
+    return [
+        [reference.conversation(kind, seed) for kind, seed in (("mixed", 2), ("text", 3), ("image", 4))],
+        [reference.conversation("text", 5)],
+        [reference.conversation(kind, seed) for kind, seed in (("images", 6), ("video", 7))],
+        [reference.conversation(kind, seed) for kind, seed in (("image", 8), ("video", 9), ("text", 10))],
+    ]
+
+
+OWN_STAGE = Layout(pp=3, world=3, stages="Ettt|tm|L")
+EVERYWHERE = [
+    Layout(),
+    Layout(pp=2, world=2),
+    Layout(pp=2, world=2, stages="Ett|ttmL"),
+    Layout(pp=2, world=2, stages="Etttt|mL"),
+    OWN_STAGE,
+    Layout(pp=3, world=3, stages="Etttt|m|L"),
+]
+DENSE = [
+    Layout(tp=2, world=2),
+    Layout(tp=2, sp=True, world=2),
+    Layout(cp=2, world=2),
+    Layout(world=2),
+    Layout(cp=4, world=4),
+    Layout(tp=2, sp=True, cp=2, world=4),
+    Layout(tp=2, sp=True, pp=2, cp=2, world=8),
+    Layout(pp=3, tp=2, sp=True, world=6, stages="Ett|ttm|L"),
+    Layout(pp=3, cp=2, world=6, stages="Et|tttm|L"),
+    Layout(pp=2, vpp=2, world=2),
+    Layout(pp=2, vpp=2, world=2, stages="Et|t|tt|mL"),
+]
+EXPERTS = [
+    Layout(tp=2, sp=True, world=2),
+    Layout(cp=2, world=2),
+    Layout(ep=2, world=2),
+    Layout(ep=2, pp=2, cp=2, world=8),
+    Layout(tp=2, sp=True, pp=3, ep=2, etp=1, world=6, stages="Ettt|tm|L"),
+]
+CASES = [(kind, layout) for layout in EVERYWHERE for kind in KINDS]
+CASES += [("untied", layout) for layout in DENSE] + [("experts", layout) for layout in EXPERTS]
+
+
+@pytest.mark.parametrize(("kind", "layout"), CASES, ids=str)
+def test_packs_equal_separate_conversations(pool: Pool, folders: dict[str, Path], kind: str, layout: Layout) -> None:
+    measure(pool, layout, folders[kind], groups()).check()
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("tied", Layout(tp=4, sp=True, world=4)), ("untied", OWN_STAGE)], ids=str)
+def test_padded_vocabulary_changes_nothing(pool: Pool, folders: dict[str, Path], kind: str, layout: Layout) -> None:
+    measure(pool, layout, folders[kind], groups(), vocab_size=192).check()
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True, world=2), OWN_STAGE], ids=str)
+def test_recomputed_layers_change_nothing(pool: Pool, folders: dict[str, Path], layout: Layout) -> None:
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    measure(pool, layout, folders["untied"], groups(), **full).check()
+    measure(pool, layout, folders["untied"], groups(), recompute_granularity="selective").check()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(tp=2, sp=True, cp=2, world=4), Layout(pp=3, world=6, stages="Ettt|tm|L")],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_further_prediction_equals_transformers(
+    pool: Pool, folders: dict[str, Path], kind: str, layout: Layout
+) -> None:
+    expected = mtp_reference.run_transformers(folders[kind], groups())
+    packs = [reference.pack(group, PACK_LENGTH) for group in groups()]
+    results = pool.run(mtp_ranks.predictions, layout, folder=folders[kind], packs=packs)
+    lengths = [[len(c.tokens) for c in group] for group in groups()]
+    logits, losses, means = iter(expected.logits), iter(expected.losses), []
+    for row, group, segments in zip(ranks.of_packs(results, "logits", layout, lengths), groups(), lengths, strict=True):
+        for part, c in zip(row[: sum(segments)].split(segments), group, strict=True):
+            wanted = next(logits)
+            assert reference.relative_error(part[:-1, : wanted.shape[1]], wanted) < TOLERANCE, c
+        found = torch.cat([next(losses) for _ in group])
+        means.append(found.sum() / sum(int((c.labels[1:] != -100).sum()) for c in group))
+    # Megatron's log divides by the micro-batches of a rank.
+    mean = torch.stack(means).mean().item()
+    for logged in [r["logged"] for r in results if r["logged"]]:
+        assert logged["loss_values"] * layout.dp / len(packs) == pytest.approx(mean, rel=1e-5)
+        assert logged["total_values"] == sum(int((c.labels[1:] != -100).sum()) for group in groups() for c in group)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_a_group_that_leaves_out_a_copy_of_the_embedding_is_refused(
+    pool: Pool, folders: dict[str, Path], kind: str
+) -> None:
+    """Megatron's default group holds the first and the last stage; another has the prediction layer."""
+    said = pool.run(mtp_ranks.refusal, OWN_STAGE, checkpoint=folders[kind])
+    assert all("[0, 1, 2]" in answer if kind == "tied" else "[0, 1]" in answer for answer in said)
+    assert all("get_embedding_ranks" in answer for answer in said)
+    assert pool.run(mtp_ranks.refusal, Layout(pp=2, world=2), checkpoint=folders[kind]) == ["accepted"] * 2

@@ -1,0 +1,97 @@
+"""Long runs of the example under torchrun: all dimensions together, and what other layouts make of their checkpoint."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import digits_checkpoint
+from tests.functional.test_training import ROOT, assert_same_curve, train
+
+ITERATIONS, MORE = 20, 2
+EVERYTHING = (
+    *("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+    *("--pipeline-model-parallel-size", 2, "--context-parallel-size", 2),
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("experts", "processes", "other"),
+    [
+        (False, 4, ("--tensor-model-parallel-size", 4, "--sequence-parallel")),
+        (True, 8, ("--expert-model-parallel-size", 4, "--pipeline-model-parallel-size", 2)),
+    ],
+    ids=["dense-then-tp4", "experts-then-ep4-pp2"],
+)
+def test_all_dimensions_follow_one_process_and_other_layouts_go_on(
+    tmp_path: Path, experts: bool, processes: int, other: tuple
+) -> None:
+    """TP2 x SP x PP2 x CP2 for 20 iterations; then its checkpoint, optimizer included, in another layout."""
+    folder = digits_checkpoint.write(tmp_path, experts=experts)
+    # The last batches are part of one longer run, as Megatron's schedules see it.
+    start = ("--hf-folder", "hf", "--hf-weights", "--train-iters", ITERATIONS + MORE, "--global-batch-size", 4)
+    alone = train(folder, *start)
+    assert len(alone) == ITERATIONS + MORE
+    save = ("--save", "saved", "--save-interval", ITERATIONS, "--exit-interval", ITERATIONS)
+    found = train(folder, *start, *save, *EVERYTHING, processes=8)
+    assert_same_curve(found, alone[:ITERATIONS])
+    more = train(folder, *start, "--load", "saved", *other, processes=processes)
+    assert_same_curve(more, alone[ITERATIONS:])
+
+
+def test_virtual_stages_start_from_hugging_face_weights_and_follow_one_process(tmp_path: Path) -> None:
+    folder = digits_checkpoint.write(tmp_path)
+    start = ("--hf-folder", "hf", "--hf-weights", "--train-iters", 4)
+    stages = ("--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2)
+    assert_same_curve(train(folder, *start, *stages, processes=2), train(folder, *start))
+
+
+BAD_PACK = """
+import sys
+from megatron_vlbridge.backends import cpu_runtime
+cpu_runtime.enable()
+from transformers import AutoProcessor
+from megatron_vlbridge.config import read_config
+from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
+from megatron_vlbridge.training.pretrain import parse_arguments, run
+
+image_token_id = None
+
+class OnePackIsBad(PackedConversations):
+    def __getitem__(self, index):
+        pack = super().__getitem__(index)
+        if index == 3:
+            pack["tokens"][int((pack["tokens"] == config.image_token_id).nonzero()[0])] = 5
+        return pack
+
+args = parse_arguments()
+processor, config = AutoProcessor.from_pretrained(args.hf_folder), read_config(args.hf_folder)
+
+def datasets(num_samples, vp_stage=None):
+    return OnePackIsBad(
+        read_conversations(args.conversations), processor, config,
+        seq_length=args.seq_length, num_samples=num_samples[0], seed=args.seed, multiple_of=4,
+    ), None, None
+
+run(args, datasets)
+"""
+
+
+def test_a_bad_pack_ends_the_whole_run_with_its_reason(tmp_path: Path) -> None:
+    """Stages that wait for the one that refuses the pack do not wait for ever."""
+    folder = digits_checkpoint.write(tmp_path)
+    (folder / "script.py").write_text(BAD_PACK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "script.py"]
+    command += ["--cpu", "--conversations", "train.jsonl", "--hf-folder", "hf", "--hf-weights", "--seq-length", "256"]
+    command += ["--global-batch-size", "2", "--lr", "1e-3", "--train-iters", "5", "--num-workers", "0"]
+    command += ["--pipeline-model-parallel-size", "2", "--context-parallel-size", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    start = time.monotonic()
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode != 0
+    assert "placeholder" in run.stderr, run.stderr[-3000:]
+    assert time.monotonic() - start < 240

@@ -1,0 +1,122 @@
+"""Runs every row of the matrix with all its variants and writes docs/layouts.md.
+
+Use: python -m tests.functional.write_layouts.
+
+Ends with an error where a figure is not within the tolerance. With `--check` the page is left as it is.
+"""
+
+# What imports Megatron is imported inside the functions: spawned workers import this file before they start.
+import argparse
+import datetime as dt
+import importlib.metadata
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.functional.pool import Layout, Pool
+
+PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
+COLUMNS = ("tp", "sp", "pp", "vpp", "cp", "ep", "etp", "dp", "stages")
+
+
+def measure_all(pool: Pool, where: Path) -> tuple[dict[str, list[str]], list[str], int]:
+    """The table's lines for each kind of model, what failed, and how many runs there were."""
+    from tests.functional import matrix
+
+    folders = matrix.write_folders(where)
+    tables: dict[str, list[str]] = {}
+    failures, count = [], 0
+    for kind in ("dense", "experts"):
+        tables[kind] = []
+        for layout in matrix.layouts(kind):
+            start = time.monotonic()
+            chosen = matrix.variants(layout)
+            try:
+                errors = matrix.run(pool, kind, layout, chosen, folders)
+            except AssertionError as error:
+                failures.append(f"{kind} {layout}: {error}")
+                tables[kind].append(_line(layout, chosen, None))
+                continue
+            count += len(errors)
+            for variant, error in zip(chosen, errors, strict=True):
+                if error.too_large():
+                    failures.append(f"{kind} {layout} {variant}: {error.too_large()}")
+            tables[kind].append(_line(layout, chosen, errors))
+            print(f"{kind} {layout}: {len(chosen)} variants, {time.monotonic() - start:.1f} s", flush=True)
+    return tables, failures, count
+
+
+def _line(layout: Layout, chosen: list[Any], errors: list[Any] | None) -> str:
+    sizes = {name: getattr(layout, name) for name in COLUMNS} | {"etp": layout.etp or layout.tp}
+    cells = ["yes" if value is True else "" if value in (1, False, None) else f"{value}" for value in sizes.values()]
+    cells[-1] = f"`{cells[-1]}`".replace("|", "\\|") if cells[-1] else ""
+    padded = "packs, padded" if any(v.padded for v in chosen) else "packs"
+    kept = "" if any(v.recompute == "selective" for v in chosen) else " (some variants)"
+    if errors is None:
+        return f"| {' | '.join(cells)} | {padded}{kept} | failed | | |"
+    worst = (
+        max(e.logits for e in errors),
+        max(e.loss for e in errors),
+        max(x for e in errors for x in e.gradients.values()),
+    )
+    return f"| {' | '.join(cells)} | {padded}{kept} | {' | '.join(f'{x:.1e}' for x in worst)} |"
+
+
+def page(tables: dict[str, list[str]], count: int, seconds: float) -> str:
+    """The whole page."""
+    from tests.functional.parity import TOLERANCE
+
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("megatron-core", "transformers", "torch")
+    )
+    names = [*COLUMNS, "input", "logits", "loss", "worst gradient"]
+    head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
+    titles = {"dense": "Qwen3-VL", "experts": "Qwen3-VL-MoE"}
+    sections = "\n\n".join(f"## {titles[kind]}\n\n{head}\n" + "\n".join(lines) for kind, lines in tables.items())
+    return f"""# Layouts that are proved
+
+Each row is a parallel layout on CPU processes over gloo. Packs with images, videos and text-only conversations go
+through Megatron's own schedules, forward and backward, and logits, loss and every parameter's gradient (gathered to
+full tensors, in transformers' names) are compared with transformers, run conversation by conversation. The figures are
+the largest norm of a difference over the norm of transformers' result, over all variants of the row; each must be
+below {TOLERANCE:.0e}.
+
+A row is run without recomputation, with full and with selective recomputation, each with and without multi-token
+prediction, each with tied and with untied embeddings: twelve variants, and where context parallelism does not cut them
+two more with padded `[B, S]` batches. Rows with "some variants" repeat a combination in other sizes or splits; they are
+run plain, with blockwise recomputation, multi-token prediction and tied embeddings together, and padded.
+An empty cell is a size of one; `stages` is Megatron's pipeline layout string (an `m` is put before the `L` for
+multi-token prediction).
+
+Any combination of dimensions that is no row here is refused at start, unless `--allow-unproved-combination` is given;
+sizes beyond these are arithmetic.
+
+Made by `make test-layouts` ({count} runs, {seconds / 60:.0f} minutes) on {dt.date.today()}, {platform.machine()} CPU,
+{versions}.
+
+{sections}
+"""
+
+
+def main() -> int:
+    """Run, and write the page unless `--check`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="leave docs/layouts.md as it is")
+    arguments = parser.parse_args()
+    pool, start = Pool(), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        tables, failures, count = measure_all(pool, Path(folder))
+    pool.close()
+    seconds = time.monotonic() - start
+    print(f"{count} runs, {seconds:.0f} s, {len(failures)} failures")
+    print("\n".join(failures), file=sys.stderr)
+    if not arguments.check and not failures:
+        PAGE.write_text(page(tables, count, seconds))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""The oracle for multi-token prediction: a layer of transformers behind Qwen3-VL, conversation by conversation."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.reference import Conversation, Reference, digest, write_checkpoint
+
+FILE = "model-mtp.safetensors"
+
+
+def write_mtp_checkpoint(folder: Path, *, mtp_experts: str = "fused_out_in", **options: Any) -> Path:
+    """A tiny random checkpoint whose config and tensors have a prediction layer, in a shard of its own.
+
+    `options` are those of `write_checkpoint`; `mtp_experts` is the form of this layer's experts.
+    """
+    return add_prediction_layer(write_checkpoint(folder, **options), mtp_experts)
+
+
+def add_prediction_layer(folder: Path, mtp_experts: str = "fused_out_in") -> Path:
+    """Give a checkpoint a random prediction layer."""
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    content["text_config"]["mtp_num_hidden_layers"] = 1
+    file.write_text(json.dumps(content, indent=2))
+    torch.manual_seed(101)
+    with torch.no_grad():
+        module = PredictionLayer(_text_config(folder)).float()
+        for parameter in module.parameters():
+            parameter.normal_(std=0.15) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    tensors = {name: x for key, value in module.state_dict().items() for name, x in _as_form(key, value, mtp_experts)}
+    tensors = {name: x.contiguous() for name, x in tensors.items()}
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        single = folder / "model.safetensors"
+        save_file(load_file(single) | tensors, single, metadata={"format": "pt"})
+        return folder
+    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    content = json.loads(index.read_text())
+    content["weight_map"] |= dict.fromkeys(tensors, FILE)
+    content["metadata"]["total_size"] += sum(x.nbytes for x in tensors.values())
+    index.write_text(json.dumps(content, indent=2))
+    return folder
+
+
+class PredictionLayer(torch.nn.Module):
+    """Qwen3.5's prediction layer with the decoder layer of Qwen3-VL; its names are those in a checkpoint."""
+
+    def __init__(self, config: Any) -> None:
+        from transformers.models.qwen3_vl import modeling_qwen3_vl as dense
+        from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as experts
+
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        sparse = hasattr(config, "num_experts") or hasattr(config, "num_local_experts")
+        layer = experts.Qwen3VLMoeTextDecoderLayer if sparse else dense.Qwen3VLTextDecoderLayer
+        self.mtp = torch.nn.Module()
+        self.mtp.pre_fc_norm_embedding = dense.Qwen3VLTextRMSNorm(hidden, eps)
+        self.mtp.pre_fc_norm_hidden = dense.Qwen3VLTextRMSNorm(hidden, eps)
+        self.mtp.fc = torch.nn.Linear(2 * hidden, hidden, bias=False)
+        self.mtp.layers = torch.nn.ModuleList([layer(config, 0)])
+        self.mtp.norm = dense.Qwen3VLTextRMSNorm(hidden, eps)
+
+    def forward(
+        self, next_words: torch.Tensor, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Normed hidden states `[1, S, H]` from the embeddings of the next tokens and the decoder's normed output."""
+        mtp = self.mtp
+        parts = mtp.pre_fc_norm_embedding(next_words), mtp.pre_fc_norm_hidden(hidden)
+        return mtp.norm(mtp.layers[0](mtp.fc(torch.cat(parts, dim=-1)), position_embeddings=rotary))
+
+
+@dataclass(frozen=True)
+class MtpReference:
+    """The whole model's `Reference`, and of each conversation what the prediction layer gives.
+
+    `logits` `[S - 1, V]` and `losses` `[S - 1]` are for the token after the next one, of all tokens but the last.
+    """
+
+    main: Reference
+    logits: list[torch.Tensor]
+    losses: list[torch.Tensor]
+
+
+_KNOWN: dict[tuple[Path, bytes], MtpReference] = {}
+
+
+def run_transformers(folder: Path, groups: Sequence[Sequence[Conversation]]) -> MtpReference:
+    """Forward and backward of each conversation alone; run once for the same checkpoint and groups."""
+    key = folder, b"".join(digest(group) for group in groups)
+    if key not in _KNOWN:
+        _KNOWN[key] = _run_transformers(folder, groups)
+    return _KNOWN[key]
+
+
+def _run_transformers(folder: Path, groups: Sequence[Sequence[Conversation]], scaling: float = 0.1) -> MtpReference:
+    """Forward and backward.
+
+    The loss that is derived is the main loss, and `scaling` times the mean loss of the prediction layer over each
+    group, which weighs as much as the group's main loss: `sum_groups(n / m * losses) / N`, with `n` and `m` the
+    supervised tokens of a group in the main and in the further prediction, and `N` those of all groups.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
+    module = PredictionLayer(model.config.text_config).train()
+    module.load_state_dict(load_file(folder / FILE))
+    conversations = [c for group in groups for c in group]
+    outputs = [_run(model, module, c) for c in conversations]
+    supervised = sum(int((c.labels != -100).sum()) for c in conversations)
+    loss = torch.cat([losses for _, losses, _, _ in outputs]).sum() / supervised
+    total, rest = loss, iter(outputs)
+    for group in groups:
+        parts = torch.cat([next(rest)[3] for _ in group])
+        counts = [sum(int((c.labels[first:] != -100).sum()) for c in group) for first in (0, 1)]
+        total = total + scaling * counts[0] / counts[1] * parts.sum() / supervised
+    total.backward()
+    named = [*model.named_parameters(), *module.named_parameters()]
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
+    logits, losses, further, further_losses = ([x.detach() for x in column] for column in zip(*outputs, strict=True))
+    main = Reference(logits, losses, loss.item(), gradients, [_towers(model, c) for c in conversations])
+    return MtpReference(main, further, further_losses)
+
+
+def _run(model: Any, module: PredictionLayer, c: Conversation) -> tuple[torch.Tensor, ...]:
+    """Logits and token losses, and those of the prediction layer."""
+    media = {}
+    if len(c.images):
+        media |= {"pixel_values": c.images, "image_grid_thw": c.image_grids}
+    if len(c.videos):
+        media |= {"pixel_values_videos": c.videos, "video_grid_thw": c.video_grids}
+    kinds = (c.tokens == 10).long() + 2 * (c.tokens == 11).long()
+    rotary: list[tuple[torch.Tensor, torch.Tensor]] = []
+    language = model.model.language_model
+    hook = language.rotary_emb.register_forward_hook(lambda _module, _args, output: rotary.append(output))
+    hidden = model.model(input_ids=c.tokens[None], mm_token_type_ids=kinds[None], use_cache=False, **media)[0]
+    hook.remove()
+    logits = model.lm_head(hidden)[0]
+    words = language.embed_tokens(c.tokens[None, 1:])
+    table = rotary[0][0][:, :-1], rotary[0][1][:, :-1]
+    further = model.lm_head(module(words, hidden[:, :-1], table))[0]
+
+    def token_losses(found: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(found, labels, reduction="none", ignore_index=-100)
+
+    return logits, token_losses(logits, c.labels), further, token_losses(further, c.labels[1:])
+
+
+def _towers(model: Any, c: Conversation) -> dict[str, torch.Tensor]:
+    result = {}
+    for kind, pixels, grids in (("images", c.images, c.image_grids), ("videos", c.videos, c.video_grids)):
+        if len(pixels):
+            with torch.no_grad():
+                tower = model.model.visual(pixels, grid_thw=grids)
+            result[kind] = torch.stack([tower.pooler_output, *tower.deepstack_features])
+    return result
+
+
+def _text_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).text_config
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def _as_form(name: str, tensor: torch.Tensor, form: str) -> list[tuple[str, torch.Tensor]]:
+    """A tensor as transformers holds it, with the experts' in the form asked for."""
+    if ".experts." not in name or form == "fused_out_in":
+        return [(name, tensor)]
+    if form == "fused_in_out":
+        return [(name, tensor.transpose(1, 2))]
+    place, _, kind = name.rpartition(".")
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    return [
+        (f"{place}.{expert}.{part}.weight", rows)
+        for expert, weight in enumerate(tensor)
+        for part, rows in zip(parts, weight.chunk(len(parts)), strict=True)
+    ]

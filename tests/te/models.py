@@ -1,0 +1,96 @@
+"""What runs in the processes: a model of the process's backend, what its checkpoint would hold, and its numbers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Kind of entry, global shape, offset of this rank's part, its shape, and its dtype (of tensors).
+Entry = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], str]
+
+
+def build(sizes: dict[str, int], folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """This rank's model, with random weights, on the CPU."""
+    from megatron_vlbridge.config import read_config
+    from megatron_vlbridge.model.transformer_config import language_config
+    from megatron_vlbridge.model.vlm import Qwen3VLModel
+
+    checkpoint = read_config(folder)
+    config = language_config(
+        checkpoint,
+        **sizes,
+        sequence_parallel=sizes.get("tensor_model_parallel_size", 1) > 1,
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        gradient_accumulation_fusion=False,
+    )
+    return Qwen3VLModel(config, checkpoint)
+
+
+def describe(sizes: dict[str, int], folder: Path, dtype: torch.dtype) -> dict[str, list[Entry]]:
+    """The entries of this rank's sharded checkpoint, by key."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    found: dict[str, list[Entry]] = {}
+    for entry in _entries(build(sizes, folder, dtype).sharded_state_dict()):
+        if isinstance(entry, ShardedTensor):
+            described = "tensor", entry.global_shape, entry.global_offset, entry.local_shape, str(entry.dtype)
+        else:
+            described = "object", entry.global_shape, entry.global_offset, (), ""
+        found.setdefault(entry.key, []).append(described)
+    return {key: sorted(entries) for key, entries in found.items()}
+
+
+def classes(sizes: dict[str, int], folder: Path) -> set[str]:
+    """The names of the model's classes."""
+    return {type(module).__name__ for module in build(sizes, folder).modules()}
+
+
+def load_hf(sizes: dict[str, int], folder: Path) -> list[Any]:
+    """This rank's shards after `load_hf_weights`."""
+    from megatron_vlbridge.checkpoint.live import load_hf_weights
+
+    model = build(sizes, folder)
+    load_hf_weights(model, folder)
+    return _shards(model)
+
+
+def load(sizes: dict[str, int], folder: Path, saved: Path, strict: str) -> list[Any]:
+    """This rank's shards after Megatron's loader, with this strictness, read `saved`."""
+    from megatron.core import dist_checkpointing
+
+    model = build(sizes, folder)
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(saved), strict=strict)
+    model.load_state_dict(state["model"])
+    return _shards(model)
+
+
+def load_hf_and_save(sizes: dict[str, int], folder: Path, saved: Path) -> None:
+    """Fill a model from the Hugging Face folder, and let Megatron's saver write it to `saved`."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_vlbridge.checkpoint.live import load_hf_weights
+
+    model = build(sizes, folder)
+    load_hf_weights(model, folder)
+    saved.mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(saved))
+
+
+def _shards(model: Any) -> list[Any]:
+    from tests.functional.ranks import weight_shards
+
+    return weight_shards(model)
+
+
+def _entries(value: object) -> list[Any]:
+    """Sharded tensors and objects in a sharded state dict; factories are asked for theirs."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+
+    if isinstance(value, ShardedTensor | ShardedObject):
+        return [value]
+    if isinstance(value, ShardedTensorFactory):
+        return _entries(value.build())
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [entry for child in children for entry in _entries(child)]

@@ -1,0 +1,123 @@
+"""More damaged and hostile checkpoints, of the forms that are published: scales, spellings, files, further tensors."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_vlbridge.checkpoint.safetensors import INDEX
+from tests import fp8_checkpoint, reference
+from tests.unit.test_hostile import check, edit_header, edit_json, shards
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    """`hf`, and `fp8`, in which some weights have scales."""
+    folder = tmp_path_factory.mktemp("sound")
+    reference.write_checkpoint(folder / "hf", layers=2)
+    fp8_checkpoint.quantise_folder(reference.write_checkpoint(folder / "fp8", layers=2))
+    return folder
+
+
+def two_spellings(folder: Path, chance: random.Random) -> None:
+    """One tensor, or a copy of it, under the name that another tool gives it."""
+
+    def edit(header: dict) -> None:
+        name = chance.choice(sorted(name for name in header if name.startswith("model.")))
+        others = {"model.language_model.": ["model.", "language_model.", ""], "model.visual.": ["visual."]}
+        part = next(part for part in others if name.startswith(part))
+        other = chance.choice(others[part]) + name.removeprefix(part)
+        header[other] = header.pop(name)
+        edit_json(folder / INDEX, lambda index: index["weight_map"].update({other: index["weight_map"].pop(name)}))
+
+    edit_header(chance.choice([path for path in shards(folder) if any("model." in n for n in load_file(path))]), edit)
+
+
+def one_file_beside_an_index(folder: Path, chance: random.Random) -> None:
+    """Another checkpoint, or some of the same one."""
+    tensors = load_file(chance.choice(shards(folder)))
+    if chance.random() < 0.5:
+        tensors = {name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def further_tensor(folder: Path, chance: random.Random) -> None:
+    path = chance.choice(shards(folder))
+    name = chance.choice(
+        ["foo.bar", "model.language_model.layers.2.mlp.up_proj.weight", "model.visual.x", "mtp.norm.weight"]
+    )
+    save_file({**load_file(path), name: torch.zeros(3)}, path)
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update({name: path.name}))
+
+
+# --- weights in 8 bits with scales ---
+
+
+def edit_scales(folder: Path, chance: random.Random, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    """Change the scales of one weight, in a file that is sound in itself, or take them away."""
+    path = chance.choice([path for path in shards(folder) if any("_scale_inv" in name for name in load_file(path))])
+    tensors = load_file(path)
+    name = chance.choice(sorted(name for name in tensors if name.endswith("_scale_inv")))
+    changed = change(tensors.pop(name))
+    if changed is None:
+        edit_json(folder / INDEX, lambda index: index["weight_map"].pop(name))
+    else:
+        tensors[name] = changed.contiguous()
+    save_file(tensors, path)
+
+
+def wrong_scale(folder: Path, chance: random.Random) -> None:
+    value = chance.choice([float("nan"), float("inf"), float("-inf"), 0.0, -0.5])
+    edit_scales(folder, chance, lambda scales: torch.full_like(scales, value))
+
+
+def scales_of_another_shape(folder: Path, chance: random.Random) -> None:
+    edit_scales(
+        folder, chance, lambda s: chance.choice([s[:0], s[0], s.repeat(2, 1), s.repeat(1, 128), s[None], s.sum()])
+    )
+
+
+def scales_of_another_dtype(folder: Path, chance: random.Random) -> None:
+    edit_scales(folder, chance, lambda s: s.to(chance.choice([torch.float16, torch.float64, torch.int32, torch.uint8])))
+
+
+def lost_scales(folder: Path, chance: random.Random) -> None:
+    edit_scales(folder, chance, lambda scales: None)
+
+
+def scales_of_another_weight(folder: Path, chance: random.Random) -> None:
+    """An unquantised weight gets scales, or a quantised one is not any more."""
+    path = chance.choice([path for path in shards(folder) if any("layers" in name for name in load_file(path))])
+    tensors = load_file(path)
+    name = chance.choice(sorted(name for name in tensors if name.endswith("weight")))
+    if f"{name}_scale_inv" in tensors:
+        tensors[name] = tensors[name].to(chance.choice([torch.float32, torch.int8, torch.float8_e5m2]))
+    else:
+        tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+        edit_json(folder / INDEX, lambda index: index["weight_map"].update({f"{name}_scale_inv": path.name}))
+    save_file(tensors, path)
+
+
+def another_quantisation(folder: Path, chance: random.Random) -> None:
+    changes = [{"quant_method": "awq"}, {"weight_block_size": [1, 128]}, {"fmt": "e5m2"}, {"weight_block_size": None}]
+
+    def edit(config: dict) -> None:
+        config["quantization_config"] = chance.choice([None, [], {}, *(fp8_checkpoint.CONFIG | c for c in changes)])
+
+    edit_json(folder / "config.json", edit)
+
+
+HF = [two_spellings, one_file_beside_an_index, further_tensor]
+FP8 = [
+    *(wrong_scale, scales_of_another_shape, scales_of_another_dtype, lost_scales, scales_of_another_weight),
+    *(another_quantisation, one_file_beside_an_index),
+]
+CASES = [*(("hf", damage) for damage in HF), *(("fp8", damage) for damage in FP8)]
+
+
+@pytest.mark.parametrize(("kind", "damage"), CASES, ids=[f"{kind}-{damage.__name__}" for kind, damage in CASES])
+def test_damage_is_refused_by_name_or_changes_nothing(kind, damage, sound, tmp_path):
+    check(kind, damage, sound / kind, sound / kind, tmp_path)
