@@ -74,7 +74,10 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    report = verify_checksums(args.a) if args.b is None else verify(args.a, args.b, leave_out=args.leave_out)
+    if args.b is None:
+        report = verify_checksums(args.a)
+    else:
+        report = verify(args.a, args.b, leave_out=args.leave_out, experts=args.experts)
     if args.json:
         print(json.dumps({"equal": report.equal, **asdict(report)}))
     else:
@@ -163,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", parents=[machine, leave], help="are two checkpoints the same, is one intact")
     check.add_argument("a", help="a Hugging Face folder, Hub id or Megatron folder")
     check.add_argument("b", nargs="?", help="another, of either kind; without it A's own checksums are checked")
+    check.add_argument("--experts", help="form of fused experts in a Hugging Face folder, where it cannot be seen")
     check.set_defaults(run=_verify)
     look = commands.add_parser("inspect", parents=[machine], help="what a checkpoint holds")
     look.add_argument("folder", help="a Hugging Face folder, Hub id or Megatron folder")

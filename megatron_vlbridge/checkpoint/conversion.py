@@ -17,7 +17,7 @@ from megatron_vlbridge.checkpoint.staging import Staging, staged_folder
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Plan
 
-_LAYOUT = 1  # of parts and blocks; part files of another layout are not continued
+_LAYOUT = 2  # of parts and blocks; part files of another layout are not continued
 _HEAD_BYTES = 64 * 2**10
 _SPARE_BYTES = 2**20
 

@@ -15,9 +15,9 @@ import torch
 
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.conversion import Conversion
-from megatron_vlbridge.checkpoint.dtypes import hf_tensors, megatron_tensors, narrow_into
+from megatron_vlbridge.checkpoint.dtypes import as_dtype, check_dtypes, hf_tensors, megatron_tensors, narrow_into
 from megatron_vlbridge.checkpoint.engine import Options
-from megatron_vlbridge.checkpoint.extras import left_out, listed, read_notes
+from megatron_vlbridge.checkpoint.extras import listed, read_notes
 from megatron_vlbridge.checkpoint.hub import find_folder
 from megatron_vlbridge.checkpoint.raw import gather_into
 from megatron_vlbridge.checkpoint.safetensors import (
@@ -26,17 +26,15 @@ from megatron_vlbridge.checkpoint.safetensors import (
     SafetensorsFolder,
     SafetensorsWriter,
     plan_shards,
-    row_blocks,
 )
 from megatron_vlbridge.checkpoint.side_files import Like, copy_side_files, find_like, keep_side_files, side_files
+from megatron_vlbridge.checkpoint.source import open_source
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
 from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
 from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family
 from megatron_vlbridge.weights import Plan, Region, TensorSpec
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def import_checkpoint(
@@ -107,18 +105,8 @@ def plan_import(
     leave_out: Sequence[str] = (),
 ) -> Conversion:
     """What `import_checkpoint` would do, proved from headers alone; arguments and errors are the same."""
-    source = find_folder(hf_folder)
-    config = read_config(source)
-    family = families.find(config)
-    weights = SafetensorsFolder(source)
-    check_scales(config, weights)
-    table = family.table_for(config, weights.table, experts)
-    left = left_out(source, weights.table, {*table.hf_shapes, family.head}, leave_out)
-    hf = {name: spec for name, spec in weights.table.items() if name not in left}
-    check_dtypes(source, {name: spec for name, spec in hf.items() if name in table.hf_shapes})
-    if config.tie_word_embeddings and family.head in hf:
-        check_tied_head(weights, family)
-        del hf[family.head]
+    source = open_source(find_folder(hf_folder), experts=experts, leave_out=leave_out)
+    weights, table, hf = source.weights, source.table, source.tensors
     wanted = as_dtype(dtype)
     megatron, widened = megatron_tensors(table, hf, wanted)
     plan = Plan(
@@ -127,7 +115,7 @@ def plan_import(
         megatron,
         cast=wanted is not None,
         widened=widened,
-        hf_source=str(source),
+        hf_source=str(weights.folder),
         megatron_source="the new checkpoint",
     )
 
@@ -136,16 +124,16 @@ def plan_import(
 
     return Conversion(
         kind="import",
-        architecture=family.architecture,
-        source=source,
+        architecture=source.family.architecture,
+        source=weights.folder,
         target=Path(megatron_folder),
         plan=plan,
         writer=ReleaseWriter(megatron, fill),
         source_files=weights.paths,
-        side_files=tuple(side_files(source)),
-        complete=lambda folder: keep_side_files(weights, folder, experts, left),
+        side_files=tuple(side_files(weights.folder)),
+        complete=lambda folder: keep_side_files(weights, folder, experts, source.left),
         check=lambda folder: _check_written(folder, TorchDistFolder(folder).table, megatron),
-        notes=tuple(_import_notes(weights, left)),
+        notes=tuple(_import_notes(weights, source.left)),
     )
 
 
@@ -270,32 +258,6 @@ def _export_notes(like: Path, config: Config, carried: Sequence[str]) -> Iterato
         yield f"copied unchanged from {like}, as no part of the model: {listed(carried)}"
 
 
-def check_scales(config: Config, weights: SafetensorsFolder) -> None:
-    """Refuse scales of 8-bit weights that are no scales, and a config that says otherwise than the tensors."""
-    weights.check_scales()
-    if config.fp8 != bool(weights.scaled):
-        found = f"{weights.scaled[0]} in FP8" if weights.scaled else "no such tensor"
-        expected = "FP8 tensors" if config.fp8 else "none in FP8"
-        raise VLBridgeError(
-            f"{weights.folder}: expected {expected}, as quantization_config in config.json says, found {found}. "
-            "Use the config.json that belongs to these weights."
-        )
-
-
-def check_dtypes(folder: Path, table: Mapping[str, TensorSpec]) -> None:
-    """Refuse what no checkpoint of these models holds: integers, 8-bit numbers, both kinds of 16 bits at once."""
-    for name, spec in table.items():
-        if spec.dtype not in (torch.float64, *_DTYPES.values()):
-            raise VLBridgeError(
-                f"{folder}: {name}: expected floating-point numbers of 16 bits or more, found {spec}. "
-                "Quantised checkpoints are not supported; where it is none, fetch the file again."
-            )
-    halves = {spec.dtype: name for name, spec in table.items() if spec.dtype.itemsize == 2}
-    if len(halves) > 1:
-        text = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in halves.items())
-        raise VLBridgeError(f"{folder}: expected one kind of 16-bit numbers, found {text}. Fetch the files again.")
-
-
 def _carried(model: Like, hf: Mapping[str, TensorSpec], family: Family, *, chosen_form: bool) -> dict[str, TensorSpec]:
     """The source's tensors that are no part of the model. Those of experts have other names in another form.
 
@@ -330,29 +292,3 @@ def _shards(
     files = {name: file for name, (file, _) in model.tensors.items()}
     same_sizes = all(hf[name].dtype == spec.dtype for name, (_, spec) in model.tensors.items())
     return files, model.index if same_sizes else None
-
-
-def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype that a user asked for, None where weights keep their own; refuses all but the three of these models."""
-    if dtype is None or dtype in _DTYPES.values():
-        return dtype if isinstance(dtype, torch.dtype) else None
-    if isinstance(dtype, str) and dtype in _DTYPES:
-        return _DTYPES[dtype]
-    raise VLBridgeError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}.")
-
-
-def check_tied_head(weights: SafetensorsFolder, family: Family) -> None:
-    """Refuse a stored output head that is not the embedding, bit for bit, although the config says they are one."""
-    head, embedding = weights.table[family.head], weights.table.get(family.embedding)
-    same = head == embedding and all(
-        torch.equal(
-            weights.read(block).view(torch.uint8),
-            weights.read(Region(family.embedding, block.offset, block.shape)).view(torch.uint8),
-        )
-        for block in row_blocks(Region.whole(family.head, head.shape), head.dtype.itemsize)
-    )
-    if not same:
-        raise VLBridgeError(
-            f"{weights.folder}: {family.head}: expected the numbers of {family.embedding}, as tie_word_embeddings is "
-            f"true, found others ({head}; {embedding}). Set tie_word_embeddings to false if the head is its own."
-        )

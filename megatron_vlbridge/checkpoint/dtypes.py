@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
 
 Tensors = Mapping[str, TensorSpec]
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HALVES = {torch.bfloat16, torch.float16}
 _AT_ONCE = 2**20
 
@@ -82,3 +84,26 @@ def narrow_into(region: Region, out: torch.Tensor, fill: Filler) -> None:
                 f"{region.name}: expected float32 numbers that fit into {out.dtype}, which it had before the import, "
                 "found others: they were trained since. Say with dtype= which one all weights are to have."
             )
+
+
+def check_dtypes(folder: Path, table: Mapping[str, TensorSpec]) -> None:
+    """Refuse what no checkpoint of these models holds: integers, 8-bit numbers, both kinds of 16 bits at once."""
+    for name, spec in table.items():
+        if spec.dtype not in (torch.float64, *_DTYPES.values()):
+            raise VLBridgeError(
+                f"{folder}: {name}: expected floating-point numbers of 16 bits or more, found {spec}. "
+                "Quantised checkpoints are not supported; where it is none, fetch the file again."
+            )
+    halves = {spec.dtype: name for name, spec in table.items() if spec.dtype.itemsize == 2}
+    if len(halves) > 1:
+        text = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in halves.items())
+        raise VLBridgeError(f"{folder}: expected one kind of 16-bit numbers, found {text}. Fetch the files again.")
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that a user asked for, None where weights keep their own; refuses all but the three of these models."""
+    if dtype is None or dtype in _DTYPES.values():
+        return dtype if isinstance(dtype, torch.dtype) else None
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise VLBridgeError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}.")

@@ -9,11 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_vlbridge import families
-from megatron_vlbridge.checkpoint.convert import check_scales, check_tied_head
 from megatron_vlbridge.checkpoint.hub import find_folder
 from megatron_vlbridge.checkpoint.raw import Filler, gather_into
-from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder
 from megatron_vlbridge.checkpoint.shards import (
     Model,
     Shard,
@@ -23,19 +20,23 @@ from megatron_vlbridge.checkpoint.shards import (
     shards_of,
     together,
 )
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.checkpoint.source import Source, open_source
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Plan, RuleTable, TensorSpec
 
 
 @torch.no_grad()
-def load_hf_weights(model: Model, folder: str | Path, *, experts: str | None = None) -> None:
+def load_hf_weights(
+    model: Model, folder: str | Path, *, experts: str | None = None, leave_out: Sequence[str] = ()
+) -> None:
     """Copy the weights of a Hugging Face folder (or Hub id) into a model that is already sharded, in place.
 
     `model` is what Megatron's `get_model` gives: one module, or the list of all chunks of this rank under virtual
     pipelining, wrapped or not. Its own `sharded_state_dict` says which slice of which tensor each rank holds; only
     those are read, and converted to the dtype of the parameter. Rows that pad the vocabulary become zero. All ranks
-    must call it. `experts` (an `ExpertForm`) says how the folder holds its experts where its tensors do not tell.
+    must call it. `experts` (an `ExpertForm`) says how the folder holds its experts where its tensors do not tell,
+    `leave_out` are patterns (`rotary.*`) for tensors that are no part of the model.
 
     Raises VLBridgeError, on all ranks, when the folder does not fit its config or the model's config, a slice has no
     source, a parameter is not filled, or a part of a weight of the folder (an expert, some rows) is on no rank.
@@ -45,10 +46,11 @@ def load_hf_weights(model: Model, folder: str | Path, *, experts: str | None = N
     held = []
     with together():
         folder = find_folder(folder)
-        config = read_config(folder)
-        table, read = _prove(folder, config, experts)
+        source = open_source(folder, experts=experts, leave_out=leave_out)
+        _prove(source)
+        table, read = source.table, source.weights.read_into
         for module in modules_of(model):
-            check_config(folder, config, module)
+            check_config(folder, source.config, module)
             shards = shards_of(module, table, str(folder))
             _check_every_parameter_is_filled(module, shards)
             for shard in shards:
@@ -57,19 +59,11 @@ def load_hf_weights(model: Model, folder: str | Path, *, experts: str | None = N
     check_complete(table, [region for regions in gather(held) for region in regions], str(folder))
 
 
-def _prove(folder: Path, config: Config, experts: str | None) -> tuple[RuleTable, Filler]:
-    """The rules of the folder, proved against its headers, and how to read it."""
-    family = families.find(config)
-    weights = SafetensorsFolder(folder)
-    check_scales(config, weights)
-    hf = dict(weights.table)
-    table = family.table_for(config, hf, experts)
-    if config.tie_word_embeddings and family.head in hf:
-        check_tied_head(weights, family)
-        del hf[family.head]
-    megatron = {name: TensorSpec(shape, torch.float32) for name, shape in table.megatron_shapes.items()}
-    Plan(table, hf, megatron, cast=True, hf_source=str(folder), megatron_source="the model")
-    return table, weights.read_into
+def _prove(source: Source) -> None:
+    """That the rules fit the folder's headers, before the model is touched."""
+    megatron = {name: TensorSpec(shape, torch.float32) for name, shape in source.table.megatron_shapes.items()}
+    folder = str(source.weights.folder)
+    Plan(source.table, source.tensors, megatron, cast=True, hf_source=folder, megatron_source="the model")
 
 
 def check_config(folder: Path, config: Config, module: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from megatron_vlbridge import families
-from megatron_vlbridge.checkpoint.convert import as_dtype
+from megatron_vlbridge.checkpoint.dtypes import as_dtype
 from megatron_vlbridge.checkpoint.live_weights import LiveWeights
 from megatron_vlbridge.checkpoint.raw import gather_into
 from megatron_vlbridge.checkpoint.shards import Model, modules_of

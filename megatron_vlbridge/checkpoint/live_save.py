@@ -13,7 +13,8 @@ import torch
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.checksums import write_checksums
 from megatron_vlbridge.checkpoint.conversion import Conversion
-from megatron_vlbridge.checkpoint.convert import as_dtype, plan_export_of
+from megatron_vlbridge.checkpoint.convert import plan_export_of
+from megatron_vlbridge.checkpoint.dtypes import as_dtype
 from megatron_vlbridge.checkpoint.engine import Block, Written, digest_range
 from megatron_vlbridge.checkpoint.hub import find_folder
 from megatron_vlbridge.checkpoint.live import check_config

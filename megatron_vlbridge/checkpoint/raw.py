@@ -114,7 +114,7 @@ def write_exactly(handle: int, position: int, numbers: memoryview | bytes) -> No
     """Write all of `numbers` at `position` of an open file."""
     view = memoryview(numbers)
     while view:
-        count = os.pwrite(handle, view, position)
+        count = os.pwrite(handle, view[:SPAN_BYTES], position)
         view, position = view[count:], position + count
 
 

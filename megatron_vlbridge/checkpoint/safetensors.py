@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -270,42 +271,39 @@ class SafetensorsWriter:
     """Writes tensors into the files that `files` says (tensor -> file), and an index when there are several.
 
     `fill` gives the numbers of a region when they are to be written, a block of rows at a time. The format is a length,
-    a JSON header and the plain numbers, so parts of one file are written side by side.
+    a JSON header and the plain numbers, so the parts of a file are independent. Neighbours in number lie in different
+    files where they can: threads that write to one file at once hinder each other.
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], files: Mapping[str, str], fill: Filler) -> None:
         self.specs, self.files, self._fill = specs, files, fill
-        self.sizes: list[int] = []
         self.block_bytes = 0
-        self._parts: list[_Range] = []
         self._lengths: dict[str, int] = {}
         by_file: dict[str, dict[str, TensorSpec]] = {}
         for name, file in files.items():
             by_file.setdefault(file, {})[name] = specs[name]
-        for file, tensors in by_file.items():
-            self._cut(file, tensors)
+        cut = [self._cut(file, tensors) for file, tensors in by_file.items()]
+        self._parts = [part for turn in zip_longest(*cut) for part in turn if part is not None]
+        self.sizes = [part.nbytes for part in self._parts]
+        self._alone = {file: threading.Lock() for file in by_file}
 
-    def _cut(self, file: str, tensors: Mapping[str, TensorSpec]) -> None:
+    def _cut(self, file: str, tensors: Mapping[str, TensorSpec]) -> list[_Range]:
         """Lay one file out and cut it into parts."""
         # Wider dtypes first keeps every tensor aligned to its own size, as the format's library does.
         ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-        head = _header(ordered)
-        part = _Range(file, 0, head, [])
+        part = _Range(file, 0, _header(ordered), [])
+        parts = [part]
         for name, spec in ordered.items():
             for region in row_blocks(Region.whole(name, spec.shape), spec.dtype.itemsize):
                 nbytes = region.volume * spec.dtype.itemsize
                 if part.regions and part.nbytes + nbytes > PART_BYTES:
-                    self._add(part)
-                    part = _Range(file, part.start + len(part.head) + part.nbytes, b"", [])
+                    part = _Range(file, part.end, b"", [])
+                    parts.append(part)
                 part.regions.append(region)
                 part.nbytes += nbytes
                 self.block_bytes = max(self.block_bytes, nbytes)
-        self._add(part)
-        self._lengths[file] = part.start + len(part.head) + part.nbytes
-
-    def _add(self, part: _Range) -> None:
-        self._parts.append(part)
-        self.sizes.append(part.nbytes)
+        self._lengths[file] = part.end
+        return parts
 
     def regions(self, number: int) -> Sequence[Region]:
         """What one part holds."""
@@ -327,7 +325,8 @@ class SafetensorsWriter:
             for region in part.regions:
                 held = block.take(region.shape, self.specs[region.name].dtype)
                 self._fill(region, held)
-                write_exactly(handle, position, as_bytes(held))
+                with self._alone[part.file]:  # the kernel's own lock spins
+                    write_exactly(handle, position, as_bytes(held))
                 position += held.nbytes
         finally:
             os.close(handle)
@@ -350,6 +349,11 @@ class _Range:
     head: bytes
     regions: list[Region]
     nbytes: int = 0
+
+    @property
+    def end(self) -> int:
+        """The byte behind it."""
+        return self.start + len(self.head) + self.nbytes
 
 
 def _header(tensors: Mapping[str, TensorSpec]) -> bytes:

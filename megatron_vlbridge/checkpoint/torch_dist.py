@@ -35,6 +35,7 @@ _UNREADABLE = (
     *(ValueError, AttributeError, TypeError, KeyError, IndexError),
 )
 _WRAPPERS = ("module.", "model.")
+_FRAME_BYTES = 64 * 2**10
 _NO_WEIGHT = re.compile(r"^(optimizer|chained_\d+)\.")
 _PLAIN_NAMES = {
     ("collections", "OrderedDict"),
@@ -175,6 +176,7 @@ class TorchDistFolder:
         )
         self.table = self._make_table(stored)
         self._found: dict[str, Stored] = {}
+        self._frames: dict[tuple[Shape, torch.dtype, int], _Frame] = {}
 
     def read(self, region: Region) -> torch.Tensor:
         """The numbers of a region, whatever the grid of chunks."""
@@ -198,7 +200,35 @@ class TorchDistFolder:
             raise VLBridgeError(f"{self.folder / chunk.file}: {text}. Copy the file again.") from error
 
     def _find(self, chunk: _Chunk) -> Stored:
-        """Where the numbers of a chunk begin in its file."""
+        """Where the numbers of a chunk begin in its file.
+
+        torch's loader takes milliseconds. It is not asked about a chunk that differs from an earlier one in its numbers
+        alone, as its answer would be the same.
+        """
+        kind = (chunk.shape, chunk.dtype, chunk.length)
+        frame = self._frames.get(kind)
+        if frame is None or frame.around != self._around(chunk, frame.start):
+            stored = self._ask_torch(chunk)
+            strides = stored.strides or ()
+            if (
+                chunk.length - chunk.nbytes <= _FRAME_BYTES
+                and span_of(chunk.shape, strides) == stored.spec.nbytes // chunk.dtype.itemsize
+            ):
+                start = stored.start - chunk.start
+                self._frames[kind] = _Frame(start, strides, self._around(chunk, start))
+            return stored
+        spec = TensorSpec(chunk.shape, chunk.dtype)
+        return Stored(self.folder / chunk.file, chunk.start + frame.start, spec, frame.strides)
+
+    def _around(self, chunk: _Chunk, start: int) -> tuple[bytes, bytes]:
+        """What a chunk holds before and behind its numbers."""
+        with (self.folder / chunk.file).open("rb", buffering=0) as stream:
+            stream.seek(chunk.start)
+            before = stream.read(start)
+            stream.seek(chunk.start + start + chunk.nbytes)
+            return before, stream.read(chunk.length - start - chunk.nbytes)
+
+    def _ask_torch(self, chunk: _Chunk) -> Stored:
         tensor, start = self._reader.find(MetadataIndex(chunk.name, chunk.offset))
         found, expected = TensorSpec(tuple(tensor.shape), tensor.dtype), TensorSpec(chunk.shape, chunk.dtype)
         if found != expected:
@@ -298,6 +328,15 @@ class _Chunk:
     @property
     def nbytes(self) -> int:
         return TensorSpec(self.shape, self.dtype).nbytes
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What torch's loader found in a chunk, counted from its first byte, and all that lies around the numbers there."""
+
+    start: int
+    strides: Shape
+    around: tuple[bytes, bytes]
 
 
 def _are_sizes(value: Any) -> bool:

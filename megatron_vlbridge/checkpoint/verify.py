@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 
 from megatron_vlbridge import families
-from megatron_vlbridge.checkpoint.convert import check_scales, check_tied_head
 from megatron_vlbridge.checkpoint.dtypes import megatron_tensors
 from megatron_vlbridge.checkpoint.hub import find_folder
 from megatron_vlbridge.checkpoint.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.report import Difference, Report
 from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder, row_blocks
 from megatron_vlbridge.checkpoint.side_files import SIDE_FOLDER
+from megatron_vlbridge.checkpoint.source import check_scales, check_tied_head
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, is_torch_dist
 from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.families.experts import has_single_experts
 from megatron_vlbridge.weights import Plan, Region, RuleTable, TensorSpec
 
 _BLOCK_BYTES = 16 * 2**20
@@ -42,20 +43,21 @@ class _Side:
     widened: Tensors = field(default_factory=dict)
 
 
-def verify(a: str | Path, b: str | Path, *, leave_out: Sequence[str] = ()) -> Report:
+def verify(a: str | Path, b: str | Path, *, leave_out: Sequence[str] = (), experts: str | None = None) -> Report:
     """Compare two checkpoints, each a Hugging Face folder (or Hub id) or a Megatron folder, bit for bit.
 
     Both are seen as Megatron tensors, so names, shards, layouts, forms of experts and rows that pad the vocabulary do
     not matter; numbers and dtypes do. Weights in FP8 are compared as the bfloat16 numbers that they stand for.
     Optimizer state is passed over, and so are tensors of Hugging Face folders that the patterns `leave_out` fit, such
     as an import was told to leave out. Where a config is known on both sides, its architecture and sizes are compared.
+    `experts` (an `ExpertForm`) is the form of fused experts in Hugging Face folders, where their shapes do not tell.
 
     Raises VLBridgeError where a folder is damaged or does not fit its own config.
 
     Example: `verify("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron").equal`.
     """
     config = find_config(a) or find_config(b)
-    left, right = (_open(name, config, leave_out) for name in (a, b))
+    left, right = (_open(name, config, leave_out, experts) for name in (a, b))
     differences = [*_compare_configs(left, right), *_compare_tables(left, right)]
     names = [name for name, spec in left.table.items() if right.table.get(name) == spec]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -76,9 +78,9 @@ def find_config(name: str | Path) -> Config | None:
     return None
 
 
-def _open(name: str | Path, config: Config | None, leave_out: Sequence[str]) -> _Side:
+def _open(name: str | Path, config: Config | None, leave_out: Sequence[str], experts: str | None) -> _Side:
     if not is_torch_dist(Path(name)):
-        return _open_hf(find_folder(name), leave_out)
+        return _open_hf(find_folder(name), leave_out, experts)
     weights = TorchDistFolder(name)
     own = find_config(name)
     known = own or config
@@ -91,12 +93,13 @@ def _open(name: str | Path, config: Config | None, leave_out: Sequence[str]) -> 
     return _Side(weights.folder, found, weights.read_into, own)
 
 
-def _open_hf(folder: Path, leave_out: Sequence[str]) -> _Side:
+def _open_hf(folder: Path, leave_out: Sequence[str], experts: str | None) -> _Side:
     config = read_config(folder)
     family = families.find(config)
     weights = SafetensorsFolder(folder)
     check_scales(config, weights)
-    table = family.table_for(config, weights.table)
+    asked = None if has_single_experts(weights.table, family.layers) else experts
+    table = family.table_for(config, weights.table, asked)
     left = {name for name in weights.table if any(fnmatchcase(name, pattern) for pattern in leave_out)}
     hf = {name: spec for name, spec in weights.table.items() if name not in left or name in table.hf_shapes}
     if config.tie_word_embeddings and family.head in hf:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from megatron_vlbridge.config import Config
+from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.mtp import PredictingModel, prediction_spec
 from megatron_vlbridge.model.rope import inverse_frequencies, mrope_axes, rotary_table
 from megatron_vlbridge.model.specs import block_spec, layer_spec
@@ -110,6 +111,11 @@ class LanguageModel(PredictingModel):
 
         Megatron-Core counts them in the softmax, so the loss would depend on the tensor-parallel size.
         """
+        if not self.parallel_output and self.pg_collection.tp.size() > 1:
+            raise VLBridgeError(
+                "labels with parallel_output=False: the loss takes logits that are split over the tensor-parallel "
+                "ranks, found whole ones. Build the model with parallel_output=True to train it"
+            )
         columns = logits.shape[-1]
         first = self.pg_collection.tp.rank() * columns
         padding = first + columns - max(self.text.vocab_size, first)

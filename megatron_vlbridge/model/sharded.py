@@ -31,7 +31,7 @@ class Row:
     `tokens` int64 `[1, T]`: the whole pack, or this rank's zigzag part of it; `labels` `[1, T]` next tokens, -100 where
     no loss. `cu_seqlens` (of the whole pack, padding included) starts with 0 and ends with the pack's length;
     `lengths` are the segments' true lengths, by default the padded ones: padding at a segment's end is then taken for
-    text, which changes nothing, since attention is causal and it has no label. All on the host.
+    text, which changes no logits and no loss, since attention is causal and it has no label. All on the host.
     """
 
     tokens: torch.Tensor

@@ -26,22 +26,31 @@ from megatron_vlbridge.model.specs import block_spec, layer_spec
 ROPE_THETA = 10000.0
 
 
+class PatchProjection(torch.nn.Conv3d):
+    """A convolution whose stride is its size, run as the linear map of patches that it is.
+
+    A module of its own, since Megatron's overlapped parameter gathering waits for the parameters of called modules.
+    """
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """`[N, patch_dim]` -> `[N, h]`."""
+        return torch.nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
 class PatchEmbedding(MegatronModule):
     """One linear map of each patch; its weight keeps the shape of the checkpoint's convolution."""
 
     def __init__(self, config: TransformerConfig, vision: VisionConfig) -> None:
         super().__init__(config)
         patch = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-        self.proj = torch.nn.Conv3d(
+        self.proj = PatchProjection(
             vision.in_channels, vision.hidden_size, patch, stride=patch, dtype=config.params_dtype
         )
         _init(self.proj, config)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """`[N, patch_dim]` -> `[N, h]`."""
-        return torch.nn.functional.linear(
-            patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias
-        )
+        return self.proj(patches)
 
 
 class PatchMerger(MegatronModule):

@@ -34,7 +34,7 @@ from megatron_vlbridge.model.vision_balance import balanced_features
 
 
 class Qwen3VLModel(MegatronModule):
-    """A pipeline stage of dense Qwen3-VL: vision tower and embeddings on the first, the head on the last.
+    """A pipeline stage of Qwen3-VL, dense or with experts: vision tower and embeddings first, the head last.
 
     Args:
         config: the language model's `TransformerConfig` (`language_config(checkpoint, ...)`).
@@ -126,14 +126,16 @@ class Qwen3VLModel(MegatronModule):
             VLBridgeError: where the parts of the batch do not fit each other.
         """
         batch = (input_ids, attention_mask, labels, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        rest = (*batch, cu_seqlens, packed_seq_params)
-        if (inputs is None) == (input_ids is None) or (inputs is not None and any(x is not None for x in rest)):
-            raise VLBridgeError(
-                "Qwen3VLModel takes either input_ids [B, S] and what belongs to them, or a pack as `inputs`"
-            )
         if inputs is not None:
+            self._refuse_beside_inputs(*batch, mm_token_type_ids, cu_seqlens, lengths, packed_seq_params)
             return self._forward_pack(inputs)
-        if packed_seq_params is not None and cu_seqlens is None:
+        if input_ids is None:
+            raise VLBridgeError("Qwen3VLModel takes input_ids, and what belongs to them, or a pack as `inputs`")
+        if packed_seq_params is not None and (cu_seqlens is not None or lengths is not None):
+            raise VLBridgeError("packed_seq_params says where the segments end; leave out cu_seqlens and lengths")
+        if lengths is not None and cu_seqlens is None:
+            raise VLBridgeError("lengths are those of a packed row's segments, and need cu_seqlens beside them")
+        if packed_seq_params is not None:
             cu_seqlens, lengths = _bounds_of(packed_seq_params)
         if cu_seqlens is not None:
             return self._forward_row(batch, cu_seqlens, lengths, mm_token_type_ids)
@@ -151,7 +153,8 @@ class Qwen3VLModel(MegatronModule):
         if self.config.pipeline_model_parallel_size > 1 and not self.config.variable_seq_lengths:
             raise VLBridgeError(
                 "a padded [B, S] batch has as many rows as its conversations have tokens, so pipeline stages send each "
-                "other tensors of changing length; set variable_seq_lengths (--variable-seq-lengths)"
+                "other tensors of changing length; make the model's config with "
+                "language_config(..., variable_seq_lengths=True)"
             )
         # A pack is made on the host, which has to know its lengths and grids.
         ids, mask, labels, *media = (None if x is None else x.cpu() for x in batch)
@@ -176,6 +179,11 @@ class Qwen3VLModel(MegatronModule):
                 "a packed row (cu_seqlens) has neither attention_mask nor mm_token_type_ids: `lengths` says what is "
                 "padding, and the placeholders what is a picture"
             )
+        if lengths is None and (self.config.moe_aux_loss_coeff or self.config.moe_z_loss_coeff):
+            raise VLBridgeError(
+                "the losses of the router must not count padding, and cu_seqlens alone does not say which tokens are "
+                "padding; give the segments' true `lengths` beside it"
+            )
         row = Row(ids, cu_seqlens, Media(*media), labels, lengths)
         inputs = row_inputs(row, self.checkpoint, self.pg_collection.cp)
         return self._forward_pack(self._sequence_parallel(inputs).to(next(self.parameters()).device))
@@ -192,7 +200,7 @@ class Qwen3VLModel(MegatronModule):
         if fixed and self.seq_length not in (None, inputs.layout.total):
             raise VLBridgeError(
                 f"the pack has {inputs.layout.total} tokens, but the pipeline stages send each other "
-                f"{self.seq_length} (--seq-length); make all packs as long, or set variable_seq_lengths"
+                f"{self.seq_length} (--seq-length); make all packs as long"
             )
         inputs = self._sequence_parallel(inputs)
         embeddings, deepstack = self._embed(inputs) if self.pre_process else (None, self._split_received(inputs))
@@ -289,6 +297,13 @@ class Qwen3VLModel(MegatronModule):
         if not self.config.sequence_parallel:
             return rows
         return scatter_to_sequence_parallel_region(rows, group=self.pg_collection.tp)
+
+    @staticmethod
+    def _refuse_beside_inputs(*others: object) -> None:
+        if any(x is not None for x in others):
+            raise VLBridgeError(
+                "Qwen3VLModel takes either input_ids and what belongs to them, or a pack as `inputs`, not both"
+            )
 
     def _refuse_other_kinds(self, ids: torch.Tensor, mm_token_type_ids: torch.Tensor | None) -> None:
         if mm_token_type_ids is None:

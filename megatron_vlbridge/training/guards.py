@@ -7,51 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlbridge.backends import cpu_runtime
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-
-# Field of TransformerConfig -> the values that the tests prove (tests/functional/), and the words for a person.
-_PROVED: dict[str, tuple[tuple[object, ...], str]] = {
-    "moe_router_load_balancing_type": (("aux_loss", "none"), "another balancing of the experts than by aux_loss"),
-    "moe_router_fusion": ((False,), "fused kernels of the router"),
-    "mlp_chunks_for_training": ((1,), "layers run in chunks, where the router's losses would count padding"),
-    "moe_expert_capacity_factor": ((None,), "tokens dropped by experts"),
-    "moe_input_jitter_eps": ((None,), "a jittered router"),
-    "moe_router_enable_expert_bias": ((False,), "a biased router"),
-    "account_for_embedding_in_pipeline_split": ((False,), "an embedding stage of its own"),
-    "account_for_loss_in_pipeline_split": ((False,), "a loss stage of its own"),
-    "mtp_use_repeated_layer": ((False,), "a prediction layer that is used several times"),
-    "mtp_detach_heads": ((False,), "a prediction layer whose loss does not train the rest"),
-    "recompute_method": ((None, "uniform", "block"), "another way to recompute"),
-    "recompute_modules": ((None, [], ["core_attn"]), "other modules recomputed selectively than core_attn"),
-    "fp8": ((None,), "fp8"),
-    "fp4": ((None,), "fp4"),
-    "calculate_per_token_loss": (
-        (True,),
-        "a loss averaged by anything but the tokens (use --calculate-per-token-loss)",
-    ),
-    "cpu_offloading": ((False,), "activation offloading"),
-    "fine_grained_activation_offloading": ((False,), "activation offloading"),
-    "cuda_graph_impl": (("none", None), "CUDA graphs"),
-    "enable_cuda_graph": ((False,), "CUDA graphs"),
-    "external_cuda_graph": ((False,), "CUDA graphs"),
-    "tp_comm_overlap": ((False,), "overlapped tensor-parallel communication, whose buffers have one fixed length"),
-    "distribute_saved_activations": ((False,), "recomputation with activations spread over the ranks"),
-    "fp16": ((False,), "fp16 (use --bf16)"),
-    "fp32_residual_connection": ((False,), "a residual stream in fp32"),
-    # What would make it another architecture than the checkpoint's.
-    "multi_latent_attention": ((False,), "multi-latent attention"),
-    "experimental_attention_variant": ((None,), "another attention"),
-    "attention_output_gate": ((False,), "gated attention"),
-    "heterogeneous_block_specs": ((False,), "layers of several kinds"),
-    "apply_residual_connection_post_layernorm": ((False,), "a residual taken after the norm"),
-    "apply_query_key_layer_scaling": ((False,), "attention scaled by layer"),
-    "softmax_scale": ((None,), "another softmax scale"),
-    "softmax_type": (("vanilla",), "another softmax"),
-    "no_rope_freq": ((None,), "layers without rotary embedding"),
-    "qk_l2_norm": ((False,), "L2 norm of queries and keys"),
-    "qk_clip": ((False,), "clipped queries and keys"),
-    "use_mup": ((False,), "maximal update parametrisation"),
-}
-
+from megatron_vlbridge.training.settings import setting_faults
 
 # The parallel dimensions above one that the rows of tests/functional/matrix.py run together; sizes are arithmetic.
 # Each is run with and without recomputation (full, selective), multi-token prediction and tied embeddings.
@@ -133,11 +89,7 @@ def check_layout(config: TransformerConfig, checkpoint: Config, *, any_combinati
     if not any_combination:
         check_combination(config, checkpoint)
     check_exchange(config)
-    faults = [
-        f"{words}: {name}={getattr(config, name)!r}, proved: {' or '.join(map(repr, values))}"
-        for name, (values, words) in _PROVED.items()
-        if getattr(config, name) not in values
-    ]
+    faults = setting_faults(config, checkpoint)
     if config.virtual_pipeline_model_parallel_size and not config.overlap_p2p_comm:
         faults.append("virtual pipeline stages without overlap_p2p_comm: two stages mistake what they send each other")
     faults += _mtp_faults(config, checkpoint)

@@ -135,7 +135,7 @@ def run(
     """How far each variant under `layout` is from transformers."""
     packed = [reference.pack(group, PACK_LENGTH) for group in groups()]
     padded = [reference.padded_batch(group) for group in groups()]
-    runs = [(folders[kind, v.mtp, v.tied], padded if v.padded else packed, _options(layout, v)) for v in chosen]
+    runs = [(folders[kind, v.mtp, v.tied], padded if v.padded else packed, _options(kind, layout, v)) for v in chosen]
     by_rank = pool.run(ranks.run_variants, layout, runs=runs)
     return [
         compare(results, layout, folder, groups())
@@ -143,10 +143,14 @@ def run(
     ]
 
 
-def _options(layout: Layout, variant: Variant) -> Mapping[str, Any]:
+def _options(kind: str, layout: Layout, variant: Variant) -> Mapping[str, Any]:
     options = dict(variant.overrides)
     if variant.padded and layout.pp > 1:
+        # Padded batches differ in length from each other.
         options |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    elif kind == "experts" and variant.tied and layout.vpp == 1 and layout.pp < 4 and not layout.stages:
+        # Megatron's default, where no deepstack features travel; all other rows run the all-to-all.
+        options["moe_token_dispatcher_type"] = "allgather"
     if variant.mtp and layout.stages:
         options["pipeline_model_parallel_layout"] = layout.stages.replace("L", "mL")
     return options

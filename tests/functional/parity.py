@@ -39,13 +39,15 @@ class Errors:
 
     def check(self) -> None:
         """Every error within the tolerance."""
-        assert not self.too_large(), self.too_large()
+        too_large = self.too_large()
+        assert not too_large, f"{len(too_large)}, the worst: {list(too_large.items())[:6]}"
 
     def too_large(self) -> dict[str, float]:
         """The errors that are not within the tolerance."""
         found = {"vision": self.vision, "logits": self.logits, "token losses": self.token_losses, "loss": self.loss}
         found |= {f"gradient of {name}": error for name, error in self.gradients.items()}
-        return {name: error for name, error in found.items() if not error < TOLERANCE}
+        worst = sorted(found.items(), key=lambda item: -item[1])
+        return {name: error for name, error in worst if not error < TOLERANCE}
 
 
 Groups = Sequence[Sequence[reference.Conversation]]

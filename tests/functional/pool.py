@@ -1,5 +1,6 @@
 """Worker processes that live as long as the test session and run Megatron on the CPU over gloo."""
 
+import gc
 import multiprocessing as mp
 import tempfile
 import time
@@ -45,15 +46,19 @@ class Pool:
     """Runs a function on the ranks of a layout; the function sees an initialised Megatron.
 
     Workers are started when first needed and kept; after a failure all are started anew, since a rank that waits for
-    a dead one hangs.
+    a dead one hangs. After `lifetime` runs too: gloo keeps threads and memory of process groups that are gone.
     """
 
-    def __init__(self, timeout: float = 300.0) -> None:
-        self.timeout = timeout
+    def __init__(self, timeout: float = 300.0, lifetime: int = 30) -> None:
+        self.timeout, self.lifetime = timeout, lifetime
+        self._runs = 0
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, function: Callable[..., Any], layout: Layout, **kwargs: Any) -> list[Any]:
         """`function(layout, **kwargs)` on each rank; its results in the order of the ranks."""
+        if self._runs == self.lifetime:
+            self.close()
+        self._runs += 1
         self._start(layout.world - len(self._workers))
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
@@ -86,7 +91,7 @@ class Pool:
             process.join(timeout=5)
             process.kill()
             process.join()
-        self._workers = []
+        self._workers, self._runs = [], 0
 
     def _start(self, more: int) -> None:
         context = mp.get_context("spawn")
@@ -142,6 +147,8 @@ def _on_rank(function: Callable[..., Any], layout: Layout, rank: int, store: str
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        # Models in reference cycles keep their groups, and these their threads.
+        gc.collect()
 
 
 def _embedding_ranks(layout: Layout, folder: Path | None) -> Callable[[list[int]], list[int]] | None:

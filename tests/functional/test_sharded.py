@@ -72,7 +72,7 @@ def deal(values: list[int], hands: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["lengths known", "padded lengths alone"])
-@pytest.mark.parametrize("layout", [CP2, CP2_TP2], ids=str)
+@pytest.mark.parametrize("layout", [CP2, CP2_TP2, Layout(cp=2, pp=4, world=8)], ids=str)
 def test_parts_equal_separate_conversations(pool: Pool, folder: Path, layout: Layout, known: bool) -> None:
     rows = [row(group, layout.cp, known) for group in groups()]
     assert not (rows[2]["input_ids"][0] == reference.IMAGE).any()

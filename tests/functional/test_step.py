@@ -156,6 +156,9 @@ def test_arguments_that_nobody_reads_are_refused(pool: Pool, folder: Path) -> No
             batch | {"inputs": object()},
             batch | {"mm_token_type_ids": batch["mm_token_type_ids"].roll(1, dims=1)},
             batch | {"attention_mask": batch["attention_mask"][:, 1:]},
+            {"inputs": object(), "lengths": [3]},
+            batch | {"lengths": [3, 2]},
+            batch | {"packed_seq_params": object(), "cu_seqlens": [0, 5]},
         ],
     )[0]
     for answer, words in zip(
@@ -167,6 +170,9 @@ def test_arguments_that_nobody_reads_are_refused(pool: Pool, folder: Path) -> No
             "VLBridgeError: ",
             "VLBridgeError: mm_token_type_ids",
             "VLBridgeError: ",
+            "VLBridgeError: Qwen3VLModel takes either",
+            "VLBridgeError: lengths are those of a packed row",
+            "VLBridgeError: packed_seq_params says where",
         ],
         strict=True,
     ):

@@ -43,7 +43,7 @@ def measure_all(pool: Pool, where: Path) -> tuple[dict[str, list[str]], list[str
             count += len(errors)
             for variant, error in zip(chosen, errors, strict=True):
                 if error.too_large():
-                    failures.append(f"{kind} {layout} {variant}: {error.too_large()}")
+                    failures.append(f"{kind} {layout} {variant}: {list(error.too_large().items())[:4]}")
             tables[kind].append(_line(layout, chosen, errors))
             print(f"{kind} {layout}: {len(chosen)} variants, {time.monotonic() - start:.1f} s", flush=True)
     return tables, failures, count

@@ -56,8 +56,7 @@ A tiny random Qwen3-VL in fp32 (4 decoder layers, 4 vision layers, 2 deepstack l
 this project as one pack and by transformers conversation by conversation. The figures are the norm of the difference
 over the norm of transformers' result: of the tower's output (tokens and deepstack features), of the logits, of the
 token losses and the mean loss, and of the gradient of the parameter where it is largest. Every test asks for less
-than {TOLERANCE:.0e}. The tests hold the same comparison for every layout in the README's table
-(`tests/functional/test_layouts.py`).
+than {TOLERANCE:.0e}. The same comparison for every layout stands in [layouts.md](layouts.md).
 
 Made by `.venv/bin/python -m tests.functional.write_parity` on {dt.date.today()}, {platform.machine()} CPU, {versions}.
 

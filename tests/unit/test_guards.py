@@ -1,5 +1,7 @@
 """A layout or architecture that no test proves is refused by name; a proved one passes."""
 
+import copy
+import dataclasses
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -12,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.transformer_config import language_config, vision_config
-from megatron_vlbridge.training import guards
+from megatron_vlbridge.training import guards, settings
 
 CHECKPOINT = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3-VL-2B-Instruct.json")
 EXPERTS = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3-VL-30B-A3B-Instruct.json")
@@ -23,6 +25,8 @@ UNPROVED = {
     "account_for_loss_in_pipeline_split": True,
     "mtp_use_repeated_layer": True,
     "mtp_detach_heads": True,
+    "moe_token_dispatcher_type": "flex",
+    "cross_entropy_loss_fusion": True,
     "recompute_method": "other",
     "recompute_modules": ["mlp"],
     "fp8": "hybrid",
@@ -77,7 +81,7 @@ def test_proved_layouts_pass(fields):
 
 
 def test_every_guarded_field_is_tested_here():
-    assert UNPROVED.keys() == guards._PROVED.keys()
+    assert UNPROVED.keys() == settings.PROVED.keys()
 
 
 @pytest.mark.parametrize("name", UNPROVED)
@@ -131,6 +135,22 @@ def test_recomputing_several_layers_at_once_is_refused_with_a_prediction_layer()
     config = language_config(WITH_MTP, calculate_per_token_loss=True, params_dtype=torch.bfloat16, **fields)
     with pytest.raises(VLBridgeError, match="recompute_num_layers=2"):
         guards.check_layout(config, WITH_MTP)
+
+
+def other_than(value):
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else "other"
+
+
+def test_no_other_setting_may_leave_its_default():
+    """Whatever Megatron adds is refused until somebody has looked at it."""
+    plain = proved()
+    names = {field.name for field in dataclasses.fields(plain)}
+    assert names > settings.FREE
+    for name in sorted(names - settings.FREE - UNPROVED.keys()):
+        config = copy.copy(plain)
+        setattr(config, name, other_than(getattr(plain, name)))
+        with pytest.raises(VLBridgeError, match=rf"{name}=.*proved: "):
+            guards.check_layout(config, CHECKPOINT)
 
 
 def test_all_faults_are_named_at_once():
