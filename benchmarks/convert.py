@@ -1,11 +1,18 @@
-"""Import and export of a checkpoint of real shapes beside `cp` + `sync` of the same bytes, and beside transformers.
+"""Import and export of checkpoints of real shapes beside `cp` + `sync` of the same bytes, and beside transformers.
 
-    python benchmarks/convert.py Qwen3-VL-2B-Instruct --folder /some/disk
+    python benchmarks/convert.py --folder /some/disk             # all parts: 60 GB of disk, some 8 minutes
+    python benchmarks/convert.py 2B transformers --folder /some/disk
 
-Random weights in the shapes of tests/data/configs; `--layers` takes fewer. Each step runs in a process of its own, with
-the source dropped from the page cache, and ends with `sync`; starting Python and importing torch is not counted. `cp`
-runs before and after each step, and the ratio is to their mean. Memory is the peak of RssAnon above that after the
-imports. Everything is deleted at the end. Exit code 1 if the way there and back changed a tensor.
+Prints the tables of docs/convert.md. Parts:
+
+    2B, 8B        there and back, random bits in the shapes of tests/data/configs
+    experts       the same with 128 experts a layer: 30B-A3B, by default with 3 of its 48 layers
+    transformers  `from_pretrained` and `save_pretrained` of 2B
+    235B          planning its import from headers, fused and with one tensor for each expert; the files are sparse
+
+Each step runs in a process of its own with its source dropped from the page cache and ends with `sync`; importing torch
+is not counted. `cp` runs before and after each step, the ratio is to their mean. Memory is the peak of RssAnon above
+that of the bare interpreter, torch's own included. Exit code 1 if the way there and back changed a byte.
 """
 
 import argparse
@@ -16,16 +23,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_vlbridge.checkpoint.safetensors import INDEX, encode_header, plan_shards
+from megatron_vlbridge.config import read_config
+from megatron_vlbridge.families import ExpertForm, find
+from megatron_vlbridge.weights import TensorSpec
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "data" / "configs"
 SHARD_BYTES = 5 * 10**9
+PARTS = {
+    "2B": "Qwen3-VL-2B-Instruct",
+    "8B": "Qwen3-VL-8B-Instruct",
+    "experts": "Qwen3-VL-30B-A3B-Instruct",
+    "transformers": "Qwen3-VL-2B-Instruct",
+    "235B": "Qwen3-VL-235B-A22B-Instruct",
+}
+COPIES = 3  # source, result and the way back, or a copy, stand on the disk at once
 
-# A step in its own process: samples RssAnon while `{work}` runs, prints seconds and bytes.
+# A step in its own process: samples memory while it runs, prints seconds and bytes.
 STEP = """
 import json, os, re, threading, time
 from pathlib import Path
-{imports}
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 start, peak, done = anonymous(), 0, False
@@ -36,6 +60,7 @@ def watch():
         time.sleep(0.01)
 watcher = threading.Thread(target=watch)
 watcher.start()
+{imports}
 begin = time.perf_counter()
 {work}
 os.sync()
@@ -49,35 +74,46 @@ CONVERT += "from megatron_vlbridge.checkpoint.engine import Options"
 TRANSFORMERS = "import torch\nfrom transformers import AutoModelForImageTextToText as Auto"
 
 
-def make_checkpoint(folder: Path, name: str, layers: int | None) -> int:
-    """Random bfloat16 weights as the Hub has them; gives their bytes."""
-    import torch
-    from safetensors.torch import save_file
-
-    from megatron_vlbridge.checkpoint.safetensors import INDEX, plan_shards
-    from megatron_vlbridge.config import read_config
-    from megatron_vlbridge.families import find
-    from megatron_vlbridge.weights import TensorSpec
-
+def describe(folder: Path, name: str, layers: int | None, form: ExpertForm | None = None) -> dict[str, TensorSpec]:
+    """Write the config of a model, with fewer layers where asked; gives its tensors in bfloat16."""
     values = json.loads((CONFIGS / f"{name}.json").read_text())
     if layers is not None:
         values["text_config"]["num_hidden_layers"] = layers
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(values))
     config = read_config(folder)
-    shapes = find(config).table(config).hf_shapes
-    specs = {key: TensorSpec(shape, torch.bfloat16) for key, shape in shapes.items()}
+    shapes = find(config).table(config, form).hf_shapes
+    return {key: TensorSpec(shape, torch.bfloat16) for key, shape in shapes.items()}
+
+
+def cut(specs: dict[str, TensorSpec], folder: Path) -> dict[str, list[str]]:
+    """File -> its tensors; writes the index where there are several."""
     files = plan_shards(specs, SHARD_BYTES)
-    random = torch.Generator().manual_seed(0)
-    for file in dict.fromkeys(files.values()):
-        tensors = {
-            key: torch.empty(specs[key].shape, dtype=torch.bfloat16).uniform_(-0.1, 0.1, generator=random)
-            for key, place in files.items()
-            if place == file
-        }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(set(files.values())) > 1:
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return {file: [key for key, place in files.items() if place == file] for file in dict.fromkeys(files.values())}
+
+
+def make_random(folder: Path, specs: dict[str, TensorSpec]) -> int:
+    """Random bits; gives their bytes."""
+    random = torch.Generator().manual_seed(0)
+    for file, keys in cut(specs, folder).items():
+        tensors = {}
+        for key in keys:
+            bits = torch.empty(-(-specs[key].nbytes // 8), dtype=torch.int64).random_(generator=random)
+            tensors[key] = bits.view(torch.uint8)[: specs[key].nbytes].view(torch.bfloat16).view(specs[key].shape)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    return sum(spec.nbytes for spec in specs.values())
+
+
+def make_sparse(folder: Path, specs: dict[str, TensorSpec]) -> int:
+    """Headers before holes; gives the bytes that they speak of."""
+    for file, keys in cut(specs, folder).items():
+        tensors = {key: specs[key] for key in keys}
+        header = encode_header(tensors)
+        with (folder / file).open("wb") as stream:
+            stream.write(header)
+            stream.truncate(len(header) + sum(spec.nbytes for spec in tensors.values()))
     return sum(spec.nbytes for spec in specs.values())
 
 
@@ -92,6 +128,7 @@ def forget(folder: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> float:
+    """Seconds that `cp` and `sync` take."""
     forget(source)
     begin = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
@@ -110,58 +147,99 @@ def step(source: Path, imports: str, work: str) -> tuple[float, int]:
     return seconds, peak
 
 
-def show(what: str, seconds: float, copies: tuple[float, float], nbytes: int, peak: int) -> None:
-    reference = sum(copies) / 2
-    print(f"{what:<28} {seconds:7.1f} s {nbytes / seconds / 1e6:7.0f} MB/s", end="   ")
-    print(f"cp + sync {copies[0]:6.1f} {copies[1]:6.1f} s   ratio {seconds / reference:5.2f}", end="   ")
-    print(f"peak {peak / 2**20:7.0f} MiB", flush=True)
+def row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(path.stem for path in CONFIGS.glob("*.json")))
-    parser.add_argument("--folder", help="where to work; needs three times the size of the checkpoint")
-    parser.add_argument("--layers", type=int, help="fewer layers of the language model")
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--memory", type=int, default=2**30, help="bytes")
-    parser.add_argument("--no-transformers", action="store_true")
-    args = parser.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="benchmark-convert-", dir=args.folder))
+def measured(what: str, nbytes: int, result: tuple[float, int], copies: tuple[float, float]) -> None:
+    (seconds, peak), mean = result, sum(copies) / 2
+    beside = f"{copies[0]:.1f}, {copies[1]:.1f} s"
+    load = f"{os.getloadavg()[0]:.0f}"
+    row(what, f"{nbytes / 1e9:.2f} GB", f"{seconds:.1f} s", beside, f"{seconds / mean:.2f}", mebibytes(peak), load)
+
+
+def mebibytes(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.0f} MiB"
+
+
+@contextmanager
+def workplace(folder: str | None, needed: int) -> Iterator[Path]:
+    """A folder that is removed at the end, on a disk that has room."""
+    work = Path(tempfile.mkdtemp(prefix="benchmark-convert-", dir=folder))
     try:
-        return measure(args, work)
+        free = shutil.disk_usage(work).free
+        if free < needed:
+            sys.exit(f"{work.parent}: expected {needed / 1e9:.0f} GB free, found {free / 1e9:.0f}. Take another disk.")
+        yield work
     finally:
         shutil.rmtree(work)
 
 
-def measure(args: argparse.Namespace, work: Path) -> int:
-    source, megatron, back, spare = (work / name for name in ("hf", "megatron", "back", "spare"))
-    nbytes = make_checkpoint(source, args.name, args.layers)
-    print(f"{args.name}: {nbytes / 1e9:.2f} GB, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores", end=", ")
-    print(f"load {os.getloadavg()[0]:.1f}", flush=True)
-    options = f"options=Options(workers={args.workers}, memory={args.memory})"
-    plan_seconds, plan_peak = step(source, CONVERT, f"plan_import({str(source)!r}, {str(spare)!r})")
-    print(f"{'plan from headers':<28} {plan_seconds:7.2f} s {'':66} peak {plan_peak / 2**20:7.0f} MiB", flush=True)
-    before = copy(source, spare)
-    seconds, peak = step(source, CONVERT, f"import_checkpoint({str(source)!r}, {str(megatron)!r}, {options})")
-    between = copy(source, spare)
-    show("import", seconds, (before, between), nbytes, peak)
-    seconds, peak = step(megatron, CONVERT, f"export_checkpoint({str(megatron)!r}, {str(back)!r}, {options})")
-    same = all(files_are_equal(path, back / path.name) for path in source.glob("*.safetensors"))
-    shutil.rmtree(megatron)
-    shutil.rmtree(back)
-    after = copy(source, spare)
-    show("export", seconds, (between, after), nbytes, peak)
-    print("there and back: " + ("identical files" if same else "DIFFERENT"), flush=True)
-    if not args.no_transformers:
+def there_and_back(part: str, args: argparse.Namespace) -> bool:
+    """Import and export; gives whether the files are the same."""
+    layers = args.layers if args.layers is not None else 3 if part == "experts" else None
+    with workplace(args.folder, 0) as work:
+        specs = describe(work / "hf", PARTS[part], layers)
+    with workplace(args.folder, COPIES * sum(spec.nbytes for spec in specs.values())) as work:
+        source, megatron, back, spare = (work / name for name in ("hf", "megatron", "back", "spare"))
+        nbytes = make_random(source, describe(source, PARTS[part], layers))
+        title = PARTS[part] + (f", {layers} layers" if layers is not None else "")
+        options = f"options=Options(workers={args.workers}, memory={args.memory})"
+        before = copy(source, spare)
+        result = step(source, CONVERT, f"import_checkpoint({str(source)!r}, {str(megatron)!r}, {options})")
+        between = copy(source, spare)
+        measured(f"{title}: import", nbytes, result, (before, between))
+        result = step(megatron, CONVERT, f"export_checkpoint({str(megatron)!r}, {str(back)!r}, {options})")
+        shutil.rmtree(megatron)
+        same = all(files_are_equal(path, back / path.name) for path in source.glob("*.safetensors"))
+        shutil.rmtree(back)
+        measured(f"{title}: export" + ("" if same else " (DIFFERENT)"), nbytes, result, (between, copy(source, spare)))
+    return same
+
+
+def through_transformers(args: argparse.Namespace) -> bool:
+    """Load and save."""
+    with workplace(args.folder, 0) as work:
+        source, spare = work / "hf", work / "spare"
+        nbytes = make_random(source, describe(source, PARTS["transformers"], args.layers))
+        before = copy(source, spare)
         load = f"Auto.from_pretrained({str(source)!r}, dtype=torch.bfloat16).save_pretrained({str(spare)!r})"
-        seconds, peak = step(source, TRANSFORMERS, load)
+        result = step(source, TRANSFORMERS, load)
         shutil.rmtree(spare)
-        show("transformers, load and save", seconds, (after, copy(source, spare)), nbytes, peak)
-    return 0 if same else 1
+        measured(f"{PARTS['transformers']}: transformers", nbytes, result, (before, copy(source, spare)))
+    return True
+
+
+def plan_large(args: argparse.Namespace) -> bool:
+    """Plan the import of files that hold headers alone."""
+    for form in (ExpertForm.FUSED_IN_OUT, ExpertForm.PER_EXPERT):
+        with workplace(args.folder, 0) as work:
+            specs = describe(work / "hf", PARTS["235B"], args.layers, form)
+            nbytes = make_sparse(work / "hf", specs)
+            seconds, peak = step(work / "hf", CONVERT, f"plan_import({str(work / 'hf')!r}, {str(work / 'spare')!r})")
+        title = f"{PARTS['235B']}: plan, {form}, {len(specs)} tensors"
+        row(title, f"{nbytes / 1e9:.2f} GB", f"{seconds:.1f} s", "", "", mebibytes(peak), f"{os.getloadavg()[0]:.0f}")
+    return True
 
 
 def files_are_equal(a: Path, b: Path) -> bool:
     return subprocess.run(["cmp", "--silent", a, b], check=False).returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all", metavar="PART")
+    parser.add_argument("--folder", help="where to work; needs three times the size of the largest checkpoint")
+    parser.add_argument("--layers", type=int, help="fewer layers of the language models")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--memory", type=int, default=2**30, help="bytes")
+    args = parser.parse_args()
+    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+    row("", "bytes", "time", "`cp` + `sync`", "ratio", "peak memory", "load")
+    row(*["---"] * 7)
+    others = {"transformers": through_transformers, "235B": plan_large}
+    good = [others[part](args) if part in others else there_and_back(part, args) for part in args.parts or PARTS]
+    return 0 if all(good) else 1
 
 
 if __name__ == "__main__":

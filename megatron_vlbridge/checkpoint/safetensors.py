@@ -291,7 +291,7 @@ class SafetensorsWriter:
         """Lay one file out and cut it into parts."""
         # Wider dtypes first keeps every tensor aligned to its own size, as the format's library does.
         ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-        part = _Range(file, 0, _header(ordered), [])
+        part = _Range(file, 0, encode_header(ordered), [])
         parts = [part]
         for name, spec in ordered.items():
             for region in row_blocks(Region.whole(name, spec.shape), spec.dtype.itemsize):
@@ -356,7 +356,7 @@ class _Range:
         return self.start + len(self.head) + self.nbytes
 
 
-def _header(tensors: Mapping[str, TensorSpec]) -> bytes:
+def encode_header(tensors: Mapping[str, TensorSpec]) -> bytes:
     """What a file begins with: the length of the JSON, and the JSON."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     ends = list(accumulate((spec.nbytes for spec in tensors.values()), initial=0))

@@ -209,12 +209,9 @@ class TorchDistFolder:
         frame = self._frames.get(kind)
         if frame is None or frame.around != self._around(chunk, frame.start):
             stored = self._ask_torch(chunk)
-            strides = stored.strides or ()
-            if (
-                chunk.length - chunk.nbytes <= _FRAME_BYTES
-                and span_of(chunk.shape, strides) == stored.spec.nbytes // chunk.dtype.itemsize
-            ):
-                start = stored.start - chunk.start
+            start, strides = stored.start - chunk.start, stored.strides or ()
+            dense = span_of(chunk.shape, strides) * chunk.dtype.itemsize == chunk.nbytes > 0
+            if dense and chunk.length - chunk.nbytes <= _FRAME_BYTES:
                 self._frames[kind] = _Frame(start, strides, self._around(chunk, start))
             return stored
         spec = TensorSpec(chunk.shape, chunk.dtype)
@@ -229,6 +226,7 @@ class TorchDistFolder:
             return before, stream.read(chunk.length - start - chunk.nbytes)
 
     def _ask_torch(self, chunk: _Chunk) -> Stored:
+        """Where the numbers begin, as torch's loader says."""
         tensor, start = self._reader.find(MetadataIndex(chunk.name, chunk.offset))
         found, expected = TensorSpec(tuple(tensor.shape), tensor.dtype), TensorSpec(chunk.shape, chunk.dtype)
         if found != expected:

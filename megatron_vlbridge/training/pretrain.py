@@ -89,6 +89,12 @@ def parse_arguments() -> argparse.Namespace:
             f"--micro-batch-size is {args.micro_batch_size}, but a micro-batch is one pack: "
             "use 1 and a longer --seq-length"
         )
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name):
+            raise VLBridgeError(
+                f"--{name.replace('_', '-')} is not proved equal to transformers, so it is refused; leave it out "
+                "(--use-distributed-optimizer spreads the optimizer's state)"
+            )
     args.micro_batch_size = 1
     for name, value in _architecture_arguments(config).items():
         given = getattr(args, name)

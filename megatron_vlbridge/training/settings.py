@@ -73,6 +73,7 @@ _FREE_NAMES = """
     tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_split_rs tp_comm_atomic_ag tp_comm_atomic_rs
     tp_comm_bootstrap_backend recompute_granularity recompute_num_layers mtp_num_layers mtp_loss_scaling_factor
     moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate moe_grouped_gemm clone_scatter_output_in_embedding
+    tensor_parallel_num_weight_shards expert_tensor_parallel_num_weight_shards inference_sampling_seed
 """
 FREE = frozenset(_FREE_NAMES.split())
 

@@ -39,6 +39,7 @@ OTHERS: dict[str, tuple[Layout, ...]] = {
         Layout(tp=2, sp=True, world=4),
         Layout(pp=2, world=4),
         Layout(cp=2, world=4),
+        Layout(tp=2, sp=True, cp=2, world=8),
         Layout(pp=2, vpp=2, world=4),
         Layout(tp=4, world=4),
         Layout(tp=4, sp=True, world=4),

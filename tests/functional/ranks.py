@@ -167,21 +167,27 @@ def load_run_save(
     vocab_size: int,
 ) -> dict[str, Any]:
     """Load `checkpoint` with Megatron's own loader into a random model, run it, save it with Megatron's own saver."""
-    model = build_model(layout, folder, vocab_size=vocab_size, load=False)
-    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint / "release"))
-    model.load_state_dict(state["model"])
-    step = Recorder(model, vlm_step)
-    _run(model, step, _mine(packs), forward_only=True)
+    chunks = build_chunks(layout, folder, vocab_size=vocab_size, load=False)
+    state = dist_checkpointing.load(_sharded(chunks), str(checkpoint / "release"))
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{number}"])
+    step = Recorder(chunks[-1], vlm_step)
+    _run(chunks, step, _mine(packs), forward_only=True)
     if torch.distributed.get_rank() == 0:
         saved.mkdir()
     torch.distributed.barrier()
-    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(saved))
+    dist_checkpointing.save(_sharded(chunks), str(saved))
     return {
         "logits": step.logits,
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
         "cp_rank": parallel_state.get_context_parallel_rank(),
         "dp_rank": parallel_state.get_data_parallel_rank(),
     }
+
+
+def _sharded(chunks: Sequence[Qwen3VLModel]) -> dict[str, Any]:
+    """As Megatron's own saver names the chunks of a rank."""
+    return {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
 
 
 def gradient_shards(model: Qwen3VLModel) -> list[Shard]:

@@ -31,8 +31,10 @@ def refusal(layout: Layout, arguments: list[str]) -> str:
         (["--hidden-size", "128"], "--hidden-size is 128, but"),
         (["--micro-batch-size", "2"], "a micro-batch is one pack"),
         (["--mtp-num-layers", "1"], "--mtp-num-layers is 1, but"),
+        (["--use-megatron-fsdp"], "--use-megatron-fsdp is not proved"),
+        (["--use-torch-fsdp2"], "--use-torch-fsdp2 is not proved"),
     ],
-    ids=["layers", "hidden", "micro-batch", "prediction-layers"],
+    ids=["layers", "hidden", "micro-batch", "prediction-layers", "megatron-fsdp", "torch-fsdp"],
 )
 def test_contradiction_is_refused(pool: Pool, tmp_path: Path, arguments: list[str], said: str) -> None:
     folder = reference.write_checkpoint(tmp_path)

@@ -15,6 +15,7 @@ from tests.functional.pool import Layout, Pool
 
 LAYOUTS = [Layout(tp=tp, pp=pp, sp=tp > 1, world=tp * pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))]
 EXPERT_LAYOUTS = [Layout(), Layout(ep=4, world=4), Layout(ep=2, pp=2, world=4), Layout(tp=2, sp=True, ep=2, world=4)]
+VIRTUAL = Layout(pp=2, vpp=2, world=2)
 OWN_STAGE = Layout(pp=3, world=3, stages="Ettt|tm|L")
 MTP_LAYOUTS = [
     Layout(),
@@ -22,6 +23,8 @@ MTP_LAYOUTS = [
     OWN_STAGE,
     Layout(tp=2, sp=True, pp=3, world=6, stages="Ettt|tm|L"),
     Layout(pp=3, world=3, stages="Etttt|m|L"),
+    VIRTUAL,
+    Layout(pp=2, cp=2, world=4),
 ]
 KINDS: dict[str, dict[str, Any]] = {
     "untied": {},
@@ -32,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mtp-tied": {"tied": True},
     "mtp-experts": {"experts": {}},
 }
-CASES = [(kind, layout) for kind in ("untied", "tied") for layout in LAYOUTS]
+CASES = [(kind, layout) for kind in ("untied", "tied") for layout in (*LAYOUTS, VIRTUAL)]
 CASES += [(kind, layout) for kind in ("experts", "some-experts") for layout in EXPERT_LAYOUTS]
 CASES += [(kind, layout) for kind in ("mtp", "mtp-tied") for layout in MTP_LAYOUTS]
 CASES += [("mtp-experts", layout) for layout in (*EXPERT_LAYOUTS, OWN_STAGE)]
@@ -78,7 +81,8 @@ def test_megatron_loads_it_and_saves_it(pool: Pool, sources: dict[str, Path], ki
         layout,
         folder=source,
         checkpoint=source.parent / "megatron",
-        packs=[reference.pack([conversation], 96)] * layout.dp,
+        # Virtual stages want as many micro-batches as there are stages.
+        packs=[reference.pack([conversation], 96)] * (layout.dp * layout.vpp),
         saved=saved,
         # More rows than the vocabulary, as Megatron pads it to a multiple of the tensor-parallel size.
         vocab_size=192,

@@ -189,7 +189,7 @@ def gradients_of(folder: Path, results: list[dict]) -> dict[str, torch.Tensor]:
     return find(config).table(config).to_hf(ranks.assemble([r["gradients"] for r in results]))
 
 
-@pytest.mark.parametrize("layout", [DP2, TP2_SP, PP2], ids=str)
+@pytest.mark.parametrize("layout", [DP2, TP2_SP, PP2, Layout(cp=2, world=2)], ids=str)
 @pytest.mark.parametrize("frozen", [(), ("vision_model",)], ids=["trainable-tower", "frozen-tower"])
 @pytest.mark.parametrize("first", ["pictures", "text"])
 def test_overlapped_reduction_over_text_and_pictures_equals_transformers(

@@ -38,31 +38,40 @@ def measure_all(pool: Pool, where: Path) -> tuple[dict[str, list[str]], list[str
                 errors = matrix.run(pool, kind, layout, chosen, folders)
             except AssertionError as error:
                 failures.append(f"{kind} {layout}: {error}")
-                tables[kind].append(_line(layout, chosen, None))
+                print(f"{kind} {layout}: failed", flush=True)
+                tables[kind].append(_line(kind, layout, chosen, None))
                 continue
             count += len(errors)
             for variant, error in zip(chosen, errors, strict=True):
                 if error.too_large():
                     failures.append(f"{kind} {layout} {variant}: {list(error.too_large().items())[:4]}")
-            tables[kind].append(_line(layout, chosen, errors))
-            print(f"{kind} {layout}: {len(chosen)} variants, {time.monotonic() - start:.1f} s", flush=True)
+            tables[kind].append(_line(kind, layout, chosen, errors))
+            worst = max(x for error in errors for x in error.gradients.values())
+            seconds = time.monotonic() - start
+            print(f"{kind} {layout}: {len(chosen)} variants, worst gradient {worst:.1e}, {seconds:.1f} s", flush=True)
     return tables, failures, count
 
 
-def _line(layout: Layout, chosen: list[Any], errors: list[Any] | None) -> str:
-    sizes = {name: getattr(layout, name) for name in COLUMNS} | {"etp": layout.etp or layout.tp}
+def first_cells(kind: str, layout: Layout) -> str:
+    """The cells of the page that tell the row from the others."""
+    sizes = {name: getattr(layout, name) for name in COLUMNS}
+    sizes["etp"] = (layout.etp or layout.tp) if kind == "experts" else 1
     cells = ["yes" if value is True else "" if value in (1, False, None) else f"{value}" for value in sizes.values()]
     cells[-1] = f"`{cells[-1]}`".replace("|", "\\|") if cells[-1] else ""
+    return f"| {' | '.join(cells)} |"
+
+
+def _line(kind: str, layout: Layout, chosen: list[Any], errors: list[Any] | None) -> str:
     padded = "packs, padded" if any(v.padded for v in chosen) else "packs"
     kept = "" if any(v.recompute == "selective" for v in chosen) else " (some variants)"
     if errors is None:
-        return f"| {' | '.join(cells)} | {padded}{kept} | failed | | |"
+        return f"{first_cells(kind, layout)} {padded}{kept} | failed | | |"
     worst = (
         max(e.logits for e in errors),
         max(e.loss for e in errors),
         max(x for e in errors for x in e.gradients.values()),
     )
-    return f"| {' | '.join(cells)} | {padded}{kept} | {' | '.join(f'{x:.1e}' for x in worst)} |"
+    return f"{first_cells(kind, layout)} {padded}{kept} | {' | '.join(f'{x:.1e}' for x in worst)} |"
 
 
 def page(tables: dict[str, list[str]], count: int, seconds: float) -> str:

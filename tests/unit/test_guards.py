@@ -269,3 +269,17 @@ def test_every_pair_of_dimensions_is_in_a_row(kind):
     dimensions += ["ep", "etp"] if kind == "experts" else []
     missing = {frozenset(pair) for pair in combinations(dimensions, 2)} - seen
     assert missing == {frozenset({"padded", "cp"})}, "a padded batch is refused under context parallelism"
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_the_page_of_layouts_has_every_row_of_the_matrix_and_no_other(kind):
+    from tests.functional import matrix
+    from tests.functional.write_layouts import PAGE, first_cells
+
+    titles = {"dense": "\n## Qwen3-VL\n", "experts": "\n## Qwen3-VL-MoE\n"}
+    table = PAGE.read_text().split(titles[kind])[1].split("\n## ")[0].strip().splitlines()[2:]
+    rows = [first_cells(kind, layout) for layout in matrix.layouts(kind)]
+    assert len(table) == len(rows)
+    for line, cells in zip(table, rows, strict=True):
+        assert line.startswith(cells)
+        assert "failed" not in line

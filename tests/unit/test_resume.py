@@ -213,7 +213,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_first_byte(source, tmp_pat
     del tensors["lm_head.weight"]
     specs = {name: safetensors.TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     specs["model.language_model.embed_tokens.weight"] = safetensors.TensorSpec((rows, 64), torch.float32)
-    header = safetensors._header(specs)
+    header = safetensors.encode_header(specs)
     with (source / "model.safetensors").open("wb") as stream:
         stream.write(header)
         stream.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
