@@ -156,6 +156,11 @@ class Qwen3VLModel(MegatronModule):
                 "other tensors of changing length; make the model's config with "
                 "language_config(..., variable_seq_lengths=True)"
             )
+        if self.config.expert_model_parallel_size > 1 and self.config.moe_token_dispatcher_type == "allgather":
+            raise VLBridgeError(
+                "padded [B, S] batches have as many rows as their conversations have tokens, and Megatron's all-gather "
+                "dispatcher wants as many on every expert-parallel rank; use --moe-token-dispatcher-type alltoall"
+            )
         # A pack is made on the host, which has to know its lengths and grids.
         ids, mask, labels, *media = (None if x is None else x.cpu() for x in batch)
         assert ids is not None

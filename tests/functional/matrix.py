@@ -146,9 +146,9 @@ def run(
 
 def _options(kind: str, layout: Layout, variant: Variant) -> Mapping[str, Any]:
     options = dict(variant.overrides)
-    if variant.padded and layout.pp > 1:
+    if variant.padded:
         # Padded batches differ in length from each other.
-        options |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+        options |= {"variable_seq_lengths": layout.pp > 1, "moe_token_dispatcher_type": "alltoall"}
     elif kind == "experts" and variant.tied and layout.vpp == 1 and layout.pp < 4 and not layout.stages:
         # Megatron's default, where no deepstack features travel; all other rows run the all-to-all.
         options["moe_token_dispatcher_type"] = "allgather"

@@ -49,7 +49,7 @@ class Pool:
     a dead one hangs. After `lifetime` runs too: gloo keeps threads and memory of process groups that are gone.
     """
 
-    def __init__(self, timeout: float = 300.0, lifetime: int = 30) -> None:
+    def __init__(self, timeout: float = 300.0, lifetime: int = 16) -> None:
         self.timeout, self.lifetime = timeout, lifetime
         self._runs = 0
         self._workers: list[tuple[Any, Connection]] = []

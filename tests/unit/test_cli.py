@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_vlbridge import cli
+from megatron_vlbridge.checkpoint import torch_dist_writer
 from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from tests import reference
 
@@ -46,8 +48,12 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     assert plan["code"] == 0
     assert plan["bytes"] == weights
     assert plan["workers"] == 1
+    assert plan["seconds_at_mb_per_s"]["100"] == weights / 1e8
+    assert 0 < plan["memory_bytes"] <= 2**30
     assert cli.main(["import", str(hf), str(tmp_path / "megatron"), "--dry-run"]) == 0
-    assert "every number covered once" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    for said in ("every number covered once", "GB to write in", "GB free", "MiB of memory", "s at 100 MB/s"):
+        assert said in text
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -73,7 +79,71 @@ def test_inspect_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     assert "stage 0: layers 0 to 1" in text
     assert len(text.splitlines()) == 3 + 5 + len({n for p in hf.glob("*.safetensors") for n in load_file(p)})
-    assert cli.main(["inspect", str(hf), "--pp", "2"]) == 1
+    assert cli.main(["inspect", str(hf), "--pp", "3"]) == 1
+    capsys.readouterr()
+    found = run_json(capsys, "inspect", hf, "--pp", "2")
+    assert found["code"] == 0
+    assert found["stages"] == [[0, 1], [1, 2]]
+    assert found["architecture"] == "Qwen3VLForConditionalGeneration"
+
+
+def test_an_export_that_is_planned_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = reference.write_checkpoint(tmp_path / "hf", layers=2)
+    assert cli.main(["import", str(hf), str(tmp_path / "megatron")]) == 0
+    capsys.readouterr()
+    plan = run_json(capsys, "export", tmp_path / "megatron", tmp_path / "back", "--dry-run")
+    assert (plan["code"], plan["kind"]) == (0, "export")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron"}
+
+
+def run_with_progress(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *, terminal: bool, more: str = ""
+) -> str:
+    """What an import in tens of parts says on stderr."""
+    monkeypatch.setattr(torch_dist_writer, "PART_BYTES", 20_000)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    hf = reference.write_checkpoint(folder / "hf", layers=2)
+    capsys.readouterr()
+    assert cli.main(["import", str(hf), str(folder / "megatron"), *more.split()]) == 0
+    return capsys.readouterr().err
+
+
+def test_progress_is_one_line_on_a_terminal(tmp_path, capsys, monkeypatch) -> None:
+    text = run_with_progress(tmp_path, capsys, monkeypatch, terminal=True)
+    assert text.startswith("\r")
+    assert text.count("\r") > 12
+    assert text.endswith("\n")
+    assert re.search(r"\r +\d+% \d+\.\d\d of \d+\.\d\d GB, \d+ MB/s, \d+ s left", text)
+    assert text.count("\n") == 1
+
+
+def test_progress_is_a_line_for_each_tenth_elsewhere(tmp_path, capsys, monkeypatch) -> None:
+    text = run_with_progress(tmp_path, capsys, monkeypatch, terminal=False)
+    assert "\r" not in text
+    assert 5 <= len(text.splitlines()) <= 10
+    assert text.splitlines()[-1].startswith("100% ")
+    assert all("MB/s" in line for line in text.splitlines())
+
+
+def test_progress_is_json_where_that_is_asked_for(tmp_path, capsys, monkeypatch) -> None:
+    text = run_with_progress(tmp_path, capsys, monkeypatch, terminal=True, more="--json")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert all(line.keys() == {"done", "total", "resumed", "seconds"} for line in lines)
+    assert lines[-1]["done"] == lines[-1]["total"] > lines[0]["done"]
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch) -> None:
+    def interrupt(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli._Meter, "__call__", interrupt)
+    hf = reference.write_checkpoint(tmp_path / "hf", layers=2)
+    assert cli.main(["import", str(hf), str(tmp_path / "megatron")]) == 130
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert cli.main(["import", str(hf), str(tmp_path / "megatron"), "--resume"]) == 0
+    capsys.readouterr()
+    assert run_json(capsys, "verify", tmp_path / "megatron")["equal"] is True
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,19 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import ExpertForm, find
-from tests.unit.test_convert import assert_same_bits, assert_side_files_are_the_same, tensors, training_run
+from tests.unit.test_convert import (
+    TEXT,
+    TOKENS,
+    VISION,
+    assert_same_bits,
+    assert_side_files_are_the_same,
+    tensors,
+    training_run,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -24,17 +33,7 @@ SIDES = {"mixed": [1], "alike": []}
 
 
 def tiny_config(inner: int = 12, dense: list[int] | None = None, step: int = 1) -> Qwen3VLMoeConfig:
-    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
-    text = {
-        "vocab_size": 60,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 64,
-        "rope_parameters": rope,
+    text = TEXT | {
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": inner,
@@ -42,18 +41,7 @@ def tiny_config(inner: int = 12, dense: list[int] | None = None, step: int = 1) 
         "decoder_sparse_step": step,
         "tie_word_embeddings": False,
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_heads": 2,
-        "patch_size": 4,
-        "out_hidden_size": 32,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 1],
-    }
-    tokens = {"image_token_id": 10, "video_token_id": 11, "vision_start_token_id": 8, "vision_end_token_id": 9}
-    return Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+    return Qwen3VLMoeConfig(text_config=text, vision_config=VISION, tie_word_embeddings=False, **TOKENS)
 
 
 def make(folder: Path, form: str = "fused_out_in", **sizes) -> Path:
@@ -211,6 +199,37 @@ def test_an_orientation_that_cannot_be_seen_is_refused_unless_said(form, square,
         export_checkpoint(tmp_path / "single", tmp_path / "other", like=source)
     export_checkpoint(tmp_path / "single", tmp_path / "other", like=source, experts=form)
     assert_same_bits(tensors(tmp_path / "other"), tensors(source))
+
+
+@pytest.mark.parametrize("form", ["fused_in_out", "fused_out_in"])
+def test_an_orientation_that_cannot_be_seen_is_compared_as_it_is_said(form, square, tmp_path):
+    import_checkpoint(square["per_expert"], tmp_path / "megatron")
+    with pytest.raises(VLBridgeError, match="orientation cannot be seen"):
+        verify(square[form], tmp_path / "megatron")
+    assert verify(square[form], tmp_path / "megatron", experts=form).equal
+    assert verify(square["per_expert"], square[form], experts=form).equal
+    other = next(name for name in ("fused_in_out", "fused_out_in") if name != form)
+    with pytest.raises(VLBridgeError, match="down_proj: expected"):  # it is not square
+        verify(square[form], tmp_path / "megatron", experts=other)
+
+
+def test_the_hubs_orientation_computes_what_transformers_does(sources, tmp_path):
+    """The published tensors are multiplied from the right, as the classes of transformers 4.57 do: `x @ w`."""
+    model = Qwen3VLMoeForConditionalGeneration.from_pretrained(sources["fused_out_in", "alike"], dtype=torch.float64)
+    import_checkpoint(sources["per_expert", "alike"], tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", experts="fused_in_out")
+    found = {name: tensor.double() for name, tensor in tensors(tmp_path / "back").items()}
+    place = f"{HF_LAYERS}.1.mlp"
+    gate_up, down = found[f"{place}.experts.gate_up_proj"], found[f"{place}.experts.down_proj"]
+    assert (gate_up.shape, down.shape) == ((4, 32, 24), (4, 12, 32))
+    x = torch.randn(5, 32, dtype=torch.float64)
+    weights, chosen = (x @ found[f"{place}.gate.weight"].T).softmax(-1).topk(2)
+    gate, up = torch.einsum("th,ehf->tef", x, gate_up).chunk(2, dim=-1)
+    each = torch.einsum("tef,efh->teh", torch.nn.functional.silu(gate) * up, down)
+    mine = torch.stack([each[token, chosen[token]] for token in range(5)])
+    expected = ((weights / weights.sum(-1, keepdim=True))[..., None] * mine).sum(1)
+    result = model.model.language_model.layers[1].mlp(x[None])
+    torch.testing.assert_close((result[0] if isinstance(result, tuple) else result)[0], expected)
 
 
 @pytest.mark.parametrize("asked", ["fused_in_out", "per_expert"])

@@ -1,6 +1,8 @@
 """More damaged and hostile checkpoints, of the forms that are published: scales, spellings, files, further tensors."""
 
+import hashlib
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_vlbridge.checkpoint.convert import import_checkpoint
 from megatron_vlbridge.checkpoint.safetensors import INDEX
 from tests import fp8_checkpoint, reference
-from tests.unit.test_hostile import check, edit_header, edit_json, shards
+from tests.unit import test_hostile
+from tests.unit.test_hostile import check, edit_header, edit_json, make_damaged, shards
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,46 @@ FP8 = [
     *(another_quantisation, one_file_beside_an_index),
 ]
 CASES = [*(("hf", damage) for damage in HF), *(("fp8", damage) for damage in FP8)]
+
+
+KINDS = {  # every kind of damage that a converter has to stand, and the functions that do it
+    "truncated": "truncated",
+    "swapped": "swapped_shards chunks_swapped",
+    "renamed": "renamed renamed_tensor entry_renamed",
+    "duplicated": "doubled_tensor two_spellings",
+    "wrong dtype": "wrong_dtype converted_tensor",
+    "wrong shape": "wrong_shape reshaped_tensor",
+    "NaN where a scale should be": "wrong_scale",
+    "hostile index": "index_points_elsewhere index_names_another",
+    "hostile pickle": "hostile_pickle hostile_tensor",
+    "cyclic symlink": "cyclic_link",
+    "empty file": "emptied",
+    "huge header": "huge_header deep_header",
+}
+
+
+def test_there_are_hundreds_of_inputs_of_every_kind(sound, tmp_path):
+    """All different: counted by what lies in the folders."""
+    import_checkpoint(sound / "hf", sound / "megatron")
+    found = set()
+    for kind, damage in [*test_hostile.CASES, *CASES]:
+        for number in range(test_hostile.ROUNDS):
+            damaged = tmp_path / "damaged"
+            make_damaged(kind, damage, number, sound / kind, damaged)
+            found.add(fingerprint(damaged))
+            shutil.rmtree(damaged)
+    assert len(found) >= 300
+    done = {damage.__name__ for _, damage in [*test_hostile.CASES, *CASES]}
+    assert set(" ".join(KINDS.values()).split()) <= done
+
+
+def fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(str(path.readlink()).encode() if path.is_symlink() else b"")
+        digest.update(path.read_bytes() if path.is_file() and not path.is_symlink() else b"")
+    return digest.hexdigest()
 
 
 @pytest.mark.parametrize(("kind", "damage"), CASES, ids=[f"{kind}-{damage.__name__}" for kind, damage in CASES])

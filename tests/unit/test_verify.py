@@ -169,10 +169,11 @@ def test_inspect_counts_the_same_in_both_forms(model):
     assert json.loads(json.dumps(ours.as_json()))["parameters"]["total"] == sum(ours.parameters.values())
 
 
-def test_stages_are_even_and_keep_deepstack_on_the_first(tmp_path):
+def test_stages_are_even(tmp_path):
     found = inspect(reference.write_checkpoint(tmp_path / "hf", layers=4))
     assert found.stages(1) == [range(4)]
     assert found.stages(2) == [range(2), range(2, 4)]
-    for pp in (0, 3, 4):  # two layers take deepstack features
+    assert found.stages(4) == [range(stage, stage + 1) for stage in range(4)]
+    for pp in (0, 3, 5):
         with pytest.raises(VLBridgeError, match="pp: expected a divisor of 4"):
             found.stages(pp)
