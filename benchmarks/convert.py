@@ -158,6 +158,10 @@ def measured(what: str, nbytes: int, result: tuple[float, int], copies: tuple[fl
     row(what, f"{nbytes / 1e9:.2f} GB", f"{seconds:.1f} s", beside, f"{seconds / mean:.2f}", mebibytes(peak), load)
 
 
+def titled(part: str, layers: int | None) -> str:
+    return PARTS[part] + (f", {layers} layers" if layers is not None else "")
+
+
 def mebibytes(nbytes: int) -> str:
     return f"{nbytes / 2**20:.0f} MiB"
 
@@ -183,7 +187,7 @@ def there_and_back(part: str, args: argparse.Namespace) -> bool:
     with workplace(args.folder, COPIES * sum(spec.nbytes for spec in specs.values())) as work:
         source, megatron, back, spare = (work / name for name in ("hf", "megatron", "back", "spare"))
         nbytes = make_random(source, describe(source, PARTS[part], layers))
-        title = PARTS[part] + (f", {layers} layers" if layers is not None else "")
+        title = titled(part, layers)
         options = f"options=Options(workers={args.workers}, memory={args.memory})"
         before = copy(source, spare)
         result = step(source, CONVERT, f"import_checkpoint({str(source)!r}, {str(megatron)!r}, {options})")
@@ -206,7 +210,7 @@ def through_transformers(args: argparse.Namespace) -> bool:
         load = f"Auto.from_pretrained({str(source)!r}, dtype=torch.bfloat16).save_pretrained({str(spare)!r})"
         result = step(source, TRANSFORMERS, load)
         shutil.rmtree(spare)
-        measured(f"{PARTS['transformers']}: transformers", nbytes, result, (before, copy(source, spare)))
+        measured(f"{titled('transformers', args.layers)}: transformers", nbytes, result, (before, copy(source, spare)))
     return True
 
 
@@ -217,7 +221,7 @@ def plan_large(args: argparse.Namespace) -> bool:
             specs = describe(work / "hf", PARTS["235B"], args.layers, form)
             nbytes = make_sparse(work / "hf", specs)
             seconds, peak = step(work / "hf", CONVERT, f"plan_import({str(work / 'hf')!r}, {str(work / 'spare')!r})")
-        title = f"{PARTS['235B']}: plan, {form}, {len(specs)} tensors"
+        title = f"{titled('235B', args.layers)}: plan, {form}, {len(specs)} tensors"
         row(title, f"{nbytes / 1e9:.2f} GB", f"{seconds:.1f} s", "", "", mebibytes(peak), f"{os.getloadavg()[0]:.0f}")
     return True
 

@@ -52,21 +52,23 @@ def _convert(args: argparse.Namespace, plan: Conversion) -> int:
     options = Options(args.workers, args.memory, _Meter(as_json=args.json))
     summary = plan.summary(options)
     if args.dry_run:
-        print(json.dumps(summary) if args.json else "\n".join(_summary_lines(summary)))
+        estimate = {rate: summary["bytes"] / rate / 1e6 for rate in _ESTIMATES}
+        lines = _summary_lines(summary, estimate)
+        print(json.dumps({**summary, "seconds_at_mb_per_s": estimate}) if args.json else "\n".join(lines))
         return 0
     done = plan.run(options, resume=args.resume)
     print(json.dumps({"done": str(done), **summary}) if args.json else done)
     return 0
 
 
-def _summary_lines(summary: dict[str, Any]) -> list[str]:
-    size = summary["bytes"]
-    times = ", ".join(f"{_time(size / rate / 1e6)} at {rate} MB/s" for rate in _ESTIMATES)
+def _summary_lines(summary: dict[str, Any], estimate: dict[int, float]) -> list[str]:
+    times = ", ".join(f"{_time(seconds)} at {rate} MB/s" for rate, seconds in estimate.items())
     return [
         f"{summary['kind']} of a {summary['architecture']}: {summary['source']} -> {summary['target']}",
         f"{summary['hf_tensors']} Hugging Face tensors <-> {summary['megatron_tensors']} Megatron tensors, "
         "every number covered once",
-        f"{size / 1e9:.3f} GB to write in {summary['parts']} parts, {summary['free_bytes'] / 1e9:.3f} GB free",
+        f"{summary['bytes'] / 1e9:.3f} GB to write in {summary['parts']} parts, "
+        f"{summary['free_bytes'] / 1e9:.3f} GB free",
         f"{summary['workers']} workers, at most {summary['memory_bytes'] / 2**20:.0f} MiB of memory",
         f"about {times}",
         *summary["notes"],

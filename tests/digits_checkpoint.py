@@ -42,7 +42,7 @@ def write(folder: Path, conversations: int = 48, experts: bool = False) -> Path:
             "depth": 2,
             "hidden_size": 32,
             "intermediate_size": 64,
-            "num_heads": 2,
+            "num_heads": 4,
             "patch_size": 8,
             "out_hidden_size": 64,
             "num_position_embeddings": 64,

@@ -19,7 +19,7 @@ from megatron_vlbridge.checkpoint.dtypes import as_dtype, check_dtypes, hf_tenso
 from megatron_vlbridge.checkpoint.engine import Options
 from megatron_vlbridge.checkpoint.extras import listed, read_notes
 from megatron_vlbridge.checkpoint.hub import find_folder
-from megatron_vlbridge.checkpoint.raw import gather_into
+from megatron_vlbridge.checkpoint.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.safetensors import (
     DEFAULT_SHARD_BYTES,
     INDEX,
@@ -213,23 +213,9 @@ def plan_export_of(
         hf[family.head] = hf[family.embedding]
     carried = _carried(model, hf, family, chosen_form=experts is not None)
     hf |= carried
+    read = model.weights.read_into if model.weights is not None else None
+    fill = _hf_filler(plan, family.embedding, weights.read_into, dict.fromkeys(carried, read))
     files, index = _shards(hf, model, max_shard_size)
-
-    def fill(region: Region, out: torch.Tensor) -> None:
-        if region.name in carried:
-            assert model.weights is not None
-            model.weights.read_into(region, out)
-        elif region.name in table.hf_shapes:
-            numbers(region, out)
-        else:
-            numbers(Region(family.embedding, region.offset, region.shape), out)
-
-    def numbers(region: Region, out: torch.Tensor) -> None:
-        pieces = table.megatron_sources(region)
-        if out.dtype != torch.float32 and any(piece.source.name in widened for piece in pieces):
-            narrow_into(region, out, numbers)
-        else:
-            gather_into(out, pieces, weights.read_into)
 
     def complete(folder: Path) -> None:
         copy_side_files(model.folder, folder)
@@ -249,6 +235,29 @@ def plan_export_of(
         check=lambda folder: _check_written(folder, SafetensorsFolder(folder).table, hf),
         notes=tuple(_export_notes(model.folder, config, list(carried))),
     )
+
+
+def _hf_filler(plan: Plan, embedding: str, read: Filler, others: Mapping[str, Filler | None]) -> Filler:
+    """Fills regions of Hugging Face tensors: those of the rules, a tied head, `others` with readers of their own."""
+    table = plan.table
+
+    def numbers(region: Region, out: torch.Tensor) -> None:
+        pieces = table.megatron_sources(region)
+        if out.dtype != torch.float32 and any(piece.source.name in plan.widened for piece in pieces):
+            narrow_into(region, out, numbers)
+        else:
+            gather_into(out, pieces, read)
+
+    def fill(region: Region, out: torch.Tensor) -> None:
+        other = others.get(region.name)
+        if other is not None:
+            other(region, out)
+        elif region.name in table.hf_shapes:
+            numbers(region, out)
+        else:
+            numbers(Region(embedding, region.offset, region.shape), out)
+
+    return fill
 
 
 def _export_notes(like: Path, config: Config, carried: Sequence[str]) -> Iterator[str]:

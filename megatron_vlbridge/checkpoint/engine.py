@@ -24,7 +24,7 @@ from megatron_vlbridge.weights.regions import Shape
 PART_BYTES = 256 * 2**20
 DEFAULT_MEMORY = 2**30
 
-_BASE_BYTES = 64 * 2**20  # tables of names and regions, journal, Python's own
+_BASE_BYTES = 448 * 2**20  # torch itself (310 MiB), tables of names and regions (60 MiB for 235B), journal
 _SYNCERS = 2  # threads beyond the workers, so that some fill blocks while others wait for the disk
 _HASHED_AT_ONCE = 2**20
 
@@ -87,7 +87,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Options:
-    """How to run: threads that fill blocks (default: the cores) and bytes of anonymous memory that they may hold."""
+    """How to run: threads that fill blocks (default: the cores) and bytes of anonymous memory, torch included."""
 
     workers: int | None = None
     memory: int = DEFAULT_MEMORY

@@ -60,15 +60,13 @@ class Inspection:
     def stages(self, pp: int) -> list[range]:
         """The decoder layers of each pipeline stage, cut evenly.
 
-        Raises VLBridgeError where that cannot be done, or the layers that take deepstack features leave the first.
+        Raises VLBridgeError where that cannot be done.
         """
         if self.config is None:
             raise VLBridgeError(f"{self.folder}: expected a config to count the layers by, found none.")
         layers = self.config.text.num_layers
-        taking = len(self.config.vision.deepstack_visual_indexes)
-        if pp < 1 or layers % pp or layers // pp < taking:
-            expected = f"a divisor of {layers} that leaves at least {taking} layers, which take deepstack features"
-            raise VLBridgeError(f"{self.folder}: pp: expected {expected}, to the first stage, found {pp}.")
+        if pp < 1 or layers % pp:
+            raise VLBridgeError(f"{self.folder}: pp: expected a divisor of {layers} layers, found {pp}.")
         each = layers // pp
         return [range(stage * each, (stage + 1) * each) for stage in range(pp)]
 

@@ -44,6 +44,13 @@ def export_in_all_modes(layout: Layout, folder: Path, experts: ExpertForm | None
     }
 
 
+def export_without(layout: Layout, folder: Path, leave_out: list[str]) -> Named:
+    """Of a model that was filled from a folder which holds further tensors."""
+    chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY, load=False)
+    load_hf_weights(chunks, folder, leave_out=leave_out)
+    return list(export_hf_weights(chunks))
+
+
 def export_bfloat16(layout: Layout, folder: Path) -> dict[str, Named]:
     """Of a model in bfloat16 as it is, and of one in float32 that is converted."""
     half, full = (ranks.build_chunks(layout, folder, vocab_size=VOCABULARY, load=False) for _ in range(2))

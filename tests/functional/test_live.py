@@ -121,6 +121,19 @@ def test_pretrain_loads_all_virtual_stages(pool: Pool, sources: dict[str, Path])
         assert same(dict(result), weights_of(sources["tied"]))
 
 
+def test_tensors_that_are_no_part_of_the_model_are_left_out(
+    pool: Pool, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    expected = weights_of(sources["untied"])
+    (tmp_path / "config.json").write_bytes((sources["untied"] / "config.json").read_bytes())
+    save_file({**expected, "rotary.frequencies": torch.ones(3)}, tmp_path / "model.safetensors")
+    layout = Layout(tp=2, world=2)
+    for result in pool.run(live_ranks.export_without, layout, folder=tmp_path, leave_out=["rotary.*"]):
+        assert same(dict(result), expected)
+    with pytest.raises(AssertionError, match=r"extra Hugging Face tensors[\s\S]*rotary.frequencies"):
+        pool.run(live_ranks.export_without, layout, folder=tmp_path, leave_out=[])
+
+
 def test_bfloat16(pool: Pool, bfloat16: Path) -> None:
     expected = weights_of(bfloat16)
     assert {x.dtype for x in expected.values()} == {torch.bfloat16}

@@ -60,7 +60,7 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
 def test_verify_tells_by_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf = reference.write_checkpoint(tmp_path / "hf", layers=2)
     other = reference.write_checkpoint(tmp_path / "other", layers=2, seed=1)
-    assert cli.main(["import", str(hf), str(tmp_path / "megatron"), "--workers", "2", "--memory", "0.5GiB"]) == 0
+    assert cli.main(["import", str(hf), str(tmp_path / "megatron"), "--workers", "2", "--memory", "0.75GiB"]) == 0
     assert cli.main(["verify", str(hf), str(tmp_path / "megatron")]) == 0
     assert cli.main(["verify", str(tmp_path / "megatron")]) == 0
     capsys.readouterr()

@@ -215,21 +215,21 @@ def test_an_orientation_that_cannot_be_seen_is_compared_as_it_is_said(form, squa
 
 def test_the_hubs_orientation_computes_what_transformers_does(sources, tmp_path):
     """The published tensors are multiplied from the right, as the classes of transformers 4.57 do: `x @ w`."""
-    model = Qwen3VLMoeForConditionalGeneration.from_pretrained(sources["fused_out_in", "alike"], dtype=torch.float64)
+    model = Qwen3VLMoeForConditionalGeneration.from_pretrained(sources["fused_out_in", "alike"], dtype=torch.float32)
     import_checkpoint(sources["per_expert", "alike"], tmp_path / "megatron")
     export_checkpoint(tmp_path / "megatron", tmp_path / "back", experts="fused_in_out")
-    found = {name: tensor.double() for name, tensor in tensors(tmp_path / "back").items()}
+    found = {name: tensor.float() for name, tensor in tensors(tmp_path / "back").items()}
     place = f"{HF_LAYERS}.1.mlp"
     gate_up, down = found[f"{place}.experts.gate_up_proj"], found[f"{place}.experts.down_proj"]
     assert (gate_up.shape, down.shape) == ((4, 32, 24), (4, 12, 32))
-    x = torch.randn(5, 32, dtype=torch.float64)
+    x = torch.randn(5, 32)
     weights, chosen = (x @ found[f"{place}.gate.weight"].T).softmax(-1).topk(2)
     gate, up = torch.einsum("th,ehf->tef", x, gate_up).chunk(2, dim=-1)
     each = torch.einsum("tef,efh->teh", torch.nn.functional.silu(gate) * up, down)
     mine = torch.stack([each[token, chosen[token]] for token in range(5)])
     expected = ((weights / weights.sum(-1, keepdim=True))[..., None] * mine).sum(1)
-    result = model.model.language_model.layers[1].mlp(x[None])
-    torch.testing.assert_close((result[0] if isinstance(result, tuple) else result)[0], expected)
+    result = model.model.language_model.layers[1].mlp(x[None])[0]
+    assert (result - expected).norm() / expected.norm() < 1e-6
 
 
 @pytest.mark.parametrize("asked", ["fused_in_out", "per_expert"])

@@ -60,7 +60,7 @@ def test_a_block_gives_the_same_memory_in_any_form(shape, dtype):
     assert not first.numel() or first.data_ptr() == second.data_ptr()
 
 
-@pytest.mark.parametrize("memory", [2**28, 2**29, 2**30])
+@pytest.mark.parametrize("memory", [5 * 2**27, 2**30, 2**32])
 def test_workers_are_as_many_as_the_memory_admits(memory):
     options, block = Options(workers=1000, memory=memory), 64 * 2**20
     threads = options.threads(block)

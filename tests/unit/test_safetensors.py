@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from megatron_vlbridge.checkpoint import safetensors
 from megatron_vlbridge.checkpoint.engine import Block
 from megatron_vlbridge.checkpoint.safetensors import (
     INDEX,
@@ -105,6 +106,16 @@ def test_what_is_written_is_what_the_library_reads(tmp_path_factory, dtypes, lim
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
     assert SafetensorsFolder(folder).table == specs
+
+
+def test_neighbouring_parts_lie_in_different_files(monkeypatch):
+    monkeypatch.setattr(safetensors, "PART_BYTES", 30)
+    specs = {name: TensorSpec((10,), torch.int8) for name in "abcdefghi"}
+    files = dict(zip(specs, "xxxxxxyyz", strict=True))
+    writer = SafetensorsWriter(specs, files, lambda _region, _out: None)
+    parts = [writer.regions(number) for number in range(len(writer.sizes))]
+    assert [{files[region.name] for region in part} for part in parts] == [{"x"}, {"y"}, {"z"}, {"x"}]
+    assert sorted(region.name for part in parts for region in part) == list(specs)
 
 
 def test_shards_are_named_as_on_the_hub():

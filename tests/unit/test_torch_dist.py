@@ -16,9 +16,10 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, s
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.utils.serialization import config as serialization
 
 from megatron_vlbridge.checkpoint.engine import Block
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, locate
+from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, _SafeReader, locate
 from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region, TensorSpec
@@ -105,6 +106,25 @@ def test_a_tensor_that_was_saved_transposed_is_read_right(tmp_path):
     tensor = some(5, 3).t()
     reader = TorchDistFolder(write(tmp_path, {"x": tensor}))
     assert torch.equal(reader.read(Region("x", (1, 2), (2, 3))), tensor[1:, 2:])
+
+
+def test_chunks_that_differ_in_their_numbers_alone_are_found_without_torch(tmp_path, monkeypatch):
+    """Layers are alike around their numbers where the writer leaves torch's checksums out; strides differ there."""
+    specs = {f"w{i}": TensorSpec((6, 6), torch.int32) for i in range(9)}
+    write_release(tmp_path, specs, lambda region, out: out.copy_(some(6, 6) + int(region.name[1:])))
+    asked = []
+    find = _SafeReader.find
+    monkeypatch.setattr(_SafeReader, "find", lambda reader, index: (asked.append(index), find(reader, index))[1])
+    reader = TorchDistFolder(tmp_path)
+    for i in range(9):
+        assert torch.equal(reader.read(Region.whole(f"w{i}", (6, 6))), some(6, 6) + i)
+    assert len(asked) == 1
+    with serialization.patch({"save.compute_crc32": False}):
+        turned = write(tmp_path / "turned", {"a": some(6, 6), "b": some(6, 6).t(), "c": some(6, 6) + 1})
+    reader = TorchDistFolder(turned)
+    for name, expected in {"a": some(6, 6), "b": some(6, 6).t(), "c": some(6, 6) + 1}.items():
+        assert torch.equal(reader.read(Region.whole(name, (6, 6))), expected)
+    assert len(asked) > 2
 
 
 def test_optimizer_state_is_passed_over(tmp_path):
@@ -309,6 +329,22 @@ def test_overwritten_bytes_are_refused_when_read(tmp_path):
     (folder / "__0_0.distcp").write_bytes(b"\0" * len(content))
     with pytest.raises(VLBridgeError, match=r"__0_0\.distcp: expected the numbers of w"):
         TorchDistFolder(folder).read(Region.whole("w", (4, 3)))
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
+def test_a_chunk_that_is_damaged_around_its_numbers_is_refused_beside_a_sound_one(behind, tmp_path):
+    specs = {name: TensorSpec((6, 6), torch.int32) for name in "ab"}
+    write_release(tmp_path, specs, lambda _region, out: out.copy_(some(6, 6)))
+    file = tmp_path / "release" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    numbers = content.rindex(some(6, 6).numpy().tobytes())
+    place = slice(numbers + 144, None) if behind else slice(numbers - 400, numbers)
+    content[place] = bytes(len(content[place]))
+    file.write_bytes(content)
+    reader = TorchDistFolder(tmp_path)
+    assert torch.equal(reader.read(Region.whole("a", (6, 6))), some(6, 6))
+    with pytest.raises(VLBridgeError, match=r"__0_0\.distcp: expected the numbers of b"):
+        reader.read(Region.whole("b", (6, 6)))
 
 
 def test_layers_of_several_dtypes_are_refused(tmp_path):
