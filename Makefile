@@ -8,8 +8,8 @@ LAYOUT_ARGS ?=
 help:
 	@echo "make demo        digits -> HF checkpoint -> Megatron -> training -> HF -> answers, in demo-out/ (DEMO_ARGS=...)"
 	@echo "make test        lint, types, unit and functional tests"
-	@echo "make test-long   the functional tests that take minutes"
-	@echo "make test-layouts  every layout with all its variants, then writes docs/layouts.md (LAYOUT_ARGS=--check: does not)"
+	@echo "make test-long   the functional tests that take minutes or gigabytes of disk"
+	@echo "make test-layouts  every layout in its variants, then writes docs/layouts.md (LAYOUT_ARGS=--check: does not)"
 	@echo "make test-te     Transformer Engine's modules, in .venv-te; needs a CUDA toolkit (nvcc), but no GPU"
 	@echo "make lint        ruff and mypy alone        make format      let ruff reformat and fix"
 	@echo "make unit        unit tests alone           make functional  functional tests alone"

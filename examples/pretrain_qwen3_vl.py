@@ -1,6 +1,6 @@
 """Train Qwen3-VL with Megatron's own pretrain, on GPUs or on CPU processes.
 
-From a Hugging Face folder:
+From a Hugging Face folder or Hub id:
 
     torchrun --nproc_per_node 8 examples/pretrain_qwen3_vl.py --hf-folder Qwen3-VL-8B-Instruct --hf-weights \
         --conversations train.jsonl --tensor-model-parallel-size 4 --sequence-parallel --seq-length 8192 \
@@ -27,6 +27,8 @@ from megatron_vlbridge.training.pretrain import parse_arguments, run
 def main() -> None:
     """Parse, build the datasets when Megatron asks for them, train."""
     args = parse_arguments()
+    if args.conversations is None:
+        sys.exit("--conversations is missing: a file of JSON lines, each {'messages': [...]}")
     processor = AutoProcessor.from_pretrained(args.hf_folder)
     config = read_config(args.hf_folder)
 

@@ -18,7 +18,10 @@ from megatron_vlbridge.checkpoint.engine import DEFAULT_MEMORY, Options, Progres
 from megatron_vlbridge.checkpoint.inspect import inspect, table_lines
 from megatron_vlbridge.checkpoint.verify import first_lines, verify
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families import ExpertForm
+from megatron_vlbridge.weights.plan import MisfitError
 
+_FORMS = ", ".join(form.value for form in ExpertForm)
 _ESTIMATES = (100, 500, 2000)  # MB/s: network, disk, NVMe
 
 
@@ -29,10 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except VLBridgeError as error:
-        print(f"vlbridge {args.command}: {error}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"error": str(error), "misfits": error.misfits if isinstance(error, MisfitError) else {}}))
+        else:
+            print(f"vlbridge {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"vlbridge {args.command}: interrupted; what is finished is kept for --resume", file=sys.stderr)
+        kept = "; what is finished is kept for --resume" if hasattr(args, "resume") else ""
+        print(f"vlbridge {args.command}: interrupted{kept}", file=sys.stderr)
         return 130
 
 
@@ -53,8 +60,11 @@ def _convert(args: argparse.Namespace, plan: Conversion) -> int:
     summary = plan.summary(options)
     if args.dry_run:
         estimate = {rate: summary["bytes"] / rate / 1e6 for rate in _ESTIMATES}
-        lines = _summary_lines(summary, estimate)
-        print(json.dumps({**summary, "seconds_at_mb_per_s": estimate}) if args.json else "\n".join(lines))
+        if not args.json:  # people see the plan also of what is refused
+            print("\n".join(_summary_lines(summary, estimate)))
+        plan.check_run(options, resume=args.resume)
+        if args.json:
+            print(json.dumps({**summary, "seconds_at_mb_per_s": estimate}))
         return 0
     done = plan.run(options, resume=args.resume)
     print(json.dumps({"done": str(done), **summary}) if args.json else done)
@@ -135,16 +145,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlbridge", description="Qwen-VL checkpoints: Hugging Face <-> Megatron-Core")
     commands = parser.add_subparsers(dest="command", required=True)
     machine = argparse.ArgumentParser(add_help=False)
-    machine.add_argument("--json", action="store_true", help="results as JSON on stdout, progress as JSON on stderr")
+    machine.add_argument(
+        "--json", action="store_true", help="results and errors as JSON on stdout, progress as JSON on stderr"
+    )
     convert = argparse.ArgumentParser(add_help=False, parents=[machine])
     convert.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="convert all weights (default: keep)"
     )
-    convert.add_argument("--experts", help="form of the experts on the Hugging Face side, where it cannot be seen")
+    convert.add_argument("--experts", help=f"their form on the Hugging Face side (default: as it is found): {_FORMS}")
     convert.add_argument("--workers", type=int, help="threads that read and write (default: the cores)")
     convert.add_argument("--memory", type=_size, default=DEFAULT_MEMORY, help="at most this (default: 1GiB)")
     convert.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    convert.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    convert.add_argument("--dry-run", action="store_true", help="print the plan, check what a run would, write nothing")
     leave = argparse.ArgumentParser(add_help=False)
     leave.add_argument(
         "--leave-out",
@@ -168,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", parents=[machine, leave], help="are two checkpoints the same, is one intact")
     check.add_argument("a", help="a Hugging Face folder, Hub id or Megatron folder")
     check.add_argument("b", nargs="?", help="another, of either kind; without it A's own checksums are checked")
-    check.add_argument("--experts", help="form of fused experts in a Hugging Face folder, where it cannot be seen")
+    check.add_argument("--experts", help=f"their form on the Hugging Face side (default: as it is found): {_FORMS}")
     check.set_defaults(run=_verify)
     look = commands.add_parser("inspect", parents=[machine], help="what a checkpoint holds")
     look.add_argument("folder", help="a Hugging Face folder, Hub id or Megatron folder")

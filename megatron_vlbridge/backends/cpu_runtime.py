@@ -90,7 +90,7 @@ class _CudaIsCpu(TorchFunctionMode):
 
 
 def _is_cuda(device: object) -> bool:
-    if isinstance(device, bool) or not isinstance(device, int | str | torch.device):
+    if device is None or isinstance(device, bool) or not isinstance(device, int | str | torch.device):
         return False
     return isinstance(device, int) or torch.device(device).type == "cuda"
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_vlbridge.errors import VLBridgeError
+
 
 def install() -> None:
     """Put them in the place of torch's, which still serve wherever the parts are of one size."""
@@ -17,25 +19,31 @@ def install() -> None:
 def _all_to_all_single(torchs: Callable[..., Any]) -> Callable[..., Any]:
     """Takes the sizes also as tensors."""
 
-    def all_to_all_single(output: torch.Tensor, input: torch.Tensor, *sizes: Any, **kwargs: Any) -> Any:  # noqa: A002
-        kwargs = dict(zip(("output_split_sizes", "input_split_sizes"), sizes, strict=False)) | kwargs
-        for name in ("output_split_sizes", "input_split_sizes"):
-            if isinstance(kwargs.get(name), torch.Tensor):
-                kwargs[name] = kwargs[name].tolist()
-        return torchs(output, input, **kwargs)
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,  # noqa: A002
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        sizes = (x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes))
+        return torchs(output, input, *sizes, *args, **kwargs)
 
     return all_to_all_single
 
 
 def _all_gather(torchs: Callable[..., Any]) -> Callable[..., Any]:
-    def all_gather(tensor_list: Sequence[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        longest = max(len(part) if part.dim() else 1 for part in tensor_list)
+    def all_gather(
+        tensor_list: Sequence[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
         if all(part.shape == tensor_list[0].shape for part in tensor_list):
-            return torchs(tensor_list, tensor, *args, **kwargs)
-        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+            return torchs(tensor_list, tensor, group=group, async_op=async_op)
+        _refuse_async("all_gather", async_op)
+        padded = tensor.new_zeros((max(map(len, tensor_list)), *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         gathered = [torch.empty_like(padded) for _ in tensor_list]
-        torchs(gathered, padded, *args, **kwargs)
+        torchs(gathered, padded, group=group)
         for part, rows in zip(tensor_list, gathered, strict=True):
             part.copy_(rows[: len(part)])
         return None
@@ -45,13 +53,23 @@ def _all_gather(torchs: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reduce_scatter(torchs: Callable[..., Any]) -> Callable[..., Any]:
     def reduce_scatter(
-        output: torch.Tensor, input_list: Sequence[torch.Tensor], *args: Any, group: Any = None, **kwargs: Any
+        output: torch.Tensor,
+        input_list: Sequence[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
     ) -> Any:
         if all(part.shape == input_list[0].shape for part in input_list):
-            return torchs(output, input_list, *args, group=group, **kwargs)
+            return torchs(output, input_list, op=op, group=group, async_op=async_op)
+        _refuse_async("reduce_scatter", async_op)
         total = torch.cat(list(input_list))
-        dist.all_reduce(total, group=group)
+        dist.all_reduce(total, op=op, group=group)
         output.copy_(total.split([len(part) for part in input_list])[dist.get_rank(group)])
         return None
 
     return reduce_scatter
+
+
+def _refuse_async(name: str, async_op: bool) -> None:
+    if async_op:
+        raise VLBridgeError(f"CPU runtime: {name} of parts of different sizes is not offered with async_op=True")

@@ -49,6 +49,8 @@ def packed_segments(
         cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        # Left open, Transformer Engine waits for the device in every layer to find it out.
+        pad_between_seqs=False,
         segments=tuple(lengths),
         pack_order=pack_order,
         vision_rows=vision_rows,

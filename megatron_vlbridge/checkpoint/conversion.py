@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import torch
 
 from megatron_vlbridge.checkpoint.checksums import write_checksums
 from megatron_vlbridge.checkpoint.engine import Options, Writer, digest_range, run
-from megatron_vlbridge.checkpoint.staging import Staging, staged_folder
+from megatron_vlbridge.checkpoint.staging import Staging, earlier_work, staged_folder
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Plan
 
-_LAYOUT = 2  # of parts and blocks; part files of another layout are not continued
+_LAYOUT = 3  # of parts and blocks; part files of another layout are not continued
 _HEAD_BYTES = 64 * 2**10
 _SPARE_BYTES = 2**20
 
@@ -82,9 +82,18 @@ class Conversion:
             write_checksums(staging.folder, finished)
         return self.target
 
+    def check_run(self, options: Options | None = None, *, resume: bool = False) -> None:
+        """Refuse what `run` would refuse before the first byte; writes nothing."""
+        options = options or Options()
+        options.threads(self.writer.block_bytes)
+        self._check_room(earlier_work(self.target, self._origin(), resume=resume))
+
     def check_space(self, staging: Staging) -> None:
         """Refuse a disk that has no room for what is still to be written."""
-        missing = sum(size for number, size in enumerate(self.writer.sizes) if number not in staging.finished)
+        self._check_room(staging.finished)
+
+    def _check_room(self, finished: Container[int]) -> None:
+        missing = sum(size for number, size in enumerate(self.writer.sizes) if number not in finished)
         missing += sum(path.stat().st_size for path in self.side_files) + _SPARE_BYTES
         free = free_bytes(self.target)
         if missing > free:
@@ -102,10 +111,18 @@ class Conversion:
             "torch": torch.__version__,
             "rules": _digest(moves),
             "tensors": _digest(specs),
-            "parts": _digest(str(list(self.writer.sizes))),
+            "files": self._files(),
             "weights": _fingerprint(self.source_files),
             "other files": _fingerprint(self.side_files),
         }
+
+    def _files(self) -> dict[str, str]:
+        """Each file that is written in parts, with a digest of what lies where in it."""
+        texts: dict[str, list[str]] = {}
+        for number, size in enumerate(self.writer.sizes):
+            place = self.writer.place(number)
+            texts.setdefault(place.file, []).append(f"{number} {place.start} {size} {place.holds}")
+        return {file: _digest("\n".join(parts)) for file, parts in texts.items()}
 
 
 def free_bytes(target: Path) -> int:
@@ -120,10 +137,16 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _fingerprint(paths: Iterable[Path]) -> dict[str, list[int | str]]:
-    """Size, time of change and the first bytes of each file, by name."""
-    result: dict[str, list[int | str]] = {}
+def _fingerprint(paths: Iterable[Path]) -> dict[str, dict[str, int | str]]:
+    """Size, first bytes and times of each file, by name; of the file that a link leads to."""
+    result: dict[str, dict[str, int | str]] = {}
     for path in paths:
         status = path.stat()
-        result[path.name] = [status.st_size, status.st_mtime_ns, digest_range(path, 0, _HEAD_BYTES)]
+        result[path.name] = {
+            "size": status.st_size,
+            "first bytes": digest_range(path, 0, _HEAD_BYTES),
+            "modified": status.st_mtime_ns,
+            # Nobody can set it back. The inode's number would add nothing, and some network mounts give it anew.
+            "changed (content, rights or links)": status.st_ctime_ns,
+        }
     return result

@@ -1,13 +1,13 @@
 """Import and export: a Hugging Face folder <-> a Megatron `torch_dist` folder, bit for bit, without a model.
 
-An imported folder keeps, in `hf/`, the source's other files unchanged and what its weights were called, so that an
-export needs nothing else.
+An imported folder keeps, in `hf/`, the source's other files and what its weights were called, so that an export needs
+nothing else.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -33,7 +33,9 @@ from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
 from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
 from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import Family
+from megatron_vlbridge.families import ExpertForm, Family
+from megatron_vlbridge.families.experts import find_names
+from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Plan, Region, TensorSpec
 
 
@@ -82,7 +84,8 @@ def export_checkpoint(
     holds none. Shards are those of that source, or at most `max_shard_size` bytes each (5 GB where the source does not
     tell); experts have the form that they have there, or `experts`. Names are those of the Hub. Tensors of `like` that
     are no part of the model are copied unchanged. `dtype` converts all weights; by default they keep what the Megatron
-    checkpoint holds. `options` and `resume` are those of `import_checkpoint`.
+    checkpoint holds. Where that is another than the source's, config.json names the new one. `options` and `resume` are
+    those of `import_checkpoint`.
 
     Raises VLBridgeError, and leaves nothing under the new name, when the two do not fit each other exactly, a file is
     missing or damaged, the target exists or is being written, the disk is full, or it is not known which config
@@ -131,7 +134,7 @@ def plan_import(
         writer=ReleaseWriter(megatron, fill),
         source_files=weights.paths,
         side_files=tuple(side_files(weights.folder)),
-        complete=lambda folder: keep_side_files(weights, folder, experts, source.left),
+        complete=lambda folder: keep_side_files(weights, folder, experts, source.left, wanted),
         check=lambda folder: _check_written(folder, TorchDistFolder(folder).table, megatron),
         notes=tuple(_import_notes(weights, source.left)),
     )
@@ -196,6 +199,7 @@ def plan_export_of(
     target = Path(hf_folder)
     config = read_config(model.folder)
     family = families.find(config)
+    form = family.find_expert_form(config, model.table, experts or model.experts)
     table = family.table_for(config, model.table, experts or model.experts)
     check_dtypes(weights.folder, weights.table)
     wanted = as_dtype(dtype)
@@ -206,19 +210,19 @@ def plan_export_of(
         weights.table,
         cast=wanted is not None,
         widened=widened,
-        hf_source=str(target),
+        hf_source=f"{target} (made like {model.folder})",
         megatron_source=str(weights.folder),
     )
     if config.tie_word_embeddings and family.head in model.tensors:
         hf[family.head] = hf[family.embedding]
-    carried = _carried(model, hf, family, chosen_form=experts is not None)
+    carried = _carried(model, {*hf, *_own_names(model, config, family)}, family)
     hf |= carried
     read = model.weights.read_into if model.weights is not None else None
     fill = _hf_filler(plan, family.embedding, weights.read_into, dict.fromkeys(carried, read))
     files, index = _shards(hf, model, max_shard_size)
 
     def complete(folder: Path) -> None:
-        copy_side_files(model.folder, folder)
+        copy_side_files(model.folder, folder, wanted or model.dtype_to_name(plan.hf))
         if index is not None:
             shutil.copyfile(index, folder / INDEX)
 
@@ -233,7 +237,7 @@ def plan_export_of(
         side_files=tuple(side_files(model.folder)),
         complete=complete,
         check=lambda folder: _check_written(folder, SafetensorsFolder(folder).table, hf),
-        notes=tuple(_export_notes(model.folder, config, list(carried))),
+        notes=(*_form_notes(form, family), *_export_notes(model.folder, config, list(carried))),
     )
 
 
@@ -260,6 +264,12 @@ def _hf_filler(plan: Plan, embedding: str, read: Filler, others: Mapping[str, Fi
     return fill
 
 
+def _form_notes(form: ExpertForm, family: Family) -> Iterator[str]:
+    hub = family.expert_form
+    if form is not hub:
+        yield f"experts are written as {form}; the Hub's form of them is {hub}: --experts {hub}"
+
+
 def _export_notes(like: Path, config: Config, carried: Sequence[str]) -> Iterator[str]:
     if config.fp8:
         yield f"weights are not quantised again: quantization_config of {like} is left out of config.json"
@@ -267,12 +277,21 @@ def _export_notes(like: Path, config: Config, carried: Sequence[str]) -> Iterato
         yield f"copied unchanged from {like}, as no part of the model: {listed(carried)}"
 
 
-def _carried(model: Like, hf: Mapping[str, TensorSpec], family: Family, *, chosen_form: bool) -> dict[str, TensorSpec]:
-    """The source's tensors that are no part of the model. Those of experts have other names in another form.
+def _own_names(model: Like, config: Config, family: Family) -> Iterable[str]:
+    """What the model's tensors are called in the source, whose experts may have another form than the export's."""
+    forms = (
+        find_names(config, model.tensors, family.layers),
+        find_names(config, model.tensors, MTP_LAYERS, [0]),
+    )
+    return family.table(config, *forms).hf_shapes
+
+
+def _carried(model: Like, known: Collection[str], family: Family) -> dict[str, TensorSpec]:
+    """The source's tensors that are no part of the model, whose tensors' names are `known`.
 
     Refuses a source that knows of such tensors but does not hold them.
     """
-    names = [name for name in model.tensors if name not in hf and not (chosen_form and ".experts." in name)]
+    names = [name for name in model.tensors if name not in known]
     if names and model.weights is None:
         raise VLBridgeError(
             f"{model.folder}: expected only tensors of a {family.architecture}, found more: {listed(names)}. "

@@ -42,6 +42,10 @@ class Writer(Protocol):
         """The largest block of numbers that a part holds at once."""
         ...
 
+    def place(self, number: int) -> Place:
+        """Where one part is to lie, and what it is to hold."""
+        ...
+
     def prepare(self, folder: Path) -> None:
         """Make what the parts are written into; does nothing to what is there from an interrupted run."""
         ...
@@ -53,6 +57,15 @@ class Writer(Protocol):
     def finish(self, folder: Path, written: Sequence[Written]) -> None:
         """Write what needs all parts: indexes, metadata."""
         ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part is to lie in the result, and in words which numbers it holds, in their order."""
+
+    file: str
+    start: int
+    holds: str
 
 
 @dataclass(frozen=True)
@@ -132,7 +145,7 @@ class _StoppedError(Exception):
 
 
 def run(writer: Writer, staging: Staging, options: Options) -> list[Finished]:
-    """Write all parts, except those that the staging's journal has with their bytes unchanged; then finish.
+    """Write all parts, except those that the staging's journal has in their place, bytes unchanged; then finish.
 
     Raises what a part raises, after all workers have stopped; parts that were finished stay in the journal.
     """
@@ -175,7 +188,7 @@ class _Run:
 
     def part(self, number: int) -> Finished:
         kept = self.staging.finished.get(number)
-        if kept is not None and self._is_intact(kept):
+        if kept is not None and self._is_in_place(kept) and self._is_intact(kept):
             self._report(number, resumed=True)
             return kept
         block = self.blocks.get()
@@ -194,6 +207,10 @@ class _Run:
             self.staging.note(finished)
         self._report(number)
         return finished
+
+    def _is_in_place(self, part: Finished) -> bool:
+        place = self.writer.place(part.number)
+        return (part.file, part.start) == (place.file, place.start)
 
     def _is_intact(self, part: Finished) -> bool:
         path = self.staging.folder / part.file

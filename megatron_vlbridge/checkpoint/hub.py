@@ -9,14 +9,15 @@ from megatron_vlbridge.errors import VLBridgeError
 
 _REPOSITORY = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 # Weights in other formats are not read, so they are not fetched.
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
+_WEIGHTS = "*.safetensors"
+_OTHERS = ["*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
 
 
-def find_folder(name: str | Path) -> Path:
+def find_folder(name: str | Path, *, weights: bool = True) -> Path:
     """The folder that `name` is: a path, or a Hub id such as `Qwen/Qwen3-VL-2B-Instruct`, `...@revision` if need be.
 
     A path that exists comes first. An id is looked up through huggingface_hub: its cache, its login, its offline mode
-    (`HF_HUB_OFFLINE=1`); what the cache lacks is downloaded into it.
+    (`HF_HUB_OFFLINE=1`); what the cache lacks is downloaded into it, `weights` only where they are wanted.
 
     Raises VLBridgeError where there is no such folder and the Hub does not give it.
 
@@ -31,8 +32,9 @@ def find_folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    wanted = [_WEIGHTS, *_OTHERS] if weights else _OTHERS
     try:
-        return Path(snapshot_download(match["repo"], revision=match["revision"], allow_patterns=_WANTED))
+        return Path(snapshot_download(match["repo"], revision=match["revision"], allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise VLBridgeError(
             f"{name}: expected a folder of this path, found none, and the Hub does not give it: {error} "

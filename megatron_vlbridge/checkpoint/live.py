@@ -34,12 +34,14 @@ def load_hf_weights(
 
     `model` is what Megatron's `get_model` gives: one module, or the list of all chunks of this rank under virtual
     pipelining, wrapped or not. Its own `sharded_state_dict` says which slice of which tensor each rank holds; only
-    those are read, and converted to the dtype of the parameter. Rows that pad the vocabulary become zero. All ranks
-    must call it. `experts` (an `ExpertForm`) says how the folder holds its experts where its tensors do not tell,
-    `leave_out` are patterns (`rotary.*`) for tensors that are no part of the model.
+    those are read (of columns, also what lies between them in the file, up to 4 MiB at once), and converted to the
+    dtype of the parameter. Rows that pad the vocabulary become zero. All ranks must call it. `experts` (an
+    `ExpertForm`) says how the folder holds its experts where its tensors do not tell, `leave_out` are patterns
+    (`rotary.*`) for tensors that are no part of the model.
 
     Raises VLBridgeError, on all ranks, when the folder does not fit its config or the model's config, a slice has no
-    source, a parameter is not filled, or a part of a weight of the folder (an expert, some rows) is on no rank.
+    source, a parameter is not filled or is float16 and cannot hold its numbers, or a part of a weight of the folder (an
+    expert, some rows) is on no rank.
 
     Example: `load_hf_weights(get_model(model_provider), "Qwen3-VL-2B-Instruct")`.
     """

@@ -44,7 +44,7 @@ def export_hf_weights(
     than others leave these waiting, unless `ranks` is `"all"` and every rank stops after the same tensor.
 
     Raises VLBridgeError, on all ranks and before the first tensor, where an argument is not fit or differs between the
-    ranks, or the ranks do not hold every weight exactly once.
+    ranks, the ranks do not hold every weight exactly once, or a number is too large for `dtype`, if that is float16.
 
     Example: `for name, tensor in export_hf_weights(model): engine.load_weights([(name, tensor)])`.
     """

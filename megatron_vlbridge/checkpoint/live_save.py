@@ -48,7 +48,9 @@ def save_hf(
     is complete.
 
     Raises VLBridgeError, on all ranks, and leaves nothing under the new name, when the model does not fit `like`, the
-    ranks do not hold every weight exactly once, the target exists or is being written, or the disk is full or fails.
+    ranks do not hold every weight exactly once, a number does not fit the dtype that it is to have (float16, or that of
+    one of several in `like`), a file of `like` is damaged, the target exists or is being written, or the disk is full
+    or fails.
 
     Example: `save_hf(model, "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
     """
@@ -106,17 +108,19 @@ class _Save:
         """All parts, by all ranks. One that fails goes on sending, so that the others can end."""
         block = Block(self.writer.block_bytes, threading.Event())
         done: list[Finished] = []
-        failure: OSError | None = None
+        failure: VLBridgeError | OSError | None = None
         for numbers in batched(range(len(self.writer.sizes)), self.weights.size):
             for receiver, number in enumerate(numbers):
                 self.weights.fetch(self._sources(number), receiver)
             if self.weights.rank < len(numbers) and failure is None:
                 try:
                     done.append(self._write_part(numbers[self.weights.rank], folder, block))
-                except OSError as error:
+                except (VLBridgeError, OSError) as error:
                     failure = error
             self.weights.release()
         with together():
+            if isinstance(failure, VLBridgeError):
+                raise failure
             if failure is not None:
                 text = f"expected to write it, found: {failure}. See to space and rights, and retry."
                 raise VLBridgeError(f"{self.plan.target}: {text}") from failure

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import torch
 
+from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Piece, Region, TensorSpec
 from megatron_vlbridge.weights.regions import Shape
 
 SPAN_BYTES = 4 * 2**20
+
+_CHECKED_AT_ONCE = 2**18  # numbers, which are held as float64 where some became infinite
 
 Filler = Callable[[Region, torch.Tensor], None]
 """Puts the numbers of a region into a tensor of its shape, converted to the tensor's dtype."""
@@ -132,6 +135,33 @@ def split(offset: Shape, out: torch.Tensor, numbers: int) -> Iterator[tuple[Shap
 
 
 def gather_into(out: torch.Tensor, pieces: Iterable[Piece], fill: Filler) -> None:
-    """Put a region together from the other side's pieces, in the dtype of `out`."""
+    """Put a region together from the other side's pieces, in the dtype of `out`.
+
+    Raises VLBridgeError, naming the tensor, where that is float16 and cannot hold one of the numbers.
+    """
     for piece in pieces:
-        fill(piece.source, piece.place(out))
+        part = piece.place(out)
+        fill(piece.source, part)
+        if out.dtype == torch.float16:
+            _check_nothing_overflowed(piece.source, part, fill)
+
+
+def _check_nothing_overflowed(region: Region, found: torch.Tensor, fill: Filler) -> None:
+    """Refuse what became infinite; it is read once more, as it may have been so before."""
+    for offset, part in split(region.offset, found, _CHECKED_AT_ONCE):
+        low, high = torch.aminmax(part)
+        if not (low > -torch.inf and high < torch.inf):  # also where some are no numbers
+            wide = torch.empty(part.shape, dtype=torch.float64, device=part.device)
+            fill(Region(region.name, offset, tuple(part.shape)), wide)
+            check_float16_holds(region.name, wide)
+
+
+def check_float16_holds(name: str, numbers: torch.Tensor) -> None:
+    """Raise VLBridgeError, naming the tensor, where a finite number would become infinite in float16."""
+    for _, part in split((0,) * numbers.dim(), numbers, _CHECKED_AT_ONCE):
+        lost = part.isfinite() & part.half().isinf()
+        if lost.any():
+            raise VLBridgeError(
+                f"{name}: expected numbers that float16 holds (up to 65504), found {part[lost][0].item():g}. "
+                "Take bfloat16 or float32."
+            )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from megatron_vlbridge.checkpoint.engine import PART_BYTES, Block, Written
+from megatron_vlbridge.checkpoint.engine import PART_BYTES, Block, Place, Written
 from megatron_vlbridge.checkpoint.fp8 import BlockScaled, pair_scales
 from megatron_vlbridge.checkpoint.raw import Filler, Stored, as_bytes, write_exactly
 from megatron_vlbridge.errors import VLBridgeError
@@ -43,6 +45,10 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the limit of the format's own library
+MAX_DIMS, MAX_SIZE = 64, 2**63
+"""What a tensor of torch can have."""
+_LONGEST_FILE_NAME = 255
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class SafetensorsFolder:
@@ -159,7 +165,7 @@ class SafetensorsFolder:
                 f"{path}: weight_map: expected tensor names with their files, found {weight_map!r:.80}."
             )
         for name, file in weight_map.items():
-            if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+            if not is_file_name(file, ".safetensors"):
                 raise VLBridgeError(
                     f"{path}: {name}: expected the name of a safetensors file in the same folder, found {file!r}. "
                     "Fetch the index again from a source that you trust."
@@ -174,30 +180,62 @@ class SafetensorsFolder:
         return weight_map
 
 
-def load_json_object(path: Path, text: bytes | None = None) -> dict[str, Any]:
-    """A JSON object without duplicate keys, from a file or from bytes that `path` is named for."""
+def is_plain(name: str) -> bool:
+    """Whether a name has no control characters, which files and terminals take amiss, and can be written as UTF-8."""
+    return not _UNPRINTABLE.search(name)
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+
+def is_file_name(value: object, suffix: str) -> TypeGuard[str]:
+    """Whether a value names a file with this suffix in the folder itself."""
+    if not isinstance(value, str) or not is_plain(value) or len(value) > _LONGEST_FILE_NAME:
+        return False
+    return re.fullmatch(r"[^/\\]+" + re.escape(suffix), value) is not None
+
+
+def load_json_object(path: Path, text: bytes | None = None) -> dict[str, Any]:
+    """A JSON object without duplicate or unprintable names, from a file or from bytes that `path` is named for."""
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise VLBridgeError(f"{path}: expected every name once, found {twice!r} twice. Fetch the file again.")
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise VLBridgeError(f"{path}: expected every name once, found {twice!r:.80} twice. Fetch the file again.")
+        if not is_plain("".join(result)):
+            name = next(name for name in result if not is_plain(name))
+            raise VLBridgeError(f"{path}: expected printable names, found {name!r:.80}. Do not trust this file.")
         return result
 
     try:
-        value = json.loads(path.read_bytes() if text is None else text, object_pairs_hook=unique)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(_read_small(path) if text is None else text, object_pairs_hook=checked)
+    except VLBridgeError:
+        raise
+    # ValueError is bytes that are no text, text that is no JSON, or an integer of thousands of digits.
+    except (OSError, ValueError, RecursionError) as error:
         raise VLBridgeError(f"{path}: expected JSON, found: {error}. Fetch the file again.") from error
     if not isinstance(value, dict):
         raise VLBridgeError(f"{path}: expected a JSON object, found {type(value).__name__}. Fetch the file again.")
     return value
 
 
+def _read_small(path: Path) -> bytes:
+    """A file's content; OSError where it is larger than any header."""
+    if _regular_size(path) > _MAX_HEADER:
+        raise OSError(f"a file of more than {_MAX_HEADER} bytes")
+    return path.read_bytes()
+
+
+def _regular_size(path: Path) -> int:
+    """A file's length; OSError for a pipe or device, whose reading may never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("no regular file")
+    return status.st_size
+
+
 def read_header(path: Path) -> dict[str, Stored]:
     """Every tensor of one file, in the order of the data, after checking the header against the file's size."""
     try:
-        size = path.stat().st_size
+        size = _regular_size(path)
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
@@ -244,7 +282,9 @@ def _parse_entry(path: Path, name: str, entry: object) -> tuple[int, int, str, T
 
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    if not isinstance(value, list) or len(value) > MAX_DIMS:
+        return False
+    return all(type(item) is int and 0 <= item < MAX_SIZE for item in value)
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> dict[str, str]:
@@ -308,6 +348,11 @@ class SafetensorsWriter:
     def regions(self, number: int) -> Sequence[Region]:
         """What one part holds."""
         return self._parts[number].regions
+
+    def place(self, number: int) -> Place:
+        """A range of a file: its header, if it is the first, and blocks of rows."""
+        part = self._parts[number]
+        return Place(part.file, part.start, f"{part.head!r} {part.regions}")
 
     def prepare(self, folder: Path) -> None:
         """Make the files at their full length."""

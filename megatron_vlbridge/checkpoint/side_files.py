@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.hub import find_folder
-from megatron_vlbridge.checkpoint.safetensors import INDEX, SafetensorsFolder, load_json_object
+from megatron_vlbridge.checkpoint.safetensors import INDEX, SafetensorsFolder, is_file_name, is_plain, load_json_object
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import TensorSpec
 
@@ -20,6 +24,8 @@ SIDE_FOLDER = "hf"
 FACTS = "vlbridge.json"
 
 _QUANTISATION = "quantization_config"
+_DTYPE = re.compile(r'"(?:torch_)?dtype"\s*:\s*"([^"\\]*)"')
+_MARK = "this one"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -27,14 +33,15 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpac
 class Like:
     """Where an export takes the other files from, and how the weights were stored there: tensor -> (file, spec).
 
-    `experts` is the form of the experts, where the user had to say it at the import. `weights` are the weights
-    themselves, where they are there.
+    `experts` is the form of the experts, where the user had to say it at the import, and `dtype` what all weights were
+    converted to there. `weights` are the weights themselves, where they are there.
     """
 
     folder: Path
     tensors: Mapping[str, tuple[str, TensorSpec]]
     experts: str | None = None
     weights: SafetensorsFolder | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def index(self) -> Path | None:
@@ -47,36 +54,85 @@ class Like:
         """The tensors without their files."""
         return {name: spec for name, (_, spec) in self.tensors.items()}
 
+    def dtype_to_name(self, written: Mapping[str, TensorSpec]) -> torch.dtype | None:
+        """What config.json is to name as the dtype of the `written` tensors; None where it is right as it is.
+
+        It is that of most numbers. A config whose weights keep their dtypes is right, whatever it names.
+        """
+        known = [(spec.dtype, self.tensors[name][1].dtype) for name, spec in written.items() if name in self.tensors]
+        if known and self.dtype is None and all(ours == theirs for ours, theirs in known):
+            return None
+        numbers: Counter[torch.dtype] = Counter()
+        for spec in written.values():
+            numbers[spec.dtype] += math.prod(spec.shape)
+        return numbers.most_common(1)[0][0]
+
 
 def side_files(folder: Path) -> list[Path]:
-    """Every file of a Hugging Face folder that is no weight: config, tokenizer, processor, licence."""
-    return [
+    """Every file of a Hugging Face folder that is no weight: config, tokenizer, processor, licence.
+
+    Raises VLBridgeError for a name that cannot be printed, under which no checksum could be noted.
+    """
+    found = [
         path
         for path in sorted(folder.iterdir())
         if path.is_file() and not path.name.startswith(".") and path.name not in (FACTS, CHECKSUMS)
         if not path.name.endswith(_WEIGHT_FILES)
     ]
+    for path in found:
+        if not is_plain(path.name):
+            raise VLBridgeError(f"{folder}: expected printable names of files, found {path.name!r}. Rename the file.")
+    return found
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy those files unchanged, but for a config that says that weights are quantised, as they no longer are."""
+def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy those files unchanged, but for what config.json says of weights that are no longer so.
+
+    That is their quantisation, and the dtype that it names, where all were converted to `dtype`.
+    """
     target.mkdir(exist_ok=True)
     for path in side_files(source):
-        config = load_json_object(path) if path.name == "config.json" else {}
-        if config.pop(_QUANTISATION, None) is None:
-            shutil.copyfile(path, target / path.name)
+        if path.name == "config.json":
+            (target / path.name).write_bytes(_config_of(path, dtype))
         else:
-            text = json.dumps(config, indent=2, ensure_ascii=False)
-            (target / path.name).write_text(text + "\n", encoding="utf-8")
+            shutil.copyfile(path, target / path.name)
 
 
-def keep_side_files(weights: SafetensorsFolder, target: Path, experts: str | None, left: Collection[str] = ()) -> None:
-    """Leave all that an export needs in the `hf` folder of an imported checkpoint, also the `experts` of the user.
+def _config_of(path: Path, dtype: torch.dtype | None) -> bytes:
+    """The bytes of a config.json for weights that are not quantised and have this dtype (None: as it says)."""
+    content, config = path.read_bytes(), load_json_object(path)
+    if config.pop(_QUANTISATION, None) is not None:
+        content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    if dtype is None:
+        return content
+    text = result = content.decode()
+    for match in reversed(list(_DTYPE.finditer(text))):
+        start, end = match.span(1)
+        # Which part of the config a place belongs to is known only to a parser.
+        if _MARK in _named_dtypes(json.loads(text[:start] + _MARK + text[end:])):
+            result = result[:start] + str(dtype).removeprefix("torch.") + result[end:]
+    return result.encode()
+
+
+def _named_dtypes(config: dict[str, Any]) -> list[object]:
+    """What a config names as the dtype of the model and of its two parts; others are not of these weights."""
+    parts = (config, config.get("text_config"), config.get("vision_config"))
+    return [part.get(key) for part in parts if isinstance(part, dict) for key in ("dtype", "torch_dtype")]
+
+
+def keep_side_files(
+    weights: SafetensorsFolder,
+    target: Path,
+    experts: str | None,
+    left: Collection[str] = (),
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Leave all that an export needs in the `hf` folder of an imported checkpoint, also the user's `experts`, `dtype`.
 
     Nothing is noted of the tensors `left` out. The index is kept where it says what an export will hold.
     """
     side = target / SIDE_FOLDER
-    copy_side_files(weights.folder, side)
+    copy_side_files(weights.folder, side, dtype)
     if (weights.folder / INDEX).is_file() and weights.as_on_the_hub and not left:
         shutil.copyfile(weights.folder / INDEX, side / INDEX)
     facts = {
@@ -84,7 +140,7 @@ def keep_side_files(weights: SafetensorsFolder, target: Path, experts: str | Non
         for name, file in weights.files.items()
         if name not in left
     }
-    content = {"version": 2, "experts": experts, "tensors": facts}
+    content = {"version": 2, "experts": experts, "dtype": dtype and str(dtype), "tensors": facts}
     (side / FACTS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -114,25 +170,32 @@ def find_like(source: Path, like: str | Path | None) -> Like:
 def _read_facts(folder: Path) -> Like:
     path = folder / FACTS
     facts = load_json_object(path)
-    tensors, experts = facts.get("tensors"), facts.get("experts")
+    tensors, experts, dtype = facts.get("tensors"), facts.get("experts"), facts.get("dtype")
     result = {}
     for name, fact in tensors.items() if isinstance(tensors, dict) else ():
         spec = _read_fact(fact)
         if spec is None:
             raise VLBridgeError(f"{path}: {name}: expected a file, dtype and shape, found {fact!r:.80}. Import again.")
-        if "/" in fact[0] or not fact[0].endswith(".safetensors"):
+        if not is_file_name(fact[0], ".safetensors"):
             raise VLBridgeError(f"{path}: {name}: expected a plain safetensors name, found {fact[0]!r}. Import again.")
         result[name] = (fact[0], spec)
     if not result:
         raise VLBridgeError(f"{path}: tensors: expected names with their files, found {tensors!r:.80}. Import again.")
     if experts is not None and not isinstance(experts, str):
         raise VLBridgeError(f"{path}: experts: expected a form or null, found {experts!r:.80}. Import again.")
-    return Like(folder, result, experts)
+    if dtype is not None and _read_dtype(dtype) is None:
+        raise VLBridgeError(f"{path}: dtype: expected one or null, found {dtype!r:.80}. Import again.")
+    return Like(folder, result, experts, dtype=_read_dtype(dtype))
 
 
 def _read_fact(fact: object) -> TensorSpec | None:
     if not isinstance(fact, list) or [type(item) for item in fact] != [str, str, list]:
         return None
-    dtype = getattr(torch, fact[1].removeprefix("torch."), None)
-    known = isinstance(dtype, torch.dtype) and all(type(size) is int and size >= 0 for size in fact[2])
-    return TensorSpec(tuple(fact[2]), dtype) if known and isinstance(dtype, torch.dtype) else None
+    dtype = _read_dtype(fact[1])
+    known = all(type(size) is int and size >= 0 for size in fact[2])
+    return TensorSpec(tuple(fact[2]), dtype) if known and dtype is not None else None
+
+
+def _read_dtype(fact: object) -> torch.dtype | None:
+    dtype = getattr(torch, fact.removeprefix("torch."), None) if isinstance(fact, str) else None
+    return dtype if isinstance(dtype, torch.dtype) else None

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,17 +55,19 @@ def staged_folder(target: Path, origin: Mapping[str, Any], *, resume: bool = Fal
     Raises VLBridgeError where `target` exists, another run is writing it, an interrupted run's work is there and
     `resume` is false or the origin has changed, and for what the file system refuses (a full disk, missing rights).
     """
-    work = target.parent / f".{target.name}.vlbridge"
+    work = _work_of(target)
     try:
-        _check_free(target, work)
+        _sweep(target, work)
+        _check_free(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target, work):
-            _check_free(target, work)
+            _sweep(target, work)
+            _check_free(target)
             staging = _begin(target, work, origin, resume)
             try:
                 yield staging
                 sync_tree(staging.folder)
-                _check_free(target, work)  # a rename would replace an empty folder
+                _check_free(target)  # a rename would replace an empty folder
                 staging.folder.rename(target)
                 sync(target.parent)
             except VLBridgeError as error:
@@ -82,6 +84,38 @@ def staged_folder(target: Path, origin: Mapping[str, Any], *, resume: bool = Fal
         raise VLBridgeError(text) from error
 
 
+def earlier_work(target: Path, origin: Mapping[str, Any], *, resume: bool = False) -> dict[int, Finished]:
+    """The finished parts that `staged_folder` would begin with; writes nothing.
+
+    Raises VLBridgeError where it would: the target exists, another run writes it, its place cannot be written, an
+    interrupted run's work is there that is not to be, or cannot be, continued.
+    """
+    work = _work_of(target)
+    try:
+        _check_free(target)
+        _check_place(target)
+        with ExitStack() as held:
+            if (work / "lock").exists():
+                held.enter_context(_locked(target, work))
+            return _continued(target, work, origin, resume)
+    except OSError as error:
+        text = f"{target}: expected to write it, found: {error}. See to space and rights, and retry."
+        raise VLBridgeError(text) from error
+
+
+def _check_place(target: Path) -> None:
+    """Refuse a target whose folder cannot be made or written in."""
+    place = target.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise VLBridgeError(f"{target}: expected a folder that may be written in, found {place}. Take another.")
+
+
+def _work_of(target: Path) -> Path:
+    return target.parent / f".{target.name}.vlbridge"
+
+
 def _what_is_left(work: Path, staging: Staging) -> str:
     """Remove the work folder unless a part is finished; says which."""
     if staging.finished:
@@ -90,10 +124,14 @@ def _what_is_left(work: Path, staging: Staging) -> str:
     return "Nothing was left there."
 
 
-def _check_free(target: Path, work: Path) -> None:
+def _sweep(target: Path, work: Path) -> None:
+    """Remove what is left beside a result by a run that was killed between its last two steps."""
+    if target.exists() and work.exists() and not (work / "result").exists():
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_free(target: Path) -> None:
     if target.exists() or target.is_symlink():
-        if work.exists() and not (work / "result").exists():  # a run was killed between its last two steps
-            shutil.rmtree(work, ignore_errors=True)
         raise VLBridgeError(
             f"{target}: expected a name that is free, found something there. Remove it or take another."
         )
@@ -130,18 +168,7 @@ def _is_still(path: Path, handle: int) -> bool:
 def _begin(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) -> Staging:
     """An empty result and a new journal, or what an interrupted run with the same origin left."""
     journal = work / "journal.jsonl"
-    before, finished = _read_journal(journal)
-    if finished and not resume:
-        raise VLBridgeError(
-            f"{target}: expected no earlier work, found {len(finished)} finished parts of an interrupted run in "
-            f"{work}. Continue it with --resume, or remove that folder."
-        )
-    if finished and before != origin:
-        changed = _first_difference(before, origin)
-        raise VLBridgeError(
-            f"{target}: expected to continue from the same source with the same options, found {changed}. "
-            f"Remove {work} and begin again."
-        )
+    finished = _continued(target, work, origin, resume)
     try:
         if not finished:
             shutil.rmtree(work / "result", ignore_errors=True)
@@ -155,6 +182,23 @@ def _begin(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) ->
             shutil.rmtree(work, ignore_errors=True)
         raise
     return Staging(work, finished)
+
+
+def _continued(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) -> dict[int, Finished]:
+    """What an interrupted run has finished; refuses it where it is not to be, or cannot be, continued."""
+    before, finished = _read_journal(work / "journal.jsonl")
+    if finished and not resume:
+        raise VLBridgeError(
+            f"{target}: expected no earlier work, found {len(finished)} finished parts of an interrupted run in "
+            f"{work}. Continue it with --resume, or remove that folder."
+        )
+    if finished and before != origin:
+        changed = _first_difference(before, origin)
+        raise VLBridgeError(
+            f"{target}: expected to continue from the same source with the same options, found {changed}. "
+            f"Give the source and the options of that run, or remove {work} and begin again."
+        )
+    return finished
 
 
 def _read_journal(path: Path) -> tuple[Any, dict[int, Finished]]:
@@ -176,10 +220,14 @@ def _read_journal(path: Path) -> tuple[Any, dict[int, Finished]]:
 def _first_difference(before: Any, now: Any, where: str = "") -> str:
     """The first place in which two JSON values differ, in words."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
+        for key in [*now, *(key for key in before if key not in now)]:
             if before.get(key) != now.get(key):
                 return _first_difference(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
-    return f"{where or 'origin'} {now!r:.120} where it was {before!r:.120}"
+    return f"{where or 'origin'} {_in_words(now)} where it was {_in_words(before)}"
+
+
+def _in_words(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r:.120}"
 
 
 def sync_tree(folder: Path) -> None:

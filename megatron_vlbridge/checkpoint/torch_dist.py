@@ -1,26 +1,24 @@
 """Megatron's `torch_dist` checkpoints: read and written region by region, through torch's distributed checkpoint (DCP).
 
-A folder holds DCP's `.metadata` (a pickle) and `*.distcp` files, and Megatron's `metadata.json`. The pickle comes from
-strangers and is read by an unpickler that knows only the classes a checkpoint needs.
+A folder holds DCP's `.metadata` (a pickle, `dcp_metadata.py`) and `*.distcp` files, and Megatron's `metadata.json`.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_vlbridge.checkpoint.dcp_metadata import read_metadata, shown
 from megatron_vlbridge.checkpoint.raw import Stored, gather_into, span_of
-from megatron_vlbridge.checkpoint.safetensors import load_json_object
+from megatron_vlbridge.checkpoint.safetensors import MAX_DIMS, MAX_SIZE, is_file_name, load_json_object
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families.spellings import strip_wrappers
 from megatron_vlbridge.weights import Region, TensorSpec, mixed_stacks, stack_layers
@@ -29,76 +27,16 @@ from megatron_vlbridge.weights.regions import RegionIndex, Shape, check_exact_co
 TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT = "metadata.json"
 
-# What torch's loader raises for bytes that it did not write.
-_UNREADABLE = (
-    *(RuntimeError, AssertionError, pickle.UnpicklingError, OSError, EOFError),
-    *(ValueError, AttributeError, TypeError, KeyError, IndexError),
-)
 _WRAPPERS = ("module.", "model.")
 _FRAME_BYTES = 64 * 2**10
 _NO_WEIGHT = re.compile(r"^(optimizer|chained_\d+)\.")
-_PLAIN_NAMES = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    *(
-        ("torch.distributed.checkpoint.planner", name)
-        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
-    ),
-}
-# Megatron-Core before 0.16 pickled its own subclasses; their state is that of the base classes.
-_OLD_NAMES = {
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): SavePlan,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the classes of DCP's metadata and torch's dtypes; anything else ends the reading."""
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
-            return getattr(torch, name)
-        if (module, name) in _OLD_NAMES:
-            return _OLD_NAMES[module, name]
-        if (module, name) not in _PLAIN_NAMES:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
 
 
 class _SafeReader(FileSystemReader):
     """DCP's own reader, except that it does not run what the metadata file says."""
 
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            with path.open("rb") as stream:
-                metadata = _Unpickler(stream).load()
-        except OSError as error:
-            raise VLBridgeError(f"{path}: expected a readable file, found: {error}. Copy the folder again.") from error
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
-            raise VLBridgeError(
-                f"{path}: expected DCP's metadata, found: {error}. Do not trust this folder."
-            ) from error
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-            raise VLBridgeError(f"{path}: expected DCP's metadata, found {type(metadata).__name__}.")
-        return metadata
+        return read_metadata(Path(self.path) / ".metadata")
 
     def find(self, index: MetadataIndex) -> tuple[torch.Tensor, int]:
         """The outside of a stored tensor (shape, dtype, strides; no numbers), and the byte at which its numbers begin.
@@ -195,8 +133,10 @@ class TorchDistFolder:
             if region.name not in self._found:
                 self._found[region.name] = self._find(chunk)
             self._found[region.name].read_into(region.offset, out)
-        except _UNREADABLE as error:
-            text = f"expected the numbers of {chunk.name} at {list(chunk.offset)}, found: {error}"
+        # What torch's loader raises for bytes that it did not write is no closed list.
+        except Exception as error:
+            found = f"{error}" or type(error).__name__
+            text = f"expected the numbers of {chunk.name} at {list(chunk.offset)}, found: {found}"
             raise VLBridgeError(f"{self.folder / chunk.file}: {text}. Copy the file again.") from error
 
     def _find(self, chunk: _Chunk) -> Stored:
@@ -258,28 +198,34 @@ class TorchDistFolder:
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata) or _NO_WEIGHT.match(name):
                 continue
-            if not _are_sizes(entry.size) or not isinstance(entry.properties.dtype, torch.dtype):
-                raise self._error(name, f"expected a shape and a dtype, found {entry.size!r:.60}")
-            stored[name] = TensorSpec(tuple(entry.size), entry.properties.dtype)
-            for chunk in entry.chunks:
+            size, chunks = getattr(entry, "size", None), getattr(entry, "chunks", None)
+            dtype = getattr(getattr(entry, "properties", None), "dtype", None)
+            if not _are_sizes(size) or not isinstance(dtype, torch.dtype) or not isinstance(chunks, list):
+                found = f"{shown(size)}, {shown(dtype)}, {shown(chunks)}"
+                raise self._error(name, f"expected a shape, a dtype and a list of chunks, found {found}")
+            stored[name] = TensorSpec(tuple(size), dtype)
+            for chunk in chunks:
                 self._note_chunk(name, stored[name], chunk)
         return stored
 
-    def _note_chunk(self, name: str, spec: TensorSpec, chunk: ChunkStorageMetadata) -> None:
-        if not all(_are_sizes(value) and len(value) == len(spec.shape) for value in (chunk.offsets, chunk.sizes)):
-            raise self._error(name, f"expected chunks of {len(spec.shape)} dims, found {chunk!r:.120}")
-        info: Any = self._reader.storage_data.get(MetadataIndex(name, chunk.offsets))
+    def _note_chunk(self, name: str, spec: TensorSpec, chunk: Any) -> None:
+        offset, shape = (getattr(chunk, key, None) for key in ("offsets", "sizes"))
+        if not _are_sizes(offset) or not _are_sizes(shape) or not len(offset) == len(shape) == len(spec.shape):
+            found = f"{shown(offset)} and {shown(shape)}"
+            raise self._error(name, f"expected chunks with {len(spec.shape)} offsets and sizes, found {found}")
+        info: Any = self._reader.storage_data.get(MetadataIndex(name, offset))
         file = getattr(info, "relative_path", None)
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.distcp", file):
-            raise self._error(name, f"expected a .distcp file in the folder for each chunk, found {file!r:.80}")
+        if not is_file_name(file, ".distcp"):
+            raise self._error(name, f"expected a .distcp file in the folder for each chunk, found {shown(file)}")
         path = self.folder / file
         size = path.stat().st_size if path.is_file() else -1
         if size < 0:
             raise VLBridgeError(f"{path}: expected it to hold {name}, found no such file. Copy the folder again.")
         place: Any = (getattr(info, "offset", None), getattr(info, "length", None))
         if not _are_sizes(place) or getattr(info, "transform_descriptors", None):
-            raise self._error(name, f"expected a place in {file}, untransformed, found {vars(info)!r:.120}")
-        noted = _Chunk(name, tuple(chunk.offsets), tuple(chunk.sizes), spec.dtype, file, *place)
+            found = f"{shown(place)}, {shown(getattr(info, 'transform_descriptors', None))}"
+            raise self._error(name, f"expected an offset and a length in {file}, untransformed, found {found}")
+        noted = _Chunk(name, tuple(offset), tuple(shape), spec.dtype, file, *place)
         if not noted.nbytes <= noted.length <= size - noted.start:
             raise VLBridgeError(
                 f"{path}: expected {noted.nbytes} bytes of {name} within {noted.length} at {noted.start}, "
@@ -337,5 +283,7 @@ class _Frame:
     around: tuple[bytes, bytes]
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, tuple) and all(type(item) is int and item >= 0 for item in value)
+def _are_sizes(value: object) -> TypeGuard[Shape]:
+    if not isinstance(value, tuple) or len(value) > MAX_DIMS:
+        return False
+    return all(type(item) is int and 0 <= item < MAX_SIZE for item in value)

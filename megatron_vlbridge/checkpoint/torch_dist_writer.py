@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization
 
-from megatron_vlbridge.checkpoint.engine import PART_BYTES, Block, Written
+from megatron_vlbridge.checkpoint.engine import PART_BYTES, Block, Place, Written
 from megatron_vlbridge.checkpoint.raw import Filler
 from megatron_vlbridge.checkpoint.safetensors import row_blocks
 from megatron_vlbridge.checkpoint.torch_dist import FORMAT, TRACKER
@@ -45,7 +45,8 @@ class ReleaseWriter:
         plans = [SavePlan([self._item(region) for region in part], planner_data={}) for part in parts]
         plans[0].items[:0] = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._objects]
         # The planner's own call would compare every two chunks of a tensor, for minutes where there are many experts.
-        self._plans, metadata = create_default_global_save_plan(plans)
+        plans, metadata = create_default_global_save_plan(plans)
+        self._plans = _Storage(Path()).prepare_global_plan(plans)  # it names the files
         self._metadata = replace(metadata, planner_data={})
 
     def _cut(self, regions: Iterable[Region]) -> list[list[Region]]:
@@ -69,6 +70,12 @@ class ReleaseWriter:
         data = TensorWriteData(chunk, TensorProperties(dtype=spec.dtype), torch.Size(spec.shape))
         return WriteItem(MetadataIndex(region.name, torch.Size(region.offset)), WriteItemType.SHARD, tensor_data=data)
 
+    def place(self, number: int) -> Place:
+        """A file, which DCP names after the part."""
+        plan = self._plans[number]
+        regions = [(item.index.fqn, item.tensor_data and item.tensor_data.chunk) for item in plan.items]
+        return Place(f"{_RELEASE}/{plan.storage_data.prefix}0{DEFAULT_SUFFIX}", 0, str(regions))
+
     def prepare(self, folder: Path) -> None:
         """Make the folder of the iteration."""
         (folder / _RELEASE).mkdir(exist_ok=True)
@@ -76,7 +83,7 @@ class ReleaseWriter:
     def write(self, number: int, folder: Path, block: Block) -> Written:
         """Write one part as its own file."""
         writer = _Storage(folder / _RELEASE)
-        plan = writer.prepare_global_plan(self._plans)[number]
+        plan = self._plans[number]
         # Every part has a checksum of its own; those of torch cost more than the writing and nothing reads them.
         with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
             results = writer.write_data(plan, _Source(self._fill, block, self._objects)).wait()

@@ -14,6 +14,8 @@ from megatron_vlbridge.config.section import Section
 from megatron_vlbridge.errors import VLBridgeError
 
 _DTYPES = ("float32", "bfloat16", "float16")
+# Each has rules of its own, which are made before a tensor is looked at: a number from a stranger must not fill memory.
+_MOST_LAYERS = _MOST_EXPERTS = 1000
 _LAYER_KINDS = ("linear_attention", "full_attention")
 
 
@@ -53,12 +55,15 @@ def read_config(path: str | Path) -> Config:
 
 def _read_json_object(file: Path) -> dict[str, Any]:
     try:
+        if file.exists() and not file.is_file():
+            raise OSError("no regular file")  # reading a pipe or device may never end
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise VLBridgeError(
             f"{file}: expected a config.json, found no such file. Give a checkpoint's folder."
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    # ValueError is bytes that are no text, text that is no JSON, or an integer of thousands of digits.
+    except (OSError, ValueError, RecursionError) as error:
         raise VLBridgeError(f"{file}: expected a JSON file, found: {error}. Fetch the file again.") from error
     if not isinstance(values, dict):
         raise VLBridgeError(f"{file}: expected a JSON object, found {type(values).__name__}. Fetch the file again.")
@@ -158,6 +163,7 @@ def _read_text(text: Section, model_type: str, family: Family) -> TextConfig:
     def size(key: str) -> int:
         return text.integer(key, default=defaults.get(key))
 
+    layers = text.integer("num_hidden_layers", default=defaults["num_hidden_layers"], maximum=_MOST_LAYERS)
     heads = size("num_attention_heads")
     kv_default = (
         heads if "num_key_value_heads" in text.values else defaults["num_key_value_heads"]
@@ -167,7 +173,7 @@ def _read_text(text: Section, model_type: str, family: Family) -> TextConfig:
         vocab_size=size("vocab_size"),
         hidden_size=size("hidden_size"),
         intermediate_size=size("intermediate_size") if "intermediate_size" in defaults else 0,
-        num_layers=size("num_hidden_layers"),
+        num_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=text.integer("num_key_value_heads", default=kv_default),
         head_dim=text.integer("head_dim", default=defaults["head_dim"] or size("hidden_size") // heads),
@@ -179,10 +185,8 @@ def _read_text(text: Section, model_type: str, family: Family) -> TextConfig:
         initializer_range=text.number("initializer_range", default=0.02, positive=False),
         attention_output_gate=family.has_linear_attention,
         num_mtp_layers=text.integer("mtp_num_hidden_layers", "num_mtp_layers", default=0, minimum=0),
-        moe=_read_moe(text, defaults, size("num_hidden_layers")) if family.has_moe else None,
-        linear_attention=_read_linear_attention(text, size("num_hidden_layers"))
-        if family.has_linear_attention
-        else None,
+        moe=_read_moe(text, defaults, layers) if family.has_moe else None,
+        linear_attention=_read_linear_attention(text, layers) if family.has_linear_attention else None,
     )
     text.only("attn_output_gate", family.has_linear_attention)
     text.only("mtp_use_dedicated_embeddings", False)
@@ -210,7 +214,9 @@ def _check_text(text: Section, result: TextConfig, partial: bool) -> None:
 def _read_moe(text: Section, defaults: Mapping[str, Any], num_layers: int) -> MoeConfig:
     text.only("norm_topk_prob", True)  # transformers always renormalises
     moe = MoeConfig(
-        num_experts=text.integer("num_experts", "num_local_experts", default=defaults["num_experts"]),
+        num_experts=text.integer(
+            "num_experts", "num_local_experts", default=defaults["num_experts"], maximum=_MOST_EXPERTS
+        ),
         num_experts_per_tok=text.integer("num_experts_per_tok", default=defaults["num_experts_per_tok"]),
         moe_intermediate_size=text.integer("moe_intermediate_size", default=defaults["moe_intermediate_size"]),
         shared_expert_intermediate_size=text.integer(
@@ -266,7 +272,7 @@ def _read_vision(vision: Section, model_type: str) -> VisionConfig:
         raise rope.fail("rope_theta", rope.value("rope_theta"), "10000", "Other values are not supported.")
     deepstack_default = [8, 16, 24] if model_type.startswith("qwen3_vl") else []
     result = VisionConfig(
-        depth=vision.integer("depth", default=27),
+        depth=vision.integer("depth", default=27, maximum=_MOST_LAYERS),
         hidden_size=vision.integer("hidden_size", default=1152),
         intermediate_size=vision.integer("intermediate_size", default=4304),
         num_heads=vision.integer("num_heads", default=16),

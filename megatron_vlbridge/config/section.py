@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_vlbridge.errors import VLBridgeError
+
+_LARGEST = 2**63 - 1
 
 
 class Section:
@@ -30,17 +32,18 @@ class Section:
                 raise self.fail(key, self.values[key], expected, "Both spell one setting: remove the wrong one.")
         return self.values[present[0]] if present else default
 
-    def integer(self, *keys: str, default: Any = None, minimum: int = 1) -> int:
-        """An integer of at least `minimum`."""
+    def integer(self, *keys: str, default: Any = None, minimum: int = 1, maximum: int = _LARGEST) -> int:
+        """An integer of at least `minimum` and at most `maximum`."""
         value = self.value(*keys, default=default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise self.fail(keys[0], value, f"an integer of at least {minimum}", "Correct the value in the file.")
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            most = f" and at most {maximum}" if isinstance(value, int) and value > maximum else ""
+            raise self.fail(keys[0], value, f"an integer of at least {minimum}{most}", "Correct the value in the file.")
         return value
 
     def number(self, *keys: str, default: float, positive: bool = True) -> float:
         """A finite number as a float: positive, or not negative."""
         value = self.value(*keys, default=default)
-        numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        numeric = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         if not numeric or value < 0 or (positive and value == 0):
             sign = "positive" if positive else "non-negative"
             raise self.fail(keys[0], value, f"a {sign} number", "Correct the value in the file.")
@@ -50,7 +53,7 @@ class Section:
         """A list of non-negative integers, as a tuple."""
         value = self.value(key, default=default)
         if not isinstance(value, list | tuple) or any(
-            not isinstance(item, int) or isinstance(item, bool) or item < 0 for item in value
+            not isinstance(item, int) or isinstance(item, bool) or not 0 <= item <= _LARGEST for item in value
         ):
             raise self.fail(key, value, "a list of non-negative integers", "Correct the value in the file.")
         return tuple(value)

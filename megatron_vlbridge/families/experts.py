@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 
 from megatron_vlbridge.config import Config
@@ -39,11 +39,22 @@ def find_form(
 
     Raises VLBridgeError, naming tensors and shapes, where the orientation cannot be known or neither fits.
     """
-    for layer in moe_layers(config) if numbers is None else numbers:
-        names = _fused_names(layers, layer)
-        if all(name in hf for name in names):
-            return _orientation(config, names, (hf[names[0]], hf[names[1]]))
+    names = _find_fused(config, hf, layers, numbers)
+    if names is not None:
+        return _orientation(config, names, (hf[names[0]], hf[names[1]]))
     return ExpertForm.PER_EXPERT if has_single_experts(hf, layers) else default
+
+
+def find_names(
+    config: Config, hf: Collection[str], layers: str, numbers: Sequence[int] | None = None
+) -> ExpertForm | None:
+    """A form whose tensors have the names in `hf`, whatever the orientation of fused ones; None where there are none.
+
+    `layers` and `numbers` are those of `find_form`.
+    """
+    if _find_fused(config, hf, layers, numbers) is not None:
+        return ExpertForm.FUSED_IN_OUT
+    return ExpertForm.PER_EXPERT if has_single_experts(hf, layers) else None
 
 
 def has_single_experts(hf: Iterable[str], layers: str) -> bool:
@@ -76,6 +87,14 @@ def expert_rules(config: Config, form: ExpertForm, hf: str, megatron: str, layer
     ]
 
 
+def _find_fused(
+    config: Config, hf: Collection[str], layers: str, numbers: Sequence[int] | None
+) -> tuple[str, str] | None:
+    """The names of both fused tensors of the first layer that has them."""
+    found = (_fused_names(layers, layer) for layer in (moe_layers(config) if numbers is None else numbers))
+    return next((names for names in found if all(name in hf for name in names)), None)
+
+
 def _fused_names(layers: str, layer: int) -> tuple[str, str]:
     return f"{layers}.{layer}.mlp.experts.gate_up_proj", f"{layers}.{layer}.mlp.experts.down_proj"
 
@@ -93,7 +112,7 @@ def _orientation(config: Config, names: tuple[str, str], specs: tuple[TensorSpec
     # One square tensor hides its orientation, and the other does not tell it: transformers 5 turns each of the two by
     # its own shape alone, so a file that it has written may hold one turned and the other not.
     if fitting and hidden in (inner, 2 * inner):
-        choices = " or ".join(f'experts="{form}"' for form in expected)
+        choices = " or ".join(f'experts="{form}" (--experts {form})' for form in expected)
         raise VLBridgeError(
             f"{found}. The hidden size {hidden} makes one of them square, so that the orientation cannot be seen: "
             f"say which it is with {choices}."

@@ -13,13 +13,15 @@ from megatron_vlbridge.layout.positions import mrope_positions
 from megatron_vlbridge.model.mtp_inputs import MtpInputs
 
 IGNORED = -100
+Grids = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
 class Media:
     """Patches of a batch's images and videos (fp32 `[P, patch_dim]`) and their grids (`[n, 3]`, on the host).
 
-    How many images and videos each segment has is checked against the tokens where it is given.
+    How many images and videos each segment has is checked against the tokens where it is given. Pipeline stages without
+    the tower need no patches (`patches_wanted` False): these may be None, and are else only checked for their shape.
     """
 
     pixel_values: torch.Tensor | None = None
@@ -28,6 +30,7 @@ class Media:
     video_grid_thw: torch.Tensor | None = None
     images_per_segment: torch.Tensor | None = None
     videos_per_segment: torch.Tensor | None = None
+    patches_wanted: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,11 @@ class SequencePart:
 class PackedInputs:
     """One pack, ready for a pipeline stage. Every tensor that has an axis of tokens follows `layout`.
 
-    `tokens` `[1, T]`, `position_ids` `[3, 1, T]` (time, row, column), `patches` `[P, patch_dim]` of images then videos,
-    `vision_rows` `[N]`: the place in the pack of each token that the tower makes, in the tower's order; `labels`
-    `[1, T]` and `loss_mask` `[1, T]` only where a loss is wanted. Under context parallelism T counts this rank's
-    tokens, and `feature_rows` `[N]` says which of the tower's rows belong to its `vision_rows` (None: all, in order).
+    `tokens` `[1, T]`, `position_ids` `[3, 1, T]` (time, row, column), `patches` `[P, patch_dim]` of images then videos
+    (no rows on stages without the tower), `vision_rows` `[N]`: the place in the pack of each token that the tower
+    makes, in the tower's order; `labels` `[1, T]` and `loss_mask` `[1, T]` only where a loss is wanted. Under context
+    parallelism T counts this rank's tokens, and `feature_rows` `[N]` says which of the tower's rows belong to its
+    `vision_rows` (None: all, in order).
     Under sequence parallelism `part` says which of these lie in this tensor-parallel rank's part. `mtp` is what a
     prediction layer needs, where the checkpoint has one.
 
@@ -85,8 +89,7 @@ class PackedInputs:
         if labels is not None:
             refuse_outside_vocabulary("labels", labels[0], labels[0] != IGNORED, config)
             _refuse_labels_in_padding(labels[0], layout)
-        images, image_patches = grids_and_patches("image", media.image_grid_thw, media.pixel_values, config)
-        videos, video_patches = grids_and_patches("video", media.video_grid_thw, media.pixel_values_videos, config)
+        images, videos, patches = grids_and_patches(media, config)
         position_ids = mrope_positions(
             tokens[0],
             layout.lengths,
@@ -104,7 +107,7 @@ class PackedInputs:
             tokens=tokens,
             position_ids=position_ids[:, None],
             frames=Frames(images + videos, config.vision.spatial_merge_size),
-            patches=torch.cat((image_patches, video_patches)),
+            patches=patches,
             vision_rows=torch.cat(places),
             labels=None if labels is None else labels.clamp(min=0),
             loss_mask=None if labels is None else (labels != IGNORED).float(),
@@ -227,21 +230,34 @@ def _refuse_labels_in_padding(labels: torch.Tensor, layout: BatchLayout) -> None
         )
 
 
-def grids_and_patches(
-    kind: str, grid_thw: torch.Tensor | None, patches: torch.Tensor | None, config: Config
-) -> tuple[tuple[tuple[int, int, int], ...], torch.Tensor]:
-    """The grids of one kind on the host, and its patches (fp32); refused where they do not fit each other."""
+def grids_and_patches(media: Media, config: Config) -> tuple[Grids, Grids, torch.Tensor]:
+    """Grids of images and of videos on the host, and the patches of both (fp32); refused where they do not fit."""
+    images = _grids_of_kind("image", media.image_grid_thw)
+    videos = _grids_of_kind("video", media.video_grid_thw)
+    parts = []
+    for kind, grids, patches in (("image", images, media.pixel_values), ("video", videos, media.pixel_values_videos)):
+        if patches is not None or media.patches_wanted:
+            patches = torch.empty(0, config.vision.patch_dim) if patches is None else patches
+            _refuse_other_patches(kind, grids, patches, config)
+            parts.append(patches)
+    if media.patches_wanted:
+        return images, videos, torch.cat([patches.float() for patches in parts])
+    return images, videos, torch.empty(0, config.vision.patch_dim)
+
+
+def _grids_of_kind(kind: str, grid_thw: torch.Tensor | None) -> Grids:
     if grid_thw is not None and (grid_thw.shape[1:] != (3,) or grid_thw.is_floating_point()):
         raise VLBridgeError(
             f"{kind} grids are int64 [n, 3] (frames, height, width in patches), "
             f"found {grid_thw.dtype} {list(grid_thw.shape)}"
         )
-    grids = () if grid_thw is None else grids_of(grid_thw)
-    patches = torch.empty(0, config.vision.patch_dim) if patches is None else patches.float()
+    return () if grid_thw is None else grids_of(grid_thw)
+
+
+def _refuse_other_patches(kind: str, grids: Grids, patches: torch.Tensor, config: Config) -> None:
     expected = sum(t * h * w for t, h, w in grids)
     if patches.shape != (expected, config.vision.patch_dim):
         raise VLBridgeError(
             f"{kind} patches: the {len(grids)} grids {list(grids)} stand for {expected} patches of "
             f"{config.vision.patch_dim} values, found a tensor of shape {list(patches.shape)}"
         )
-    return grids, patches

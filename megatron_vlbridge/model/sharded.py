@@ -1,7 +1,7 @@
 """The door for packed rows under context parallelism: whole, or already cut among the ranks by a framework."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -50,25 +50,27 @@ class Said:
     counts: ShardCounts | None = None
 
 
-def row_inputs(row: Row, config: Config, cp_group: dist.ProcessGroup) -> PackedInputs:
+def row_inputs(make_row: Callable[[], Row], config: Config, cp_group: dist.ProcessGroup) -> PackedInputs:
     """A packed row as this context-parallel rank's inputs, whether the row is whole or cut already.
 
-    One collective over `cp_group`, in which every rank takes part whatever its own row is like; no token travels.
+    One collective over `cp_group`, in which every rank takes part whatever its own row is like; no token travels. What
+    `make_row` raises is heard by every rank too.
 
     Raises:
-        VLBridgeError: on every rank of the group alike, where one rank's row is not fit, the ranks were given different
-            segments or grids, or all placeholders together do not fit the grids.
+        VLBridgeError: on every rank of the group alike, where one rank's row cannot be made or is not fit, the ranks
+            were given different segments or grids, or all placeholders together do not fit the grids.
 
     Example:
-        >>> inputs = row_inputs(Row(tokens, [0, 64, 96], media), config, parallel_state.get_context_parallel_group())
+        >>> group = parallel_state.get_context_parallel_group()
+        >>> inputs = row_inputs(lambda: Row(tokens, [0, 64, 96], media), config, group)
     """
     size, rank = cp_group.size(), cp_group.rank()
     if size == 1:
-        return RankRow(row, config, 1, 0).inputs([Said()])
+        return RankRow(make_row(), config, 1, 0).inputs([Said()])
     mine: RankRow | None = None
     cause: Exception | None = None
     try:
-        mine = RankRow(row, config, size, rank)
+        mine = RankRow(make_row(), config, size, rank)
         said = mine.said
     except Exception as error:  # noqa: BLE001  the other ranks wait for this one: they must hear of anything
         cause = error
@@ -124,9 +126,7 @@ class RankRow:
         held = self._layout if self.sharded else replace(self._layout, cp_size=1, cp_rank=0)
         self._tokens, self._labels = _without_padding(row, held.is_padding, config)
         media = row.media
-        images, image_patches = grids_and_patches("image", media.image_grid_thw, media.pixel_values, config)
-        videos, video_patches = grids_and_patches("video", media.video_grid_thw, media.pixel_values_videos, config)
-        self._patches = torch.cat((image_patches, video_patches))
+        images, videos, self._patches = grids_and_patches(media, config)
         self._per_segment = _integers(media.images_per_segment), _integers(media.videos_per_segment)
         self._kinds = torch.stack([self._tokens[0] == i for i in (config.image_token_id, config.video_token_id)])
         self._whole = None

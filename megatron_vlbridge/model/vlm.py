@@ -1,6 +1,7 @@
 """Qwen3-VL on Megatron-Core."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ from megatron_vlbridge.model.transformer_config import deepstack_travels, vision
 from megatron_vlbridge.model.vision import VisionModel
 from megatron_vlbridge.model.vision_balance import balanced_features
 
+Integers = Sequence[int] | torch.Tensor
+# A packed row's `cu_seqlens`, and its segments' lengths without padding where these are known.
+Bounds = tuple[Integers, Integers | None]
+
 
 class Qwen3VLModel(MegatronModule):
     """A pipeline stage of Qwen3-VL, dense or with experts: vision tower and embeddings first, the head last.
@@ -42,7 +47,7 @@ class Qwen3VLModel(MegatronModule):
         vocab_size: rows of the embedding, where the vocabulary is padded (default: the checkpoint's).
         pre_process, post_process, vp_stage: this stage's part, as Megatron's pretrain gives them.
         balance_vision: share the tower's frames out over the context-parallel ranks; else each rank runs all of them.
-        seq_length: what pipeline stages send each other is of this length; a pack of another is refused.
+        seq_length: length of all packs, where stages (or the all-gather dispatcher) send each other rows of one length.
         parallel_output: leave the logits split over the tensor-parallel ranks.
         backend: which kernels (default: the CPU's where the CPU runtime is enabled, else Transformer Engine).
 
@@ -120,36 +125,27 @@ class Qwen3VLModel(MegatronModule):
 
         With `cu_seqlens` (of the whole pack, padding included; `lengths` without it) or Megatron's `packed_seq_params`,
         `input_ids` and `labels` are a packed row `[1, T]`: the whole pack, or under context parallelism this rank's
-        zigzag part of it, in which case the output is that of its part too. Every rank takes all media.
+        zigzag part of it, in which case the output is that of its part too. Every rank takes all media; pipeline stages
+        behind the first only need the grids.
 
         Raises:
-            VLBridgeError: where the parts of the batch do not fit each other.
+            VLBridgeError: where the parts of the batch do not fit each other; with a packed row on every
+                context-parallel rank alike.
         """
         batch = (input_ids, attention_mask, labels, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         if inputs is not None:
             self._refuse_beside_inputs(*batch, mm_token_type_ids, cu_seqlens, lengths, packed_seq_params)
             return self._forward_pack(inputs)
-        if input_ids is None:
-            raise VLBridgeError("Qwen3VLModel takes input_ids, and what belongs to them, or a pack as `inputs`")
-        if packed_seq_params is not None and (cu_seqlens is not None or lengths is not None):
-            raise VLBridgeError("packed_seq_params says where the segments end; leave out cu_seqlens and lengths")
-        if lengths is not None and cu_seqlens is None:
-            raise VLBridgeError("lengths are those of a packed row's segments, and need cu_seqlens beside them")
-        if packed_seq_params is not None:
-            cu_seqlens, lengths = _bounds_of(packed_seq_params)
-        if cu_seqlens is not None:
-            return self._forward_row(batch, cu_seqlens, lengths, mm_token_type_ids)
-        return self._forward_padded(batch, mm_token_type_ids)
+        make_bounds = partial(_bounds, cu_seqlens, lengths, packed_seq_params)
+        # Under context parallelism nothing of one rank's arguments may be refused before the others can hear of it.
+        if self.config.context_parallel_size == 1 and make_bounds() is None:
+            return self._forward_padded(batch, mm_token_type_ids)
+        return self._forward_row(lambda: self._row(batch, mm_token_type_ids, make_bounds()))
 
     def _forward_padded(
         self, batch: Sequence[torch.Tensor | None], mm_token_type_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        if self.config.context_parallel_size > 1:
-            raise VLBridgeError(
-                f"a padded [B, S] batch is not offered under context parallelism (size "
-                f"{self.config.context_parallel_size}): no rank would hold whole rows. Give a packed row with "
-                "`cu_seqlens`, or a pack as `inputs`"
-            )
+        ids, mask, labels, media = self._on_host(batch)
         if self.config.pipeline_model_parallel_size > 1 and not self.config.variable_seq_lengths:
             raise VLBridgeError(
                 "a padded [B, S] batch has as many rows as its conversations have tokens, so pipeline stages send each "
@@ -161,24 +157,27 @@ class Qwen3VLModel(MegatronModule):
                 "padded [B, S] batches have as many rows as their conversations have tokens, and Megatron's all-gather "
                 "dispatcher wants as many on every expert-parallel rank; use --moe-token-dispatcher-type alltoall"
             )
-        # A pack is made on the host, which has to know its lengths and grids.
-        ids, mask, labels, *media = (None if x is None else x.cpu() for x in batch)
-        assert ids is not None
         self._refuse_other_kinds(ids, mm_token_type_ids)
         shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        pack = PackedInputs.from_padded(ids, mask, Media(*media), self.checkpoint, labels, shards)
+        pack = PackedInputs.from_padded(ids, mask, media, self.checkpoint, labels, shards)
         output = self._forward_pack(pack.to(next(self.parameters()).device))
         return pack.layout.unpack(output) if self.post_process else output
 
-    def _forward_row(
-        self,
-        batch: Sequence[torch.Tensor | None],
-        cu_seqlens: Sequence[int] | torch.Tensor,
-        lengths: Sequence[int] | torch.Tensor | None,
-        mm_token_type_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ids, mask, labels, *media = (None if x is None else x.cpu() for x in batch)
-        assert ids is not None
+    def _forward_row(self, make_row: Callable[[], Row]) -> torch.Tensor:
+        inputs = row_inputs(make_row, self.checkpoint, self.pg_collection.cp)
+        return self._forward_pack(self._sequence_parallel(inputs).to(next(self.parameters()).device))
+
+    def _row(
+        self, batch: Sequence[torch.Tensor | None], mm_token_type_ids: torch.Tensor | None, bounds: Bounds | None
+    ) -> Row:
+        ids, mask, labels, media = self._on_host(batch)
+        if bounds is None:
+            raise VLBridgeError(
+                f"a padded [B, S] batch is not offered under context parallelism (size "
+                f"{self.config.context_parallel_size}): no rank would hold whole rows. Give a packed row with "
+                "`cu_seqlens`, or a pack as `inputs`"
+            )
+        cu_seqlens, lengths = bounds
         if mask is not None or mm_token_type_ids is not None:
             raise VLBridgeError(
                 "a packed row (cu_seqlens) has neither attention_mask nor mm_token_type_ids: `lengths` says what is "
@@ -187,11 +186,23 @@ class Qwen3VLModel(MegatronModule):
         if lengths is None and (self.config.moe_aux_loss_coeff or self.config.moe_z_loss_coeff):
             raise VLBridgeError(
                 "the losses of the router must not count padding, and cu_seqlens alone does not say which tokens are "
-                "padding; give the segments' true `lengths` beside it"
+                "padding; give the segments' true `lengths` beside it. (packed_seq_params whose cu_seqlens_q_padded is "
+                "missing, or the same as cu_seqlens_q, does not say it either: give `cu_seqlens` and `lengths` instead)"
             )
-        row = Row(ids, cu_seqlens, Media(*media), labels, lengths)
-        inputs = row_inputs(row, self.checkpoint, self.pg_collection.cp)
-        return self._forward_pack(self._sequence_parallel(inputs).to(next(self.parameters()).device))
+        return Row(ids, cu_seqlens, media, labels, lengths)
+
+    def _on_host(
+        self, batch: Sequence[torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, Media]:
+        """Tokens, mask, labels and media, where a pack is made: the host has to know its lengths and grids."""
+        ids, mask, labels, pixels, image_grids, video_pixels, video_grids = batch
+        if ids is None:
+            raise VLBridgeError("Qwen3VLModel takes input_ids, and what belongs to them, or a pack as `inputs`")
+        # By far the largest part of a batch, which stages without the tower do not read.
+        if self.pre_process:
+            pixels, video_pixels = _on_cpu(pixels), _on_cpu(video_pixels)
+        media = Media(pixels, _on_cpu(image_grids), video_pixels, _on_cpu(video_grids), patches_wanted=self.pre_process)
+        return ids.cpu(), _on_cpu(mask), _on_cpu(labels), media
 
     def _forward_pack(self, inputs: PackedInputs) -> torch.Tensor:
         tp_size = self.pg_collection.tp.size()
@@ -207,6 +218,7 @@ class Qwen3VLModel(MegatronModule):
                 f"the pack has {inputs.layout.total} tokens, but the pipeline stages send each other "
                 f"{self.seq_length} (--seq-length); make all packs as long"
             )
+        self._refuse_length_of_all_gather(inputs.layout.total)
         inputs = self._sequence_parallel(inputs)
         embeddings, deepstack = self._embed(inputs) if self.pre_process else (None, self._split_received(inputs))
         output = self.language_model(
@@ -303,6 +315,18 @@ class Qwen3VLModel(MegatronModule):
             return rows
         return scatter_to_sequence_parallel_region(rows, group=self.pg_collection.tp)
 
+    def _refuse_length_of_all_gather(self, found: int) -> None:
+        if self.config.expert_model_parallel_size == 1 or self.config.moe_token_dispatcher_type != "allgather":
+            return
+        if found != self.seq_length:
+            told = self.seq_length is not None
+            wanted = f"{self.seq_length} (--seq-length)" if told else "a number that the model was not told"
+            remedy = "make all packs as long" if told else "give the model `seq_length`, the length of all packs"
+            raise VLBridgeError(
+                f"the pack has {found} tokens, and Megatron's all-gather dispatcher of tokens to experts wants as many "
+                f"on every expert-parallel rank, here {wanted}; {remedy}, or use --moe-token-dispatcher-type alltoall"
+            )
+
     @staticmethod
     def _refuse_beside_inputs(*others: object) -> None:
         if any(x is not None for x in others):
@@ -341,10 +365,28 @@ class Qwen3VLModel(MegatronModule):
         return self.language_model.shared_embedding_or_output_weight()
 
 
-def _bounds_of(params: PackedSeqParams) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`cu_seqlens` with padding, and the lengths without where there is any, of Megatron's parameters of a pack."""
+def _on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
+def _bounds(cu_seqlens: Integers | None, lengths: Integers | None, params: PackedSeqParams | None) -> Bounds | None:
+    """`cu_seqlens` of a packed row, and its segments' lengths without padding where known; None: no packed row."""
+    if params is not None and (cu_seqlens is not None or lengths is not None):
+        raise VLBridgeError("packed_seq_params says where the segments end; leave out cu_seqlens and lengths")
+    if lengths is not None and cu_seqlens is None:
+        raise VLBridgeError("lengths are those of a packed row's segments, and need cu_seqlens beside them")
+    if params is not None:
+        return _bounds_of(params)
+    return None if cu_seqlens is None else (cu_seqlens, lengths)
+
+
+def _bounds_of(params: PackedSeqParams) -> Bounds:
+    """`cu_seqlens` with padding, and the lengths without where Megatron's parameters of a pack tell them apart."""
     if params.cu_seqlens_q is None:
         raise VLBridgeError("packed_seq_params has no cu_seqlens_q; a packed row needs where its segments end")
     if params.cu_seqlens_q_padded is None:
+        return params.cu_seqlens_q, None
+    if params.cu_seqlens_q_padded.tolist() == params.cu_seqlens_q.tolist():
+        # Some frameworks give the padded ones as both.
         return params.cu_seqlens_q, None
     return params.cu_seqlens_q_padded, params.cu_seqlens_q.diff()

@@ -115,9 +115,14 @@ def _next(data_iterator: Iterator[Mapping[str, Any]] | None) -> Mapping[str, Any
     return next(data_iterator)
 
 
+def _no_patches(inputs: PackedInputs) -> torch.Tensor:
+    # A slice would keep all of them in memory, and take them along where it is pickled.
+    return inputs.patches.new_empty(0, *inputs.patches.shape[1:])
+
+
 def _for_stage(inputs: PackedInputs, pre_process: bool, post_process: bool) -> PackedInputs:
     if not pre_process:
-        inputs = replace(inputs, patches=inputs.patches[:0])
+        inputs = replace(inputs, patches=_no_patches(inputs))
     if not post_process:
         inputs = replace(inputs, labels=None, mtp=inputs.mtp and inputs.mtp.without_labels())
     return inputs
@@ -130,7 +135,7 @@ def _broadcast(
     source = dist.get_process_group_ranks(group)[0]
     header: list[Any] = [failure, None, None]
     if inputs is not None:
-        header = [failure, replace(inputs, patches=inputs.patches[:0]), inputs.patches.shape]
+        header = [failure, replace(inputs, patches=_no_patches(inputs)), inputs.patches.shape]
     dist.broadcast_object_list(header, src=source, group=group, device=device)
     failure, rest, shape = header
     if failure is not None:

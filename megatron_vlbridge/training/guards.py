@@ -1,5 +1,6 @@
 """What has been proved equal to the reference may start; everything else is refused."""
 
+import weakref
 from itertools import product
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -7,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlbridge.backends import cpu_runtime
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.settings import setting_faults
 
 # The parallel dimensions above one that the rows of tests/functional/matrix.py run together; sizes are arithmetic.
@@ -14,6 +16,8 @@ from megatron_vlbridge.training.settings import setting_faults
 _PIPELINES = ("", "pp", "pp vpp")
 _DENSE = ("", "tp", "tp sp")
 _EXPERTS = ("", "ep", "tp sp", "tp sp etp", "tp sp ep", "tp sp ep etp")
+
+_accepted: weakref.WeakSet[Qwen3VLModel] = weakref.WeakSet()
 
 
 def proved_combinations(checkpoint: Config) -> list[frozenset[str]]:
@@ -97,6 +101,18 @@ def check_layout(config: TransformerConfig, checkpoint: Config, *, any_combinati
         raise VLBridgeError(
             f"{checkpoint.architecture}: not proved equal to transformers, so it is refused:\n  " + "\n  ".join(faults)
         )
+
+
+def accept(model: Qwen3VLModel) -> None:
+    """Note that :func:`check_layout` has admitted this model's layout."""
+    _accepted.add(model)
+
+
+def check_model(model: Qwen3VLModel) -> None:
+    """:func:`check_layout` of a model that has not been accepted yet: one that another `model_provider` built."""
+    if model not in _accepted:
+        check_layout(model.config, model.checkpoint)
+        accept(model)
 
 
 def _words(names: frozenset[str]) -> str:

@@ -9,6 +9,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.batch import next_inputs
+from megatron_vlbridge.training.guards import check_model
 from megatron_vlbridge.training.loss import token_loss
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
@@ -22,10 +23,14 @@ def vlm_step(
     Takes packs (see `training.batch.PACK_KEYS`) from `data_iterator`; gives the stage's output and the loss function
     that Megatron calls on the last stage.
 
+    Raises:
+        VLBridgeError: at the first call, where the model's layout or a setting is not proved; where a pack is not fit.
+
     Example:
         >>> pretrain(config, dataset_provider, ModelType.encoder_or_decoder, vlm_step, model_provider)
     """
     stage: Qwen3VLModel = get_attr_wrapped_model(model, "checkpoint", return_model_obj=True)
+    check_model(stage)
     inputs = next_inputs(
         data_iterator,
         stage.checkpoint,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,20 @@ class TensorSpec:
 TensorTable = Mapping[str, TensorSpec]
 
 
+class MisfitError(VLBridgeError):
+    """Tensors that do not fit each other. The message shows the first of each kind, `misfits` has all: kind -> lines.
+
+    Example: `error.misfits["missing Hugging Face tensors"]` may be `["lm_head.weight: expected [151936, 2048]"]`.
+    """
+
+    def __init__(self, message: str, misfits: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(message, misfits)  # both, as what is pickled is made again from them
+        self.misfits = {kind: list(lines) for kind, lines in misfits.items()}
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 @dataclass
 class _Misfits:
     """Everything that does not fit, by kind."""
@@ -50,15 +64,18 @@ class _Misfits:
             return
         total = sum(map(len, self.lines.values()))
         text = [f"the tensors of {hf} and of {megatron} do not fit each other in {total} places:"]
-        for kind, lines in self.lines.items():
+        misfits = {kind: sorted(lines) for kind, lines in self.lines.items()}
+        for kind, lines in misfits.items():
             text.append(f"  {kind} ({len(lines)}):")
-            text += [f"    {line}" for line in sorted(lines)[:_SHOWN]]
+            text += [f"    {line}" for line in lines[:_SHOWN]]
             if len(lines) > _SHOWN:
                 text.append(f"    and {len(lines) - _SHOWN} more")
         text.append("Use the config.json that belongs to these weights, and fetch damaged or missing files again.")
         if _EXTRA in self.lines:
             text.append("An import leaves extra tensors out where leave_out (--leave-out) names them.")
-        raise VLBridgeError("\n".join(text))
+        if any(len(lines) > _SHOWN for lines in misfits.values()):
+            text.append(f"All {total} are listed with --json, and in the error's misfits.")
+        raise MisfitError("\n".join(text), misfits)
 
 
 class Plan:
@@ -68,7 +85,7 @@ class Plan:
     as float32, as some of their layers or parts are. `hf_source` and `megatron_source` name the folders in errors.
     `notes` says in words what is not a plain move, such as padded rows that are cut.
 
-    Raises VLBridgeError with all misfits, grouped: missing, extra, covered twice or not at all, of the wrong shape or
+    Raises MisfitError with all misfits, grouped: missing, extra, covered twice or not at all, of the wrong shape or
     dtype.
     """
 
@@ -134,13 +151,15 @@ class Plan:
 
     def _check_dtypes(self, misfits: _Misfits) -> None:
         seen: set[tuple[str, str]] = set()
+        names = [(move.megatron.name, move.hf.name) for move in self.table.moves if move.hf.name in self.hf]
+        alike = {(megatron, self.hf[name].dtype): name for megatron, name in reversed(names)}
         for move in self.table.moves:
             pair = (move.hf.name, move.megatron.name)
             if pair not in seen and self._dtypes_differ(move):
                 ours, theirs = self.hf[pair[0]].dtype, self.megatron[pair[1]].dtype
-                misfits.add(
-                    "dtypes that differ", f"{pair[0]} is {ours}, {pair[1]} is {theirs}: give a dtype to convert to"
-                )
+                like = f" as {alike[pair[1], theirs]} is" if (pair[1], theirs) in alike else ""
+                text = f"{pair[0]} is {ours}, {pair[1]} is {theirs}{like}: give a dtype to convert to"
+                misfits.add("dtypes that differ", text)
             seen.add(pair)
 
     def _dtypes_differ(self, move: Move) -> bool:

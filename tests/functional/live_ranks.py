@@ -1,6 +1,9 @@
 """What runs inside the workers: weights into and out of live models, and calls that are to be refused."""
 
 import argparse
+import errno
+import math
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -63,7 +66,67 @@ def export_bfloat16(layout: Layout, folder: Path) -> dict[str, Named]:
     return {
         "half": list(export_hf_weights(half)),
         "converted": list(export_hf_weights(wrapped, bucket_bytes=TINY, dtype="bfloat16")),
+        "float16": list(export_hf_weights(full, bucket_bytes=TINY, dtype="float16")),
     }
+
+
+def export_half(layout: Layout, folder: Path) -> Named:
+    """Of a model in bfloat16."""
+    chunks = [chunk.bfloat16() for chunk in ranks.build_chunks(layout, folder, vocab_size=VOCABULARY, load=False)]
+    load_hf_weights(chunks, folder)
+    return list(export_hf_weights(chunks))
+
+
+def export_forms(layout: Layout, folder: Path, form: ExpertForm) -> dict[str, Named]:
+    """In the form that is the default, in the folder's own, and in that form with the tensors shared out."""
+    chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY)
+    return {
+        "default": list(export_hf_weights(chunks, bucket_bytes=TINY)),
+        "own": list(export_hf_weights(chunks, experts=form)),
+        "shared": list(export_hf_weights(chunks, bucket_bytes=TINY, ranks="shared", experts=form)),
+    }
+
+
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """The bytes of each read of numbers; those of headers are no part of it."""
+    counts, preadv = [], os.preadv
+
+    def counting(*arguments: Any) -> int:
+        counts.append(preadv(*arguments))
+        return counts[-1]
+
+    os.preadv = counting
+    try:
+        yield counts
+    finally:
+        os.preadv = preadv
+
+
+def count_bytes_read(layout: Layout, folder: Path, turned: bool) -> dict[str, int]:
+    """What this rank reads, what it holds, and that with what lies between columns in the file.
+
+    `turned` says that the file has the experts' rows as columns.
+    """
+    chunks = ranks.build_chunks(layout, folder, load=False)
+    with counted_reads() as counts:
+        load_hf_weights(chunks, folder)
+    held = expected = 0
+    for shard in (x for chunk in chunks for x in sharded_tensors(chunk)):
+        shape, whole = shard.local_shape, shard.global_shape[shard.prepend_axis_num :]
+        rows, columns, width = shape[0], math.prod(shape[1:]), math.prod(whole[1:])
+        if turned and ".experts." in shard.key:
+            rows, columns, width = columns, rows, whole[0]
+        held += 4 * rows * columns
+        expected += 4 * ((rows - 1) * width + columns)
+    return {"read": sum(counts), "held": held, "expected": expected}
+
+
+def sharded_tensors(chunk: Any) -> list[ShardedTensor]:
+    """What a module says that it holds."""
+    built = [x.build() if isinstance(x, ShardedTensorFactory) else x for x in chunk.sharded_state_dict().values()]
+    groups = [x if isinstance(x, list) else list(x.values()) if isinstance(x, dict) else [x] for x in built]
+    return [x for group in groups for x in group if isinstance(x, ShardedTensor)]
 
 
 def export_provided(layout: Layout, folder: Path) -> Named:
@@ -151,6 +214,20 @@ def files_of_at_most(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@contextmanager
+def unreadable() -> Iterator[None]:
+    """A disk that fails when numbers are read."""
+
+    def failing(*_arguments: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    preadv, os.preadv = os.preadv, failing
+    try:
+        yield
+    finally:
+        os.preadv = preadv
+
+
 def hold_the_first_experts(chunk: Any) -> None:
     """Let a module say that its experts are those of the first expert-parallel rank."""
     describe = chunk.sharded_state_dict
@@ -171,10 +248,14 @@ def hold_the_first_experts(chunk: Any) -> None:
 def refusal(layout: Layout, folder: Path, what: str, target: Path, others: Path) -> str:
     """What this rank is told."""
     rank = torch.distributed.get_rank()
-    chunks = ranks.build_chunks(layout, folder, load=False)
+    chunks = ranks.build_chunks(layout, folder, load=what == "save what no longer fits")
     if "experts" in what:
         hold_the_first_experts(chunks[0])
+    if "too large" in what and rank == 1:
+        next(chunks[0].parameters()).data.view(-1)[0] = 1e30
     broken = files_of_at_most(1000) if what == "save to a full disk" and rank == 1 else nullcontext()
+    if "cannot be read" in what:
+        broken = unreadable()
     calls: dict[str, Callable[[], object]] = {
         "load lost experts": lambda: load_hf_weights(chunks, folder),
         "load a chunk of two": lambda: load_hf_weights(chunks[rank:], folder),
@@ -188,6 +269,11 @@ def refusal(layout: Layout, folder: Path, what: str, target: Path, others: Path)
         "save to a full disk": lambda: save_hf(chunks, target, folder),
         "save over something": lambda: save_hf(chunks, folder, folder),
         "save like another model": lambda: save_hf(chunks, target, others),
+        "save what no longer fits": lambda: save_hf(chunks, target, others),
+        "save beside what cannot be read": lambda: save_hf(chunks, target, others),
+        "save as float16 what is too large": lambda: save_hf(chunks, target, folder, dtype="float16"),
+        "export as float16 what is too large": lambda: list(export_hf_weights(chunks, ranks="shared", dtype="float16")),
+        "load as float16 what is too large": lambda: load_hf_weights([chunk.half() for chunk in chunks], others),
     }
     try:
         with broken:

@@ -40,6 +40,8 @@ OTHERS: dict[str, tuple[Layout, ...]] = {
         Layout(pp=2, world=4),
         Layout(cp=2, world=4),
         Layout(tp=2, sp=True, cp=2, world=8),
+        Layout(tp=2, sp=True, pp=2, world=8),
+        Layout(pp=2, cp=2, world=8),
         Layout(pp=2, vpp=2, world=4),
         Layout(tp=4, world=4),
         Layout(tp=4, sp=True, world=4),
@@ -53,6 +55,8 @@ OTHERS: dict[str, tuple[Layout, ...]] = {
         Layout(tp=2, sp=True, pp=2, stages="Ettt|tL", world=4),
     ),
     "experts": (
+        Layout(world=2),
+        Layout(tp=2, sp=True, etp=1, world=4),
         Layout(ep=2, world=4),
         Layout(ep=4, world=4),
         Layout(ep=4, pp=2, world=8),
@@ -100,13 +104,19 @@ def layouts(kind: str) -> list[Layout]:
 
 
 def variants(layout: Layout) -> list[Variant]:
-    """All that is proved within a layout; a padded batch is offered where context parallelism does not cut it."""
+    """The variants that are run within a layout; a padded batch is offered where context parallelism does not cut it.
+
+    On more than two processes half of them, which hold every pair of recomputation, multi-token prediction and tied
+    embeddings.
+    """
     packs = [
         Variant(recompute, mtp, tied)
         for recompute, mtp, tied in product(("", "uniform", "selective"), (False, True), (False, True))
     ]
     if layout in [row for rows in OTHERS.values() for row in rows]:
         return [Variant(), Variant("block", mtp=True, tied=True), *[Variant(padded=True)] * (layout.cp == 1)]
+    if layout.world > 2:
+        packs = [v for v in packs if (v.mtp == v.tied) != (v.recompute == "uniform")]
     if layout.cp > 1:
         return packs
     return [*packs, Variant(padded=True), Variant("block", mtp=True, tied=True, padded=True)]
@@ -151,7 +161,7 @@ def _options(kind: str, layout: Layout, variant: Variant) -> Mapping[str, Any]:
         options |= {"variable_seq_lengths": layout.pp > 1, "moe_token_dispatcher_type": "alltoall"}
     elif kind == "experts" and variant.tied and layout.vpp == 1 and layout.pp < 4 and not layout.stages:
         # Megatron's default, where no deepstack features travel; all other rows run the all-to-all.
-        options["moe_token_dispatcher_type"] = "allgather"
+        options |= {"moe_token_dispatcher_type": "allgather", "seq_length": PACK_LENGTH}
     if variant.mtp and layout.stages:
         options["pipeline_model_parallel_layout"] = layout.stages.replace("L", "mL")
     return options

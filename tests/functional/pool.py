@@ -1,6 +1,7 @@
 """Worker processes that live as long as the test session and run Megatron on the CPU over gloo."""
 
 import gc
+import importlib
 import multiprocessing as mp
 import tempfile
 import time
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+# What the server from which all workers fork imports.
+PRELOAD = "tests.functional.preload"
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class Pool:
         self._workers, self._runs = [], 0
 
     def _start(self, more: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload([PRELOAD])
         for _ in range(more):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there,))
@@ -104,16 +109,8 @@ class Pool:
 
 
 def _work(connection: Connection) -> None:
-    import warnings
-
-    from megatron_vlbridge.backends import cpu_runtime
-
-    # Megatron and torch warn of what is not installed, in every worker.
-    warnings.simplefilter("ignore")
-    cpu_runtime.enable()
-    import torch
-
-    torch.set_num_threads(1)
+    # The server from which this process forked has imported it too, unless that failed: then this tells why.
+    importlib.import_module(PRELOAD)
     while True:
         try:
             function, layout, rank, store, kwargs = connection.recv()

@@ -255,6 +255,9 @@ def _run(model: Any, step: Any, packs: Sequence[Mapping[str, torch.Tensor]], **k
     chunks = model if isinstance(model, list) else [model]
     # Megatron's loaders give an iterator, one for each chunk, to the first tensor-parallel rank only.
     padded = "input_ids" in packs[0]
+    tokens = packs[0]["input_ids" if padded else "tokens"]
+    # Rows that are cut among the context-parallel ranks stand one below the other.
+    length = tokens.numel() if "cu_seqlens" in packs[0] else tokens.shape[-1]
     reads = padded or parallel_state.get_tensor_model_parallel_rank() == 0
     iterators = [iter(packs) if reads else None for _ in chunks]
     return get_forward_backward_func()(
@@ -262,7 +265,7 @@ def _run(model: Any, step: Any, packs: Sequence[Mapping[str, torch.Tensor]], **k
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
         num_microbatches=len(packs),
-        seq_length=packs[0]["input_ids" if padded else "tokens"].shape[-1],
+        seq_length=length,
         micro_batch_size=1,
         **kwargs,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.loss import token_loss
@@ -21,6 +22,16 @@ def row_step(iterator: Any, model: torch.nn.Module) -> Any:
     """The forward step of a framework that cuts the rows itself."""
     row = mine({key: value[0] for key, value in next(iterator).items()})
     return model(**row), partial(token_loss, (row["labels"] != -100).float())
+
+
+def pixels_for_the_tower(iterator: Any, model: torch.nn.Module, step: Any, others: str) -> Any:
+    """`step`, where the stages without the tower get no pixels (`others`: none), or such as cannot be moved (meta)."""
+    batch = next(iterator)
+    if not get_attr_wrapped_model(model, "pre_process"):
+        pixels = {key: batch[key].to("meta") for key in ("pixel_values", "pixel_values_videos")}
+        rest = {key: value for key, value in batch.items() if key not in pixels}
+        batch = rest | (pixels if others == "meta" else {})
+    return step(iter([batch]), model)
 
 
 def mine(row: Row) -> dict[str, torch.Tensor]:
@@ -46,12 +57,15 @@ def logits_of_each_form(layout: Layout, folder: Path, parts: Row, whole: torch.T
         ]
 
 
-def answers(layout: Layout, folder: Path, rows: Sequence[Row], faults: Sequence[Mapping[str, Any]]) -> list[str | int]:
-    """Of each row this rank's refusal, or the number of its logits' rows; on context-parallel rank 1 with its fault."""
-    model = ranks.build_model(layout, folder, load=False)
+def answers(
+    layout: Layout, folder: Path, rows: Sequence[Row], faults: Sequence[Mapping[str, Any]], **options: Any
+) -> list[str | int]:
+    """Of each row this rank's refusal or the rows of its logits; the last context-parallel rank has the faults."""
+    model = ranks.build_model(layout, folder, load=False, **options)
+    last = parallel_state.get_context_parallel_world_size() - 1
     found: list[str | int] = []
     for row, fault in zip(rows, faults, strict=True):
-        given = mine(row) | (dict(fault) if parallel_state.get_context_parallel_rank() == 1 else {})
+        given = mine(row) | (dict(fault) if parallel_state.get_context_parallel_rank() == last else {})
         given.pop("labels")
         try:
             found.append(model(**given).shape[1])

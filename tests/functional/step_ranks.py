@@ -1,5 +1,6 @@
 """What runs inside the workers: single stages, padded batches and training steps with Megatron's options."""
 
+import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
@@ -36,6 +38,30 @@ def read_each(layout: Layout, folder: Path, packs: Sequence[Pack]) -> list[str |
         except VLBridgeError as error:
             answers.append(str(error))
     return answers
+
+
+def what_a_stage_reads(layout: Layout, folder: Path, pack: Pack) -> dict[str, int]:
+    """How many patches and labels this rank gets of a pack, and the bytes that its group's header has in a pickle."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups, sent, broadcast = ProcessGroupCollection.use_mpu_process_groups(), [], dist.broadcast_object_list
+    stage = {
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+    }
+
+    def recorded(header: list[Any], **kwargs: Any) -> None:
+        broadcast(header, **kwargs)
+        sent.append(len(pickle.dumps(header)))
+
+    dist.broadcast_object_list = recorded
+    try:
+        iterator = iter([_with_axis(pack)]) if groups.tp.rank() == 0 else None
+        read = next_inputs(iterator, read_config(folder), groups, **stage)
+    finally:
+        dist.broadcast_object_list = broadcast
+    labels = 0 if read.labels is None else read.labels.numel()
+    return {"patches": read.patches.shape[0], "labels": labels, "header": max(sent)}
 
 
 def build_with_fixed_lengths(layout: Layout, folder: Path, **overrides: Any) -> str:

@@ -35,8 +35,15 @@ MOVING = {aten._to_copy, aten.copy_, aten.lift_fresh}
 
 # Compares two states of the host's random generator, whatever the device.
 HOST_RNG = "/megatron/core/tensor_parallel/random.py"
+# Reads back which mask attention has, a number that it put into a tensor on the host for the recomputation.
+HOST_MASK = "/megatron/core/transformer/attention.py", "custom_forward"
 # What was asked, and the lines of Megatron and of ours that led to it, the last call first.
 Question = tuple[str, list[str]]
+
+
+def _of_the_host(frame: traceback.FrameSummary) -> bool:
+    file, function = HOST_MASK
+    return HOST_RNG in frame.filename or (file in frame.filename and frame.name == function)
 
 
 class Questions(TorchDispatchMode):
@@ -47,10 +54,10 @@ class Questions(TorchDispatchMode):
         self.asked: list[Question] = []
 
     def note(self, what: object) -> None:
-        lines = [f"{frame.filename}:{frame.lineno}" for frame in reversed(traceback.extract_stack())]
-        lines = [line for line in lines if "/megatron" in line and "/cpu_runtime.py" not in line]
-        if not lines or HOST_RNG not in lines[0]:
-            self.asked.append((str(what), lines))
+        frames = [frame for frame in reversed(traceback.extract_stack()) if "/megatron" in frame.filename]
+        frames = [frame for frame in frames if "/cpu_runtime.py" not in frame.filename]
+        if not frames or not _of_the_host(frames[0]):
+            self.asked.append((str(what), [f"{frame.filename}:{frame.lineno}" for frame in frames]))
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -107,20 +114,51 @@ def noted() -> Iterator[list[Question]]:
 def questions(layout: Layout, folder: Path, pack: Mapping[str, torch.Tensor], **options: Any) -> list[Question]:
     """What forward and backward ask, once the pack has come in at the door."""
     model, inputs = _prepare(layout, folder, pack, **options)
-    with noted() as asked:
-        model(inputs=inputs).sum().backward()
+    asked = _forward_backward(model, inputs)
     assert all(parameter.grad is not None for parameter in model.parameters())
     return asked
 
 
-def questions_without_numbers(layout: Layout, folder: Path, pack: Mapping[str, torch.Tensor]) -> list[Question]:
+def questions_without_numbers(
+    layout: Layout, folder: Path, pack: Mapping[str, torch.Tensor], **options: Any
+) -> list[Question]:
     """The same with all tensors on a device that has no numbers to give: whoever asks for one gets an error."""
-    model, inputs = _prepare(layout, folder, pack)
+    model, inputs = _prepare(layout, folder, pack, **options)
     model, inputs = model.to("meta"), inputs.to(torch.device("meta"))
-    with _alone(), noted() as asked:
-        model(inputs=inputs).sum().backward()
+    with _alone():
+        asked = _forward_backward(model, inputs)
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
     return asked
+
+
+def _forward_backward(model: Qwen3VLModel, inputs: PackedInputs) -> list[Question]:
+    """What this stage asks in its forward and backward; what stages send each other is none of its own."""
+    received = None
+    if not model.pre_process:
+        received = _hear(parallel_state.get_pipeline_model_parallel_prev_rank()).requires_grad_()
+        model.set_input_tensor([received])
+    with noted() as asked:
+        output = model(inputs=inputs)
+    gradient = None
+    if not model.post_process:
+        _tell(output.detach(), parallel_state.get_pipeline_model_parallel_next_rank())
+        gradient = _hear(parallel_state.get_pipeline_model_parallel_next_rank())
+    with noted() as asked_backward:
+        (output.sum() if gradient is None else output).backward(gradient)
+    if received is not None:
+        assert received.grad is not None
+        _tell(received.grad, parallel_state.get_pipeline_model_parallel_prev_rank())
+    return asked + asked_backward
+
+
+def _tell(tensor: torch.Tensor, rank: int) -> None:
+    torch.distributed.send_object_list([tensor], rank)
+
+
+def _hear(rank: int) -> torch.Tensor:
+    heard: list[Any] = [None]
+    torch.distributed.recv_object_list(heard, rank)
+    return heard[0]
 
 
 def _prepare(
@@ -137,6 +175,6 @@ def _prepare(
 @contextmanager
 def _alone() -> Iterator[None]:
     """The loss sums over tensor-parallel ranks, here one; gloo knows no tensors without numbers."""
-    assert torch.distributed.get_world_size() == 1
+    assert torch.distributed.get_world_size() == parallel_state.get_pipeline_model_parallel_world_size()
     with patch.object(torch.distributed, "all_reduce", lambda *args, **kwargs: None):
         yield

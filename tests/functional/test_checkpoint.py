@@ -16,6 +16,14 @@ from tests.functional.pool import Layout, Pool
 LAYOUTS = [Layout(tp=tp, pp=pp, sp=tp > 1, world=tp * pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))]
 EXPERT_LAYOUTS = [Layout(), Layout(ep=4, world=4), Layout(ep=2, pp=2, world=4), Layout(tp=2, sp=True, ep=2, world=4)]
 VIRTUAL = Layout(pp=2, vpp=2, world=2)
+# Uneven stages and chunks over which deepstack features travel; dimensions beside virtual stages; context parallelism.
+DENSE_SPLITS = [
+    Layout(pp=4, world=4, stages="E|tt|tt|L"),
+    Layout(pp=2, vpp=2, world=2, stages="Ett|t|t|L"),
+    Layout(tp=2, sp=True, pp=2, vpp=2, world=4),
+    Layout(cp=2, world=2),
+]
+EXPERT_SPLITS = [Layout(ep=2, pp=2, vpp=2, world=4), Layout(tp=2, sp=True, etp=1, world=2)]
 OWN_STAGE = Layout(pp=3, world=3, stages="Ettt|tm|L")
 MTP_LAYOUTS = [
     Layout(),
@@ -37,6 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 CASES = [(kind, layout) for kind in ("untied", "tied") for layout in (*LAYOUTS, VIRTUAL)]
 CASES += [(kind, layout) for kind in ("experts", "some-experts") for layout in EXPERT_LAYOUTS]
+CASES += [("untied", layout) for layout in DENSE_SPLITS] + [("experts", layout) for layout in EXPERT_SPLITS]
 CASES += [(kind, layout) for kind in ("mtp", "mtp-tied") for layout in MTP_LAYOUTS]
 CASES += [("mtp-experts", layout) for layout in (*EXPERT_LAYOUTS, OWN_STAGE)]
 

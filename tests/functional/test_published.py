@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
+from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import find
 from tests import digits_checkpoint, fp8_checkpoint, reference
@@ -112,6 +113,10 @@ def test_of_what_a_run_saves_only_the_weights_are_exported(pool: Pool, dense: Pa
     assert not torch.equal(exported[name].float(), before[name])
     # There and back again, without the run.
     again = import_checkpoint(digits / f"exported-{kind}", digits / f"again-{kind}")
+    report = verify(digits / kind, again)
+    assert report.equal, report.differences
+    assert report.compared == len(megatron)
+    assert not verify(digits / kind, import_checkpoint(hf, digits / f"before-{kind}")).equal
     assert all(
         torch.equal(x, exported[n]) for n, x in weights_of(export_checkpoint(again, digits / f"b-{kind}")).items()
     )

@@ -1,9 +1,12 @@
 """Ranks that are given only their own part of a pack give transformers' logits, loss and gradients."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from tests import reference
 from tests.functional import ranks, sharded_ranks
@@ -17,6 +20,11 @@ CP2, CP2_TP2 = Layout(cp=2, world=2), Layout(cp=2, tp=2, sp=True, world=4)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return reference.write_checkpoint(tmp_path_factory.mktemp("untied"))
+
+
+@pytest.fixture(scope="module")
+def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference.write_checkpoint(tmp_path_factory.mktemp("moe"), experts={})
 
 
 def picture_in_the_middle() -> reference.Conversation:
@@ -41,7 +49,9 @@ def groups() -> list[list[reference.Conversation]]:
     ]
 
 
-def row(group: list[reference.Conversation], cp: int, known: bool) -> dict[str, torch.Tensor]:
+def row(
+    group: list[reference.Conversation], cp: int, known: bool, length: int = PACK_LENGTH
+) -> dict[str, torch.Tensor]:
     """A packed row cut over `cp` ranks, segment by segment and chunk by chunk; `known`: it says what is padding."""
     tokens: list[list[int]] = [[] for _ in range(cp)]
     labels: list[list[int]] = [[] for _ in range(cp)]
@@ -54,14 +64,14 @@ def row(group: list[reference.Conversation], cp: int, known: bool) -> dict[str, 
         bounds.append(bounds[-1] + len(ids))
         deal(ids, tokens)
         deal(targets, labels)
-    spare = PACK_LENGTH - bounds[-1]
+    spare = length - bounds[-1]
     deal([0] * spare, tokens)
     deal([-100] * spare, labels)
-    pack = reference.pack(group, PACK_LENGTH)
+    pack = reference.pack(group, length)
     media = {key: pack[key] for key in MEDIA}
     lengths = {"lengths": torch.tensor([*[len(c.tokens) for c in group], spare])} if known else {}
     cut = {"input_ids": torch.tensor(tokens), "labels": torch.tensor(labels)}
-    return cut | {"cu_seqlens": torch.tensor([*bounds, PACK_LENGTH])} | lengths | media
+    return cut | {"cu_seqlens": torch.tensor([*bounds, length])} | lengths | media
 
 
 def deal(values: list[int], hands: list[list[int]]) -> None:
@@ -77,6 +87,33 @@ def test_parts_equal_separate_conversations(pool: Pool, folder: Path, layout: La
     rows = [row(group, layout.cp, known) for group in groups()]
     assert not (rows[2]["input_ids"][0] == reference.IMAGE).any()
     found = pool.run(ranks.forward_backward, layout, folder=folder, packs=rows, step=sharded_ranks.row_step)
+    compare(found, layout, folder, groups()).check()
+
+
+@pytest.mark.parametrize("others", ["none", "meta"])
+@pytest.mark.parametrize("layout", [Layout(cp=2, pp=2, world=4), Layout(cp=2, pp=2, vpp=2, world=4)], ids=str)
+def test_rows_need_pixels_only_where_the_tower_is(pool: Pool, folder: Path, layout: Layout, others: str) -> None:
+    rows = [row(group, layout.cp, known=True) for group in groups()]
+    step = partial(sharded_ranks.pixels_for_the_tower, step=sharded_ranks.row_step, others=others)
+    found = pool.run(ranks.forward_backward, layout, folder=folder, packs=rows, step=step)
+    compare(found, layout, folder, groups()).check()
+
+
+@pytest.mark.parametrize("others", ["none", "meta"])
+def test_padded_batches_need_pixels_only_where_the_tower_is(pool: Pool, folder: Path, others: str) -> None:
+    layout, batches = Layout(pp=2, world=2), [reference.padded_batch(group) for group in groups()]
+    step = partial(sharded_ranks.pixels_for_the_tower, step=ranks.padded_step, others=others)
+    options = {"step": step, "variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    found = pool.run(ranks.forward_backward, layout, folder=folder, packs=batches, **options)
+    compare(found, layout, folder, groups()).check()
+
+
+def test_parts_with_experts_and_recomputed_layers(pool: Pool, moe_folder: Path) -> None:
+    folder = moe_folder
+    layout = Layout(cp=2, ep=2, pp=2, world=4)
+    rows = [row(group, layout.cp, known=True) for group in groups()]
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    found = pool.run(ranks.forward_backward, layout, folder=folder, packs=rows, step=sharded_ranks.row_step, **full)
     compare(found, layout, folder, groups()).check()
 
 
@@ -113,11 +150,75 @@ def test_a_rank_with_a_bad_row_stops_every_rank_and_the_next_row_is_taken(
         "differ in cu_seqlens": {"cu_seqlens": torch.tensor([0, PACK_LENGTH])},
         "cu_seqlens holds 0": {"cu_seqlens": torch.tensor([4, PACK_LENGTH])},
         "differ in a whole row": {"input_ids": torch.full((1, PACK_LENGTH), 50)} | dict.fromkeys(MEDIA),
+        "has neither attention_mask": {"attention_mask": torch.ones_like(broken)},
+        "nor mm_token_type_ids": {"mm_token_type_ids": torch.zeros_like(broken)},
+        "padded \\[B, S\\] batch is not offered under context parallelism": {"cu_seqlens": None},
+        "lengths are those of a packed row": {"cu_seqlens": None, "lengths": torch.tensor([PACK_LENGTH])},
+        "packed_seq_params says where": {"packed_seq_params": PackedSeqParams()},
+        "packed_seq_params has no cu_seqlens_q": {"cu_seqlens": None, "packed_seq_params": PackedSeqParams()},
+        "takes input_ids": {"input_ids": None},
+        "has no attribute 'cpu'": {"input_ids": broken.tolist()},
     }
+    refused_on_every_rank(pool, layout, folder, good, faults)
+
+
+def refused_on_every_rank(
+    pool: Pool, layout: Layout, folder: Path, good: dict[str, Any], faults: dict[str, Any], **options: Any
+) -> None:
+    """With each fault of the last rank all ranks tell its message, and then take the good row."""
     rows = [good] * (len(faults) + 1)
-    found = pool.run(sharded_ranks.answers, layout, folder=folder, rows=rows, faults=[*faults.values(), {}])
+    found = pool.run(sharded_ranks.answers, layout, folder=folder, rows=rows, faults=[*faults.values(), {}], **options)
     for message, *refusals in zip(faults, *found, strict=False):
         assert all(refusal == refusals[0] for refusal in refusals)
         with pytest.raises(AssertionError, match=message):
             raise AssertionError(refusals[0])
     assert [answer[-1] for answer in found] == [PACK_LENGTH // layout.cp] * layout.world
+
+
+@pytest.mark.parametrize("layout", [Layout(), CP2], ids=str)
+def test_router_losses_refuse_rows_that_do_not_say_what_is_padding(
+    pool: Pool, moe_folder: Path, layout: Layout
+) -> None:
+    good = row(groups()[0], layout.cp, known=True)
+    bounds = good.pop("cu_seqlens").int()
+    true = torch.cat((bounds[:1], good.pop("lengths").cumsum(0))).int()
+    said = {"packed_seq_params": PackedSeqParams(cu_seqlens_q=true, cu_seqlens_q_padded=bounds)}
+    faults = {
+        "must not count padding": {"packed_seq_params": PackedSeqParams(cu_seqlens_q=bounds)},
+        "the same as cu_seqlens_q.*give `cu_seqlens` and `lengths`": {
+            "packed_seq_params": PackedSeqParams(cu_seqlens_q=bounds, cu_seqlens_q_padded=bounds.long())
+        },
+        "true `lengths`": {"packed_seq_params": None, "cu_seqlens": bounds},
+    }
+    for loss in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        refused_on_every_rank(pool, layout, moe_folder, good | said, faults, **{loss: 0.1})
+
+
+@pytest.mark.parametrize("layout", [Layout(), CP2], ids=str)
+def test_equal_bounds_of_megatrons_parameters_are_taken_without_router_losses(
+    pool: Pool, moe_folder: Path, layout: Layout
+) -> None:
+    good = row(groups()[0], layout.cp, known=False)
+    bounds = good.pop("cu_seqlens").int()
+    good |= {"packed_seq_params": PackedSeqParams(cu_seqlens_q=bounds, cu_seqlens_q_padded=bounds)}
+    refused_on_every_rank(pool, layout, moe_folder, good, {})
+
+
+ALL_GATHER = {"moe_token_dispatcher_type": "allgather"}
+
+
+@pytest.mark.parametrize("layout", [Layout(ep=2, world=2), Layout(cp=2, ep=2, world=4)], ids=str)
+def test_the_all_gather_dispatcher_takes_rows_of_one_length_alone(pool: Pool, moe_folder: Path, layout: Layout) -> None:
+    """Which is the model's `seq_length`."""
+    rows = [row(groups()[0], layout.cp, known=False, length=length) for length in (PACK_LENGTH, 2 * PACK_LENGTH)]
+    run: dict[str, Any] = {"folder": moe_folder, "rows": rows, "faults": [{}, {}]}
+    for taken, refused in pool.run(sharded_ranks.answers, layout, **run, **ALL_GATHER, seq_length=PACK_LENGTH):
+        assert taken == PACK_LENGTH // layout.cp
+        assert all(words in refused for words in (f"{2 * PACK_LENGTH} tokens", f"{PACK_LENGTH} (--seq-length)"))
+        assert "--moe-token-dispatcher-type alltoall" in refused
+    for answers in pool.run(sharded_ranks.answers, layout, **run, **ALL_GATHER):
+        for refused, length in zip(answers, (PACK_LENGTH, 2 * PACK_LENGTH), strict=True):
+            assert f"{length} tokens" in refused
+            assert "give the model `seq_length`" in refused
+    for taken in pool.run(sharded_ranks.answers, layout, **run):
+        assert taken == [PACK_LENGTH // layout.cp, 2 * PACK_LENGTH // layout.cp]

@@ -66,6 +66,18 @@ def test_every_kind_of_bad_pack_reaches_all_ranks_of_a_tensor_parallel_group(poo
     assert all(isinstance(answer, str) for answer in first)
 
 
+def test_pixels_reach_the_first_stage_alone_and_labels_the_last(pool: Pool, folder: Path) -> None:
+    """Not hidden in a header either: a slice of no rows would take all of them along."""
+    layout = Layout(tp=2, pp=2, world=4)
+    read = pack("images", "video")
+    pixels = read["pixel_values"].nbytes + read["pixel_values_videos"].nbytes
+    patches = len(read["pixel_values"]) + len(read["pixel_values_videos"])
+    found = pool.run(step_ranks.what_a_stage_reads, layout, folder=folder, pack=read)
+    assert [rank["patches"] for rank in found] == [patches, patches, 0, 0]
+    assert [rank["labels"] for rank in found] == [0, 0, PACK_LENGTH, PACK_LENGTH]
+    assert all(0 < rank["header"] < pixels / 2 for rank in found), pixels
+
+
 # Pictures
 
 

@@ -62,10 +62,10 @@ def assert_same_curve(found: list[float], expected: list[float]) -> None:
     [
         (2, ("--tensor-model-parallel-size", 2)),
         (2, ("--pipeline-model-parallel-size", 2)),
-        (2, ()),
+        (2, ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")),
         (2, ("--context-parallel-size", 2)),
     ],
-    ids=["tp2", "pp2", "dp2", "cp2"],
+    ids=["tp2", "pp2", "dp2-overlapped", "cp2"],
 )
 def test_layout_follows_one_process(folder: Path, one_process: list[float], processes: int, layout: tuple) -> None:
     found = train(folder, "--hf-folder", "hf", "--hf-weights", *layout, processes=processes)
@@ -113,10 +113,13 @@ def test_bf16_with_the_distributed_optimizer_stays_near(folder: Path, one_proces
     assert one_process[-1] < 0.9 * one_process[0]
 
 
-def test_started_from_a_megatron_checkpoint(folder: Path, one_process: list[float]) -> None:
-    imported = import_checkpoint(folder / "hf", folder / "imported")
+@pytest.mark.parametrize("argument", ["--pretrained-checkpoint", "--load"])
+def test_started_from_a_megatron_checkpoint(
+    folder: Path, one_process: list[float], tmp_path: Path, argument: str
+) -> None:
+    imported = import_checkpoint(folder / "hf", tmp_path / "imported")
     layout = ("--tensor-model-parallel-size", 2)
-    found = train(folder, "--hf-folder", imported / "hf", "--pretrained-checkpoint", imported, *layout, processes=2)
+    found = train(folder, "--hf-folder", imported / "hf", argument, imported, *layout, processes=2)
     assert_same_curve(found, one_process)
 
 

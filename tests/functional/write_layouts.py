@@ -1,11 +1,11 @@
-"""Runs every row of the matrix with all its variants and writes docs/layouts.md.
+"""Runs every row of the matrix with its variants and writes docs/layouts.md.
 
 Use: python -m tests.functional.write_layouts.
 
 Ends with an error where a figure is not within the tolerance. With `--check` the page is left as it is.
 """
 
-# What imports Megatron is imported inside the functions: spawned workers import this file before they start.
+# What imports Megatron is imported inside the functions: the workers import this file too.
 import argparse
 import datetime as dt
 import importlib.metadata
@@ -87,18 +87,18 @@ def page(tables: dict[str, list[str]], count: int, seconds: float) -> str:
     sections = "\n\n".join(f"## {titles[kind]}\n\n{head}\n" + "\n".join(lines) for kind, lines in tables.items())
     return f"""# Layouts that are proved
 
-Each row is a parallel layout on CPU processes over gloo. Packs with images, videos and text-only conversations go
-through Megatron's own schedules, forward and backward, and logits, loss and every parameter's gradient (gathered to
+Each row is a parallel layout on CPU processes over gloo, in fp32. Packs with images, videos and text-only conversations
+go through Megatron's own schedules, forward and backward, and logits, loss and every parameter's gradient (gathered to
 full tensors, in transformers' names) are compared with transformers, run conversation by conversation. The figures are
 the largest norm of a difference over the norm of transformers' result, over all variants of the row; each must be
 below {TOLERANCE:.0e}.
 
 A row is run without recomputation, with full and with selective recomputation, each with and without multi-token
-prediction, each with tied and with untied embeddings: twelve variants, and where context parallelism does not cut them
-two more with padded `[B, S]` batches. Rows with "some variants" repeat a combination in other sizes or splits; they are
-run plain, with blockwise recomputation, multi-token prediction and tied embeddings together, and padded.
-An empty cell is a size of one; `stages` is Megatron's pipeline layout string (an `m` is put before the `L` for
-multi-token prediction).
+prediction, each with tied and with untied embeddings: twelve variants (on four and eight processes the six of them
+that hold every pair), and where context parallelism does not cut them two more with padded `[B, S]` batches. Rows with
+"some variants" repeat a combination in other sizes or splits; they are run plain, with blockwise recomputation,
+multi-token prediction and tied embeddings together, and padded. An empty cell is a size of one; `stages` is Megatron's
+pipeline layout string (an `m` is put before the `L` for multi-token prediction).
 
 Any combination of dimensions that is no row here is refused at start, unless `--allow-unproved-combination` is given;
 sizes beyond these are arithmetic.

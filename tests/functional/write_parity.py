@@ -1,6 +1,6 @@
 """Writes docs/parity.md: python -m tests.functional.write_parity."""
 
-# What imports Megatron is imported inside the functions: spawned workers import this file before they start.
+# What imports Megatron is imported inside the functions: the workers import this file too.
 import datetime as dt
 import importlib.metadata
 import platform

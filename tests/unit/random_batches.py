@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,13 +25,18 @@ _PATCHES = torch.zeros(1 << 14, CONFIG.vision.patch_dim)
 
 @dataclass
 class Token:
-    """A token of a padded pack; `feature`: its row of the tower's output; `position`: time, row, column."""
+    """A token of a padded pack; `feature`: its row of the tower's output; `position`: time, row, column.
+
+    `next_id` and `next_label`: those of the next token of its conversation, if there is one.
+    """
 
     id: int
     label: int = -100
     feature: int | None = None
     position: tuple[int, int, int] = (0, 0, 0)
     padding: bool = False
+    next_id: int = FILLER
+    next_label: int = -100
 
 
 @dataclass
@@ -132,6 +138,8 @@ def walk(batch: Batch) -> list[list[Token]]:
                 token.position = (here, here, here)
                 here += 1
             row.append(token)
+        for token, after in pairwise(row):
+            token.next_id, token.next_label = after.id, after.label
         for _ in range(segment.padded - len(segment.ids)):
             row.append(Token(FILLER, position=(here, here, here), padding=True))
             here += 1

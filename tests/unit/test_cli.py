@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from megatron_vlbridge import cli
 from megatron_vlbridge.checkpoint import torch_dist_writer
 from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
+from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
 from tests import reference
+from tests.unit import test_convert, test_convert_moe
 
 
 def test_import_and_export_give_the_same_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,6 +30,59 @@ def test_unfit_input_exits_with_1_and_says_why(tmp_path: Path, capsys: pytest.Ca
     assert cli.main(["import", str(hf), str(tmp_path / "megatron")]) == 1
     assert "model-00002-of-" in capsys.readouterr().err
     assert not (tmp_path / "megatron").exists()
+
+
+def test_every_misfit_is_listed_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = reference.write_checkpoint(tmp_path / "hf", layers=2)
+    extras = {f"stray{number:02}": torch.zeros(3) for number in range(20)}
+    test_convert.rewrite(hf, lambda found: found.update(extras))
+    test_convert.rewrite(hf, lambda found: found.pop("lm_head.weight"))
+    capsys.readouterr()
+    found = run_json(capsys, "import", hf, tmp_path / "megatron")
+    assert found["code"] == 1
+    assert "do not fit each other in 21 places" in found["error"]
+    assert found["misfits"] == {
+        "missing Hugging Face tensors": ["lm_head.weight: expected [128, 64]"],
+        "extra Hugging Face tensors": [f"{name}: [3] float32, expected none of this name" for name in extras],
+    }
+    assert cli.main(["import", str(hf), str(tmp_path / "megatron")]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "stray07" in err
+    assert "stray08" not in err
+    assert "All 21 are listed with --json" in err
+
+
+def test_other_errors_are_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["import", tmp_path / "no", tmp_path / "x"], ["verify", tmp_path / "no"], ["inspect", tmp_path]):
+        found = run_json(capsys, *arguments)
+        assert (found["code"], found["misfits"]) == (1, {})
+        assert str(tmp_path) in found["error"]
+
+
+def test_the_options_of_a_conversion_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Square experts, so that --experts has to be said, and tensors that are no part of the model."""
+    fill = test_convert.bits_without_nan
+    out_in, in_out = (
+        test_convert_moe.make(tmp_path / form, form, inner=16, fill=fill) for form in ("fused_out_in", "fused_in_out")
+    )
+    expected = test_convert.tensors(in_out)
+    test_convert.rewrite(out_in, lambda found: found.update({"a.x": torch.zeros(3), "b.y": torch.ones(2)}))
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    read = ["import", str(out_in), str(megatron), "--dtype", "float32", "--leave-out", "a.*", "--leave-out", "b.y"]
+    assert cli.main(read) == 1
+    assert "--experts fused_in_out" in capsys.readouterr().err
+    assert cli.main([*read, "--experts", "fused_out_in"]) == 0
+    options = ["--experts", "fused_in_out", "--dtype", "bfloat16", "--max-shard-size", "30kB"]
+    assert cli.main(["export", str(megatron), str(back), *options]) == 0
+    test_convert.assert_same_bits(test_convert.tensors(back), expected)
+    largest = max(tensor.nbytes for tensor in expected.values())
+    sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in back.glob("*.safetensors")]
+    assert len(sizes) > 3  # the source is one file
+    assert max(sizes) <= max(30_000, largest)
+    assert (back / "config.json").read_bytes() == (in_out / "config.json").read_bytes()
+    table = TorchDistFolder(megatron).table.values()
+    assert {spec.dtype for spec in table} == {torch.float32}
 
 
 def test_wrong_usage_exits_with_2() -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
@@ -63,12 +63,46 @@ def tiny_config(tie: bool) -> Qwen3VLConfig:
     return Qwen3VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=tie, **TOKENS)
 
 
-def make(folder: Path, *, tie: bool = False, dtype: torch.dtype = torch.bfloat16, shard: str = "40KB") -> Path:
+# As integers: -0.0, the least subnormal, both infinities, a signalling NaN, a NaN of all ones.
+SPECIAL = {
+    torch.bfloat16: (torch.int16, [-0x8000, 1, 0x7F80, -0x80, 0x7F81, -1]),
+    torch.float16: (torch.int16, [-0x8000, 1, 0x7C00, -0x400, 0x7C01, -1]),
+    torch.float32: (torch.int32, [-0x80000000, 1, 0x7F800000, -0x800000, 0x7F800001, -1]),
+}
+
+
+def bits(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Every pattern of bits is as likely as any other, and those that arithmetic treats in its own way are there."""
+    kind, special = SPECIAL[dtype]
+    numbers = torch.iinfo(kind)
+    result = torch.randint(numbers.min, numbers.max + 1, shape).to(kind)
+    result.view(-1)[: len(special)] = torch.tensor(special, dtype=kind)[: result.numel()]
+    return result.view(dtype)
+
+
+def bits_without_nan(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """A conversion keeps all numbers, but not which NaN it was."""
+    found = bits(shape, dtype)
+    return torch.where(found.isnan(), torch.full_like(found, -1.5), found)
+
+
+def normal(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers that a model computes with."""
+    return torch.randn(shape).to(dtype)
+
+
+def save_model(model, folder: Path, shard: str, dtype: torch.dtype, fill) -> None:
     torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(tiny_config(tie))
+    model.to(dtype)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+        parameter.data = fill(parameter.shape, dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
+
+
+def make(
+    folder: Path, *, tie: bool = False, dtype: torch.dtype = torch.bfloat16, shard: str = "40KB", fill=bits
+) -> Path:
+    save_model(Qwen3VLForConditionalGeneration(tiny_config(tie)), folder, shard, dtype, fill)
     for name, content in SIDE_FILES.items():
         (folder / name).write_bytes(content)
     return folder
@@ -82,6 +116,16 @@ def sources(tmp_path_factory) -> dict[bool, Path]:
 @pytest.fixture
 def source(sources, tmp_path) -> Path:
     return Path(shutil.copytree(sources[False], tmp_path / "hf"))
+
+
+@pytest.fixture(scope="module")
+def without_nan(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("source") / "without-nan", fill=bits_without_nan)
+
+
+@pytest.fixture
+def convertible(without_nan, tmp_path) -> Path:
+    return Path(shutil.copytree(without_nan, tmp_path / "hf"))
 
 
 @pytest.fixture
@@ -116,8 +160,19 @@ def assert_side_files_are_the_same(found: Path, expected: Path) -> None:
     assert all((found / name).read_bytes() == (expected / name).read_bytes() for name in names)
 
 
+@pytest.mark.parametrize("dtype", SPECIAL)
+def test_the_random_weights_hold_what_only_bits_show(dtype):
+    numbers = bits(torch.Size([100]), dtype)
+    kind, special = SPECIAL[dtype]
+    assert numbers.view(kind)[:6].tolist() == special
+    assert torch.equal(numbers[:6].isnan(), torch.tensor([False] * 4 + [True] * 2))
+    assert torch.equal(numbers[:6].isinf(), torch.tensor([False] * 2 + [True] * 2 + [False] * 2))
+    assert numbers[1] == torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert bits_without_nan(torch.Size([100]), dtype).isnan().sum() == 0
+
+
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", SPECIAL, ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("shard", ["40KB", "1GB"], ids=["shards", "one-file"])
 def test_there_and_back_is_the_same_folder(tie, dtype, shard, tmp_path):
     source = make(tmp_path / "hf", tie=tie, dtype=dtype, shard=shard)
@@ -158,23 +213,107 @@ def test_max_shard_size_decides_the_shards(source, tmp_path):
     assert_same_bits(tensors(tmp_path / "many"), tensors(source))
 
 
-def test_float32_tensors_among_bfloat16_stay_so(source, tmp_path):
+def test_float32_tensors_among_bfloat16_stay_so(convertible, tmp_path):
     def change(found):
         for layer in range(3):
             found[NORM.format(layer)] = found[NORM.format(layer)].float() + 1e-7
 
-    rewrite(source, change)
+    rewrite(convertible, change)
+    import_checkpoint(convertible, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert_same_bits(tensors(tmp_path / "back"), tensors(convertible))
+
+
+def test_a_dtype_is_converted_to_on_both_ways(convertible, tmp_path):
+    import_checkpoint(convertible, tmp_path / "megatron", dtype=torch.float32)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", dtype="bfloat16")
+    assert_same_bits(tensors(tmp_path / "back"), tensors(convertible))
+    with pytest.raises(VLBridgeError, match="float8"):
+        import_checkpoint(convertible, tmp_path / "other", dtype="float8")
+
+
+def edit_config(folder: Path, change) -> bytes:
+    """Change a config.json in the hand of a person, tabs and all, and give what it is now."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text("\n" + json.dumps(config, indent="\t", separators=(",", " : ")), "utf-8")
+    return (folder / "config.json").read_bytes()
+
+
+def in_both_parts(config):
+    config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "bfloat16"
+
+
+def in_the_older_spelling(config):
+    for part in (config, config["text_config"], config["vision_config"]):
+        part.pop("dtype", None)
+        part["torch_dtype"] = "bfloat16"
+
+
+def elsewhere_too(config):
+    config["audio_config"] = {"dtype": "bfloat16"}
+    config["auto_map"] = '"dtype": "bfloat16"'
+
+
+@pytest.mark.parametrize("change", [in_both_parts, in_the_older_spelling, elsewhere_too])
+@pytest.mark.parametrize("where", ["import", "export", "like", "run"])
+def test_a_converted_checkpoint_names_its_dtype(where, change, convertible, tmp_path):
+    """A loader that takes the dtype of the config would cast the weights back."""
+    before = edit_config(convertible, change)
+    assert before.count(b'"bfloat16"') >= 2
+    if where == "import":
+        import_checkpoint(convertible, tmp_path / "megatron", dtype="float32")
+        assert AutoConfig.from_pretrained(tmp_path / "megatron" / "hf").dtype == torch.float32
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    elif where == "export":
+        import_checkpoint(convertible, tmp_path / "megatron")
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back", dtype="float32")
+    elif where == "like":
+        import_checkpoint(convertible, tmp_path / "megatron")
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back", like=convertible, dtype="float32")
+    else:
+        wide = Path(shutil.copytree(convertible, tmp_path / "wide"))
+        rewrite(wide, lambda found: found.update({name: tensor.float() for name, tensor in found.items()}))
+        export_checkpoint(training_run(tmp_path / "run", wide), tmp_path / "back", like=convertible)
+    after = (tmp_path / "back" / "config.json").read_bytes()
+    elsewhere = b'"audio_config"' if change is elsewhere_too else b"no such key"
+    head, key, tail = before.partition(elsewhere)
+    assert after == head.replace(b'"bfloat16"', b'"float32"') + key + tail
+    loaded = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "back", dtype="auto").state_dict()
+    assert_same_bits(loaded, {name: tensor.float() for name, tensor in tensors(convertible).items()})
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_config_that_names_the_written_dtype_stays_as_it_is(dtype, convertible, tmp_path):
+    before = edit_config(convertible, lambda config: None)
+    import_checkpoint(convertible, tmp_path / "megatron", dtype="float32")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", dtype="bfloat16")
+    assert (tmp_path / "back" / "config.json").read_bytes() == before
+    import_checkpoint(convertible, tmp_path / "same", dtype=dtype)
+    export_checkpoint(tmp_path / "same", tmp_path / "again", dtype=dtype)
+    assert (tmp_path / "again" / "config.json").read_bytes() == before
+
+
+def test_a_run_beside_a_converted_import_names_its_own_dtype(source, tmp_path):
+    import_checkpoint(source, tmp_path / "megatron", dtype="float32")
+    training_run(tmp_path / "megatron", source)
+    export_checkpoint(tmp_path / "megatron" / "iter_0000007", tmp_path / "back")
+    assert_same_bits(tensors(tmp_path / "back"), tensors(source))
+    assert_side_files_are_the_same(tmp_path / "back", source)
+
+
+def test_facts_of_an_import_with_a_damaged_dtype_are_refused(source, tmp_path):
+    facts = import_checkpoint(source, tmp_path / "megatron") / "hf" / "vlbridge.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"dtype": "float99"}))
+    with pytest.raises(VLBridgeError, match=r"vlbridge\.json: dtype: expected one or null, found 'float99'"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+
+
+def test_a_config_that_never_named_the_dtype_of_its_weights_comes_back_byte_by_byte(source, tmp_path):
+    before = edit_config(source, lambda config: config.update(dtype="float32"))
     import_checkpoint(source, tmp_path / "megatron")
     export_checkpoint(tmp_path / "megatron", tmp_path / "back")
-    assert_same_bits(tensors(tmp_path / "back"), tensors(source))
-
-
-def test_a_dtype_is_converted_to_on_both_ways(source, tmp_path):
-    import_checkpoint(source, tmp_path / "megatron", dtype=torch.float32)
-    export_checkpoint(tmp_path / "megatron", tmp_path / "back", dtype="bfloat16")
-    assert_same_bits(tensors(tmp_path / "back"), tensors(source))
-    with pytest.raises(VLBridgeError, match="float8"):
-        import_checkpoint(source, tmp_path / "other", dtype="float8")
+    assert (tmp_path / "back" / "config.json").read_bytes() == before
 
 
 def test_a_tied_head_that_is_stored_comes_back(tied, tmp_path):

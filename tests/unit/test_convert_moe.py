@@ -10,17 +10,25 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
-from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_export
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import ExpertForm, find
 from tests.unit.test_convert import (
+    EMBEDDING,
+    HEAD,
+    NORM,
     TEXT,
     TOKENS,
     VISION,
     assert_same_bits,
     assert_side_files_are_the_same,
+    bits,
+    bits_without_nan,
+    normal,
+    rewrite,
+    save_model,
     tensors,
     training_run,
 )
@@ -29,28 +37,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 FORMS = [form.value for form in ExpertForm]
 HF_LAYERS = "model.language_model.layers"
-SIDES = {"mixed": [1], "alike": []}
+SIDES: dict[str, dict] = {"mixed": {"dense": [1]}, "alike": {}, "tied": {"tie": True}}
 
 
-def tiny_config(inner: int = 12, dense: list[int] | None = None, step: int = 1) -> Qwen3VLMoeConfig:
+def tiny_config(inner: int = 12, dense: list[int] | None = None, step: int = 1, tie: bool = False) -> Qwen3VLMoeConfig:
     text = TEXT | {
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": inner,
         "mlp_only_layers": dense or [],
         "decoder_sparse_step": step,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tie,
     }
-    return Qwen3VLMoeConfig(text_config=text, vision_config=VISION, tie_word_embeddings=False, **TOKENS)
+    return Qwen3VLMoeConfig(text_config=text, vision_config=VISION, tie_word_embeddings=tie, **TOKENS)
 
 
-def make(folder: Path, form: str = "fused_out_in", **sizes) -> Path:
+def make(folder: Path, form: str = "fused_out_in", *, fill=bits, **sizes) -> Path:
     """What transformers saves, `fused_out_in`, or the same model with its experts turned or taken apart by torch."""
-    torch.manual_seed(0)
-    model = Qwen3VLMoeForConditionalGeneration(tiny_config(**sizes))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
+    save_model(Qwen3VLMoeForConditionalGeneration(tiny_config(**sizes)), folder, "40KB", torch.bfloat16, fill)
     (folder / "tokenizer.json").write_bytes(b'{"a":  1}\n')
     if form != "fused_out_in":
         found = tensors(folder)
@@ -86,9 +90,7 @@ def other_form(name: str, fused: torch.Tensor, form: str) -> dict[str, torch.Ten
 def sources(tmp_path_factory) -> dict[tuple[str, str], Path]:
     folder = tmp_path_factory.mktemp("moe")
     return {
-        (form, side): make(folder / f"{form}-{side}", form, dense=dense)
-        for form in FORMS
-        for side, dense in SIDES.items()
+        (form, side): make(folder / f"{form}-{side}", form, **sizes) for form in FORMS for side, sizes in SIDES.items()
     }
 
 
@@ -106,6 +108,57 @@ def test_there_and_back_is_the_same_folder(form, side, sources, tmp_path):
     export_checkpoint(tmp_path / "megatron", tmp_path / "back")
     assert_same_bits(tensors(tmp_path / "back"), tensors(source))
     assert_side_files_are_the_same(tmp_path / "back", source)
+
+
+def expert_tensors(form: str, layer: int, expert: int) -> list[str]:
+    """The tensors that hold an expert of a layer."""
+    place = f"{HF_LAYERS}.{layer}.mlp.experts"
+    if form == "per_expert":
+        return [f"{place}.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")]
+    return [f"{place}.{part}_proj" for part in ("gate_up", "down")]
+
+
+ROUTERS = [f"{HF_LAYERS}.{layer}.mlp.gate.weight" for layer in range(3)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "names",
+    [
+        lambda form: ROUTERS[1:2],
+        lambda form: ROUTERS,
+        lambda form: expert_tensors(form, 2, 3),
+        lambda form: expert_tensors(form, 1, 0)[:1],
+        lambda form: [ROUTERS[0], *expert_tensors(form, 0, 1), NORM.format(1), HEAD],
+    ],
+    ids=["a-router", "all-routers", "an-expert", "a-gate", "several"],
+)
+def test_each_tensor_keeps_its_own_dtype(names, form, tmp_path):
+    source = make(tmp_path / "hf", form, fill=bits_without_nan)
+
+    def change(found):
+        for name in names(form):
+            wide = bits_without_nan(found[name].shape, torch.float32)
+            assert not torch.equal(wide, wide.bfloat16().float())
+            found[name] = wide
+
+    rewrite(source, change)
+    import_checkpoint(source, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert_same_bits(tensors(tmp_path / "back"), tensors(source))
+    assert_side_files_are_the_same(tmp_path / "back", source)
+    assert verify(source, tmp_path / "megatron").equal
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tied_head_that_is_stored_comes_back(form, sources, tmp_path):
+    source = Path(shutil.copytree(sources[form, "tied"], tmp_path / "hf"))
+    rewrite(source, lambda found: found.update({HEAD: found[EMBEDDING].clone()}))
+    import_checkpoint(source, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert HEAD in tensors(tmp_path / "back")
+    assert HEAD not in tensors(sources[form, "tied"])
+    assert_same_bits(tensors(tmp_path / "back"), tensors(source))
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -129,6 +182,33 @@ def test_an_export_can_be_asked_for_another_form(sources, tmp_path):
     for form in FORMS:
         export_checkpoint(tmp_path / "megatron", tmp_path / form, experts=form)
         assert_same_bits(tensors(tmp_path / form), tensors(sources[form, "alike"]))
+
+
+EXTRAS = {
+    f"{HF_LAYERS}.1.mlp.experts.extra": torch.arange(5),
+    f"{HF_LAYERS}.1.mlp.experts.0.bias": torch.rand(3),
+    "steps": torch.rand(2, 3).half(),
+}
+
+
+@pytest.mark.parametrize("asked", [None, *FORMS])
+@pytest.mark.parametrize("form", FORMS)
+def test_extra_tensors_of_like_are_carried_into_every_form(form, asked, sources, tmp_path):
+    like = Path(shutil.copytree(sources[form, "alike"], tmp_path / "like"))
+    rewrite(like, lambda found: found.update(EXTRAS))
+    run = training_run(tmp_path / "run", sources["per_expert", "alike"])
+    export_checkpoint(run, tmp_path / "back", like=like, experts=asked)
+    assert_same_bits(tensors(tmp_path / "back"), tensors(sources[asked or form, "alike"]) | EXTRAS)
+
+
+@pytest.mark.parametrize("asked", [None, *FORMS])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_plan_says_where_the_form_is_not_the_hubs(form, asked, sources, tmp_path):
+    import_checkpoint(sources[form, "alike"], tmp_path / "megatron")
+    notes = plan_export(tmp_path / "megatron", tmp_path / "back", experts=asked).summary()["notes"]
+    written = asked or form
+    expected = f"experts are written as {written}; the Hub's form of them is fused_in_out: --experts fused_in_out"
+    assert notes == ([] if written == "fused_in_out" else [expected])
 
 
 @pytest.mark.parametrize("unstacked", [False, True], ids=["stacked", "unstacked"])
@@ -213,10 +293,11 @@ def test_an_orientation_that_cannot_be_seen_is_compared_as_it_is_said(form, squa
         verify(square[form], tmp_path / "megatron", experts=other)
 
 
-def test_the_hubs_orientation_computes_what_transformers_does(sources, tmp_path):
+def test_the_hubs_orientation_computes_what_transformers_does(tmp_path):
     """The published tensors are multiplied from the right, as the classes of transformers 4.57 do: `x @ w`."""
-    model = Qwen3VLMoeForConditionalGeneration.from_pretrained(sources["fused_out_in", "alike"], dtype=torch.float32)
-    import_checkpoint(sources["per_expert", "alike"], tmp_path / "megatron")
+    source = make(tmp_path / "hf", "fused_out_in", fill=normal)
+    model = Qwen3VLMoeForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    import_checkpoint(make(tmp_path / "single", "per_expert", fill=normal), tmp_path / "megatron")
     export_checkpoint(tmp_path / "megatron", tmp_path / "back", experts="fused_in_out")
     found = {name: tensor.float() for name, tensor in tensors(tmp_path / "back").items()}
     place = f"{HF_LAYERS}.1.mlp"
@@ -253,8 +334,10 @@ def test_a_config_that_means_another_model_is_refused(key, value, sources, tmp_p
 
 def test_the_rules_agree_with_transformers_on_names_and_shapes(sources):
     """In the form that transformers holds in memory."""
-    for side, dense in SIDES.items():
-        model = Qwen3VLMoeForConditionalGeneration(tiny_config(dense=dense))
+    for side, sizes in SIDES.items():
+        model = Qwen3VLMoeForConditionalGeneration(tiny_config(**sizes))
         config = read_config(sources["fused_out_in", side])
         table = find(config).table(config, ExpertForm.FUSED_OUT_IN)
-        assert table.hf_shapes == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tied = {HEAD: shapes[HEAD]} if side == "tied" else {}
+        assert table.hf_shapes | tied == shapes

@@ -1,5 +1,7 @@
 """The plan: what fits is accepted, and every kind of misfit is named, all at once."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import find
 from megatron_vlbridge.weights import Copy, GateUp, Plan, Region, RuleTable, TensorSpec
+from megatron_vlbridge.weights.plan import MisfitError
 from megatron_vlbridge.weights.regions import check_exact_cover
 
 RULES = RuleTable(
@@ -55,11 +58,34 @@ def test_all_misfits_are_listed_at_once():
         assert part in message, part
 
 
-def test_long_lists_are_shortened_with_their_count():
+def test_long_lists_are_shortened_with_their_count_and_the_error_holds_all():
     hf, megatron = tables()
-    hf |= {f"stray{number:02}": TensorSpec((1,), torch.int8) for number in range(20)}
-    with pytest.raises(VLBridgeError, match=r"extra Hugging Face tensors \(20\)[\s\S]*and 12 more"):
+    names = [f"stray{number:02}" for number in range(20)]
+    hf |= {name: TensorSpec((1,), torch.int8) for name in names}
+    del hf["up"]
+    with pytest.raises(VLBridgeError, match=r"extra Hugging Face tensors \(20\)[\s\S]*and 12 more") as caught:
         Plan(RULES, hf, megatron)
+    assert isinstance(caught.value, MisfitError)
+    assert caught.value.misfits == {
+        "missing Hugging Face tensors": ["up: expected [6, 4]"],
+        "extra Hugging Face tensors": [f"{name}: [1] int8, expected none of this name" for name in names],
+    }
+    assert "stray19" not in str(caught.value)
+    assert str(caught.value).endswith("All 21 are listed with --json, and in the error's misfits.")
+
+
+def test_an_error_that_shows_all_speaks_of_no_other_list():
+    hf, megatron = tables()
+    del hf["up"]
+    with pytest.raises(MisfitError) as caught:
+        Plan(RULES, hf, megatron)
+    assert "--json" not in str(caught.value)
+
+
+def test_the_error_passes_between_processes_whole():
+    error = MisfitError("text", {"kind": ["line"]})
+    other = pickle.loads(pickle.dumps(error))
+    assert (type(other), str(other), other.misfits) == (MisfitError, "text", {"kind": ["line"]})
 
 
 def test_padded_vocabulary_rows_are_accepted_and_noted():

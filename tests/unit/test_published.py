@@ -40,6 +40,17 @@ def source(sources, tmp_path) -> Path:
     return Path(shutil.copytree(sources["dense"], tmp_path / "hf"))
 
 
+@pytest.fixture(scope="module")
+def without_nan(tmp_path_factory) -> Path:
+    fill = test_convert.bits_without_nan
+    return test_convert.make(tmp_path_factory.mktemp("published") / "without-nan", fill=fill)
+
+
+@pytest.fixture
+def convertible(without_nan, tmp_path) -> Path:
+    return Path(shutil.copytree(without_nan, tmp_path / "hf"))
+
+
 def respell(folder: Path, text: str, vision: str, head: str, wrapper: str = "") -> None:
     """The same shards and index with other names, as another tool would have written them."""
     others = {TEXT: text, VISION: vision, HEAD: head}
@@ -151,6 +162,35 @@ def test_two_indexes_of_other_names_are_refused(source):
         SafetensorsFolder(source)
 
 
+# --- config.json ---
+
+
+def as_4_57(config: dict) -> dict:
+    """As the published files have it: `rope_theta` beside `rope_scaling`, `torch_dtype` for `dtype`."""
+    text, vision = dict(config["text_config"]), dict(config["vision_config"])
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    result = config | {"text_config": text, "vision_config": vision, "transformers_version": "4.57.0.dev0"}
+    for part in (result, text, vision):
+        part["torch_dtype"] = part.pop("dtype", "bfloat16")
+    return result
+
+
+@pytest.mark.parametrize("kind", ["dense", "tied", "experts"])
+def test_a_config_of_transformers_4_57_comes_back_and_means_the_same(kind, sources, tmp_path):
+    source = Path(shutil.copytree(sources[kind], tmp_path / "hf"))
+    config = as_4_57(json.loads((source / "config.json").read_text()))
+    assert "rope_parameters" not in config["text_config"]
+    (source / "config.json").write_text(json.dumps(config, indent=4))
+    import_checkpoint(source, tmp_path / "megatron")
+    import_checkpoint(sources[kind], tmp_path / "newer")
+    for path in (tmp_path / "newer" / "release").iterdir():
+        assert (tmp_path / "megatron" / "release" / path.name).read_bytes() == path.read_bytes()
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert_same_bits(tensors(tmp_path / "back"), tensors(sources[kind]))
+    test_convert.assert_side_files_are_the_same(tmp_path / "back", source)
+
+
 # --- dtypes ---
 
 
@@ -176,16 +216,16 @@ def in_float32(*names):
     ids=["one-layer", "two-layers", "q-alone", "head", "vision"],
 )
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_each_tensor_keeps_its_own_dtype(base, names, source, tmp_path):
-    rewrite(source, lambda found: found.update({name: tensor.to(base) for name, tensor in found.items()}))
-    rewrite(source, in_float32(*names))
-    import_checkpoint(source, tmp_path / "megatron")
+def test_each_tensor_keeps_its_own_dtype(base, names, convertible, tmp_path):
+    rewrite(convertible, lambda found: found.update({name: tensor.to(base) for name, tensor in found.items()}))
+    rewrite(convertible, in_float32(*names))
+    import_checkpoint(convertible, tmp_path / "megatron")
     export_checkpoint(tmp_path / "megatron", tmp_path / "back")
-    assert_same_bits(tensors(tmp_path / "back"), tensors(source))
-    export_checkpoint(tmp_path / "megatron" / "release", tmp_path / "again", like=source)
-    assert_same_bits(tensors(tmp_path / "again"), tensors(source))
-    assert verify(source, tmp_path / "megatron").equal
-    assert verify(source, tmp_path / "back").equal
+    assert_same_bits(tensors(tmp_path / "back"), tensors(convertible))
+    export_checkpoint(tmp_path / "megatron" / "release", tmp_path / "again", like=convertible)
+    assert_same_bits(tensors(tmp_path / "again"), tensors(convertible))
+    assert verify(convertible, tmp_path / "megatron").equal
+    assert verify(convertible, tmp_path / "back").equal
 
 
 def test_a_stack_of_several_dtypes_is_held_in_the_wider_and_the_plan_says_so(source, tmp_path):
@@ -216,22 +256,22 @@ def test_verify_sees_a_dtype_within_a_stack(source, tmp_path):
     assert [d.name for d in verify(source, other).differences][:2] == [NORM.format(0), NORM.format(1)]
 
 
-def test_numbers_trained_since_are_not_cut_silently(source, tmp_path):
+def test_numbers_trained_since_are_not_cut_silently(convertible, tmp_path):
     """A run that saves float32 where one layer began in 16 bits: its numbers fit no longer."""
-    rewrite(source, lambda found: found.update({name: tensor.float() for name, tensor in found.items()}))
-    run = training_run(tmp_path / "run", source)
-    like = Path(shutil.copytree(source, tmp_path / "like"))
+    rewrite(convertible, lambda found: found.update({name: tensor.float() for name, tensor in found.items()}))
+    run = training_run(tmp_path / "run", convertible)
+    like = Path(shutil.copytree(convertible, tmp_path / "like"))
     rewrite(like, lambda found: found.update({NORM.format(1): found[NORM.format(1)].bfloat16()}))
     export_checkpoint(run, tmp_path / "exact", like=like)
     assert_same_bits(tensors(tmp_path / "exact"), tensors(like))
-    rewrite(source, in_float32(*(NORM.format(layer) for layer in range(3))))
+    rewrite(convertible, in_float32(*(NORM.format(layer) for layer in range(3))))
     shutil.rmtree(run)
-    training_run(run, source)
+    training_run(run, convertible)
     with pytest.raises(VLBridgeError, match=r"layers\.1\.input_layernorm\.weight: expected float32 numbers that fit"):
         export_checkpoint(run, tmp_path / "cut", like=like)
     assert not (tmp_path / "cut").exists()
     export_checkpoint(run, tmp_path / "whole", like=like, dtype="float32")
-    assert_same_bits(tensors(tmp_path / "whole"), tensors(source))
+    assert_same_bits(tensors(tmp_path / "whole"), tensors(convertible))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

@@ -1,6 +1,7 @@
 """10,000 random packs, whole and cut: every rank holds what a walk over the tokens says."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.unit.random_batches import CONFIG, FILLER, IMAGE, Batch, Token, cut, 
 BATCHES, PARTS = 10_000, 10
 # Where the true lengths are known, padding may be anything, even a placeholder.
 PADDING = {True: IMAGE, False: FILLER}
+PREDICTING = replace(CONFIG, text=replace(CONFIG.text, num_mtp_layers=1))
 
 
 def check(found: PackedInputs, expected: list[Token], tp: int, known: bool = True) -> None:
@@ -45,9 +47,20 @@ def check_sequence_parallel(found: PackedInputs, features: list[int], pictures: 
         assert mine == inside
 
 
-def some_ranks(batch: Batch) -> list[int]:
-    """Two of the ranks, if there are, others for other batches."""
-    return random.Random(str(batch.cu_seqlens)).sample(range(batch.cp), min(batch.cp, 2))
+def check_prediction(found: PackedInputs, expected: list[Token], weight: float) -> None:
+    """What the prediction layer gets: next tokens, the labels behind them, and the pack's `weight` for each label."""
+    assert found.mtp is not None
+    assert found.mtp.labels is not None
+    assert found.mtp.weights is not None
+    assert found.mtp.tokens.tolist() == [[t.next_id for t in expected]]
+    assert found.mtp.labels.tolist() == [[max(t.next_label, 0) for t in expected]]
+    assert torch.equal(found.mtp.weights, torch.tensor([[weight * (t.next_label != -100) for t in expected]]))
+
+
+def some_ranks(batch: Batch, count: int = 2) -> list[int]:
+    """All ranks of about every tenth batch; of the others `count`, if there are, others for other batches."""
+    rng = random.Random(str(batch.cu_seqlens))
+    return list(range(batch.cp)) if rng.random() < 0.1 else rng.sample(range(batch.cp), min(batch.cp, count))
 
 
 def check_cut(batch: Batch, known: bool) -> None:
@@ -72,10 +85,10 @@ def check_whole(batch: Batch, known: bool) -> None:
     segments = walk(batch)
     ids, labels = rows_of(cut(segments, 1, 0), PADDING[known])
     row = Row(ids, torch.tensor(batch.cu_seqlens), batch.media(), labels, batch.lengths if known else None)
-    number = some_ranks(batch)[0]
-    rank = RankRow(row, CONFIG, batch.cp, number)
-    assert not rank.sharded
-    check(rank.inputs([rank.said] * batch.cp), cut(segments, batch.cp, number), batch.tp, known)
+    for number in some_ranks(batch, count=1):
+        rank = RankRow(row, CONFIG, batch.cp, number)
+        assert not rank.sharded
+        check(rank.inputs([rank.said] * batch.cp), cut(segments, batch.cp, number), batch.tp, known)
 
 
 def check_dense(batch: Batch) -> None:
@@ -95,9 +108,13 @@ def check_dense(batch: Batch) -> None:
             token.position = (0, 0, 0)
     ids, labels = rows_of(dense + [Token(0)] * (total - len(dense)))
     layout = BatchLayout.packed(batch.lengths, total)
-    pack = PackedInputs.from_pack(layout, ids, batch.media(), CONFIG, labels)
+    pack = PackedInputs.from_pack(layout, ids, batch.media(), PREDICTING, labels)
+    supervised = sum(t.label != -100 for t in dense)
+    weight = supervised / max(1, sum(t.next_label != -100 for t in dense))
     for rank in some_ranks(batch):
-        check(pack.context_parallel(batch.cp, rank, CONFIG), cut(segments, batch.cp, rank), batch.tp)
+        inputs, expected = pack.context_parallel(batch.cp, rank, PREDICTING), cut(segments, batch.cp, rank)
+        check(inputs, expected, batch.tp)
+        check_prediction(inputs, expected, weight)
 
 
 def check_indices(batch: Batch) -> None:

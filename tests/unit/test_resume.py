@@ -1,17 +1,23 @@
 """Interrupted runs: what is finished is continued to the same bytes, and never under changed conditions."""
 
 import json
+import os
+import re
+import resource
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+from megatron_vlbridge import cli
 from megatron_vlbridge.checkpoint import safetensors, torch_dist_writer
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_vlbridge.checkpoint.engine import Options, Progress
+from megatron_vlbridge.checkpoint.engine import Options, Progress, digest_range
 from megatron_vlbridge.errors import VLBridgeError
 from tests import reference
 
@@ -138,6 +144,131 @@ def test_other_options_are_refused(source, tmp_path):
         import_checkpoint(source, tmp_path / "megatron", dtype="bfloat16", resume=True)
 
 
+def test_a_change_behind_the_first_bytes_is_refused_though_the_times_are_set_back(source, tmp_path):
+    path = max(source.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    before = path.stat()
+    assert before.st_size > 2**16 + 1
+    interrupt(source, tmp_path / "megatron")
+    with path.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    with pytest.raises(VLBridgeError, match=rf"{path.name}.*changed \(content, rights or links\).*begin again"):
+        import_checkpoint(source, tmp_path / "megatron", resume=True)
+
+
+def test_a_source_behind_links_is_continued_and_refused_when_they_lead_elsewhere(model, tmp_path):
+    """As the Hub's cache keeps files."""
+    folder, blobs = tmp_path / "hf", [shutil.copytree(model, tmp_path / name) for name in ("blobs", "others")]
+
+    def link(place: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for path in place.iterdir():
+            (folder / path.name).symlink_to(path)
+
+    link(blobs[0])
+    expected = files_of(import_checkpoint(folder, tmp_path / "straight"))
+    interrupt(folder, tmp_path / "megatron")
+    link(blobs[1])
+    with pytest.raises(VLBridgeError, match="expected to continue from the same source"):
+        import_checkpoint(folder, tmp_path / "megatron", resume=True)
+    link(blobs[0])
+    assert files_of(import_checkpoint(folder, tmp_path / "megatron", resume=True)) == expected
+
+
+def renamed(folder: Path, target: Path, rename: Callable[[str], str]) -> Path:
+    """The same checkpoint in files of other names, in the same order."""
+    index = json.loads((folder / safetensors.INDEX).read_text())
+    weight_map = {name: rename(file) for name, file in index["weight_map"].items()}
+    shutil.copytree(folder, target)
+    for file in set(index["weight_map"].values()):
+        (target / file).rename(target / rename(file))
+    (target / safetensors.INDEX).write_text(json.dumps(index | {"weight_map": weight_map}))
+    return target
+
+
+def swap_two(folder: Path, target: Path) -> Path:
+    """The same checkpoint and file names, but two tensors of one shape and file in the other order."""
+    shutil.copytree(folder, target)
+    for path in sorted(target.glob("*.safetensors")):
+        tensors = load_file(path)
+        shapes = {(tensor.shape, tensor.dtype): name for name, tensor in tensors.items()}
+        pairs = [(name, shapes[tensor.shape, tensor.dtype]) for name, tensor in tensors.items()]
+        for one, other in (pair for pair in pairs if pair[0] != pair[1]):
+            path.write_bytes(reordered(path.read_bytes(), one, other))
+            return target
+    raise AssertionError
+
+
+def reordered(content: bytes, one: str, other: str) -> bytes:
+    """A file in which two entries of the header, and their numbers, have changed places."""
+    length = int.from_bytes(content[:8], "little")
+    header, numbers = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
+    places = [slice(*header[name]["data_offsets"]) for name in (one, other)]
+    numbers[places[0]], numbers[places[1]] = numbers[places[1]], numbers[places[0]]
+    header[one], header[other] = header[other], header[one]
+    return content[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(length) + bytes(numbers)
+
+
+FILES = {
+    "larger shards": lambda source, _: {"like": source, "max_shard_size": 10**9},
+    "smaller shards": lambda source, _: {"like": source, "max_shard_size": 50_000},
+    "other names": lambda source, path: {"like": renamed(source, path, lambda file: f"part-{file}")},
+    "other order": lambda source, path: {"like": swap_two(source, path)},
+}
+
+
+@pytest.mark.parametrize("other", FILES)
+@pytest.mark.parametrize("turned", [False, True])
+def test_other_files_are_refused(turned, other, source, tmp_path):
+    """They once were not: the finished parts of the other files were kept, and left zeros in these."""
+    import_checkpoint(source, tmp_path / "megatron")
+    before, now = {"like": source}, FILES[other](source, tmp_path / "like")
+    if turned:
+        before, now = now, before
+    expected = files_of(export_checkpoint(tmp_path / "megatron", tmp_path / "straight", **before))
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back", options=stop_after(6), **before)
+    with pytest.raises(VLBridgeError, match=r"with the same options, found files\..*Give.*or remove"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back", resume=True, **now)
+    assert not (tmp_path / "back").exists()
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", resume=True, **before)
+    assert files_of(tmp_path / "back") == expected
+
+
+MOVED = {
+    "another file": lambda part: {"file": f"../stale/{part['file']}"},
+    "another start": lambda part: {"start": part["start"] + 8},
+}
+
+
+@pytest.mark.parametrize("change", MOVED.values(), ids=MOVED)
+def test_a_part_that_lies_elsewhere_is_written_again(change, source, tmp_path):
+    """A journal that is intact by its checksums, but not of this writer."""
+    import_checkpoint(source, tmp_path / "megatron")
+    expected = files_of(export_checkpoint(tmp_path / "megatron", tmp_path / "straight"))
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back", options=stop_after(6))
+    work = tmp_path / ".back.vlbridge"
+    first, *parts = (work / "journal.jsonl").read_text().splitlines()
+    moved = []
+    shutil.copytree(work / "result", work / "stale")
+    for part in map(json.loads, parts):  # what was kept is lost where it belongs
+        with (work / "result" / part["file"]).open("r+b") as stream:
+            stream.seek(part["start"])
+            stream.write(bytes(part["length"]))
+        moved.append(part | change(part))
+    for part in moved:
+        part["sha256"] = digest_range(work / "result" / part["file"], part["start"], part["length"])
+    (work / "journal.jsonl").write_text("\n".join([first, *map(json.dumps, moved)]) + "\n")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", resume=True)
+    assert files_of(tmp_path / "back") == expected
+
+
 def test_a_finished_part_that_rots_is_written_again(source, tmp_path):
     expected = files_of(import_checkpoint(source, tmp_path / "straight"))
     work = interrupt(source, tmp_path / "megatron")
@@ -198,7 +329,7 @@ def test_a_journal_without_its_result_is_no_hindrance(source, tmp_path):
     assert files_of(tmp_path / "megatron") == expected
 
 
-def test_a_disk_that_is_too_small_is_found_before_the_first_byte(source, tmp_path):
+def test_a_disk_that_is_too_small_is_found_before_the_first_byte(source, tmp_path, capsys):
     """A terabyte of embeddings in a file without blocks on the disk."""
     config = json.loads((source / "config.json").read_text())
     config["tie_word_embeddings"] = True
@@ -217,11 +348,126 @@ def test_a_disk_that_is_too_small_is_found_before_the_first_byte(source, tmp_pat
     with (source / "model.safetensors").open("wb") as stream:
         stream.write(header)
         stream.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
+    assert cli.main(["import", str(source), str(tmp_path / "megatron"), "--dry-run"]) == 1
+    assert re.search(r"expected room for \d{13} bytes, found", capsys.readouterr().err)
     begun = threading.Event()
     with pytest.raises(VLBridgeError, match=r"expected room for \d{13} bytes, found"):
         import_checkpoint(source, tmp_path / "megatron", options=Options(report=lambda _progress: begun.set()))
     assert not begun.is_set()
     assert names_of(tmp_path) == {"hf"}
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def taken(_source: Path, target: Path) -> list[str]:
+    target.mkdir()
+    return []
+
+
+def taken_after_a_kill(_source: Path, target: Path) -> list[str]:
+    work = target.parent / f".{target.name}.vlbridge"
+    for folder in (target, work):
+        folder.mkdir()
+    (work / "lock").touch()
+    return []
+
+
+def begun(source: Path, target: Path) -> list[str]:
+    interrupt(source, target)
+    return []
+
+
+def begun_from_another_source(source: Path, target: Path) -> list[str]:
+    interrupt(source, target)
+    change_config(source)
+    return ["--resume"]
+
+
+def below_a_file(_source: Path, target: Path) -> list[str]:
+    target.parent.write_text("")
+    return []
+
+
+def short_of_memory(_source: Path, _target: Path) -> list[str]:
+    return ["--memory", "1MB"]
+
+
+UNFIT = {
+    taken: "expected a name that is free",
+    taken_after_a_kill: "expected a name that is free",
+    begun: "finished parts of an interrupted run",
+    begun_from_another_source: "expected to continue from the same source",
+    below_a_file: "expected a folder that may be written in",
+    short_of_memory: "memory: expected at least",
+}
+
+
+@pytest.mark.parametrize("make", UNFIT)
+def test_a_dry_run_refuses_what_a_run_would_and_writes_nothing(make, source, tmp_path, capsys):
+    target = tmp_path / "below" / "megatron"
+    if make is not below_a_file:
+        target.parent.mkdir()
+    more = make(source, target)
+    before = tree(tmp_path)
+    assert cli.main(["import", str(source), str(target), "--dry-run", *more]) == 1
+    assert UNFIT[make] in capsys.readouterr().err
+    assert tree(tmp_path) == before
+    assert cli.main(["import", str(source), str(target), *more]) == 1
+
+
+def test_a_dry_run_of_a_resume_succeeds_and_the_work_is_still_there(source, tmp_path, capsys):
+    work = interrupt(source, tmp_path / "megatron")
+    before = tree(work)
+    assert cli.main(["import", str(source), str(tmp_path / "megatron"), "--dry-run", "--resume"]) == 0
+    assert "GB to write in" in capsys.readouterr().out
+    assert tree(work) == before
+    import_checkpoint(source, tmp_path / "megatron", resume=True)
+
+
+def test_a_dry_run_beside_a_run_says_so(source, tmp_path, capsys):
+    codes: list[int] = []
+
+    def report(_progress: Progress) -> None:
+        if not codes:
+            codes.append(cli.main(["import", str(source), str(tmp_path / "megatron"), "--dry-run", "--resume"]))
+
+    import_checkpoint(source, tmp_path / "megatron", options=Options(report=report))
+    assert codes == [1]
+    assert "another run that writes it" in capsys.readouterr().err
+
+
+def fills_after(parts: int) -> Options:
+    """Options under which the disk, as far as this process sees it, is full after so many parts."""
+    seen = []
+
+    def report(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == parts:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    return Options(workers=1, report=report)
+
+
+@pytest.mark.parametrize("convert", [import_checkpoint, export_checkpoint])
+def test_a_disk_that_fills_after_some_parts_is_continued_to_the_same_bytes(convert, source, tmp_path):
+    if convert is export_checkpoint:
+        source = import_checkpoint(source, tmp_path / "source")
+    seen: list[Progress] = []
+    expected = files_of(convert(source, tmp_path / "straight", options=Options(report=seen.append)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(VLBridgeError, match=r"File too large.*\d+ finished parts are kept.*--resume"):
+            convert(source, tmp_path / "target", options=fills_after(8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "target").exists()
+    kept = len((tmp_path / ".target.vlbridge" / "journal.jsonl").read_text().splitlines()) - 1
+    assert 8 <= kept < len(seen)
+    convert(source, tmp_path / "target", options=Options(report=seen.append), resume=True)
+    assert seen[-1].resumed > 0
+    assert files_of(tmp_path / "target") == expected
 
 
 def test_a_source_that_ends_early_while_it_is_read_is_named_and_the_work_kept(source, tmp_path):

@@ -198,6 +198,29 @@ def test_a_damaged_shard_is_refused_by_name(damage, reason, tmp_path):
     assert "x-1.safetensors" in str(caught.value)
 
 
+@pytest.mark.parametrize("shape", [[0, 2**63], [0] * 65, [0, 10**4000]], ids=["huge", "deep", "long"])
+def test_an_empty_tensor_of_a_shape_that_none_can_have_is_refused(shape, tmp_path):
+    text = json.dumps({"a": {"dtype": "I8", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(VLBridgeError, match=r"model\.safetensors: a: expected a shape"):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nul\0", "escape\x1b[2J", "c1\x9b", "half\ud800", "line\n"])
+def test_a_name_that_cannot_be_printed_is_refused_in_printable_words(name, tmp_path):
+    text = json.dumps({name: {"dtype": "I8", "shape": [], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"x")
+    with pytest.raises(VLBridgeError, match="printable names") as caught:
+        SafetensorsFolder(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["größe.weight", "层.weight", "a b", ""])
+def test_other_names_are_read(name, tmp_path):
+    save_file({name: TENSORS["b"]}, tmp_path / "model.safetensors")
+    assert SafetensorsFolder(tmp_path).table.keys() == {name}
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

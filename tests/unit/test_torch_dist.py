@@ -5,8 +5,12 @@ import itertools
 import json
 import os
 import pickle
+import random
+import struct
 import threading
-from pathlib import Path
+import tracemalloc
+from collections import OrderedDict
+from pathlib import Path, PosixPath
 
 import pytest
 import torch
@@ -16,13 +20,16 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, s
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.serialization import _get_layout
 from torch.utils.serialization import config as serialization
 
+from megatron_vlbridge.checkpoint.dcp_metadata import read_metadata
 from megatron_vlbridge.checkpoint.engine import Block
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, _SafeReader, locate
 from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region, TensorSpec
+from tests.unit.time_limit import limit
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -238,6 +245,151 @@ def test_metadata_that_is_none_is_refused(content, tmp_path):
         TorchDistFolder(folder)
 
 
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+PATH, PLAIN = named("pathlib", "PosixPath"), named("collections", "OrderedDict")
+ENUM = named("torch.distributed.checkpoint.planner", "WriteItemType")
+LAYOUT = named("torch.serialization", "_get_layout")
+RECORD = named("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata")
+SIZE = named("torch", "Size")
+STATE = b"}" + text("is_symlink") + PLAIN + b"s"
+MEMBER = ENUM + b"K\1\x85R"
+
+
+@pytest.mark.parametrize(
+    "content",
+    {
+        "class": PATH + b"N" + STATE + b"\x86b",
+        "class-of-records": RECORD + b"N" + STATE + b"\x86b",
+        "class-by-dict": PLAIN + STATE + b"b",
+        "enum": ENUM + b"N" + STATE + b"\x86b",
+        "member-of-enum": MEMBER + STATE + b"b",
+        "function": LAYOUT + STATE + b"b",
+        "dtype": named("torch", "float32") + STATE + b"b",
+        "record-by-slots": RECORD + b")\x81N" + STATE + b"\x86b",
+        "item-of-a-class": PATH + text("is_symlink") + PLAIN + b"s",
+        "call-of-a-class": RECORD + b")R",
+        "call-of-an-enum": ENUM + text("New") + text("a b") + b"\x86R",
+        "new-enum": ENUM + b")\x81",
+        "new-class-of-a-class": SIZE + b")\x81",
+        "old-instance": b"(" + PATH + b"o",
+        "extension": b"\x82\1",
+        "persistent": text("x") + b"Q",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_hostile_pickle_changes_no_class(content, tmp_path):
+    folder = write(tmp_path, {"w": some(2)})
+    shared = (PosixPath, OrderedDict, WriteItemType, WriteItemType.SHARD, _get_layout, ChunkStorageMetadata)
+    before = [dict(vars(thing)) for thing in shared]
+    (folder / ".metadata").write_bytes(b"\x80\4" + content[1] + b".")
+    with pytest.raises(VLBridgeError, match=r"\.metadata: .*no checkpoint needs"):
+        TorchDistFolder(folder)
+    assert [dict(vars(thing)) for thing in shared] == before
+
+
+NESTED = b")" + b"\x85" * 300_000
+
+
+def doubled(levels: int) -> bytes:
+    """A tuple that holds one tuple twice, and so on: five bytes a level, 2 ** levels parts."""
+    return b")q\0" + b"".join(b"h%c\x86q%c" % (level, level + 1) for level in range(levels))
+
+
+@pytest.mark.parametrize(
+    "content",
+    {
+        "deep-key": b"}" + NESTED + b"K\1s",
+        "doubled-key": b"}" + doubled(60) + b"K\1s",
+        "doubled-index": b"}"
+        + named("torch.distributed.checkpoint.metadata", "MetadataIndex")
+        + (b")\x81}(" + text("fqn") + doubled(60) + text("offset") + b"NubK\1s"),
+        "deep-argument": ENUM + NESTED + b"\x85R",
+        "deep-class": NESTED + b")R",
+        "bytes": b"\x8e" + struct.pack("<Q", 2**62),
+        "more-bytes": b"\x8e" + struct.pack("<Q", 2**63 + 1),
+        "text": b"\x8d" + struct.pack("<Q", 2**62),
+        "bytearray": b"\x96" + struct.pack("<Q", 2**30),
+        "huge-bytearray": b"\x96" + struct.pack("<Q", 2**62),
+        "memo": b"Nr" + struct.pack("<I", 2**26),
+        "long-integer": b"\x8b" + struct.pack("<i", 2**31 - 1),
+        "frame": b"\x95" + struct.pack("<Q", 2**62),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_hostile_pickle_takes_neither_memory_nor_time(content, tmp_path):
+    folder = write(tmp_path, {"w": some(2)})
+    (folder / ".metadata").write_bytes(b"\x80\4" + content[1] + b".")
+    tracemalloc.start()
+    try:
+        with limit(20), pytest.raises(VLBridgeError, match=r"\.metadata: .*found:? \S"):
+            TorchDistFolder(folder)
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("where", ["size", "chunks", "properties"])
+def test_an_entry_that_doubles_itself_is_refused_in_few_words(where, tmp_path):
+    value: object = ()
+    for _ in range(60):
+        value = [value, value]
+    folder = write(tmp_path, {"w": some(2)})
+    edit(folder, lambda metadata: setattr(metadata.state_dict_metadata["w"], where, value))
+    with limit(20), pytest.raises(VLBridgeError, match=r"\.metadata: w: ") as caught:
+        TorchDistFolder(folder)
+    assert len(str(caught.value)) < 1000
+
+
+def test_metadata_with_changed_bytes_is_refused_or_means_as_much(tmp_path):
+    """A name, or which of two places is whose, is known from the pickle alone."""
+    folder = write(tmp_path, {"a.w": some(2, 3), "b.w": some(4)}, {"a.w": [{1}]})
+    sound = (folder / ".metadata").read_bytes()
+    messages = []
+    for seed in range(500):
+        chance, content = random.Random(seed), bytearray(sound)
+        for _ in range(chance.randint(1, 3)):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        (folder / ".metadata").write_bytes(content)
+        try:
+            reader = TorchDistFolder(folder)
+            read = [reader.read(Region.whole(name, spec.shape)) for name, spec in reader.table.items()]
+        except VLBridgeError as error:
+            messages.append(str(error))
+        else:
+            assert {tuple(found.shape) for found in read} <= {(2, 3), (4,)}, seed
+    assert 100 < len(messages) < 500
+    assert all(str(folder) in message for message in messages)
+
+
+def test_metadata_of_another_python_is_read(tmp_path):
+    """Python 3.13 has the class of paths in another module."""
+    folder = write(tmp_path, {"w": some(2)})
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    content = pickle.dumps(metadata, protocol=2)
+    assert content.count(b"cpathlib\nPosixPath\n") == 1
+    (folder / ".metadata").write_bytes(content.replace(b"cpathlib\n", b"cpathlib._local\n"))
+    assert torch.equal(TorchDistFolder(folder).read(Region.whole("w", (2,))), some(2))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_what_torch_writes_is_read_as_pickle_reads_it(protocol, tmp_path):
+    folder = write(tmp_path, {"m.w": some(4, 3), "b": some(2, dtype=torch.bfloat16)}, {"m.w": [{2}]})
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.planner_data = {
+        "m.w": ("m", "w", 0),
+        "more": OrderedDict(layer=["x" if protocol == 2 else b"x", 2.5, 2**40, True, None, torch.strided]),
+    }
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata, protocol=protocol))
+    assert read_metadata(folder / ".metadata") == metadata
+
+
 def edit(folder: Path, change) -> None:
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     change(metadata)
@@ -261,7 +413,7 @@ def move_chunk(metadata):
 
 
 def forget_storage(metadata):
-    metadata.storage_data = {}
+    del metadata.storage_data[MetadataIndex("w", (2, 0))]
 
 
 def storage(metadata):
