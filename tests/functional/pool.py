@@ -140,12 +140,23 @@ def _on_rank(function: Callable[..., Any], layout: Layout, rank: int, store: str
             get_embedding_ranks=_embedding_ranks(layout, kwargs.get("folder")),
         )
         model_parallel_cuda_manual_seed(1234)
+        _forget_loss_scales()
         return function(layout, **kwargs)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         # Models in reference cycles keep their groups, and these their threads.
         gc.collect()
+
+
+def _forget_loss_scales() -> None:
+    """Megatron's schedules leave the scale of their last micro-batch in these classes; it is not the next run's."""
+    import torch
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
 
 
 def _embedding_ranks(layout: Layout, folder: Path | None) -> Callable[[list[int]], list[int]] | None:
