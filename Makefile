@@ -3,13 +3,14 @@ PY := .venv/bin/python
 DEMO_ARGS ?=
 LAYOUT_ARGS ?=
 
-.PHONY: help setup demo test test-long test-layouts test-te lint format unit functional clean clean-venv
+.PHONY: help setup demo test test-long test-layouts test-hf4 test-te lint format unit functional clean clean-venv
 
 help:
 	@echo "make demo        digits -> HF checkpoint -> Megatron -> training -> HF -> answers, in demo-out/ (DEMO_ARGS=...)"
 	@echo "make test        lint, types, unit and functional tests"
 	@echo "make test-long   the functional tests that take minutes or gigabytes of disk"
-	@echo "make test-layouts  every layout in its variants, then writes docs/layouts.md (LAYOUT_ARGS=--check: does not)"
+	@echo "make test-layouts  every layout in its variants, all random batches; writes docs/layouts.md but for LAYOUT_ARGS=--check"
+	@echo "make test-hf4    what transformers 4.57 saves and loads, in .venv-hf4"
 	@echo "make test-te     Transformer Engine's modules, in .venv-te; needs a CUDA toolkit (nvcc), but no GPU"
 	@echo "make lint        ruff and mypy alone        make format      let ruff reformat and fix"
 	@echo "make unit        unit tests alone           make functional  functional tests alone"
@@ -32,6 +33,11 @@ test-long: setup
 
 test-layouts: setup
 	$(PY) -m tests.functional.write_layouts $(LAYOUT_ARGS)
+	$(PY) -m pytest tests/unit tests/functional -m layouts
+
+test-hf4: setup
+	@ci/setup_hf4.sh
+	.venv-hf4/bin/python -m pytest tests/hf4
 
 test-te: setup
 	@ci/setup_te.sh
@@ -47,14 +53,14 @@ format: setup
 	$(PY) -m ruff format .
 
 unit: setup
-	$(PY) -m pytest tests/unit
+	$(PY) -m pytest tests/unit -m "not layouts"
 
 functional: setup
-	$(PY) -m pytest tests/functional -m "not long"
+	$(PY) -m pytest tests/functional -m "not long and not layouts"
 
 clean:
 	rm -rf build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name '.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 clean-venv: clean
-	rm -rf .venv .venv-te
+	rm -rf .venv .venv-hf4 .venv-te

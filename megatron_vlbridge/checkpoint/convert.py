@@ -123,7 +123,7 @@ def plan_import(
     )
 
     def fill(region: Region, out: torch.Tensor) -> None:
-        gather_into(out, table.hf_sources(region), weights.read_into)
+        gather_into(out, table.hf_sources(region), weights.read_into, hf)
 
     return Conversion(
         kind="import",
@@ -218,7 +218,7 @@ def plan_export_of(
     carried = _carried(model, {*hf, *_own_names(model, config, family)}, family)
     hf |= carried
     read = model.weights.read_into if model.weights is not None else None
-    fill = _hf_filler(plan, family.embedding, weights.read_into, dict.fromkeys(carried, read))
+    fill = _hf_filler(plan, family.embedding, weights, dict.fromkeys(carried, read))
     files, index = _shards(hf, model, max_shard_size)
 
     def complete(folder: Path) -> None:
@@ -241,7 +241,7 @@ def plan_export_of(
     )
 
 
-def _hf_filler(plan: Plan, embedding: str, read: Filler, others: Mapping[str, Filler | None]) -> Filler:
+def _hf_filler(plan: Plan, embedding: str, weights: MegatronWeights, others: Mapping[str, Filler | None]) -> Filler:
     """Fills regions of Hugging Face tensors: those of the rules, a tied head, `others` with readers of their own."""
     table = plan.table
 
@@ -250,7 +250,7 @@ def _hf_filler(plan: Plan, embedding: str, read: Filler, others: Mapping[str, Fi
         if out.dtype != torch.float32 and any(piece.source.name in plan.widened for piece in pieces):
             narrow_into(region, out, numbers)
         else:
-            gather_into(out, pieces, read)
+            gather_into(out, pieces, weights.read_into, weights.table)
 
     def fill(region: Region, out: torch.Tensor) -> None:
         other = others.get(region.name)

@@ -78,8 +78,12 @@ def narrow_into(region: Region, out: torch.Tensor, fill: Filler) -> None:
     for offset, part in split(region.offset, out, _AT_ONCE):
         wide = torch.empty(part.shape, dtype=torch.float32)
         fill(Region(region.name, offset, tuple(part.shape)), wide)
-        part.copy_(wide)
-        if not torch.equal(part.float().view(torch.int32), wide.view(torch.int32)):
+        bits = wide.view(torch.int32)
+        if part.dtype == torch.bfloat16:  # its bits are the upper half, also of what is no number
+            part.copy_((bits >> 16).short().view(torch.bfloat16))
+        else:
+            part.copy_(wide)
+        if not torch.equal(part.float().view(torch.int32), bits):
             raise VLBridgeError(
                 f"{region.name}: expected float32 numbers that fit into {out.dtype}, which it had before the import, "
                 "found others: they were trained since. Say with dtype= which one all weights are to have."

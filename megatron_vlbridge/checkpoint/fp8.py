@@ -44,7 +44,8 @@ class BlockScaled:
     def read_into(self, offset: Shape, out: torch.Tensor) -> None:
         """Fill `out` with the rectangle of its shape at `offset`; only the scales of its own blocks are read.
 
-        Raises OSError where a file ends too early, VLBridgeError where a scale is no positive finite number.
+        Raises OSError where a file ends too early, VLBridgeError where a scale is too large or no positive finite
+        number.
         """
         for place, part in split(offset, out, _AT_ONCE):
             self._dequantise(place, part)
@@ -60,7 +61,13 @@ class BlockScaled:
         numbers = torch.empty(out.shape, dtype=self.weight.spec.dtype)
         self.weight.read_into(offset, numbers)
         factors = scales[..., rows - first[0], :][..., columns - first[1]]
-        out.copy_(factors.mul_(numbers.float()).bfloat16())
+        weights = factors.mul_(numbers.float()).bfloat16()
+        if weights.isinf().any():  # float8_e4m3fn has no infinity
+            raise VLBridgeError(
+                f"{self.scale.path}: {self.name}: expected scales that give numbers of bfloat16 (up to "
+                f"{torch.finfo(torch.bfloat16).max:g}), found larger ones. The file is damaged: fetch it again."
+            )
+        out.copy_(weights)
 
     def _read_scales(self, offset: Shape, shape: Shape) -> torch.Tensor:
         scales = torch.empty(shape, dtype=torch.float32)

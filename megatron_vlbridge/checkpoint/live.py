@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_vlbridge.checkpoint.hub import find_folder
-from megatron_vlbridge.checkpoint.raw import Filler, gather_into
+from megatron_vlbridge.checkpoint.raw import gather_into
 from megatron_vlbridge.checkpoint.shards import (
     Model,
     Shard,
@@ -23,7 +23,7 @@ from megatron_vlbridge.checkpoint.shards import (
 from megatron_vlbridge.checkpoint.source import Source, open_source
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.weights import Plan, RuleTable, TensorSpec
+from megatron_vlbridge.weights import Plan, TensorSpec
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def load_hf_weights(
     (`rotary.*`) for tensors that are no part of the model.
 
     Raises VLBridgeError, on all ranks, when the folder does not fit its config or the model's config, a slice has no
-    source, a parameter is not filled or is float16 and cannot hold its numbers, or a part of a weight of the folder (an
+    source, a parameter is not filled or its dtype cannot hold its numbers, or a part of a weight of the folder (an
     expert, some rows) is on no rank.
 
     Example: `load_hf_weights(get_model(model_provider), "Qwen3-VL-2B-Instruct")`.
@@ -50,13 +50,13 @@ def load_hf_weights(
         folder = find_folder(folder)
         source = open_source(folder, experts=experts, leave_out=leave_out)
         _prove(source)
-        table, read = source.table, source.weights.read_into
+        table = source.table
         for module in modules_of(model):
             check_config(folder, source.config, module)
             shards = shards_of(module, table, str(folder))
             _check_every_parameter_is_filled(module, shards)
             for shard in shards:
-                _fill(shard, table, read)
+                _fill(shard, source)
             held += [shard.known for shard in shards if shard.main and shard.known is not None]
     check_complete(table, [region for regions in gather(held) for region in regions], str(folder))
 
@@ -95,9 +95,10 @@ def _check_every_parameter_is_filled(module: torch.nn.Module, shards: Sequence[S
             )
 
 
-def _fill(shard: Shard, table: RuleTable, read: Filler) -> None:
+def _fill(shard: Shard, source: Source) -> None:
     """Copy one shard's numbers into it."""
     if shard.known != shard.region:
         shard.numbers.zero_()
     if shard.known is not None:
-        gather_into(shard.known_numbers, table.hf_sources(shard.known), read)
+        pieces = source.table.hf_sources(shard.known)
+        gather_into(shard.known_numbers, pieces, source.weights.read_into, source.tensors)

@@ -44,7 +44,7 @@ def export_hf_weights(
     than others leave these waiting, unless `ranks` is `"all"` and every rank stops after the same tensor.
 
     Raises VLBridgeError, on all ranks and before the first tensor, where an argument is not fit or differs between the
-    ranks, the ranks do not hold every weight exactly once, or a number is too large for `dtype`, if that is float16.
+    ranks, the ranks do not hold every weight exactly once, or a number is too large for `dtype`.
 
     Example: `for name, tensor in export_hf_weights(model): engine.load_weights([(name, tensor)])`.
     """
@@ -111,5 +111,5 @@ def _stream(weights: LiveWeights, rules: RuleTable, limit: int, ranks: str) -> I
 
 def _assemble(spec: TensorSpec, pieces: Sequence[Piece], weights: LiveWeights) -> torch.Tensor:
     out = torch.empty(spec.shape, dtype=spec.dtype, device=weights.device)
-    gather_into(out, pieces, weights.read_into)
+    gather_into(out, pieces, weights.read_into, weights.table)
     return out

@@ -48,7 +48,7 @@ def save_hf(
     is complete.
 
     Raises VLBridgeError, on all ranks, and leaves nothing under the new name, when the model does not fit `like`, the
-    ranks do not hold every weight exactly once, a number does not fit the dtype that it is to have (float16, or that of
+    ranks do not hold every weight exactly once, a number does not fit the dtype that it is to have (`dtype`, or that of
     one of several in `like`), a file of `like` is damaged, the target exists or is being written, or the disk is full
     or fails.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_vlbridge.checkpoint.raw import check_float16_holds
+from megatron_vlbridge.checkpoint.raw import check_fits, may_overflow
 from megatron_vlbridge.checkpoint.shards import (
     Model,
     Shard,
@@ -51,7 +51,7 @@ class LiveWeights:
     rank that holds them. `options` must be the same on all ranks, or all of them refuse.
 
     Raises VLBridgeError, on all ranks, where the model does not fit the rules, some of its weights are on no rank or on
-    two, or numbers are too large for `dtype`, if that is float16.
+    two, or numbers are too large for `dtype`.
     """
 
     folder = Path(_SOURCE)
@@ -66,8 +66,8 @@ class LiveWeights:
         with together():
             for module in modules_of(model):
                 self._shards += [x for x in shards_of(module, rules, _SOURCE) if x.main and x.known is not None]
-            if dtype == torch.float16:  # now, as later a rank that gives up would leave others waiting
-                self._check_float16_holds_all()
+            if dtype is not None:  # now, as later a rank that gives up would leave others waiting
+                self._check_all_fit(dtype)
         self.device = self._shards[0].numbers.device if self._shards else _default_device()
         mine = [(known, dtype or x.numbers.dtype) for x in self._shards if (known := x.known) is not None]
         everyone: list[tuple[Any, list[_Entry]]] = gather((options, mine))
@@ -87,10 +87,10 @@ class LiveWeights:
             for number, (region, _) in enumerate(entries)
         )
 
-    def _check_float16_holds_all(self) -> None:
+    def _check_all_fit(self, dtype: torch.dtype) -> None:
         for shard in self._shards:
-            if shard.numbers.dtype != torch.float16:
-                check_float16_holds(f"{_SOURCE}: {shard.known}", shard.known_numbers)
+            if may_overflow(shard.numbers.dtype, dtype):
+                check_fits(f"{_SOURCE}: {shard.known}", shard.known_numbers, dtype)
 
     def fetch(self, regions: Iterable[Region], receiver: int | None = None) -> None:
         """Bring the numbers of some regions to one rank, or to all where `receiver` is None, for `read_into` there.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -134,16 +134,24 @@ def split(offset: Shape, out: torch.Tensor, numbers: int) -> Iterator[tuple[Shap
     yield from split(behind, out.narrow(dim, half, out.shape[dim] - half), numbers)
 
 
-def gather_into(out: torch.Tensor, pieces: Iterable[Piece], fill: Filler) -> None:
+def gather_into(
+    out: torch.Tensor, pieces: Iterable[Piece], fill: Filler, sources: Mapping[str, TensorSpec] | None = None
+) -> None:
     """Put a region together from the other side's pieces, in the dtype of `out`.
 
-    Raises VLBridgeError, naming the tensor, where that is float16 and cannot hold one of the numbers.
+    `sources` are the other side's tensors. Raises VLBridgeError, naming the tensor, where one of them has a number that
+    the dtype of `out` cannot hold.
     """
     for piece in pieces:
         part = piece.place(out)
         fill(piece.source, part)
-        if out.dtype == torch.float16:
+        if sources is not None and may_overflow(sources[piece.source.name].dtype, out.dtype):
             _check_nothing_overflowed(piece.source, part, fill)
+
+
+def may_overflow(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a finite number may become infinite on the way."""
+    return torch.finfo(source).max > torch.finfo(target).max
 
 
 def _check_nothing_overflowed(region: Region, found: torch.Tensor, fill: Filler) -> None:
@@ -153,15 +161,15 @@ def _check_nothing_overflowed(region: Region, found: torch.Tensor, fill: Filler)
         if not (low > -torch.inf and high < torch.inf):  # also where some are no numbers
             wide = torch.empty(part.shape, dtype=torch.float64, device=part.device)
             fill(Region(region.name, offset, tuple(part.shape)), wide)
-            check_float16_holds(region.name, wide)
+            check_fits(region.name, wide, part.dtype)
 
 
-def check_float16_holds(name: str, numbers: torch.Tensor) -> None:
-    """Raise VLBridgeError, naming the tensor, where a finite number would become infinite in float16."""
+def check_fits(name: str, numbers: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise VLBridgeError, naming the tensor, where a finite number would become infinite in this dtype."""
     for _, part in split((0,) * numbers.dim(), numbers, _CHECKED_AT_ONCE):
-        lost = part.isfinite() & part.half().isinf()
+        lost = part.isfinite() & part.to(dtype).isinf()
         if lost.any():
             raise VLBridgeError(
-                f"{name}: expected numbers that float16 holds (up to 65504), found {part[lost][0].item():g}. "
-                "Take bfloat16 or float32."
+                f"{name}: expected numbers that {str(dtype).removeprefix('torch.')} holds (up to "
+                f"{torch.finfo(dtype).max:g}), found {part[lost][0].item():g}. Take another dtype."
             )

@@ -63,7 +63,7 @@ _FREE_NAMES = """
     num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout mtp_standalone
     pipeline_model_parallel_comm_backend pipeline_dtype variable_seq_lengths overlap_p2p_comm batch_p2p_comm
     batch_p2p_sync deallocate_pipeline_outputs microbatch_group_size_per_vp_stage bf16 params_dtype autocast_dtype
-    perform_initialization use_cpu_initialization init_model_with_meta_device init_method output_layer_init_method
+    perform_initialization use_cpu_initialization init_method output_layer_init_method
     embedding_init_method embedding_init_method_std timers finalize_model_grads_func grad_scale_func
     moe_grad_scale_func mtp_grad_scale_func no_sync_func grad_sync_func param_sync_func barrier_with_L1_time
     config_logger_dir moe_per_layer_logging deterministic_mode gradient_accumulation_fusion use_te_rng_tracker

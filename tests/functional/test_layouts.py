@@ -41,6 +41,17 @@ def test_padded_vocabulary_changes_nothing(pool: Pool, folders: dict[str, Path],
     compare(pool, layout, folders[ends], matrix.groups(), vocab_size=192)
 
 
+def test_longer_turns_of_the_virtual_stages(pool: Pool, folders: dict[str, Path]) -> None:
+    layout = Layout(pp=2, vpp=2, world=2)
+    compare(pool, layout, folders["untied"], matrix.groups(), microbatch_group_size_per_vp_stage=4)
+
+
+@pytest.mark.parametrize("layout", [Layout(pp=2, world=2), Layout(pp=4, cp=2, world=8)], ids=str)
+def test_stages_forget_what_they_have_sent(pool: Pool, folders: dict[str, Path], layout: Layout) -> None:
+    """As Megatron's pretrain has it; also where deepstack features travel."""
+    compare(pool, layout, folders["untied"], matrix.groups(), deallocate_pipeline_outputs=True)
+
+
 @pytest.mark.parametrize("layout", [Layout(cp=2, world=2), Layout(tp=2, sp=True, cp=2, world=4)], ids=str)
 def test_the_tower_on_every_context_parallel_rank(pool: Pool, folders: dict[str, Path], layout: Layout) -> None:
     compare(pool, layout, folders["untied"], matrix.groups(), balance_vision=False)

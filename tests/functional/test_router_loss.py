@@ -1,6 +1,6 @@
 """The router's losses: gradients equal a plain formula on transformers' router logits, whatever padding and layout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,25 @@ from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertForm
 from tests import reference
-from tests.functional import ranks
+from tests.functional import matrix, ranks
 from tests.functional.parity import PACK_LENGTH, TOLERANCE
 from tests.functional.pool import Layout, Pool
 
 AUX, Z = 0.5, 0.05
 RECOMPUTED: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 ALL_BUT_CP = Layout(tp=2, sp=True, pp=2, ep=2, etp=1, world=4)
+SMALL = (
+    Layout(),
+    Layout(world=2),
+    Layout(tp=2, sp=True, etp=2, world=2),
+    Layout(cp=2, world=2),
+    Layout(pp=2, world=2),
+    Layout(ep=2, world=2),
+    Layout(pp=2, vpp=2, world=2),
+    ALL_BUT_CP,
+    Layout(tp=2, sp=True, cp=2, ep=2, etp=1, world=4),
+    Layout(pp=2, cp=2, ep=2, world=4),
+)
 Gradients = dict[str, torch.Tensor]
 
 
@@ -78,6 +90,14 @@ def token_losses(model: torch.nn.Module, c: reference.Conversation) -> torch.Ten
     return torch.nn.functional.cross_entropy(logits, c.labels, reduction="sum", ignore_index=-100)
 
 
+def every_layout() -> Iterator[Any]:
+    """The rows of the matrix with experts; those that `make test` runs, and the rest."""
+    rows = matrix.layouts("experts")
+    assert set(SMALL) <= set(rows)
+    for layout in rows:
+        yield pytest.param(layout, id=str(layout), marks=[] if layout in SMALL else [pytest.mark.layouts])
+
+
 def balance(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     """E * sum_i f_i * P_i of logits `[T, E]`, expert by expert."""
     tokens, experts = logits.shape
@@ -112,22 +132,7 @@ def test_each_loss_reaches_every_language_gradient_but_the_head(folder: Path, au
     assert all(any(part in name for part in behind) for name in unmoved)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(),
-        Layout(world=2),
-        Layout(tp=2, sp=True, world=2),
-        Layout(cp=2, world=2),
-        Layout(pp=2, world=2),
-        Layout(ep=2, world=2),
-        Layout(pp=2, vpp=2, world=2),
-        ALL_BUT_CP,
-        Layout(tp=2, sp=True, cp=2, ep=2, etp=1, world=4),
-        Layout(pp=2, cp=2, ep=2, world=4),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("layout", every_layout())
 def test_every_layout_gives_the_formulas_gradients(pool: Pool, folder: Path, layout: Layout) -> None:
     gradients = found(pool, layout, folder, moe_aux_loss_coeff=AUX, moe_z_loss_coeff=Z)
     check(gradients, expected(folder, AUX, Z))

@@ -100,6 +100,9 @@ that hold every pair), and where context parallelism does not cut them two more 
 multi-token prediction and tied embeddings together, and padded. An empty cell is a size of one; `stages` is Megatron's
 pipeline layout string (an `m` is put before the `L` for multi-token prediction).
 
+The losses of the router (load balancing and z) are compared with their formulas in every row with experts, plain
+(`tests/functional/test_router_loss.py`).
+
 Any combination of dimensions that is no row here is refused at start, unless `--allow-unproved-combination` is given;
 sizes beyond these are arithmetic.
 

@@ -1,4 +1,4 @@
-"""Numbers that float16 cannot hold: refused on the way into it, and nothing else is."""
+"""Numbers that a smaller dtype cannot hold: refused on the way into it, and nothing else is."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 GATE = "model.language_model.layers.1.mlp.gate_proj.weight"
 FC1 = "language_model.decoder.layers.mlp.linear_fc1.weight"
-REFUSED = r"expected numbers that float16 holds \(up to 65504\), found {}\. Take bfloat16 or float32"
+REFUSED = r"expected numbers that float16 holds \(up to 65504\), found {}\. Take another dtype"
 
 
 def make(folder: Path, value: float) -> Path:
@@ -71,6 +71,20 @@ def test_scales_of_8_bit_weights_may_be_too_large(tmp_path):
     import_checkpoint(tmp_path / "hf", tmp_path / "megatron", dtype="bfloat16")
 
 
+def test_float32_holds_more_than_bfloat16(tmp_path):
+    source = test_convert.make(
+        tmp_path / "hf", dtype=torch.float32, fill=lambda shape, kind: torch.ones(shape, dtype=kind)
+    )
+    largest = torch.finfo(torch.float32).max
+    rewrite(source, lambda found: found[GATE][3].fill_(largest))
+    with pytest.raises(VLBridgeError, match=rf"{GATE}: expected numbers that bfloat16 holds .*found 3\.40282e\+38"):
+        import_checkpoint(source, tmp_path / "megatron", dtype="bfloat16")
+    imported = import_checkpoint(source, tmp_path / "megatron")
+    with pytest.raises(VLBridgeError, match=rf"{FC1}.*expected numbers that bfloat16 holds .*found 3\.40282e\+38"):
+        export_checkpoint(imported, tmp_path / "back", dtype="bfloat16")
+    assert tensors(export_checkpoint(imported, tmp_path / "same"))[GATE][3, 5] == largest
+
+
 def test_the_larger_dtypes_are_not_asked(tmp_path):
     source = make(tmp_path / "hf", 1e30)
     for dtype in ("bfloat16", "float32"):
@@ -92,4 +106,4 @@ def test_one_number_among_millions_is_found(tmp_path, place, turned):
     out = torch.empty(numbers.shape[::-1] if turned else numbers.shape, dtype=torch.float16)
     piece = Piece(whole, Region.whole("out", tuple(out.shape)), turned)
     with pytest.raises(VLBridgeError, match="x: " + REFUSED.format("-70000")):
-        gather_into(out, [piece], lambda region, part: stored.read_into(region.offset, part))
+        gather_into(out, [piece], lambda region, part: stored.read_into(region.offset, part), {"x": stored.spec})

@@ -1,7 +1,9 @@
 """10,000 random packs, whole and cut: every rank holds what a walk over the tokens says."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -127,7 +129,13 @@ def check_indices(batch: Batch) -> None:
     assert [joined[i] for i in pack_order(padded, batch.cp).tolist()] == list(range(batch.cu_seqlens[-1]))
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+def parts() -> Iterator[Any]:
+    """Two of ten for `make test`, the others for `make test-layouts`."""
+    for part in range(PARTS):
+        yield pytest.param(part, marks=[pytest.mark.layouts] if part > 1 else [])
+
+
+@pytest.mark.parametrize("part", parts())
 def test_every_rank_holds_what_a_walk_over_the_tokens_says(part: int) -> None:
     for seed in range(part * BATCHES // PARTS, (part + 1) * BATCHES // PARTS):
         batch = random_batch(seed)
