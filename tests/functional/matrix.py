@@ -66,6 +66,18 @@ OTHERS: dict[str, tuple[Layout, ...]] = {
     ),
 }
 
+# Rows on eight processes that the small set holds.
+LARGE: dict[str, tuple[Layout, ...]] = {
+    "dense": (
+        Layout(tp=2, sp=True, pp=2, cp=2, world=8),
+        Layout(tp=2, sp=True, pp=2, vpp=2, cp=2, world=8),
+    ),
+    "experts": (
+        Layout(ep=4, pp=2, world=8),
+        Layout(tp=2, sp=True, pp=2, vpp=2, cp=2, ep=2, etp=1, world=8),
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -123,11 +135,15 @@ def variants(layout: Layout) -> list[Variant]:
 
 
 def small_set() -> Iterator[tuple[str, Layout, Variant]]:
-    """Every row with one of its variants, in turn: each dimension meets each variant."""
+    """Every row on up to four processes and those of `LARGE`, with one of its variants, in turn.
+
+    So each dimension meets each variant.
+    """
     for kind in _TENSORS:
         for number, layout in enumerate(layouts(kind)):
             choice = variants(layout)
-            yield kind, layout, choice[5 * number % len(choice)]
+            if layout.world <= 4 or layout in LARGE[kind]:
+                yield kind, layout, choice[5 * number % len(choice)]
 
 
 def write_folders(where: Path) -> dict[tuple[str, bool, bool], Path]:

@@ -1,6 +1,6 @@
-"""Every layout offered, with one of its variants, gives transformers' logits, loss and every gradient.
+"""Layouts, each with one of its variants, give transformers' logits, loss and every gradient.
 
-All variants of all layouts: `make test-layouts`.
+All layouts that are offered, with all variants: `make test-layouts`.
 """
 
 from pathlib import Path
@@ -26,3 +26,9 @@ def test_layout_equals_transformers(
 ) -> None:
     (errors,) = matrix.run(pool, kind, layout, [variant], folders)
     errors.check()
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_the_large_layouts_are_rows(kind: str) -> None:
+    small = {layout for each, layout, _ in matrix.small_set() if each == kind}
+    assert set(matrix.LARGE[kind]) <= small <= set(matrix.layouts(kind))

@@ -90,7 +90,14 @@ RUNS: dict[str, tuple[int, tuple[object, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "sharded",
+        "async",
+        *(pytest.param(kind, marks=pytest.mark.layouts) for kind in ("reshardable-optimizer", "experts")),
+    ],
+)
 def test_of_what_a_run_saves_only_the_weights_are_exported(pool: Pool, dense: Path, experts: Path, kind: str) -> None:
     """The oracle is Megatron's own loader, in one process, into a model whose vocabulary has as many rows."""
     digits = experts if kind == "experts" else dense

@@ -63,7 +63,7 @@ def assert_same_curve(found: list[float], expected: list[float]) -> None:
         (2, ("--tensor-model-parallel-size", 2)),
         (2, ("--pipeline-model-parallel-size", 2)),
         (2, ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")),
-        (2, ("--context-parallel-size", 2)),
+        pytest.param(2, ("--context-parallel-size", 2), marks=pytest.mark.layouts),
     ],
     ids=["tp2", "pp2", "dp2-overlapped", "cp2"],
 )
@@ -72,6 +72,7 @@ def test_layout_follows_one_process(folder: Path, one_process: list[float], proc
     assert_same_curve(found, one_process)
 
 
+@pytest.mark.layouts
 def test_expert_parallel_follows_one_process(tmp_path: Path) -> None:
     folder = digits_checkpoint.write(tmp_path, experts=True)
     arguments = ("--hf-folder", "hf", "--hf-weights")
@@ -79,6 +80,7 @@ def test_expert_parallel_follows_one_process(tmp_path: Path) -> None:
     assert_same_curve(train(folder, *arguments, "--expert-model-parallel-size", 2, processes=2), alone)
 
 
+@pytest.mark.layouts
 def test_a_prediction_layer_on_a_stage_of_its_own_follows_one_process(tmp_path: Path) -> None:
     """Copies of the embedding that did not stay equal would leave the curve."""
     folder = digits_checkpoint.write(tmp_path)
@@ -104,6 +106,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
 
 
+@pytest.mark.layouts
 def test_bf16_with_the_distributed_optimizer_stays_near(folder: Path, one_process: list[float]) -> None:
     layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 2)
     precision = ("--bf16", "--use-distributed-optimizer")
@@ -113,7 +116,7 @@ def test_bf16_with_the_distributed_optimizer_stays_near(folder: Path, one_proces
     assert one_process[-1] < 0.9 * one_process[0]
 
 
-@pytest.mark.parametrize("argument", ["--pretrained-checkpoint", "--load"])
+@pytest.mark.parametrize("argument", ["--pretrained-checkpoint", pytest.param("--load", marks=pytest.mark.layouts)])
 def test_started_from_a_megatron_checkpoint(
     folder: Path, one_process: list[float], tmp_path: Path, argument: str
 ) -> None:

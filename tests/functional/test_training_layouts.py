@@ -44,6 +44,7 @@ def test_all_dimensions_follow_one_process_and_other_layouts_go_on(
     assert_same_curve(more[:same], alone[ITERATIONS:][:same])
 
 
+@pytest.mark.layouts
 def test_virtual_stages_start_from_hugging_face_weights_and_follow_one_process(tmp_path: Path) -> None:
     folder = digits_checkpoint.write(tmp_path)
     start = ("--hf-folder", "hf", "--hf-weights", "--train-iters", 4)

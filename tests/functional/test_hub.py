@@ -86,7 +86,7 @@ def test_an_id_is_inspected(cache):
 
 @pytest.mark.parametrize("what", ["read", "load", "parse"])
 def test_an_id_serves_functions_and_training_runs(what, cache):
-    done = run(cache, "tests.unit.hub_process", what, ID, str(cache / "plain"))
+    done = run(cache, "tests.functional.hub_process", what, ID, str(cache / "plain"))
     assert done.returncode == 0, done.stderr
 
 

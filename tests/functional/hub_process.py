@@ -1,6 +1,6 @@
 """What is done with a Hub id in a process of its own, whose environment says where the Hub's cache is.
 
-python -m tests.unit.hub_process FUNCTION ID FOLDER
+python -m tests.functional.hub_process FUNCTION ID FOLDER
 """
 
 import sys
