@@ -53,7 +53,7 @@ format: setup
 	$(PY) -m ruff format .
 
 unit: setup
-	$(PY) -m pytest tests/unit -m "not layouts"
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -m "not layouts" -n logical --dist loadfile
 
 functional: setup
 	$(PY) -m pytest tests/functional -m "not long and not layouts"
