@@ -11,6 +11,7 @@ from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import mtp_reference, reference
 from tests.functional import ranks
+from tests.functional.cases import in_turn
 from tests.functional.pool import Layout, Pool
 
 LAYOUTS = [Layout(tp=tp, pp=pp, sp=tp > 1, world=tp * pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))]
@@ -80,7 +81,7 @@ def test_round_trip_is_bit_identical(sources: dict[str, Path], kind: str) -> Non
     assert files_of(exported) == files_of(source)
 
 
-@pytest.mark.parametrize(("kind", "layout"), CASES, ids=str)
+@pytest.mark.parametrize(("kind", "layout"), in_turn(CASES, 2), ids=str)
 def test_megatron_loads_it_and_saves_it(pool: Pool, sources: dict[str, Path], kind: str, layout: Layout) -> None:
     source = sources[kind]
     conversation = reference.conversation("mixed", seed=21)

@@ -13,7 +13,7 @@ from megatron_vlbridge.demo.progress import STAGES, Progress
 SMALL = Options(iterations=3, train_scans=30, train_pairs=10, held_out_scans=12, held_out_pairs=4)
 
 
-@pytest.mark.parametrize("size", [1, 2], ids=["tp1-pp1", "tp2-pp2"])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.layouts)], ids=["tp1-pp1", "tp2-pp2"])
 def test_the_whole_journey_gives_equal_models_and_all_files(tmp_path: Path, size: int) -> None:
     folder = Folder(tmp_path / "out")
     progress = Progress(sys.stdout)

@@ -17,6 +17,7 @@ from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import ExpertForm, find
 from tests import mtp_reference, reference
 from tests.functional import live_ranks, ranks
+from tests.functional.cases import in_turn
 from tests.functional.live_ranks import BIG, MODES, TINY
 from tests.functional.pool import Layout, Pool
 from tests.unit.test_convert_moe import other_form
@@ -144,7 +145,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != CHECKSUMS}
 
 
-@pytest.mark.parametrize(("kind", "layout"), CASES, ids=str)
+@pytest.mark.parametrize(("kind", "layout"), in_turn(CASES, 2), ids=str)
 def test_what_was_loaded_comes_out(pool: Pool, wild: dict[str, Path], kind: str, layout: Layout) -> None:
     source = wild[kind]
     results = pool.run(live_ranks.export_in_all_modes, layout, folder=source, experts=form_of(source))

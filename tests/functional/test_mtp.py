@@ -7,6 +7,7 @@ import torch
 
 from tests import mtp_reference, reference
 from tests.functional import mtp_ranks, ranks
+from tests.functional.cases import in_turn
 from tests.functional.parity import PACK_LENGTH, TOLERANCE, measure
 from tests.functional.pool import Layout, Pool
 
@@ -65,7 +66,7 @@ CASES = [(kind, layout) for layout in EVERYWHERE for kind in KINDS]
 CASES += [("untied", layout) for layout in DENSE] + [("experts", layout) for layout in EXPERTS]
 
 
-@pytest.mark.parametrize(("kind", "layout"), CASES, ids=str)
+@pytest.mark.parametrize(("kind", "layout"), in_turn(CASES, 3), ids=str)
 def test_packs_equal_separate_conversations(pool: Pool, folders: dict[str, Path], kind: str, layout: Layout) -> None:
     measure(pool, layout, folders[kind], groups()).check()
 
