@@ -139,8 +139,8 @@ def gather_into(
 ) -> None:
     """Put a region together from the other side's pieces, in the dtype of `out`.
 
-    `sources` are the other side's tensors. Raises VLBridgeError, naming the tensor, where one of them has a number that
-    the dtype of `out` cannot hold.
+    `sources` are the other side's tensors. With them it raises VLBridgeError, naming the tensor, where one has a finite
+    number that the dtype of `out` cannot hold.
     """
     for piece in pieces:
         part = piece.place(out)

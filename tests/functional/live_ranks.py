@@ -252,7 +252,7 @@ def refusal(layout: Layout, folder: Path, what: str, target: Path, others: Path)
     if "experts" in what:
         hold_the_first_experts(chunks[0])
     if "too large" in what and rank == 1:
-        next(chunks[0].parameters()).data.view(-1)[0] = 1e30
+        next(chunks[0].parameters()).data.view(-1)[0] = torch.finfo(torch.float32).max
     broken = files_of_at_most(1000) if what == "save to a full disk" and rank == 1 else nullcontext()
     if "cannot be read" in what:
         broken = unreadable()
@@ -273,6 +273,8 @@ def refusal(layout: Layout, folder: Path, what: str, target: Path, others: Path)
         "save beside what cannot be read": lambda: save_hf(chunks, target, others),
         "save as float16 what is too large": lambda: save_hf(chunks, target, folder, dtype="float16"),
         "export as float16 what is too large": lambda: list(export_hf_weights(chunks, ranks="shared", dtype="float16")),
+        "export as bfloat16 what is too large": lambda: list(export_hf_weights(chunks, dtype="bfloat16")),
+        "load as bfloat16 what is too large": lambda: load_hf_weights([chunk.bfloat16() for chunk in chunks], others),
         "load as float16 what is too large": lambda: load_hf_weights([chunk.half() for chunk in chunks], others),
     }
     try:

@@ -331,7 +331,8 @@ def test_a_round_trip_through_training_layouts(pool: Pool, sources: dict[str, Pa
 
 EP2, PP2, VPP2 = Layout(ep=2, world=2), Layout(pp=2, world=2), Layout(pp=2, vpp=2, world=2)
 NORM = "model.language_model.layers.0.input_layernorm.weight"
-TOO_LARGE = r"expected numbers that float16 holds \(up to 65504\), found 1e\+30. Take another dtype"
+TOO_LARGE = r"expected numbers that float16 holds \(up to 65504\), found 3\.40282e\+38. Take another dtype"
+TOO_LARGE_FOR_BF16 = TOO_LARGE.replace("float16", "bfloat16").replace("65504", r"3\.38953e\+38")
 LOST = "2 on none:.*linear_fc1.weight.*layers.0.mlp.experts.gate_up_proj.*linear_fc2.weight"
 
 
@@ -343,10 +344,13 @@ def others(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     def made(name: str, changed: str, change: Callable[[torch.Tensor], Tensors]) -> Path:
         return rewritten(sources["untied"], folder / name, lambda key, x: change(x) if key == changed else {key: x})
 
+    largest = torch.finfo(torch.float32).max
+    too_large = made("large", "lm_head.weight", lambda x: {"lm_head.weight": torch.full_like(x, largest)})
     return {
         "save what no longer fits": made("mixed", NORM, lambda x: {NORM: x.bfloat16()}),
         "save beside what cannot be read": made("more", NORM, lambda x: {NORM: x, "further.weight": x + 1}),
-        "load as float16 what is too large": made("large", "lm_head.weight", lambda x: {"lm_head.weight": x + 1e30}),
+        "load as float16 what is too large": too_large,
+        "load as bfloat16 what is too large": too_large,
     }
 
 
@@ -370,6 +374,8 @@ def others(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         ("save as float16 what is too large", "untied", PP2, "the live model: .*" + TOO_LARGE),
         ("export as float16 what is too large", "untied", PP2, "the live model: .*" + TOO_LARGE),
         ("load as float16 what is too large", "untied", PP2, "lm_head.weight: " + TOO_LARGE),
+        ("export as bfloat16 what is too large", "untied", PP2, "the live model: .*" + TOO_LARGE_FOR_BF16),
+        ("load as bfloat16 what is too large", "untied", PP2, "lm_head.weight: " + TOO_LARGE_FOR_BF16),
     ],
     ids=lambda value: value if isinstance(value, str) and value.split()[0] in ("load", "export", "save") else "",
 )

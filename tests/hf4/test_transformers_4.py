@@ -7,45 +7,28 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import ExpertForm
 from tests.hf4.logits import load, logits
+from tests.unit.test_convert import ROPE, TEXT, TOKENS, VISION, assert_same_bits, tensors
 
 ROOT = Path(__file__).parents[2]
-TEXT: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "rope_theta": 5e6,
-    "rope_scaling": {"rope_type": "default", "mrope_section": [3, 3, 2], "mrope_interleaved": True},
+# This transformers keeps the base beside the other parameters of the rotary embedding.
+ROPE_4: dict[str, Any] = {
+    "rope_theta": ROPE["rope_theta"],
+    "rope_scaling": {key: value for key, value in ROPE.items() if key != "rope_theta"},
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-VISION: dict[str, Any] = {
-    "depth": 2,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_heads": 2,
-    "patch_size": 4,
-    "out_hidden_size": 32,
-    "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0, 1],
-}
-TOKENS = {"image_token_id": 10, "video_token_id": 11, "vision_start_token_id": 8, "vision_end_token_id": 9}
 
 
 def write(folder: Path, kind: str, tied: bool) -> Path:
     """A small checkpoint of random bfloat16 weights, as this transformers saves it."""
     of = {"dense": "Qwen3VL", "experts": "Qwen3VLMoe"}[kind]
     # The published files say it in both places; this transformers looks into the text's.
-    text = TEXT | (EXPERTS if kind == "experts" else {}) | {"tie_word_embeddings": tied}
+    text = {key: value for key, value in TEXT.items() if key != "rope_parameters"} | ROPE_4
+    text |= (EXPERTS if kind == "experts" else {}) | {"tie_word_embeddings": tied}
     config = getattr(transformers, f"{of}Config")(
         text_config=text, vision_config=VISION, tie_word_embeddings=tied, **TOKENS
     )
@@ -55,10 +38,6 @@ def write(folder: Path, kind: str, tied: bool) -> Path:
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder, max_shard_size="60KB")
     return folder
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def test_it_is_the_old_one() -> None:
@@ -71,8 +50,7 @@ def test_what_it_saved_comes_back_and_loads(tmp_path: Path, kind: str, tied: boo
     source = write(tmp_path / "hf", kind, tied)
     back = export_checkpoint(import_checkpoint(source, tmp_path / "megatron"), tmp_path / "back")
     expected, found = tensors(source), tensors(back)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name].view(torch.int16), x.view(torch.int16)) for name, x in expected.items())
+    assert_same_bits(found, expected)
     for name, parameter in load(back).state_dict().items():
         if name in expected:
             assert torch.equal(parameter, expected[name].float()), name
