@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.media import Conversation, Message, Video, load_image, load_video
+from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.positions import check_vision_tokens
 
@@ -147,7 +148,7 @@ def _run_processor(
         media["do_sample_frames"] = False
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     try:
-        return processor(text=[text], return_tensors="pt", **media)
+        return processor(text=[without_outer_pair(text, processor)], return_tensors="pt", **media)
     except ValueError as error:
         raise VLBridgeError(f"the processor refuses {len(images)} images and {len(videos)} videos: {error}") from error
 

@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.chat import Sample, encode_conversation
+from megatron_vlbridge.data.images import is_url
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.packing import build_pack, pack
 from megatron_vlbridge.errors import VLBridgeError
@@ -210,4 +211,4 @@ def _resolved(content: Any, folder: Path) -> Any:
 def _resolved_path(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_resolved_path(item, folder) for item in value]
-    return str(folder / value) if isinstance(value, str) else value
+    return str(folder / value) if isinstance(value, str) and not is_url(value) else value

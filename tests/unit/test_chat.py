@@ -91,7 +91,7 @@ def test_a_video_is_encoded_as_by_the_processor_with_all_its_frames(processor: Q
     parts = [image_part(30, 50), {"type": "video", "video": video, "fps": 4}, text_part("What is it")]
     sample = encode_conversation(talk(parts), processor)
     text = (
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|><|vision_start|><|video_pad|><|vision_end|>"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|><|video_pad|>"
         "What is it<|im_end|>\n<|im_start|>assistant\nseven<|im_end|>\n"
     )
     metadata = VideoMetadata(total_num_frames=count, fps=4.0, frames_indices=list(range(count)))
@@ -180,7 +180,7 @@ REFUSED = {
     "special token in the answer": (talk("a", "<|vision_start|>"), r"message 1 \(assistant\)"),
     "picture in the answer": (talk("a", [image_part(16, 16)]), r"message 1 \(assistant\): expected text"),
     "no such file": (talk([{"type": "image", "image": "nowhere.png"}]), r"no file 'nowhere.png'"),
-    "not a picture": (talk([{"type": "image", "image": __file__}]), r"test_chat.py' cannot be read as a picture"),
+    "not a picture": (talk([{"type": "image", "image": __file__}]), r"test_chat.py' cannot be decoded as an image"),
     "no picture": (talk([{"type": "image", "url": "x"}]), r"under the key 'image', found nothing"),
     "long picture": (talk([image_part(8 * 201, 8)]), r"the processor refuses 1 images.*aspect ratio"),
     "no fps": (talk([{"type": "video", "video": frames(4)}]), r"under the key 'fps' .* found None"),
