@@ -77,7 +77,8 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
         raise VLBridgeError(f"{name}: no file {_shown(source)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise VLBridgeError(f"{where} {_too_large(options.max_image_pixels, str(error))}") from error
-    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise errors of any type on damaged files
+    except Exception as error:
+        # On a damaged file Pillow's decoders raise errors of any type.
         raise VLBridgeError(f"{where} cannot be decoded as an image ({type(error).__name__}: {error})") from error
 
 
