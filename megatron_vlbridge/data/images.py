@@ -70,7 +70,7 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
             source = _by_path_if_lazy_tiff(source)
             if isinstance(source, Image.Image):
                 return _to_rgb(source, options.max_image_pixels)
-            # Not `Image.open(source)`: Pillow 13 then maps an uncompressed TIFF, and scrambles it if it is to be turned.
+            # Given the path, Pillow 13 maps an uncompressed TIFF, and scrambles it if it has to be turned.
             with Path(source).open("rb") as file, Image.open(file) as opened:
                 return _to_rgb(opened, options.max_image_pixels)
     except VLBridgeError as error:
