@@ -31,8 +31,7 @@ class MediaOptions:
     """How images and frames are read.
 
     Attributes:
-        max_image_pixels: a larger image is rejected before it is decoded (by default
-            what Pillow itself rejects).
+        max_image_pixels: a larger image is rejected before it is decoded. The default is Pillow's.
     """
 
     max_image_pixels: int = 178_956_970
