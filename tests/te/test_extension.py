@@ -1,4 +1,4 @@
-"""The stand-in for Transformer Engine's extension has the names of its table, and no function without a reference runs."""
+"""The stand-in for Transformer Engine's extension has the names of its table, and runs only what has a reference."""
 
 import json
 
