@@ -2,7 +2,7 @@
 
 `extension.json` lists what the extension of one version of Transformer Engine holds: enums with their values, classes,
 functions. The stand-in has exactly these names. A function does what its reference in `tests.te.references` does; where
-there is none, the call fails with the function's name.
+there is none, the call fails with the function's name. `CALLS` counts the calls of each function.
 
 For another version of Transformer Engine, where its extension is installed (it is imported; no GPU is used):
 
@@ -18,12 +18,14 @@ import importlib.metadata
 import json
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 NAME = "transformer_engine_torch"
 TABLE = Path(__file__).with_name("extension.json")
+CALLS: Counter[str] = Counter()
 
 
 def install(references: dict[str, Callable[..., Any]]) -> None:
@@ -43,7 +45,7 @@ def build(table: dict[str, Any], references: dict[str, Callable[..., Any]]) -> t
     vars(module).update(
         {name: enum.IntEnum(name, values, module=NAME) for name, values in table["enums"].items()}
         | {name: type(name, (), {"__module__": NAME}) for name in table["classes"]}
-        | {name: references.get(name) or _without_reference(name) for name in table["functions"]}
+        | {name: _function(name, references.get(name)) for name in table["functions"]}
     )
     return module
 
@@ -59,15 +61,16 @@ def describe(module: types.ModuleType, version: str) -> dict[str, Any]:
             for name, members in enums.items()
         },
         "classes": [name for name, value in public.items() if isinstance(value, type) and name not in enums],
-        "functions": [
-            name for name, value in public.items() if callable(value) and not isinstance(value, type)
-        ],
+        "functions": [name for name, value in public.items() if callable(value) and not isinstance(value, type)],
     }
 
 
-def _without_reference(name: str) -> Callable[..., Any]:
-    def call(*args: object, **kwargs: object) -> None:
-        raise NotImplementedError(f"{NAME}.{name} was called; tests/te/references has no reference for it")
+def _function(name: str, reference: Callable[..., Any] | None) -> Callable[..., Any]:
+    def call(*args: object, **kwargs: object) -> Any:
+        if reference is None:
+            raise NotImplementedError(f"{NAME}.{name} was called; tests/te/references has no reference for it")
+        CALLS[name] += 1
+        return reference(*args, **kwargs)
 
     call.__name__ = name
     return call

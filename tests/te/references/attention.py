@@ -50,8 +50,7 @@ def fused_attn_fwd(
     each step of the exchange.
     """
     _check(qkv_layout, bias_type, softmax_type, mask_type, window, dropout)
-    assert s_quantizer is None and o_quantizer is None, "no reference for FP8"
-    assert page_table_k is None and page_table_v is None and not return_max_logit
+    assert (s_quantizer, o_quantizer, page_table_k, page_table_v, return_max_logit) == (None, None, None, None, False)
     segments = _segments(
         (cu_seqlens_q, cu_seqlens_q_padded, max_seqlen_q, q), (cu_seqlens_kv, cu_seqlens_kv_padded, max_seqlen_kv, k)
     )
@@ -108,12 +107,12 @@ def fused_attn_bwd(
     Called by `fused_attn_bwd` (cpp_extensions/fused_attn.py) in the backward of `FusedAttention`.
     """
     _check(qkv_layout, bias_type, softmax_type, mask_type, window, dropout)
-    assert s_quantizer is None and dp_quantizer is None and dqkv_quantizer is None, "no reference for FP8"
+    assert (s_quantizer, dp_quantizer, dqkv_quantizer) == (None, None, None)
     segments = _segments(
         (cu_seqlens_q, cu_seqlens_q_padded, max_seqlen_q, q), (cu_seqlens_kv, cu_seqlens_kv_padded, max_seqlen_kv, k)
     )
     lse = saved[0]
-    assert out.shape == grad.shape == q.shape and lse.shape == (*q.shape[:2], 1), (out.shape, grad.shape, lse.shape)
+    assert (out.shape, grad.shape, lse.shape) == (q.shape, q.shape, (*q.shape[:2], 1))
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     for rows, keys in segments:
         queries, outputs, grads = (x[rows].transpose(0, 1).float() for x in (q, out, grad))
@@ -129,11 +128,11 @@ def fused_attn_bwd(
 def _check(
     qkv_layout: Any, bias_type: Any, softmax_type: Any, mask_type: Any, window: Sequence[int], dropout: float
 ) -> None:
-    assert qkv_layout.name == "NVTE_THD_THD_THD", f"no reference for {qkv_layout.name}"
-    assert bias_type.name == "NVTE_NO_BIAS" and softmax_type.name == "NVTE_VANILLA_SOFTMAX" and dropout == 0.0
+    kinds = qkv_layout.name, bias_type.name, softmax_type.name, dropout
+    assert kinds == ("NVTE_THD_THD_THD", "NVTE_NO_BIAS", "NVTE_VANILLA_SOFTMAX", 0.0)
     causal = mask_type.name in ("NVTE_PADDING_CAUSAL_MASK", "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK")
     assert causal or mask_type.name == "NVTE_PADDING_MASK", f"no reference for {mask_type.name}"
-    assert tuple(window) in ((-1, -1), (-1, 0)) and (causal or window[1] == -1), (mask_type.name, window)
+    assert tuple(window) in ([(-1, -1), (-1, 0)] if causal else [(-1, -1)]), (mask_type.name, window)
 
 
 Side = tuple[torch.Tensor, torch.Tensor | None, int, torch.Tensor]
@@ -148,7 +147,8 @@ def _of_side(
 ) -> list[slice]:
     """Where each segment is in `tensor` `[T, N, D]`."""
     offsets = cu_seqlens if padded is None else padded
-    assert cu_seqlens.dtype == offsets.dtype == torch.int32 and cu_seqlens.shape == offsets.shape
+    assert cu_seqlens.dtype == offsets.dtype == torch.int32, "a kernel reads 32 bits"
+    assert cu_seqlens.shape == offsets.shape
     lengths, starts = cu_seqlens.diff().tolist(), offsets.tolist()
     assert max(lengths) <= max_seqlen, f"a segment of {max(lengths)} tokens, max_seqlen is {max_seqlen}"
     assert starts[-1] <= len(tensor), f"segments end at {starts[-1]} of {len(tensor)} tokens"

@@ -45,7 +45,8 @@ def thd_out_correction(
 
     Called by the p2p exchange's forward.
     """
-    assert packed and out.dtype == of_step.dtype, (packed, out.dtype, of_step.dtype)
+    assert packed
+    assert out.dtype == of_step.dtype
     rows = _half(cu_seqlens, 1, len(out)) if second_half else torch.arange(len(out))
     old = (old_lse[:, rows] - new_lse[:, rows]).exp().t()[..., None]
     new = (lse_of_step - new_lse[:, rows]).exp().t()[..., None]
@@ -58,7 +59,7 @@ def thd_read_second_half_lse(lse: torch.Tensor, cu_seqlens: torch.Tensor, packed
     Called by the p2p exchange's backward.
     """
     rows = _half(cu_seqlens, 1, lse.shape[1])
-    assert packed and len(rows) == length, (packed, len(rows), length)
+    assert (packed, len(rows)) == (True, length)
     return lse[:, rows]
 
 
@@ -84,9 +85,52 @@ def thd_grad_correction(
             assert what == "none", what
 
 
+def thd_cp_rank_order_to_sequence_order(
+    x: torch.Tensor, cu_seqlens: torch.Tensor, size: int, total: int
+) -> torch.Tensor:
+    """The tokens `[T, ...]` of all ranks, rank after rank, in the order of the segments.
+
+    `cu_seqlens` are here the padded offsets of whole segments.
+
+    Called by the a2a and all_gather exchanges after the tokens of `size` ranks have been gathered.
+    """
+    out = torch.empty_like(x)
+    out[_rank_order(x, cu_seqlens, size, total)] = x
+    return out
+
+
+def thd_sequence_order_to_cp_rank_order(
+    x: torch.Tensor, cu_seqlens: torch.Tensor, size: int, total: int
+) -> torch.Tensor:
+    """The reverse of `thd_cp_rank_order_to_sequence_order`.
+
+    Called by the a2a and all_gather exchanges before the tokens are handed back to their ranks.
+    """
+    return x[_rank_order(x, cu_seqlens, size, total)]
+
+
+def thd_copy_valid_tokens_from_per_split_to_rank_local(
+    out: torch.Tensor, of_step: torch.Tensor, cu_seqlens_padded: torch.Tensor, cu_seqlens: torch.Tensor
+) -> None:
+    """Copies the rows of a step's segments to the same rows of `out`, in place.
+
+    Called by the all_gather exchange, whose two steps compute the two chunks of each segment.
+    """
+    for start, length in zip(cu_seqlens_padded.tolist(), cu_seqlens.diff().tolist(), strict=False):
+        out[start : start + length] = of_step[start : start + length]
+
+
+def _rank_order(x: torch.Tensor, cu_seqlens: torch.Tensor, size: int, total: int) -> torch.Tensor:
+    """The place in the sequence of each token of all ranks: rank r holds chunks r and 2 * size - 1 - r of a segment."""
+    assert len(x) == total == cu_seqlens[-1], (len(x), total, cu_seqlens)
+    chunks = [torch.arange(*bounds).chunk(2 * size) for bounds in cu_seqlens.unfold(0, 2, 1).tolist()]
+    assert all(len(chunk) == len(each[0]) for each in chunks for chunk in each), "chunks of different lengths"
+    return torch.cat([each[n] for rank in range(size) for each in chunks for n in (rank, 2 * size - 1 - rank)])
+
+
 def _half(cu_seqlens: torch.Tensor, half: int, total: int) -> torch.Tensor:
     """The rows of all segments' first or second halves."""
-    assert cu_seqlens.dtype == torch.int32 and cu_seqlens[-1] == total, (cu_seqlens, total)
+    assert (cu_seqlens.dtype, int(cu_seqlens[-1])) == (torch.int32, total)
     bounds = [(start, (start + end) // 2, end) for start, end in cu_seqlens.unfold(0, 2, 1).tolist()]
     assert all(end - middle == middle - start for start, middle, end in bounds), "a segment of odd length"
     return torch.cat([torch.arange(*bound[half : half + 2]) for bound in bounds])

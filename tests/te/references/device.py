@@ -8,7 +8,7 @@ def get_cudnn_version() -> int:
     return 92000
 
 
-def get_cublasLt_version() -> int:  # noqa: N802  the extension's name
+def get_cublasLt_version() -> int:
     """CuBLASLt 13.1 as cuBLASLt encodes it; asked by `FP8GlobalStateManager` (quantization.py)."""
     return 130100
 

@@ -41,20 +41,18 @@ def generic_gemm(
     activations `[..., in]` as `b` (TN) in the forward, output gradients as `b` (NN) for the input's gradient, and
     activations as `a` and output gradients as `b` (NT) for the weight's.
     """
-    assert quantizer is None, "no reference for FP8"
-    assert comm_overlap is None and extra_output is None and not bulk_overlap, "no reference for overlap"
-    assert not gelu and alpha == 1.0 and beta == (1.0 if accumulate else 0.0)
+    assert (quantizer, comm_overlap, extra_output, bulk_overlap, gelu) == (None, None, None, False, False)
+    assert (alpha, beta) == (1.0, 1.0 if accumulate else 0.0)
     value = _product(a.flatten(0, -2), transpose_a, b.flatten(0, -2), transpose_b)
     has_bias = bias is not None and bias.numel() > 0
     bias_grad = b.flatten(0, -2).sum(0).to(bias.dtype) if has_bias and grad else None
     if has_bias and not grad:
         value = value + bias
-    if not transpose_b:
-        value = value.unflatten(0, b.shape[:-1])
-    if out is None:
-        return value if out_dtype is None else value.to(to_torch(out_dtype)), bias_grad, None, None
-    _put(value, out, accumulate)
-    return out, bias_grad, None, None
+    if out is not None:
+        _put(value, out, accumulate)
+        return out, bias_grad, None, None
+    value = value if out_dtype is None else value.to(to_torch(out_dtype))
+    return value if transpose_b else value.unflatten(0, b.shape[:-1]), bias_grad, None, None
 
 
 def te_general_grouped_gemm(
@@ -100,7 +98,7 @@ def _product(a: torch.Tensor, transpose_a: bool, b: torch.Tensor, transpose_b: b
 
 
 def _put(value: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
-    assert value.numel() == out.numel() and value.shape[-1] == out.shape[-1], (value.shape, out.shape)
+    assert value.shape == out.flatten(0, -2).shape, (value.shape, out.shape)
     if accumulate:
         out.add_(value.view_as(out))
     else:

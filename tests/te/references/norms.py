@@ -94,9 +94,7 @@ def _gamma(weight: torch.Tensor, zero_centered: bool) -> torch.Tensor:
     return weight.float() + 1 if zero_centered else weight.float()
 
 
-def _grad_of_normal(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, zero_centered: bool
-) -> torch.Tensor:
+def _grad_of_normal(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, zero_centered: bool) -> torch.Tensor:
     assert grad.shape == x.shape, (grad.shape, x.shape)
     return grad.float() * _gamma(weight, zero_centered)
 
