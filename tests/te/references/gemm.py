@@ -41,7 +41,8 @@ def generic_gemm(
     activations `[..., in]` as `b` (TN) in the forward, output gradients as `b` (NN) for the input's gradient, and
     activations as `a` and output gradients as `b` (NT) for the weight's.
     """
-    assert (quantizer, comm_overlap, extra_output, bulk_overlap, gelu) == (None, None, None, False, False)
+    # Megatron's router gives None for False.
+    assert not any((quantizer, comm_overlap, extra_output, bulk_overlap, gelu))
     assert (alpha, beta) == (1.0, 1.0 if accumulate else 0.0)
     value = _product(a.flatten(0, -2), transpose_a, b.flatten(0, -2), transpose_b)
     has_bias = bias is not None and bias.numel() > 0
