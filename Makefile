@@ -12,7 +12,7 @@ help:
 	@echo "make test-layouts  every layout in its variants, all random batches; writes docs/layouts.md but for LAYOUT_ARGS=--check"
 	@echo "make test-hf4    what transformers 4.57 saves and loads, in .venv-hf4"
 	@echo "make test-versions  a selection of the tests with the oldest and the newest supported versions; two venvs of 5 GB"
-	@echo "make test-te     Transformer Engine's modules, in .venv-te; needs a CUDA toolkit (nvcc), but no GPU"
+	@echo "make test-te     the Transformer Engine backend without a GPU, its compiled extension replaced; in .venv-te"
 	@echo "make lint        ruff and mypy alone        make format      let ruff reformat and fix"
 	@echo "make unit        unit tests alone           make functional  functional tests alone"
 	@echo "make clean       remove what was generated  make clean-venv  remove the venvs too"

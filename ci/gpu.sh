@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Runs the checks that need a GPU: kernels and the whole model against their references, then the speed table.
 #
-#   ci/gpu.sh                    with .venv-te (ci/setup_te.sh), or else python3
-#   PYTHON=/a/python ci/gpu.sh   with this one; it needs torch, transformer_engine and what `pip install .` and pytest bring
+#   ci/gpu.sh                    with python3
+#   PYTHON=/a/python ci/gpu.sh   with this one
+#
+# It needs torch, Transformer Engine with its compiled extension, and what `pip install .` and pytest bring.
 #
 # Exit codes: 0 all passed, 3 there is no GPU and nothing was run, anything else a failure. See docs/gpu.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=${PYTHON:-.venv-te/bin/python}
-[[ -n ${PYTHON:-} || -x $python ]] || python=python3
+python=${PYTHON:-python3}
 
 # Transformer Engine multiplies fp32 as TF32 unless told otherwise, and fp32 is compared at 1e-5.
 export NVIDIA_TF32_OVERRIDE=0

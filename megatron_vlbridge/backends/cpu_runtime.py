@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from megatron_vlbridge.backends import gloo
 from megatron_vlbridge.errors import VLBridgeError
 
-_mode: "_CudaIsCpu | None" = None
+_mode: "CudaIsCpu | None" = None
 
 
 def enable() -> None:
@@ -48,10 +48,25 @@ def enable() -> None:
             "cpu_runtime.enable() was called after megatron.core had been imported, which already bound "
             "torch.compile and Transformer Engine. Call it before the first import of Megatron."
         )
-    # Megatron asks for it under tensor parallelism, where it orders kernels on a GPU.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Megatron would choose Transformer Engine's fused Adam and norms, which need a GPU.
     sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+    mode = CudaIsCpu()
+    replace_cuda(mode)
+    _mode = mode
+
+
+def is_enabled() -> bool:
+    """Whether :func:`enable` was called in this process."""
+    return _mode is not None
+
+
+def replace_cuda(mode: "CudaIsCpu") -> None:
+    """Answer the CUDA calls of this process with the CPU, tensor functions through `mode`.
+
+    :func:`enable` without its choice of the CPU backend.
+    """
+    # Megatron asks for it under tensor parallelism, where it orders kernels on a GPU.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Megatron's jit_fuser compiles for a driver that is not there.
     torch.compile = _no_compile
     for name, value in _cuda_replacements().items():
@@ -61,16 +76,10 @@ def enable() -> None:
     torch.cuda.nvtx.range_pop = _nothing
     gloo.install()
     _replace_rng_tracker_state()
-    _mode = _CudaIsCpu()
-    _mode.__enter__()
+    mode.__enter__()
 
 
-def is_enabled() -> bool:
-    """Whether :func:`enable` was called in this process."""
-    return _mode is not None
-
-
-class _CudaIsCpu(TorchFunctionMode):
+class CudaIsCpu(TorchFunctionMode):
     """Maps a CUDA `device` argument to the CPU, and answers as a CUDA tensor where Megatron checks the type."""
 
     def __torch_function__(

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# What the server from which all workers fork imports.
+# Megatron with the CPU backend.
 PRELOAD = "tests.functional.preload"
 
 
@@ -51,10 +51,11 @@ class Pool:
 
     Workers are started when first needed and kept; after a failure all are started anew, since a rank that waits for
     a dead one hangs. After `lifetime` runs too: gloo keeps threads and memory of process groups that are gone.
+    The server from which all workers of a test session fork imports the module `preload`.
     """
 
-    def __init__(self, timeout: float = 300.0, lifetime: int = 16) -> None:
-        self.timeout, self.lifetime = timeout, lifetime
+    def __init__(self, timeout: float = 300.0, lifetime: int = 16, preload: str = PRELOAD) -> None:
+        self.timeout, self.lifetime, self.preload = timeout, lifetime, preload
         self._runs = 0
         self._workers: list[tuple[Any, Connection]] = []
 
@@ -99,18 +100,18 @@ class Pool:
 
     def _start(self, more: int) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload([PRELOAD])
+        context.set_forkserver_preload([self.preload])
         for _ in range(more):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there,))
+            process = context.Process(target=_work, args=(there, self.preload))
             process.start()
             there.close()
             self._workers.append((process, here))
 
 
-def _work(connection: Connection) -> None:
+def _work(connection: Connection, preload: str) -> None:
     # The server from which this process forked has imported it too, unless that failed: then this tells why.
-    importlib.import_module(PRELOAD)
+    importlib.import_module(preload)
     while True:
         try:
             function, layout, rank, store, kwargs = connection.recv()

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from tests.functional.pool import Layout
+
 # Kind of entry, global shape, offset of this rank's part, its shape, and its dtype (of tensors).
 Entry = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], str]
 
@@ -76,6 +78,16 @@ def load_hf_and_save(sizes: dict[str, int], folder: Path, saved: Path) -> None:
     saved.mkdir(exist_ok=True)
     torch.distributed.barrier()
     dist_checkpointing.save({"model": model.sharded_state_dict()}, str(saved))
+
+
+def called(layout: Layout, **arguments: Any) -> set[str]:
+    """What of Transformer Engine's extension a step's forward and backward call, but for questions about libraries."""
+    from tests.functional.ranks import forward_backward
+    from tests.te.extension import CALLS
+
+    CALLS.clear()
+    forward_backward(layout, **arguments)
+    return {name for name in CALLS if not name.startswith("get_")}
 
 
 def _shards(model: Any) -> list[Any]:

@@ -45,9 +45,9 @@ def _prepare(backend: str) -> None:
 
         cpu_runtime.enable()
     else:
-        from tests.te import fake_gpu
+        from tests.te import runtime
 
-        fake_gpu.enable()
+        runtime.enable()
 
 
 def _on_rank(
