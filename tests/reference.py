@@ -96,7 +96,10 @@ def write_checkpoint(
 
 
 def conversation(kind: str, seed: int, *, merge_size: int = 2, patch_dim: int = PATCH_DIM) -> Conversation:
-    """A random conversation of a `kind`: text, image, images, video or mixed; its tokens are those of `merge_size` 2."""
+    """A random conversation of a `kind`: text, image, images, video or mixed.
+
+    Grids grow with `merge_size`, so that the tokens are the same.
+    """
     random = torch.Generator().manual_seed(seed)
     media = {
         "text": [],

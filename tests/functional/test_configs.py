@@ -9,7 +9,7 @@ import pytest
 from torch.nn.functional import pad
 
 from megatron_vlbridge.config import read_config
-from tests import reference
+from tests import mtp_reference, reference
 from tests.functional.parity import measure
 from tests.functional.pool import Layout, Pool
 
@@ -99,3 +99,11 @@ def test_unsorted_deepstack_on_several_ranks(pool: Pool, tmp_path: Path, name: s
     layout, options = SPREAD[name]
     folder, conversations = make(tmp_path, CASES["deepstack unsorted"]._replace(text={"num_hidden_layers": 4}))
     measure(pool, layout, folder, [conversations, conversations[::-1]], **options).check()
+
+
+def test_the_pad_token_of_an_mtp_layer(pool: Pool, tmp_path: Path) -> None:
+    """Also as the next token, whose embedding the stage of the MTP layer takes."""
+    folder, conversations = make(tmp_path, Case(text={"num_hidden_layers": 4, "pad_token_id": 24}))
+    mtp_reference.add_prediction_layer(folder)
+    groups = [conversations, conversations[::-1]]
+    measure(pool, Layout(tp=2, sp=True, pp=2, world=4), folder, groups).check()

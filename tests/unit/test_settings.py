@@ -24,7 +24,7 @@ def test_the_config_of_a_published_checkpoint_needs_no_loss_setting(file: Path) 
 
 def test_another_average_that_was_asked_for_is_refused() -> None:
     checkpoint = read_config(SUPPORTED[0])
-    with pytest.raises(VLBridgeError, match="calculate_per_token_loss|calculate-per-token-loss"):
+    with pytest.raises(VLBridgeError, match="calculate_per_token_loss"):
         check_layout(language_config(checkpoint, calculate_per_token_loss=False), checkpoint)
 
 
