@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3_5Config, Qwen3_5MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+from transformers import Qwen3_5Config, Qwen3_5MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig, Qwen3VLMoeTextModel
 
 from megatron_vlbridge.config import Config, TextConfig, VisionConfig, read_config
 from megatron_vlbridge.errors import VLBridgeError
@@ -352,6 +353,17 @@ def test_an_architecture_that_can_only_be_read_says_so():
     config = read_config(PUBLISHED[0].parent / "Qwen3.5-27B.json")
     with pytest.raises(VLBridgeError, match=r"Qwen3_5ForConditionalGeneration.*only the config\.json can be read"):
         find(config)
+
+
+@pytest.mark.parametrize(("step", "dense"), [(1, []), (2, []), (3, [2]), (2, [5, 0, 3]), (7, [])])
+def test_the_layers_with_experts_are_those_of_transformers(step, dense, tmp_path):
+    text = {"num_hidden_layers": 6, "decoder_sparse_step": step, "mlp_only_layers": dense}
+    values = EXPERTS | {"text_config": EXPERTS["text_config"] | text}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with torch.device("meta"):
+        layers = Qwen3VLMoeTextModel(Qwen3VLMoeConfig(**values).text_config).layers
+    moe = read_config(tmp_path).text.moe
+    assert [moe.is_moe_layer(layer) for layer in range(6)] == [hasattr(layer.mlp, "experts") for layer in layers]
 
 
 def test_only_the_top_level_decides_tying(tmp_path):

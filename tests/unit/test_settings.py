@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
@@ -32,3 +33,17 @@ def test_the_settings_of_a_base_are_kept() -> None:
     checkpoint = read_config(SUPPORTED[0])
     base = language_config(checkpoint, calculate_per_token_loss=False)
     assert not language_config(checkpoint, base).calculate_per_token_loss
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 4])
+def test_stages_exchange_lengths_where_deepstack_features_cross_them(first: int) -> None:
+    """Three layers take features; the stages' hidden states have one length if all three are on the first."""
+    checkpoint = read_config(CONFIGS / "Qwen3-VL-2B-Instruct.json")
+    assert len(checkpoint.vision.deepstack_visual_indexes) == 3
+    stages = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
+    split = language_config(checkpoint, num_layers_in_first_pipeline_stage=first, **stages)
+    assert split.variable_seq_lengths == (first < 3)
+    layout = f"E{'t' * first}|{'t' * (checkpoint.text.num_layers - first)}L"
+    assert language_config(checkpoint, pipeline_model_parallel_layout=layout, **stages).variable_seq_lengths == (
+        first < 3
+    )
