@@ -184,6 +184,6 @@ def test_only_16_bit_tensors_may_be_part_of_a_tensor_held_as_float32():
     assert "fc1: float32" in Plan(RULES, hf, megatron, widened=["fc1"]).notes[0]
     for dtype in (torch.float64, torch.float8_e4m3fn):
         hf["gate"] = TensorSpec((6, 4), dtype)
-        with pytest.raises(MisfitError, match="gate is torch.float") as caught:
+        with pytest.raises(MisfitError, match=r"gate is torch\.float") as caught:
             Plan(RULES, hf, megatron, widened=["fc1"])
         assert list(caught.value.misfits) == ["dtypes that differ"]
