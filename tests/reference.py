@@ -1,7 +1,7 @@
 """The oracle: a tiny random Qwen3-VL of transformers, run conversation by conversation."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +31,14 @@ def write_checkpoint(
     seed: int = 0,
     layers: int = 4,
     shard: str = "100KB",
-    experts: dict[str, object] | None = None,
+    experts: Mapping[str, object] | None = None,
+    text_fields: Mapping[str, object] | None = None,
+    vision_fields: Mapping[str, object] | None = None,
 ) -> Path:
     """A tiny random fp32 checkpoint of Qwen3-VL, as transformers saves it, in several shards.
 
-    Dense, or with `experts` (fields of the text config beside the number and size of experts).
+    Dense, or with `experts` (fields of the text config beside the number and size of experts). `text_fields` and
+    `vision_fields` replace fields of both parts.
     """
     import transformers
 
@@ -75,8 +78,8 @@ def write_checkpoint(
     if experts is not None:
         text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, **experts}
     config = make_config(
-        text_config=text,
-        vision_config=vision,
+        text_config={**text, **(text_fields or {})},
+        vision_config={**vision, **(vision_fields or {})},
         tie_word_embeddings=tied,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -92,8 +95,11 @@ def write_checkpoint(
     return folder
 
 
-def conversation(kind: str, seed: int) -> Conversation:
-    """A random conversation of a `kind`: text, image, images, video or mixed."""
+def conversation(kind: str, seed: int, *, merge_size: int = 2, patch_dim: int = PATCH_DIM) -> Conversation:
+    """A random conversation of a `kind`: text, image, images, video or mixed.
+
+    Grids grow with `merge_size`, so that the tokens are the same.
+    """
     random = torch.Generator().manual_seed(seed)
     media = {
         "text": [],
@@ -120,7 +126,8 @@ def conversation(kind: str, seed: int) -> Conversation:
 
     def patches(wanted: str) -> tuple[torch.Tensor, torch.Tensor]:
         grids = torch.tensor([grid for what, grid in media if what == wanted], dtype=torch.int64).view(-1, 3)
-        return torch.randn(int(grids.prod(1).sum()), PATCH_DIM, generator=random), grids
+        grids = grids * torch.tensor([2, merge_size, merge_size]) // 2
+        return torch.randn(int(grids.prod(1).sum()), patch_dim, generator=random), grids
 
     return Conversation(ids, labels, *patches("image"), *patches("video"))
 

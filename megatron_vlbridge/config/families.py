@@ -9,13 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """How one model type differs in keys and in transformers' defaults."""
+    """How one model type differs in keys and in transformers' defaults.
+
+    `supported`: whether its weights can be converted and trained; else only its config.json can be read.
+    """
 
     architecture: str
     has_moe: bool
     has_linear_attention: bool
     text_defaults: Mapping[str, Any]
     token_defaults: tuple[int, int, int, int]  # image, video, vision start, vision end
+    supported: bool = True
 
 
 _VL_TEXT = {
@@ -78,6 +82,7 @@ FAMILIES: dict[str, Family] = {
         True,
         _35_TEXT | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "num_key_value_heads": 4},
         _35_TOKENS,
+        supported=False,
     ),
     "qwen3_5_moe": Family(
         "Qwen3_5MoeForConditionalGeneration",
@@ -94,5 +99,6 @@ FAMILIES: dict[str, Family] = {
             "shared_expert_intermediate_size": 512,
         },
         _35_TOKENS,
+        supported=False,
     ),
 }

@@ -33,6 +33,7 @@ def read_config(path: str | Path) -> Config:
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     top = Section(file, _read_json_object(file))
+    top.only("per_layer_config", None)
     model_type, family = _find_family(top)
     text = _read_text(top.section("text_config"), model_type, family)
     vision = _read_vision(top.section("vision_config"), model_type)
@@ -76,12 +77,14 @@ def _find_family(top: Section) -> tuple[str, Family]:
     if not isinstance(named, list) or len(named) > 1 or any(not isinstance(name, str) for name in named):
         raise top.fail("architectures", named, "a list with one name", "Name the one architecture of the checkpoint.")
     by_name = {family.architecture: model_type for model_type, family in FAMILIES.items()}
-    remedy = f"Known architectures: {', '.join(by_name)}."
+    supported = {model_type: family for model_type, family in FAMILIES.items() if family.supported}
+    architectures = ", ".join(family.architecture for family in supported.values())
+    remedy = f"Supported architectures: {architectures}."
     if named and named[0] not in by_name:
-        raise top.fail("architectures", named[0], "a known architecture", remedy)
+        raise top.fail("architectures", named[0], "a supported architecture", remedy)
     model_type = top.value("model_type", default=by_name[named[0]] if named else None)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise top.fail("model_type", model_type, f"one of {', '.join(FAMILIES)}", remedy)
+        raise top.fail("model_type", model_type, f"one of {', '.join(supported)}", remedy)
     if named and by_name[named[0]] != model_type:
         expected = f"{by_name[named[0]]!r}, as architectures names {named[0]}"
         raise top.fail("model_type", model_type, expected, "Correct whichever is wrong.")
@@ -125,18 +128,7 @@ def _read_fp8(top: Section) -> bool:
 
 def _read_rope(text: Section, defaults: Mapping[str, Any]) -> tuple[float, tuple[int, int, int], float]:
     """`(rope_theta, mrope_section, partial_rotary_factor)`, from `rope_parameters` or `rope_theta` + `rope_scaling`."""
-    new, old = text.section("rope_parameters", required=False), text.section("rope_scaling", required=False)
-    for key in old.values.keys() & new.values.keys():
-        if old.values[key] != new.values[key]:
-            raise old.fail(key, old.values[key], f"{new.values[key]!r} as in rope_parameters", "Remove the wrong one.")
-    rope = Section(
-        text.file, {**old.values, **new.values}, text.prefix + ("rope_parameters." if new.values else "rope_scaling.")
-    )
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in rope.values and text.value(key, default=rope.values[key]) != rope.values[key]:
-            raise text.fail(
-                key, text.value(key), f"{rope.values[key]!r} as in {rope.prefix}{key}", "Remove the wrong one."
-            )
+    rope = _rope_section(text)
     rope.only("rope_type", "default")
     rope.only("type", "default")
     rope.only("mrope_interleaved", True)
@@ -149,16 +141,42 @@ def _read_rope(text: Section, defaults: Mapping[str, Any]) -> tuple[float, tuple
     return theta, (section[0], section[1], section[2]), factor
 
 
-def _read_text(text: Section, model_type: str, family: Family) -> TextConfig:
-    defaults = family.text_defaults
+def _rope_section(part: Section) -> Section:
+    """What `rope_parameters` and `rope_scaling` of a part say together; what stands beside them must agree."""
+    new, old = part.section("rope_parameters", required=False), part.section("rope_scaling", required=False)
+    for key in old.values.keys() & new.values.keys():
+        if old.values[key] != new.values[key]:
+            raise old.fail(key, old.values[key], f"{new.values[key]!r} as in rope_parameters", "Remove the wrong one.")
+    prefix = part.prefix + ("rope_parameters." if new.values else "rope_scaling.")
+    rope = Section(part.file, {**old.values, **new.values}, prefix)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope.values and part.value(key, default=rope.values[key]) != rope.values[key]:
+            raise part.fail(
+                key, part.value(key), f"{rope.values[key]!r} as in {rope.prefix}{key}", "Remove the wrong one."
+            )
+    for key, value in rope.values.items():
+        if isinstance(value, dict):
+            raise rope.fail(key, value, "one setting for all layers", "Settings of single layers are not supported.")
+    return rope
+
+
+def _check_fixed(text: Section, model_type: str) -> None:
+    """Settings of the language model that have one supported value."""
     text.only("model_type", f"{model_type}_text")
     text.only("hidden_act", "silu")
     text.only("attention_bias", False)
     text.only("use_sliding_window", False)
+    text.only("is_causal", True)
+    text.only("per_layer_config", None)
     if text.number("attention_dropout", default=0.0, positive=False) != 0:
         raise text.fail(
             "attention_dropout", text.value("attention_dropout"), "0", "Dropout is not supported: set it to 0."
         )
+
+
+def _read_text(text: Section, model_type: str, family: Family) -> TextConfig:
+    defaults = family.text_defaults
+    _check_fixed(text, model_type)
 
     def size(key: str) -> int:
         return text.integer(key, default=defaults.get(key))
@@ -187,11 +205,28 @@ def _read_text(text: Section, model_type: str, family: Family) -> TextConfig:
         num_mtp_layers=text.integer("mtp_num_hidden_layers", "num_mtp_layers", default=0, minimum=0),
         moe=_read_moe(text, defaults, layers) if family.has_moe else None,
         linear_attention=_read_linear_attention(text, layers) if family.has_linear_attention else None,
+        pad_token_id=_read_pad_token(text, size("vocab_size")),
     )
+    if not family.has_linear_attention:
+        _check_layer_types(text, layers)
     text.only("attn_output_gate", family.has_linear_attention)
     text.only("mtp_use_dedicated_embeddings", False)
     _check_text(text, result, partial=family.has_linear_attention)
     return result
+
+
+def _read_pad_token(text: Section, vocab_size: int) -> int | None:
+    """The token whose embedding gets no gradient, which transformers also counts from the end (-1: the last)."""
+    if text.value("pad_token_id") is None:
+        return None
+    return text.integer("pad_token_id", minimum=-vocab_size, maximum=vocab_size - 1) % vocab_size
+
+
+def _check_layer_types(text: Section, num_layers: int) -> None:
+    found = text.value("layer_types")
+    if found is not None and found != ["full_attention"] * num_layers:
+        expected = f"{num_layers} entries (num_hidden_layers), each full_attention"
+        raise text.fail("layer_types", found, expected, "Remove layer_types, or use a checkpoint of full attention.")
 
 
 def _check_text(text: Section, result: TextConfig, partial: bool) -> None:
@@ -217,7 +252,7 @@ def _read_moe(text: Section, defaults: Mapping[str, Any], num_layers: int) -> Mo
         num_experts=text.integer(
             "num_experts", "num_local_experts", default=defaults["num_experts"], maximum=_MOST_EXPERTS
         ),
-        num_experts_per_tok=text.integer("num_experts_per_tok", default=defaults["num_experts_per_tok"]),
+        num_experts_per_tok=_read_experts_per_token(text, defaults["num_experts_per_tok"]),
         moe_intermediate_size=text.integer("moe_intermediate_size", default=defaults["moe_intermediate_size"]),
         shared_expert_intermediate_size=text.integer(
             "shared_expert_intermediate_size", default=defaults["shared_expert_intermediate_size"], minimum=0
@@ -236,6 +271,17 @@ def _read_moe(text: Section, defaults: Mapping[str, Any], num_layers: int) -> Mo
         found = moe.shared_expert_intermediate_size
         raise text.fail("shared_expert_intermediate_size", found, "0", "This family has no shared expert.")
     return moe
+
+
+def _read_experts_per_token(text: Section, default: int) -> int:
+    found = text.integer("num_experts_per_tok", default=default)
+    if found == 1:
+        remedy = (
+            "The weight of a single expert is renormalised to 1, so that its router cannot learn, and Megatron-Core "
+            "does not run such a router: use a checkpoint that takes several experts."
+        )
+        raise text.fail("num_experts_per_tok", found, "an integer of at least 2", remedy)
+    return found
 
 
 def _read_linear_attention(text: Section, num_layers: int) -> LinearAttentionConfig:
@@ -266,16 +312,20 @@ def _read_linear_attention(text: Section, num_layers: int) -> LinearAttentionCon
 def _read_vision(vision: Section, model_type: str) -> VisionConfig:
     vision.only("model_type", f"{model_type}_vision", model_type)
     vision.only("hidden_act", "gelu_pytorch_tanh")
-    rope = vision.section("rope_parameters", required=False)
+    vision.only("per_layer_config", None)
+    rope = _rope_section(vision)
     rope.only("rope_type", "axial", "default")
-    if rope.number("rope_theta", default=10000.0) != 10000.0:
-        raise rope.fail("rope_theta", rope.value("rope_theta"), "10000", "Other values are not supported.")
+    rope.only("type", "default", "axial")
+    for part in (rope, vision):
+        if part.number("rope_theta", default=10000.0) != 10000.0:
+            raise part.fail("rope_theta", part.value("rope_theta"), "10000", "Other values are not supported.")
     deepstack_default = [8, 16, 24] if model_type.startswith("qwen3_vl") else []
     result = VisionConfig(
-        depth=vision.integer("depth", default=27, maximum=_MOST_LAYERS),
+        # transformers takes both names of these two.
+        depth=vision.integer("depth", "num_hidden_layers", default=27, maximum=_MOST_LAYERS),
         hidden_size=vision.integer("hidden_size", default=1152),
         intermediate_size=vision.integer("intermediate_size", default=4304),
-        num_heads=vision.integer("num_heads", default=16),
+        num_heads=vision.integer("num_heads", "num_attention_heads", default=16),
         in_channels=vision.integer("in_channels", default=3),
         patch_size=vision.integer("patch_size", default=16),
         temporal_patch_size=vision.integer("temporal_patch_size", default=2),
@@ -298,6 +348,7 @@ def _check_vision(vision: Section, result: VisionConfig) -> None:
     ):  # a quarter of a head's frequencies each for cos/sin of height and width
         expected = f"a multiple of 4 x num_heads ({4 * result.num_heads})"
         raise vision.fail("hidden_size", result.hidden_size, expected, "Correct hidden_size or num_heads.")
+    vision.only("head_dim", result.hidden_size // result.num_heads)
     if math.isqrt(result.num_position_embeddings) ** 2 != result.num_position_embeddings:
         found = result.num_position_embeddings
         raise vision.fail("num_position_embeddings", found, "a square number", "Correct the value in the file.")

@@ -39,6 +39,7 @@ class TextConfig:
     """The language model. `intermediate_size` is that of dense MLPs, 0 where a family has none.
 
     `num_mtp_layers` is how many layers behind the decoder predict the token after the next one (0 or 1).
+    `pad_token_id`: the token whose embedding gets no gradient where it stands in the input.
     """
 
     vocab_size: int
@@ -56,6 +57,7 @@ class TextConfig:
     initializer_range: float
     attention_output_gate: bool = False
     num_mtp_layers: int = 0
+    pad_token_id: int | None = None
     moe: MoeConfig | None = None
     linear_attention: LinearAttentionConfig | None = None
 

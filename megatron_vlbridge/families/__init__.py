@@ -25,6 +25,6 @@ def find(config: Config) -> Family:
             return family
     supported = ", ".join(family.architecture for family in FAMILIES)
     raise VLBridgeError(
-        f"architecture: expected one that is supported ({supported}), found {config.architecture}. "
-        "Use a checkpoint of a supported architecture."
+        f"architecture: expected one that is supported ({supported}), found {config.architecture}, of which only the "
+        "config.json can be read. Use a checkpoint of a supported architecture."
     )

@@ -91,6 +91,15 @@ class LanguageModel(PredictingModel):
             vp_stage=vp_stage,
         )
         self.text = checkpoint.text
+        if self.text.pad_token_id is not None and hasattr(self, "embedding"):
+            self.embedding.register_forward_hook(self._without_pad_gradient, with_kwargs=True)
+
+    def _without_pad_gradient(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], words: torch.Tensor
+    ) -> torch.Tensor:
+        """The embeddings `[s, b, H]`, of which the pad token's get no gradient (torch's `padding_idx`)."""
+        pad = (kwargs["input_ids"] == self.text.pad_token_id).T[..., None]
+        return torch.where(pad, words.detach(), words)
 
     def _preprocess(self, input_ids: Any, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Megatron's preprocessing with the rotary table of these positions (Megatron-Core 0.19: second in the row)."""

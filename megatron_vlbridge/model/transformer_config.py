@@ -65,7 +65,8 @@ def _expert_fields(config: Config) -> dict[str, Any]:
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.num_experts_per_tok,
         "moe_ffn_hidden_size": moe.moe_intermediate_size,
-        "moe_layer_freq": 1 if all(layers) else layers,
+        # Megatron names alike layers as one stack only where this is 1.
+        "moe_layer_freq": 1 if len(set(layers)) == 1 else layers,
         "moe_router_pre_softmax": False,
         "moe_router_score_function": "softmax",
         "moe_router_dtype": "fp32",
@@ -112,6 +113,8 @@ def vision_fields(config: Config) -> dict[str, Any]:
 def language_config(config: Config, base: TransformerConfig | None = None, **overrides: Any) -> TransformerConfig:
     """The language model's `TransformerConfig`: the checkpoint's fields over `base` (parallel sizes, precision, ...).
 
+    Without `base` the loss is averaged over tokens (`calculate_per_token_loss`), the only average that is supported.
+
     Example:
         >>> language_config(read_config("Qwen3-VL-2B-Instruct"), tensor_model_parallel_size=2)
     """
@@ -121,7 +124,8 @@ def language_config(config: Config, base: TransformerConfig | None = None, **ove
             f"mtp_num_layers: expected {config.text.num_mtp_layers}, as the checkpoint's config says, found {asked}. "
             "Leave it out: it is read from the checkpoint"
         )
-    built = _over(base, language_fields(config) | overrides)
+    loss = {"calculate_per_token_loss": True} if base is None else {}
+    built = _over(base, loss | language_fields(config) | overrides)
     if deepstack_travels(built, config):
         if config.text.moe is not None and built.moe_token_dispatcher_type == "allgather":
             raise VLBridgeError(

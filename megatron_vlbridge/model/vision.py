@@ -150,7 +150,8 @@ class VisionModel(MegatronModule):
     def forward(self, patches: torch.Tensor, frames: Frames) -> torch.Tensor:
         """`[N, patch_dim]` in the processor's order -> `[1 + deepstack levels, N / merge_area, H]`.
 
-        Row 0 are the picture's tokens, row 1 + k what is added after decoder layer k.
+        Row 0 are the image's tokens, row 1 + k what is added after decoder layer k: the features of the k-th of the
+        deepstack blocks, counted from the tower's input, whatever their order in `deepstack_visual_indexes`.
         """
         device = patches.device
         index, weight = frames.table_weights(int(self.vision.num_position_embeddings**0.5), device)
@@ -184,7 +185,9 @@ class VisionModel(MegatronModule):
         )
         last, between = output if levels else (output, [])
         merged = [self.merger(last)]
-        merged += [merger(hidden) for merger, hidden in zip(self.deepstack_merger_list, between, strict=True)]
+        # Features come in the order of the blocks; merger k belongs to the block that the config names k-th.
+        for block, features in zip(sorted(levels), between, strict=True):
+            merged.append(self.deepstack_merger_list[levels.index(block)](features))
         if self.config.sequence_parallel:
             # The tokens are put into embeddings that every rank holds whole, so each rank's gradient is whole too.
             merged = [

@@ -3,8 +3,12 @@
 import random
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionBlock
 
 from megatron_vlbridge.layout.balance import frame_work, least_load, share_out
 
@@ -34,6 +38,32 @@ def mix(seed: int, frames: int) -> list[int]:
         alike = generator.choice((1, 1, generator.randint(2, 8)))
         patches += [4 * generator.randint(2, 32) * generator.randint(2, 32)] * alike
     return [frame_work(n, 1024) for n in patches[:frames]]
+
+
+@pytest.mark.parametrize(("patches", "hidden"), [(4, 32), (60, 32), (100, 16)])
+def test_the_work_of_a_frame_is_that_of_a_block_of_transformers(patches: int, hidden: int) -> None:
+    """Counted by torch: a multiply-add is two operations, and the work is in units of the hidden size."""
+    config = Qwen3VLVisionConfig(hidden_size=hidden, intermediate_size=4 * hidden, num_heads=2)
+    config._attn_implementation = "eager"
+    angles = torch.zeros(patches, hidden // 2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        Qwen3VLVisionBlock(config)(
+            torch.zeros(patches, hidden),
+            cu_seqlens=torch.tensor([0, patches], dtype=torch.int32),
+            position_embeddings=(angles.cos(), angles.sin()),
+        )
+    assert frame_work(patches, hidden) == counter.get_total_flops() // (2 * hidden)
+
+
+# Shared out by patches the large frame would keep two small ones, by attention alone none.
+LARGE_AND_SMALL = [64, *[24] * 6]
+
+
+def test_linears_and_attention_both_count() -> None:
+    work = [frame_work(patches, 8) for patches in LARGE_AND_SMALL]
+    assert sorted(len(share) for share in share_out(work, 2)) == [2, 5]
+    for other, sizes in ((LARGE_AND_SMALL, [3, 4]), ([patches**2 for patches in LARGE_AND_SMALL], [1, 6])):
+        assert sorted(len(share) for share in share_out(other, 2)) == sizes
 
 
 @given(st.lists(st.integers(1, 5000), max_size=300), st.integers(1, 8))

@@ -119,3 +119,34 @@ def test_a_pack_has_no_table():
         layout.pack(torch.zeros(1, 4), 0)
     with pytest.raises(VLBridgeError, match="came as a pack"):
         layout.unpack(torch.zeros(1, 4))
+
+
+def places_of_ranks(lengths: list[int], total: int, cp_size: int) -> list[list[int]]:
+    """The places in the pack of each rank's tokens, by cutting every padded segment in 2 * cp_size chunks; slow."""
+    ranks: list[list[int]] = [[] for _ in range(cp_size)]
+    for number, length in enumerate(lengths):
+        start, chunk = sum(lengths[:number]), -(-length // (2 * cp_size))
+        segment = [start + place if place < length else -1 for place in range(2 * cp_size * chunk)]
+        for rank in range(cp_size):
+            for piece in (rank, 2 * cp_size - 1 - rank):
+                ranks[rank] += segment[piece * chunk : (piece + 1) * chunk]
+    return [rank + [-1] * (total // cp_size - len(rank)) for rank in ranks]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "total", "cp_size"), [([5, 1, 9], 24, 2), ([4, 4], 8, 2), ([1], 8, 4), ([7, 13, 2], 40, 4)]
+)
+def test_sources_equal_a_cut_chunk_by_chunk(lengths, total, cp_size):
+    layout = BatchLayout.packed(lengths, total)
+    parts = [layout.context_parallel(cp_size, rank).sources.tolist() for rank in range(cp_size)]
+    assert parts == places_of_ranks(lengths, total, cp_size)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "total", "message"),
+    [([5, 2], 8, "together 12 tokens, but the pack has 8 tokens"), ([4], 10, "a multiple of 4")],
+)
+def test_a_pack_without_room_for_its_padding_is_refused(lengths, total, message):
+    layout = BatchLayout.packed(lengths, total)
+    with pytest.raises(VLBridgeError, match=message):
+        layout.context_parallel(2, 0)

@@ -1,15 +1,18 @@
 """Reading `config.json`: every published file and spelling, equal to transformers; wrong values refused by name."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3_5Config, Qwen3_5MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+from transformers import Qwen3_5Config, Qwen3_5MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig, Qwen3VLMoeTextModel
 
 from megatron_vlbridge.config import Config, TextConfig, VisionConfig, read_config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families import FAMILIES, find
 
 PUBLISHED = sorted((Path(__file__).parents[1] / "data" / "configs").glob("*.json"))
 TRANSFORMERS = {
@@ -19,6 +22,7 @@ TRANSFORMERS = {
     "qwen3_5_moe": Qwen3_5MoeConfig,
 }
 DENSE = json.loads((Path(__file__).parents[1] / "data" / "configs" / "Qwen3-VL-32B-Instruct.json").read_text())
+EXPERTS = json.loads((Path(__file__).parents[1] / "data" / "configs" / "Qwen3-VL-30B-A3B-Instruct.json").read_text())
 
 SAME_TEXT_NAMES = [
     "vocab_size",
@@ -29,6 +33,7 @@ SAME_TEXT_NAMES = [
     "rms_norm_eps",
     "max_position_embeddings",
     "initializer_range",
+    "pad_token_id",
 ]
 SAME_VISION_NAMES = [
     "depth",
@@ -207,6 +212,12 @@ REFUSED = [
     ("text_config.attention_bias", 0, "false"),
     ("text_config.attention_dropout", 0.1, "Dropout"),
     ("text_config.use_sliding_window", True, "false"),
+    ("text_config.is_causal", False, "true"),
+    ("text_config.layer_types", ["full_attention"] * 63 + ["sliding_attention"], "64 entries"),
+    ("text_config.layer_types", ["full_attention"] * 63, "64 entries"),
+    ("text_config.per_layer_config", {"1": {"rms_norm_eps": 1e-5}}, "null"),
+    ("text_config.pad_token_id", 151936, "at most 151935"),
+    ("text_config.pad_token_id", -151937, "at least -151936"),
     ("text_config.model_type", "qwen3_text", "qwen3_vl_text"),
     ("text_config.rope_scaling.rope_type", "yarn", "default"),
     ("text_config.rope_scaling.type", "linear", "default"),
@@ -215,6 +226,7 @@ REFUSED = [
     ("text_config.rope_scaling.mrope_section", [24, 20, 21], "rotated"),
     ("text_config.rope_scaling.mrope_section", "24,20,20", "list"),
     ("text_config.rope_scaling.rope_theta", 1e4, "rope_scaling"),
+    ("text_config.rope_scaling.full_attention", {"rope_theta": 1e4}, "one setting for all layers"),
     ("text_config.rope_parameters", {"rope_type": "default", "mrope_section": [20, 24, 20]}, "rope_parameters"),
     ("text_config.rope_theta", -1, "positive"),
     ("text_config.partial_rotary_factor", 0.5, "1.0"),
@@ -223,9 +235,12 @@ REFUSED = [
     ("text_config.num_hidden_layers", 2, "num_hidden_layers"),
     ("text_config.num_hidden_layers", 36.0, "integer"),
     ("text_config.num_hidden_layers", True, "integer"),
+    ("text_config.num_hidden_layers", 1001, "at most 1000"),
     ("text_config.hidden_size", "5120", "integer"),
     ("text_config.hidden_size", 4096, "hidden_size"),
     ("text_config.rms_norm_eps", "1e-6", "number"),
+    ("text_config.rms_norm_eps", 0, "positive"),
+    ("text_config.rope_theta", 0.0, "positive"),
     ("text_config.rms_norm_eps", float("nan"), "number"),
     ("text_config.mtp_num_hidden_layers", 2, "one multi-token prediction layer"),
     ("text_config.dtype", "float8_e4m3fn", "bfloat16"),
@@ -237,8 +252,17 @@ REFUSED = [
     ("vision_config.deepstack_visual_indexes", [8, 16, 27], "depth"),
     ("vision_config.deepstack_visual_indexes", [8, 8], "distinct"),
     ("vision_config.deepstack_visual_indexes", [-1], "non-negative"),
+    ("vision_config.depth", 1001, "at most 1000"),
     ("vision_config.patch_size", 0, "at least 1"),
     ("vision_config.rope_parameters", {"rope_theta": 5000.0}, "10000"),
+    ("vision_config.rope_scaling", {"rope_theta": 5000.0}, "10000"),
+    ("vision_config.rope_theta", 5000.0, "10000"),
+    ("vision_config.head_dim", 32, "72"),
+    ("vision_config.num_attention_heads", 8, "num_heads"),
+    ("vision_config.num_hidden_layers", 26, "depth"),
+    ("vision_config.patch_size", [16, 16], "integer"),
+    ("vision_config.per_layer_config", {"1": {}}, "null"),
+    ("per_layer_config", {"1": {}}, "null"),
     ("vision_config.model_type", "siglip", "qwen3_vl_vision"),
     ("image_token_id", 151936, "vocab_size"),
     ("image_token_id", 151656, "image_token_id"),
@@ -251,10 +275,27 @@ REFUSED = [
     ("model_type", "llava", "qwen3_vl"),
 ]
 
+REFUSED_EXPERTS = [
+    ("text_config.num_experts_per_tok", 1, "at least 2"),
+    ("text_config.num_experts_per_tok", 0, "at least 1"),
+    ("text_config.num_experts_per_tok", 129, "num_experts"),
+    ("text_config.num_experts", 0, "at least 1"),
+    ("text_config.num_experts", 1001, "at most 1000"),
+    ("text_config.num_local_experts", 64, "num_experts"),
+    ("text_config.mlp_only_layers", [48], "num_hidden_layers"),
+    ("text_config.mlp_only_layers", [-1], "non-negative"),
+    ("text_config.decoder_sparse_step", 0, "at least 1"),
+    ("text_config.norm_topk_prob", False, "true"),
+    ("text_config.shared_expert_intermediate_size", 512, "shared expert"),
+]
+ALL_REFUSED = [(DENSE, *row) for row in REFUSED] + [(EXPERTS, *row) for row in REFUSED_EXPERTS]
 
-@pytest.mark.parametrize(("key", "value", "reason"), REFUSED, ids=lambda item: str(item)[:40])
-def test_a_wrong_value_is_refused_with_file_key_and_value(key, value, reason, tmp_path):
-    values = json.loads(json.dumps(DENSE))
+
+@pytest.mark.parametrize(
+    ("base", "key", "value", "reason"), ALL_REFUSED, ids=[f"{row[1]}-{row[2]}"[:60] for row in ALL_REFUSED]
+)
+def test_a_wrong_value_is_refused_with_file_key_and_value(base, key, value, reason, tmp_path):
+    values = json.loads(json.dumps(base))
     *sections, last = key.split(".")
     target = values
     for name in sections:
@@ -267,11 +308,62 @@ def test_a_wrong_value_is_refused_with_file_key_and_value(key, value, reason, tm
     assert str(file) in str(caught.value)
     assert "expected" in str(caught.value)
     assert "found" in str(caught.value)
+    assert key.split(".")[-1] in str(caught.value)
 
 
 def write(folder: Path, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(DENSE | changes))
     return folder
+
+
+@pytest.mark.parametrize("token", [None, 0, 151643])
+def test_the_pad_token_is_that_of_the_text_section(token, tmp_path):
+    folder = write(tmp_path, pad_token_id=5, text_config=DENSE["text_config"] | {"pad_token_id": token})
+    assert read_config(folder).text.pad_token_id == token
+
+
+def test_a_pad_token_counted_from_the_end(tmp_path):
+    folder = write(tmp_path, text_config=DENSE["text_config"] | {"pad_token_id": -1})
+    assert read_config(folder).text.pad_token_id == 151935
+
+
+@pytest.mark.parametrize(("key", "other"), [("num_heads", "num_attention_heads"), ("depth", "num_hidden_layers")])
+def test_both_names_of_the_towers_sizes(key, other, tmp_path):
+    """transformers takes `num_attention_heads: 8` for the number of heads; its default would be 16."""
+    vision = {name: value for name, value in DENSE["vision_config"].items() if name != key} | {other: 36}
+    config = read_config(write(tmp_path, vision_config=vision))
+    assert getattr(config.vision, key) == 36
+    assert getattr(Qwen3VLConfig(**json.loads((tmp_path / "config.json").read_text())).vision_config, key) == 36
+
+
+def test_full_attention_in_every_layer_may_be_said(tmp_path):
+    text = DENSE["text_config"] | {"layer_types": ["full_attention"] * 64, "sliding_window": 4096}
+    assert read_config(write(tmp_path, text_config=text)) == read_config(write(tmp_path))
+
+
+@pytest.mark.parametrize("changes", [{"architectures": ["LlavaModel"]}, {"architectures": [], "model_type": "llava"}])
+def test_only_supported_architectures_are_recommended(changes, tmp_path):
+    with pytest.raises(VLBridgeError) as caught:
+        read_config(write(tmp_path, **changes))
+    named = set(re.findall(r"\w+ForConditionalGeneration", str(caught.value)))
+    assert named == {family.architecture for family in FAMILIES}
+
+
+def test_an_architecture_that_can_only_be_read_says_so():
+    config = read_config(PUBLISHED[0].parent / "Qwen3.5-27B.json")
+    with pytest.raises(VLBridgeError, match=r"Qwen3_5ForConditionalGeneration.*only the config\.json can be read"):
+        find(config)
+
+
+@pytest.mark.parametrize(("step", "dense"), [(1, []), (2, []), (3, [2]), (2, [5, 0, 3]), (7, [])])
+def test_the_layers_with_experts_are_those_of_transformers(step, dense, tmp_path):
+    text = {"num_hidden_layers": 6, "decoder_sparse_step": step, "mlp_only_layers": dense}
+    values = EXPERTS | {"text_config": EXPERTS["text_config"] | text}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with torch.device("meta"):
+        layers = Qwen3VLMoeTextModel(Qwen3VLMoeConfig(**values).text_config).layers
+    moe = read_config(tmp_path).text.moe
+    assert [moe.is_moe_layer(layer) for layer in range(6)] == [hasattr(layer.mlp, "experts") for layer in layers]
 
 
 def test_only_the_top_level_decides_tying(tmp_path):

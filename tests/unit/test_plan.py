@@ -175,3 +175,15 @@ def test_published_sizes_have_the_published_number_of_parameters(name):
     hf = {key: TensorSpec(shape, torch.bfloat16) for key, shape in table.hf_shapes.items()}
     megatron = {key: TensorSpec(shape, torch.bfloat16) for key, shape in table.megatron_shapes.items()}
     assert Plan(table, hf, megatron).nbytes == 2 * expected
+
+
+def test_only_16_bit_tensors_may_be_part_of_a_tensor_held_as_float32():
+    hf, megatron = tables()
+    megatron["fc1"] = TensorSpec((1, 12, 4), torch.float32)
+    hf["up"] = TensorSpec((6, 4), torch.float32)
+    assert "fc1: float32" in Plan(RULES, hf, megatron, widened=["fc1"]).notes[0]
+    for dtype in (torch.float64, torch.float8_e4m3fn):
+        hf["gate"] = TensorSpec((6, 4), dtype)
+        with pytest.raises(MisfitError, match=r"gate is torch\.float") as caught:
+            Plan(RULES, hf, megatron, widened=["fc1"])
+        assert list(caught.value.misfits) == ["dtypes that differ"]

@@ -79,7 +79,7 @@ def segments(draw: st.DrawFn, adjacent: bool) -> Segment:
         if kind == "text":
             tokens += draw(text)
         elif kind == "image":
-            images.append([1, draw(side), draw(side)])
+            images.append([draw(st.integers(1, 3)), draw(side), draw(side)])
             tokens += (
                 [START, *placeholders(IMAGE, images[-1]), END] if not adjacent else placeholders(IMAGE, images[-1])
             )
@@ -174,6 +174,20 @@ def test_true_counts_per_segment_are_accepted_and_change_nothing(pack: Pack) -> 
 def test_an_image_of_two_frames_counts_its_frames_in_time() -> None:
     positions = positions_of([5, *[IMAGE] * 4, 5], [6], [[2, 2, 4]])
     assert positions.tolist() == [[0, 1, 1, 2, 2, 3], [0, 1, 1, 1, 1, 3], [0, 1, 2, 1, 2, 3]]
+
+
+def test_an_image_of_two_frames_of_several_rows_equals_transformers(reference: Qwen3VLModel) -> None:
+    grid = [2, 6, 4]
+    tokens = [5, *placeholders(IMAGE, grid), 5]
+    positions = positions_of(tokens, [len(tokens)], [grid])
+    time, rows, columns = positions[:, 1:-1].reshape(3, 2, 3, 2) - 1
+    assert time.tolist() == [[[0, 0]] * 3, [[1, 1]] * 3]
+    assert rows.tolist() == [[[0, 0], [1, 1], [2, 2]]] * 2
+    assert columns.tolist() == [[[0, 1]] * 3] * 2
+    assert positions[:, -1].tolist() == [1 + 3] * 3  # the longer side, not the frames
+    kinds = torch.tensor([[int(token == IMAGE) for token in tokens]])
+    expected = reference.get_rope_index(torch.tensor([tokens]), kinds, torch.tensor([grid]))[0][:, 0]
+    assert torch.equal(positions, expected)
 
 
 def test_padding_counts_from_zero_and_a_pack_may_be_all_padding() -> None:

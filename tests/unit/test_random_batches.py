@@ -80,6 +80,16 @@ def check_cut(batch: Batch, known: bool) -> None:
         inputs = ranks[rank].inputs(heard)
         assert inputs.layout.segments == tuple(segment.padded for segment in batch.segments)
         check(inputs, parts[rank], batch.tp, known)
+        check_media(inputs, batch)
+
+
+def check_media(found: PackedInputs, batch: Batch) -> None:
+    """The tower runs the whole pack's images, then its videos, each with its own patches."""
+    kinds = [[grid for segment in batch.segments for grid in getattr(segment, kind)] for kind in ("images", "videos")]
+    assert found.frames.grids == tuple(grid for grids in kinds for grid in grids)
+    media = batch.media()
+    patches = [x for x in (media.pixel_values, media.pixel_values_videos) if x is not None]
+    assert torch.equal(found.patches, torch.cat(patches))
 
 
 def check_whole(batch: Batch, known: bool) -> None:
@@ -90,7 +100,9 @@ def check_whole(batch: Batch, known: bool) -> None:
     for number in some_ranks(batch, count=1):
         rank = RankRow(row, CONFIG, batch.cp, number)
         assert not rank.sharded
-        check(rank.inputs([rank.said] * batch.cp), cut(segments, batch.cp, number), batch.tp, known)
+        inputs = rank.inputs([rank.said] * batch.cp)
+        check(inputs, cut(segments, batch.cp, number), batch.tp, known)
+        check_media(inputs, batch)
 
 
 def check_dense(batch: Batch) -> None:

@@ -1,5 +1,8 @@
 """The rules: invertible bit for bit, right in their layout, and every slice equal to the slice of the whole."""
 
+import re
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,6 +141,84 @@ def test_grouped_qkv_gives_each_head_its_own_rows(groups, per_group, head_dim, h
             assert torch.equal(fused[row : row + head_dim], hf[part][group * head_dim : (group + 1) * head_dim])
             row += head_dim
     assert row == fused.shape[0]
+
+
+# Of one layer or merger: Hugging Face's name -> Megatron's, for every tensor that is copied whole.
+DECODER = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
+    "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
+    "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
+    "post_attention_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "mlp.down_proj.weight": "mlp.linear_fc2.weight",
+}
+BLOCK = {
+    "norm1.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "norm1.bias": "self_attention.linear_qkv.layer_norm_bias",
+    "attn.proj.weight": "self_attention.linear_proj.weight",
+    "attn.proj.bias": "self_attention.linear_proj.bias",
+    "norm2.weight": "mlp.linear_fc1.layer_norm_weight",
+    "norm2.bias": "mlp.linear_fc1.layer_norm_bias",
+    "mlp.linear_fc1.weight": "mlp.linear_fc1.weight",
+    "mlp.linear_fc1.bias": "mlp.linear_fc1.bias",
+    "mlp.linear_fc2.weight": "mlp.linear_fc2.weight",
+    "mlp.linear_fc2.bias": "mlp.linear_fc2.bias",
+}
+ENDS = {
+    "model.language_model.embed_tokens.weight": "language_model.embedding.word_embeddings.weight",
+    "model.language_model.norm.weight": "language_model.decoder.final_layernorm.weight",
+    "lm_head.weight": "language_model.output_layer.weight",
+    "mtp.pre_fc_norm_embedding.weight": "language_model.mtp.layers.0.enorm.weight",
+    "mtp.pre_fc_norm_hidden.weight": "language_model.mtp.layers.0.hnorm.weight",
+    "mtp.fc.weight": "language_model.mtp.layers.0.eh_proj.weight",
+    "mtp.norm.weight": "language_model.mtp.layers.0.final_layernorm.weight",
+}
+STACKS = {
+    "model.language_model.layers.": (DECODER, "language_model.decoder.layers."),
+    "model.visual.blocks.": (BLOCK, "vision_model.decoder.layers."),
+}
+FUSED = re.compile(r"(self_attn\.[qkv]_proj|mlp\.(gate|up)_proj|attn\.qkv)\.(weight|bias)$")
+
+
+@SETTINGS
+@given(configs(), st.integers(0, 1))
+def test_every_tensor_that_is_copied_is_where_megatron_has_it(config, mtp):
+    config = replace(config, text=replace(config.text, num_mtp_layers=mtp))
+    table = find(config).table(config)
+    hf = distinct(table.hf_shapes)
+    megatron = table.to_megatron(hf)
+    for name, tensor in hf.items():
+        if not FUSED.search(name):
+            assert torch.equal(place(megatron, name), tensor), name
+
+
+def place(megatron, name):
+    """The Megatron tensor that Hugging Face calls `name`."""
+    for prefix, (names, stack) in STACKS.items():
+        if name.startswith(prefix):
+            layer, _, rest = name.removeprefix(prefix).partition(".")
+            return megatron[stack + names[rest]][int(layer)]
+    if name.startswith("mtp.layers.0."):
+        return megatron["language_model.mtp.layers.0.transformer_layer." + DECODER[name.removeprefix("mtp.layers.0.")]]
+    return megatron[ENDS[name] if name in ENDS else name.replace("model.visual.", "vision_model.")]
+
+
+@SETTINGS
+@given(configs(), st.integers(0, 1))
+def test_every_layer_has_its_gate_then_its_up_rows(config, mtp):
+    """Megatron's MLP chunks the output of fc1 in two and multiplies silu(first) by second."""
+    config = replace(config, text=replace(config.text, num_mtp_layers=mtp))
+    table = find(config).table(config)
+    hf = distinct(table.hf_shapes)
+    megatron = table.to_megatron(hf)
+    stack = megatron["language_model.decoder.layers.mlp.linear_fc1.weight"]
+    fused = {f"model.language_model.layers.{layer}": stack[layer] for layer in range(config.text.num_layers)}
+    if mtp:
+        fused["mtp.layers.0"] = megatron["language_model.mtp.layers.0.transformer_layer.mlp.linear_fc1.weight"]
+    for layer, weight in fused.items():
+        gate, up = weight.chunk(2)
+        assert torch.equal(gate, hf[f"{layer}.mlp.gate_proj.weight"])
+        assert torch.equal(up, hf[f"{layer}.mlp.up_proj.weight"])
 
 
 def test_vision_qkv_is_right_at_every_tensor_parallel_size():
