@@ -139,8 +139,8 @@ def _experts(args: argparse.Namespace, config: Config) -> Iterator[str]:
         yield f"{_EP} {size} does not divide the {moe.num_experts} experts; use {_words(_divisors(moe.num_experts))}"
     if moe.moe_intermediate_size % _etp(args):
         yield (
-            f"{_ETP} {_etp(args)} (by default the tensor-parallel size) does not divide the {moe.moe_intermediate_size} columns of an "
-            f"expert; use {_words(_divisors(moe.moe_intermediate_size))}"
+            f"{_ETP} {_etp(args)} (by default the tensor-parallel size) does not divide the "
+            f"{moe.moe_intermediate_size} columns of an expert; use {_words(_divisors(moe.moe_intermediate_size))}"
         )
 
 

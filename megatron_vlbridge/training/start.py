@@ -161,8 +161,7 @@ def check_schedule(saved: dict[str, Any], given: dict[str, Any], folder: str) ->
     ]
     if lines:
         raise VLBridgeError(
-            f"{folder} was trained with another schedule of learning rate and weight decay:\n" + "\n".join(lines) + "\n"
-            "Add --override-opt_param-scheduler to continue with the given values, "
-            "--use-checkpoint-opt_param-scheduler with the saved ones, or --finetune to start a new schedule from these "
-            "weights"
+            "\n".join([f"{folder} was trained with another schedule of learning rate and weight decay:", *lines])
+            + "\nTo continue with the given values add --override-opt_param-scheduler, with the saved ones "
+            "--use-checkpoint-opt_param-scheduler; --finetune starts a new schedule from these weights"
         )

@@ -26,6 +26,8 @@ EP, ETP, LAYOUT = "--expert-model-parallel-size", "--expert-tensor-parallel-size
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
 CHUNKS, CHUNK_LAYERS = "--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage"
 
+ZERO = (TP, PP, CP, EP, ETP, CHUNKS, CHUNK_LAYERS, "--seq-length", "--train-iters", "--global-batch-size")
+
 
 def parsed(words: str, world: int = 1) -> argparse.Namespace:
     args = PARSER.parse_args(words.split())
@@ -83,7 +85,7 @@ def refusal(words: str, world: int = 1, config: Config = DENSE, complete: str = 
             [f"{EP} 256", "128 experts", "1, 2, 4, 8, 16, 32, 64 or 128"],
         ),
         (f"{EP} 3 --global-batch-size 15", 3, EXPERTS, [f"{EP} 3", "128 experts"]),
-        (f"{ETP} 5 --global-batch-size 15", 5, EXPERTS, [f"{ETP} 5", "768 columns of an expert", "16, 24, ..."]),
+        (f"{ETP} 5 --global-batch-size 15", 5, EXPERTS, [f"{ETP} 5", "768 columns of an expert", "24, 32, ..."]),
         (f"{TP} 2 {PP} 2 {CP} 2", 4, DENSE, ["4 processes", "= 8"]),
         (f"{TP} 2 {EP} 4 {ETP} 2", 4, EXPERTS, ["4 processes", f"{ETP} 2 x {EP} 4", "= 8"]),
         ("--num-distributed-optimizer-instances 3", 4, DENSE, ["instances 3", "the 4 data-"]),

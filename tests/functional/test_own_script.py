@@ -1,0 +1,211 @@
+"""A pretrain script of one's own: datasets come before the model, and what is refused is refused on all ranks alike."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vlbridge.errors import VLBridgeError
+from tests import reference
+from tests.functional.pool import Layout, Pool
+from tests.functional.test_arguments import COMPLETE, ROOT
+
+SCRIPT = """
+from megatron_vlbridge.backends import cpu_runtime
+cpu_runtime.enable()
+
+import torch
+from megatron.training.argument_utils import core_transformer_config_from_args
+
+from megatron_vlbridge import Qwen3VLModel, read_config
+from megatron_vlbridge.model.transformer_config import language_config
+from megatron_vlbridge.training.pretrain import parse_arguments, run
+
+
+class Packs(torch.utils.data.Dataset):
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        tokens = torch.arange(64) % 50 + 20
+        no_media = {}
+        for key, per_segment, grid in (
+            ("pixel_values", "images_per_segment", "image_grid_thw"),
+            ("pixel_values_videos", "videos_per_segment", "video_grid_thw"),
+        ):
+            no_media[key], no_media[per_segment] = torch.zeros(0, 96), torch.zeros(1, dtype=torch.int64)
+            no_media[grid] = torch.zeros(0, 3, dtype=torch.int64)
+        labels = torch.cat((tokens[1:], torch.tensor([-100])))
+        return {"tokens": tokens, "labels": labels, "segment_lengths": torch.tensor([64]), **no_media}
+
+
+def datasets(num_samples):
+    print("called: datasets", list(num_samples), flush=True)
+    return Packs(num_samples[0]), Packs(num_samples[1]), None
+
+
+def model(pre_process, post_process, pg_collection, **others):
+    print("called: model", flush=True)
+    checkpoint = read_config(args.hf_folder)
+    config = language_config(checkpoint, core_transformer_config_from_args(args))
+    return Qwen3VLModel(
+        config, checkpoint, pre_process=pre_process, post_process=post_process, pg_collection=pg_collection
+    )
+
+
+args = parse_arguments()
+run(args, datasets, model_provider=model)
+"""
+
+
+def test_own_datasets_and_own_model_train_and_are_evaluated_on_the_cpu(tmp_path: Path) -> None:
+    """Without --conversations and --eval-interval; the datasets are asked for once, before the model."""
+    reference.write_checkpoint(tmp_path / "hf")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "script.py"]
+    command += [
+        *COMPLETE,
+        "--cpu",
+        "--hf-folder",
+        "hf",
+        "--random-weights",
+        "--log-interval",
+        "1",
+        "--num-workers",
+        "0",
+    ]
+    command += ["--eval-iters", "3", "--save", "saved"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    # 4 iterations of 2 packs; one evaluation of 3 x 2 packs, after the last iteration.
+    assert re.findall("called: .*", run.stdout) == ["called: datasets [8, 6, 6]", "called: model"]
+    losses = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", run.stdout)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert len(re.findall("validation loss at iteration 4 ", run.stdout)) == 1
+    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "4"
+
+
+def provider(kind: str, rank: int, calls: list[Any]) -> Callable[..., Any]:
+    """Dataset providers of every kind of mistake."""
+
+    def datasets(counts: Sequence[int], vp_stage: int | None = None) -> Any:
+        calls.append(vp_stage)
+        train, validation = list(range(counts[0])), list(range(counts[1]))
+        if kind == "refuses" or (kind == "refuses on the second rank" and rank == 1):
+            raise VLBridgeError(f"train.jsonl, line 7, on rank {rank}")
+        if kind == "breaks":
+            raise KeyError("line 8")
+        return {
+            "no training data": (None, validation, None),
+            "too short": (train[1:], validation, None),
+            "a short validation": (train, validation[1:], None),
+            "two datasets": (train, validation),
+            "test alone": (train, None, validation),
+            "no validation": (train, None, None),
+        }.get(kind, (train, validation, None))
+
+    def without_stage(counts: Sequence[int]) -> Any:
+        return datasets(counts)
+
+    chosen = without_stage if kind == "takes no stage" else datasets
+    if kind == "refuses on the second rank":
+        chosen.is_distributed = True  # type: ignore[attr-defined]
+    return chosen
+
+
+def build_datasets(layout: Layout, folder: Path, kinds: Sequence[str]) -> list[Any]:
+    """Of each kind what `build` raises; or evaluations, calls and the sizes of what Megatron gets afterwards."""
+    import torch.distributed as dist
+    from megatron.training import get_args
+    from megatron.training.global_vars import unset_global_variables
+
+    from megatron_vlbridge.training.datasets import DatasetsFirst
+    from megatron_vlbridge.training.pretrain import parse_arguments
+
+    rank, found = dist.get_rank(), []
+    sizes = ["--tensor-model-parallel-size", str(layout.tp), "--pipeline-model-parallel-size", str(layout.pp)]
+    sizes += ["--num-virtual-stages-per-pipeline-rank", str(layout.vpp)] if layout.vpp > 1 else []
+    saved, environment, sys.argv = sys.argv, dict(os.environ), ["x", *COMPLETE, "--hf-folder", str(folder), *sizes]
+    sys.argv += ["--random-weights", "--eval-iters", "3"]
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(layout.world))
+    try:
+        parse_arguments()
+        for kind in kinds:
+            get_args().eval_iters, calls = 3, []
+            datasets = DatasetsFirst(provider(kind, rank, calls))
+            try:
+                datasets.build()
+            except VLBridgeError as error:
+                found.append(str(error))
+                continue
+            stages = list(range(layout.vpp)) if layout.vpp > 1 else [None]
+            given = [datasets([8, 6, 6], vp_stage=stage)[0] for stage in stages] if calls else []
+            found.append((get_args().eval_iters, calls, [len(train) for train in given]))
+    finally:
+        sys.argv = saved
+        os.environ.clear()
+        os.environ.update(environment)
+        unset_global_variables()
+    return found
+
+
+REFUSED = {
+    "refuses": "train.jsonl, line 7, on rank 0",
+    "refuses on the second rank": "train.jsonl, line 7, on rank 1",
+    "breaks": "the dataset provider failed with KeyError: 'line 8'",
+    "two datasets": "failed with ValueError: not enough values to unpack",
+    "no training data": "gave no training dataset",
+    "too short": "the training dataset has 7 packs, expected at least 8",
+    "a short validation": "the validation dataset has 5 packs, expected at least 6",
+    "test alone": "a test dataset without a validation dataset",
+}
+
+
+def test_all_ranks_refuse_the_data_with_one_text(pool: Pool, tmp_path: Path) -> None:
+    folder = reference.write_checkpoint(tmp_path)
+    kinds = [*REFUSED, "fits", "no validation"]
+    first, second = pool.run(build_datasets, Layout(tp=2, world=2), folder=folder, kinds=kinds)
+    for kind, one, other in zip(REFUSED, first, second, strict=False):
+        assert REFUSED[kind] in one
+        assert one == other
+    assert first[-2:] == [(3, [None], [8]), (0, [None], [8])]
+    # Only the first rank of a tensor-parallel group builds datasets; all know whether there is an evaluation.
+    assert second[-2:] == [(3, [], []), (0, [], [])]
+
+
+def test_each_virtual_stage_gets_its_datasets(pool: Pool, tmp_path: Path) -> None:
+    folder = reference.write_checkpoint(tmp_path)
+    layout = Layout(pp=2, vpp=2, world=2)
+    for found in pool.run(build_datasets, layout, folder=folder, kinds=["fits", "takes no stage"]):
+        assert found[0] == (3, [0, 1], [8, 8])
+        assert "an argument vp_stage" in found[1]
+
+
+def first_step(layout: Layout, folder: Path) -> str:
+    """What `vlm_step` says to a model that another provider built with a setting that is not proved."""
+    from megatron_vlbridge.training.step import vlm_step
+    from tests.functional.ranks import build_model
+
+    model = build_model(layout, folder, load=False)
+    model.config.qk_l2_norm = True
+    with pytest.raises(VLBridgeError) as refusal:
+        vlm_step(iter([]), model)
+    model.config.qk_l2_norm = False
+    with pytest.raises(StopIteration):
+        vlm_step(iter([]), model)
+    return str(refusal.value)
+
+
+def test_a_model_of_another_provider_is_checked_at_the_first_step(pool: Pool, tmp_path: Path) -> None:
+    folder = reference.write_checkpoint(tmp_path)
+    assert "qk_l2_norm=True, proved: " in pool.run(first_step, Layout(), folder=folder)[0]
