@@ -218,6 +218,9 @@ def _stages(args: argparse.Namespace, config: Config) -> Iterator[str]:
             f"with {_FIRST}, {_LAST} or {_LAYOUT}"
         )
         return
+    if len(ends) == size > 1 and (args.num_virtual_stages_per_pipeline_rank or 1) > 1:
+        # Megatron-Core 0.19 divides by the number of stages between them.
+        yield f"{_CHUNKS} with {' and '.join(ends)} wants a stage between the first and the last; leave out {_LAST}"
     counts = {f"the {value} layers of {flag}": value for flag, value in ends.items()}
     if stages:
         counts[f"the {rest // stages} layers of a stage"] = rest // stages
