@@ -106,6 +106,7 @@ def _refuse_unproved(args: argparse.Namespace) -> None:
         "grad_reduce_in_bf16": "leave it out (gradients are summed in fp32)",
         "account_for_embedding_in_pipeline_split": own_split,
         "account_for_loss_in_pipeline_split": own_split,
+        "checkpoint_activations": "use --recompute-granularity",
         "use_checkpoint_args": "leave it out (the architecture is read from --hf-folder)",
         "yaml_cfg": "give the arguments on the command line",
     }

@@ -41,7 +41,7 @@ def megatron_errors() -> Iterator[None]:
     except VLBridgeError:
         raise
     except SystemExit as error:
-        raise VLBridgeError("Megatron rejects these arguments; its reason is the last line that it printed") from error
+        raise VLBridgeError("Megatron rejects these arguments; it printed its reason before") from error
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(str(error).split()) or f"{place.line} ({Path(place.filename).name}, line {place.lineno})"

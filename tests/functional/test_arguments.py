@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--overlap-param-gather"], "Megatron rejects these arguments: --overlap-param-gather only supported with"),
         (["--fp16", "--bf16"], "Megatron rejects these arguments: assert not args.bf16 (arguments.py, line "),
         (["--lr-decay-style", "WSD"], "Megatron rejects these arguments: assert self.wsd_decay_steps is not None"),
-        (["--checkpoint-activations"], "Megatron rejects these arguments; its reason is the last line"),
+        (["--checkpoint-activations"], "--checkpoint-activations is not proved"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

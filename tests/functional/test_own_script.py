@@ -15,83 +15,37 @@ from tests import reference
 from tests.functional.pool import Layout, Pool
 from tests.functional.test_arguments import COMPLETE, ROOT
 
-SCRIPT = """
-from megatron_vlbridge.backends import cpu_runtime
-cpu_runtime.enable()
-
-import torch
-from megatron.training.argument_utils import core_transformer_config_from_args
-
-from megatron_vlbridge import Qwen3VLModel, read_config
-from megatron_vlbridge.model.transformer_config import language_config
-from megatron_vlbridge.training.pretrain import parse_arguments, run
+# The first block of Python in this section is a whole script.
+PAGE, SECTION = ROOT / "docs" / "training.md", "## In your own pretrain script"
+RECORDED = {"def my_datasets(": "datasets", "def my_model(": "model", "    def __getitem__(self, index)": "pack"}
 
 
-class Packs(torch.utils.data.Dataset):
-    def __init__(self, count):
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        tokens = torch.arange(64) % 50 + 20
-        no_media = {}
-        for key, per_segment, grid in (
-            ("pixel_values", "images_per_segment", "image_grid_thw"),
-            ("pixel_values_videos", "videos_per_segment", "video_grid_thw"),
-        ):
-            no_media[key], no_media[per_segment] = torch.zeros(0, 96), torch.zeros(1, dtype=torch.int64)
-            no_media[grid] = torch.zeros(0, 3, dtype=torch.int64)
-        labels = torch.cat((tokens[1:], torch.tensor([-100])))
-        return {"tokens": tokens, "labels": labels, "segment_lengths": torch.tensor([64]), **no_media}
+def documented_script() -> str:
+    """The script of the page, which prints what is called."""
+    lines = PAGE.read_text().split(SECTION)[1].split("```python\n")[1].split("```")[0].splitlines()
+    for start, name in RECORDED.items():
+        (number,) = (number for number, line in enumerate(lines) if line.startswith(start))
+        indent = " " * (len(start) - len(start.lstrip()) + 4)
+        lines.insert(number + 1, f'{indent}print("called: {name}", flush=True)')
+    return "\n".join(lines)
 
 
-def datasets(num_samples):
-    print("called: datasets", list(num_samples), flush=True)
-    return Packs(num_samples[0]), Packs(num_samples[1]), None
-
-
-def model(pre_process, post_process, pg_collection, **others):
-    print("called: model", flush=True)
-    checkpoint = read_config(args.hf_folder)
-    config = language_config(checkpoint, core_transformer_config_from_args(args))
-    return Qwen3VLModel(
-        config, checkpoint, pre_process=pre_process, post_process=post_process, pg_collection=pg_collection
-    )
-
-
-args = parse_arguments()
-run(args, datasets, model_provider=model)
-"""
-
-
-def test_own_datasets_and_own_model_train_and_are_evaluated_on_the_cpu(tmp_path: Path) -> None:
+def test_the_documented_script_trains_and_is_evaluated_on_the_cpu(tmp_path: Path) -> None:
     """Without --conversations and --eval-interval; the datasets are asked for once, before the model."""
     reference.write_checkpoint(tmp_path / "hf")
-    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "script.py").write_text(documented_script())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "script.py"]
-    command += [
-        *COMPLETE,
-        "--cpu",
-        "--hf-folder",
-        "hf",
-        "--random-weights",
-        "--log-interval",
-        "1",
-        "--num-workers",
-        "0",
-    ]
-    command += ["--eval-iters", "3", "--save", "saved"]
+    command += [*COMPLETE, "--cpu", "--hf-folder", "hf", "--random-weights", "--eval-iters", "3", "--save", "saved"]
+    command += ["--log-interval", "1", "--num-workers", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    called = re.findall("called: (.*)", run.stdout)
+    assert called[:2] == ["datasets", "model"]
     # 4 iterations of 2 packs; one evaluation of 3 x 2 packs, after the last iteration.
-    assert re.findall("called: .*", run.stdout) == ["called: datasets [8, 6, 6]", "called: model"]
-    losses = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", run.stdout)]
-    assert len(losses) == 4
-    assert losses[-1] < losses[0]
-    assert len(re.findall("validation loss at iteration 4 ", run.stdout)) == 1
+    assert called[2:] == ["pack"] * (4 * 2 + 3 * 2)
+    losses = [float(loss) for loss in re.findall(r"(?:lm loss:|  loss) ([0-9.E+-]+)", run.stdout)]
+    assert losses[3] < losses[0]
     assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "4"
 
 
