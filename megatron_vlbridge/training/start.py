@@ -2,19 +2,24 @@
 
 import argparse
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.training.checkpointing import checkpoint_exists, get_checkpoint_name, get_checkpoint_tracker_filename
 from megatron.training.training import get_optimizer_param_scheduler
 
+from megatron_vlbridge import families
 from megatron_vlbridge.backends import cpu_runtime
 from megatron_vlbridge.checkpoint.source import open_source
+from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
+from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.weights import Plan, TensorSpec
 
 _SOURCES = ("--hf-weights", "--pretrained-checkpoint", "--random-weights")
 _STEP = "--ckpt-step"
@@ -71,7 +76,7 @@ def check_source(args: argparse.Namespace) -> None:
     if args.pretrained_checkpoint:
         if not checkpoint_exists(args.pretrained_checkpoint):
             raise VLBridgeError(_no_checkpoint("--pretrained-checkpoint", args.pretrained_checkpoint))
-        _checkpoint(args.pretrained_checkpoint, args.ckpt_step)
+        _check_tensors(_checkpoint(args.pretrained_checkpoint, args.ckpt_step), args.hf_folder)
         return
     asked = [flag for flag in ("--exit-on-missing-checkpoint", _STEP) if getattr(args, flag[2:].replace("-", "_"))]
     if args.load and asked:
@@ -83,8 +88,22 @@ def check_source(args: argparse.Namespace) -> None:
             "--pretrained-checkpoint DIR (an imported checkpoint), --load DIR (to resume) or --random-weights"
         )
     if args.hf_weights:
-        # Reads the headers: damaged and missing files are found before the model is built.
-        open_source(Path(args.hf_folder))
+        source = open_source(Path(args.hf_folder))
+        model = _specs(source.table.megatron_shapes)
+        Plan(source.table, source.tensors, model, cast=True, hf_source=args.hf_folder, megatron_source="the model")
+
+
+def _check_tensors(checkpoint: Path, hf_folder: str) -> None:
+    """Refuse a checkpoint whose tensors are not those of the model of `--hf-folder`; only headers are read."""
+    if dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)):
+        config = read_config(hf_folder)
+        table = families.find(config).table_for(config)
+        hf, found = _specs(table.hf_shapes), TorchDistFolder(checkpoint).table
+        Plan(table, hf, found, cast=True, hf_source=f"the model of {hf_folder}", megatron_source=str(checkpoint))
+
+
+def _specs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(shape, torch.float32) for name, shape in shapes.items()}
 
 
 def _no_checkpoint(flag: str, folder: str) -> str:
@@ -104,6 +123,8 @@ def _checkpoint(folder: str, step: int | None) -> Path:
         named = f"{_STEP} {step}" if step and not release else f"{tracker.name}, which says {text!r}"
         others = sorted(path.name for path in Path(folder).glob("iter_*"))
         raise VLBridgeError(f"{found}: no such folder; it is named by {named}. {folder} has {others or 'no iteration'}")
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(found)) and not any(found.glob("mp_rank_*")):
+        raise VLBridgeError(f"{found}: expected a Megatron checkpoint, found neither metadata.json nor mp_rank_*")
     return found
 
 

@@ -97,6 +97,7 @@ def test_an_optimizer_state_that_torchs_adam_cannot_take_is_refused(pool: Pool, 
     """Megatron would end in an assertion without a message."""
     saved = tmp_path / "saved"
     (saved / "iter_0000003").mkdir(parents=True)
+    (saved / "iter_0000003" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (saved / "latest_checkpointed_iteration.txt").write_text("3")
     answer = said(pool, "--hf-folder", folder, "--load", saved, "--use-distributed-optimizer")
     assert "start a new state with --no-load-optim" in answer

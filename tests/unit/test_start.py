@@ -93,10 +93,18 @@ def test_a_checkpoint_whose_files_are_gone_is_refused(folder, tmp_path, flag):
         tracker.write_text(text)
         assert stated in refusal(folder, flag, tmp_path)
     tracker.write_text("5")
-    check_source(parsed(folder, flag, tmp_path))
+    assert "neither metadata.json nor mp_rank_*" in refusal(folder, flag, tmp_path)
     answer = refusal(folder, flag, tmp_path, "--ckpt-step", 3)
     assert "iter_0000003: no such folder; it is named by --ckpt-step 3" in answer
     assert "['iter_0000005']" in answer
+
+
+def test_weights_of_another_model_are_refused(folder, imported, tmp_path):
+    other = reference.write_checkpoint(tmp_path / "other", layers=3)
+    stated = "decoder.layers.self_attention.linear_qkv.weight: expected [3, 128, 64], found [4, 128, 64]"
+    assert stated in refusal(other, "--pretrained-checkpoint", imported)
+    (other / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert "model.language_model.layers.3.mlp.up_proj.weight: expected [96, 64]" in refusal(other, "--hf-weights")
 
 
 def test_damaged_weights_are_found_in_their_headers(tmp_path):
