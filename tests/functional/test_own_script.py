@@ -4,7 +4,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,26 +78,40 @@ def provider(kind: str, rank: int, calls: list[Any]) -> Callable[..., Any]:
     return chosen
 
 
-def build_datasets(layout: Layout, folder: Path, kinds: Sequence[str]) -> list[Any]:
-    """Of each kind what `build` raises; or evaluations, calls and the sizes of what Megatron gets afterwards."""
+@contextmanager
+def parsed(layout: Layout, words: Sequence[object]) -> Iterator[Any]:
+    """Megatron's global arguments on this rank."""
     import torch.distributed as dist
     from megatron.training import get_args
     from megatron.training.global_vars import unset_global_variables
 
-    from megatron_vlbridge.training.datasets import DatasetsFirst
     from megatron_vlbridge.training.pretrain import parse_arguments
 
-    rank, found = dist.get_rank(), []
-    sizes = ["--tensor-model-parallel-size", str(layout.tp), "--pipeline-model-parallel-size", str(layout.pp)]
-    sizes += ["--num-virtual-stages-per-pipeline-rank", str(layout.vpp)] if layout.vpp > 1 else []
-    saved, environment, sys.argv = sys.argv, dict(os.environ), ["x", *COMPLETE, "--hf-folder", str(folder), *sizes]
-    sys.argv += ["--random-weights", "--eval-iters", "3"]
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(layout.world))
+    saved, environment, sys.argv = sys.argv, dict(os.environ), ["x", *map(str, words), "--random-weights"]
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(layout.world))
     try:
         parse_arguments()
+        yield get_args()
+    finally:
+        sys.argv = saved
+        os.environ.clear()
+        os.environ.update(environment)
+        unset_global_variables()
+
+
+def build_datasets(layout: Layout, folder: Path, kinds: Sequence[str]) -> list[Any]:
+    """Of each kind what `build` raises; or evaluations, calls and the sizes of what Megatron gets afterwards."""
+    import torch.distributed as dist
+
+    from megatron_vlbridge.training.datasets import DatasetsFirst
+
+    found: list[Any] = []
+    sizes = ["--tensor-model-parallel-size", layout.tp, "--pipeline-model-parallel-size", layout.pp]
+    sizes += ["--num-virtual-stages-per-pipeline-rank", layout.vpp] if layout.vpp > 1 else []
+    with parsed(layout, [*COMPLETE, "--hf-folder", folder, *sizes, "--eval-iters", 3]) as args:
         for kind in kinds:
-            get_args().eval_iters, calls = 3, []
-            datasets = DatasetsFirst(provider(kind, rank, calls))
+            args.eval_iters, calls = 3, []
+            datasets = DatasetsFirst(provider(kind, dist.get_rank(), calls))
             try:
                 datasets.build()
             except VLBridgeError as error:
@@ -104,13 +119,44 @@ def build_datasets(layout: Layout, folder: Path, kinds: Sequence[str]) -> list[A
                 continue
             stages = list(range(layout.vpp)) if layout.vpp > 1 else [None]
             given = [datasets([8, 6, 6], vp_stage=stage)[0] for stage in stages] if calls else []
-            found.append((get_args().eval_iters, calls, [len(train) for train in given]))
-    finally:
-        sys.argv = saved
-        os.environ.clear()
-        os.environ.update(environment)
-        unset_global_variables()
+            found.append((args.eval_iters, calls, [len(train) for train in given]))
     return found
+
+
+def count_samples(layout: Layout, folder: Path, words: Sequence[object]) -> tuple[list[Any], Any, list[Any]]:
+    """What the provider is asked for, the iterations known afterwards, and what Megatron then asks for."""
+    from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
+
+    from megatron_vlbridge.training.datasets import DatasetsFirst
+
+    asked: list[Any] = []
+
+    def datasets(counts: Sequence[int]) -> Any:
+        asked.extend(counts)
+        return tuple(range(counts[0])), tuple(range(counts[1])), None
+
+    others = ["--seq-length", 64, "--lr", 1, "--global-batch-size", 2]
+    with parsed(layout, ["--hf-folder", folder, *others, *words]) as args:
+        DatasetsFirst(datasets).build()
+        known = args.train_iters
+        update_train_iters(args)
+        return asked, known, list(get_train_valid_test_num_samples())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "iterations"),
+    [
+        (["--train-iters", 4, "--eval-iters", 3], [8, 6, 6], 4),
+        (["--train-iters", 4, "--eval-iters", 3, "--eval-interval", 2], [8, 18, 6], 4),
+        (["--train-samples", 9, "--eval-iters", 3], [9, 6, 6], None),
+    ],
+)
+def test_the_provider_is_asked_for_what_megatron_would(
+    pool: Pool, tmp_path: Path, words: list[object], expected: list[int], iterations: int | None
+) -> None:
+    folder = reference.write_checkpoint(tmp_path)
+    found = pool.run(count_samples, Layout(), folder=folder, words=words)[0]
+    assert found == (expected, iterations, expected)
 
 
 REFUSED = {
