@@ -118,7 +118,6 @@ def _indivisible(config: Config, size: int) -> list[str]:
         "attention heads": text.num_attention_heads,
         "heads of the vision tower": vision.num_heads,
         "columns of the vision tower's MLP": vision.intermediate_size,
-        "columns of the vision tower's merger": vision.hidden_size * vision.merge_area,
     }
     if text.moe is None or not all(text.moe.is_moe_layer(layer) for layer in range(text.num_layers)):
         widths["columns of the MLP"] = text.intermediate_size

@@ -18,6 +18,8 @@ DENSE = read_config(CONFIGS / "Qwen3-VL-2B-Instruct.json")
 # 48 layers, 32 heads, 4 key-value heads, 128 experts of 768.
 EXPERTS = read_config(CONFIGS / "Qwen3-VL-30B-A3B-Instruct.json")
 PREDICTING = replace(DENSE, text=replace(DENSE.text, num_mtp_layers=1))
+WIDTHS = replace(DENSE, vision=replace(DENSE.vision, intermediate_size=4100))
+TEXT_WIDTH = replace(DENSE, text=replace(DENSE.text, intermediate_size=6148))
 PARSER = make_parser(add_arguments)
 COMPLETE = "--hf-folder hf --seq-length 2048 --lr 1e-3 --train-iters 10 --global-batch-size 16"
 
@@ -46,6 +48,8 @@ def refusal(words: str, world: int = 1, config: Config = DENSE, complete: str = 
     [
         (f"{TP} 3", 3, DENSE, [f"{TP} 3", "16 attention heads", "8 key-value heads", "takes 1, 2, 4, 8 or 16"]),
         (f"{TP} 32", 32, EXPERTS, [f"{TP} 32", "16 heads of the vision tower", "takes 1, 2, 4, 8 or 16"]),
+        (f"{TP} 8", 8, WIDTHS, ["the 4100 columns of the vision tower's MLP", "takes 1, 2 or 4"]),
+        (f"{TP} 8", 8, TEXT_WIDTH, ["the 6148 columns of the MLP", "takes 1, 2 or 4"]),
         (f"{PP} 8", 8, DENSE, [f"{PP} 8", "28 layers", "1, 2, 4, 7, 14 or 28"]),
         (f"{PP} 56", 56, DENSE, [f"{PP} 56", "28 layers"]),
         (f"{PP} 4 {FIRST} 5", 4, DENSE, [f"{FIRST} 5", "leaves 23 of 28 layers for 3 stages"]),
