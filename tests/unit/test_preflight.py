@@ -54,7 +54,7 @@ def refusal(words: str, world: int = 1, config: Config = DENSE, complete: str = 
         (f"{PP} 56", 56, DENSE, [f"{PP} 56", "28 layers"]),
         (f"{PP} 4 {FIRST} 5", 4, DENSE, [f"{FIRST} 5", "leaves 23 of 28 layers for 3 stages"]),
         (f"{PP} 2 {FIRST} 30", 2, DENSE, [f"{FIRST} 30", "leaves -2 of 28 layers"]),
-        (f"{PP} 1 {FIRST} 10 {LAST} 19", 1, DENSE, ["leaves -1 of 28 layers for -1 stages"]),
+        (f"{PP} 1 {FIRST} 10 {LAST} 17", 1, DENSE, ["leaves 1 of 28 layers for -1 stages"]),
         (f"{PP} 2 {FIRST} 10 {LAST} 10", 2, DENSE, [f"{FIRST} 10, {LAST} 10", "leaves 8 of 28 layers for 0 stages"]),
         (f"{PP} 2 {FIRST} 0", 2, DENSE, [f"{FIRST} is 0", "at least 1"]),
         (f"{PP} 2 {FIRST} 12 {LAYOUT} Et|L", 2, DENSE, [f"{FIRST} contradicts {LAYOUT}"]),
