@@ -27,7 +27,7 @@ TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "
 EP, ETP, LAYOUT = "--expert-model-parallel-size", "--expert-tensor-parallel-size", "--pipeline-model-parallel-layout"
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
 CHUNKS, CHUNK_LAYERS = "--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage"
-
+GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 ZERO = (TP, PP, CP, EP, ETP, CHUNKS, CHUNK_LAYERS, "--seq-length", "--train-iters", "--global-batch-size")
 
 
@@ -76,6 +76,8 @@ def refusal(words: str, world: int = 1, config: Config = DENSE, complete: str = 
         (f"{CHUNKS} 2", 1, DENSE, [f"want {PP} above 1"]),
         (f"{PP} 2 {CHUNKS} 2 --no-overlap-p2p-communication", 2, DENSE, ["--no-overlap-p2p-communication"]),
         (f"{PP} 2 {CHUNKS} 2 --global-batch-size 7", 2, DENSE, ["7 micro-batches", "multiple of 2"]),
+        (f"{PP} 2 {CHUNKS} 2 {GROUP} 4 --global-batch-size 3", 2, DENSE, ["3 micro-batches", "multiple of 4"]),
+        (f"{PP} 2 {CHUNKS} 2 {GROUP} 1", 2, DENSE, [f"{GROUP} 1 is below {PP} 2"]),
         (f"{PP} 4 {CHUNKS} 7 --global-batch-size 4", 8, DENSE, ["2 micro-batches", "multiple of 8"]),
         (f"{CP} 2 --seq-length 2050", 2, DENSE, ["--seq-length 2050", "multiple of 4", "2048 or 2052"]),
         (f"{CP} 2 {TP} 8 --sequence-parallel --seq-length 2040", 16, DENSE, ["multiple of 16", "2032 or 2048"]),
@@ -101,6 +103,7 @@ def refusal(words: str, world: int = 1, config: Config = DENSE, complete: str = 
         ("--eval-micro-batch-size 2", 1, DENSE, ["--eval-micro-batch-size is 2", "a micro-batch is one pack"]),
         ("--min-lr 0.1", 1, DENSE, ["--min-lr is 0.1", "--lr 0.001"]),
         ("--lr-warmup-iters 10", 1, DENSE, ["--lr-warmup-iters 10", "fewer than the 10"]),
+        ("--lr-warmup-iters 7 --lr-decay-iters 5", 1, DENSE, ["--lr-warmup-iters 7", "fewer than the 5"]),
         ("--train-samples 10", 1, DENSE, ["--train-iters 10 and --train-samples 10"]),
         ("--conversations nowhere.jsonl", 1, DENSE, ["--conversations nowhere.jsonl", "no such file"]),
         ("--valid-conversations /", 1, DENSE, ["--valid-conversations /", "a folder"]),
