@@ -108,10 +108,10 @@ def accept(model: Qwen3VLModel) -> None:
     _accepted.add(model)
 
 
-def check_model(model: Qwen3VLModel) -> None:
+def check_model(model: Qwen3VLModel, *, any_combination: bool = False) -> None:
     """:func:`check_layout` of a model that has not been accepted yet: one that another `model_provider` built."""
     if model not in _accepted:
-        check_layout(model.config, model.checkpoint)
+        check_layout(model.config, model.checkpoint, any_combination=any_combination)
         accept(model)
 
 

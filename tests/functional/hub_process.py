@@ -42,6 +42,7 @@ def parse(name: str, plain: Path) -> None:
     from megatron_vlbridge.training.pretrain import parse_arguments
 
     sys.argv = ["pretrain", "--cpu", "--hf-folder", name, "--seq-length", "64", "--train-iters", "1", "--lr", "1"]
+    sys.argv += ["--random-weights"]
     args = parse_arguments()
     assert (Path(args.hf_folder) / "config.json").read_bytes() == (plain / "config.json").read_bytes()
     assert (args.num_layers, args.hidden_size) == (2, 64)

@@ -1,7 +1,10 @@
-"""What the command line may not say."""
+"""What the command line may not say, and what Megatron would have said to it."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,23 +12,39 @@ from megatron_vlbridge.errors import VLBridgeError
 from tests import reference
 from tests.functional.pool import Layout, Pool
 
+ROOT = Path(__file__).parents[2]
+COMPLETE = ("--seq-length", "64", "--lr", "1e-3", "--train-iters", "4", "--global-batch-size", "2")
+
 
 def refusal(layout: Layout, arguments: list[str]) -> str:
     """What `parse_arguments` says to these arguments."""
+    from megatron.training.global_vars import unset_global_variables
+
     from megatron_vlbridge.training.pretrain import parse_arguments
 
-    saved, sys.argv = sys.argv, ["pretrain", "--conversations", "none.jsonl", *arguments]
+    saved, sys.argv = sys.argv, ["pretrain", *COMPLETE, *arguments]
     try:
         parse_arguments()
     except VLBridgeError as error:
         return str(error)
     finally:
         sys.argv = saved
+        unset_global_variables()
     return "accepted"
 
 
+def said(pool: Pool, *arguments: object) -> str:
+    answer: str = pool.run(refusal, Layout(), arguments=[str(argument) for argument in arguments])[0]
+    return answer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference.write_checkpoint(tmp_path_factory.mktemp("hf"))
+
+
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "stated"),
     [
         (["--num-layers", "5"], "--num-layers is 5, but"),
         (["--num-experts", "8"], "--num-experts is 8, but"),
@@ -41,19 +60,93 @@ def refusal(layout: Layout, arguments: list[str]) -> str:
         (["--grad-reduce-in-bf16"], "--grad-reduce-in-bf16 is not proved"),
         (["--main-grads-dtype", "bf16"], "--main-grads-dtype bf16 is not proved"),
         (["--optimizer", "muon"], "--optimizer muon is not proved"),
+        (["--yaml-cfg", "nowhere.yaml"], "--yaml-cfg is not proved"),
+        (["--use-checkpoint-args"], "--use-checkpoint-args is not proved"),
+        (["--account-for-loss-in-pipeline-split"], "--account-for-loss-in-pipeline-split is not proved"),
+        # Before the model: sizes, settings, and what Megatron says itself, also where it says nothing or ends with 0.
+        (["--tensor-model-parallel-size", "3"], "does not divide the 4 attention heads"),
+        (["--qk-l2-norm"], "qk_l2_norm=True, proved: "),
+        (["--overlap-param-gather"], "Megatron rejects these arguments: --overlap-param-gather only supported with"),
+        (["--fp16", "--bf16"], "Megatron rejects these arguments: assert not args.bf16 (arguments.py, line "),
+        (["--lr-decay-style", "WSD"], "Megatron rejects these arguments: assert self.wsd_decay_steps is not None"),
+        (["--checkpoint-activations"], "--checkpoint-activations is not proved"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_contradiction_is_refused(pool: Pool, tmp_path: Path, arguments: list[str], said: str) -> None:
-    folder = reference.write_checkpoint(tmp_path)
-    assert said in pool.run(refusal, Layout(), arguments=["--hf-folder", str(folder), *arguments])[0]
+def test_contradiction_is_refused(pool: Pool, folder: Path, arguments: list[str], stated: str) -> None:
+    assert stated in said(pool, "--hf-folder", folder, "--random-weights", *arguments)
 
 
-def test_an_optimizer_state_that_torchs_adam_cannot_take_is_refused(pool: Pool, tmp_path: Path) -> None:
+def test_the_checkpoint_s_folder_is_named(pool: Pool, tmp_path: Path) -> None:
+    assert "--hf-folder is missing" in said(pool, "--random-weights")
+    assert "--hf-foldr: no such argument; did you mean --hf-folder?" in said(pool, "--hf-foldr", tmp_path)
+    assert "expected a folder or the id of a Hub" in said(pool, "--hf-folder", tmp_path / "nowhere")
+    assert "config.json" in said(pool, "--hf-folder", tmp_path)
+
+
+def test_a_run_says_which_weights_it_starts_from(pool: Pool, folder: Path, tmp_path: Path) -> None:
+    """All sources: tests/unit/test_start.py."""
+    start = ("--hf-folder", folder)
+    assert "do not say which weights to start from" in said(pool, *start)
+    first = ("--load", tmp_path, "--save", tmp_path)
+    assert f"--load {tmp_path}: expected a Megatron checkpoint" in said(pool, *start, *first)
+    assert said(pool, *start, *first, "--hf-weights") == "accepted"
+
+
+def test_an_optimizer_state_that_torchs_adam_cannot_take_is_refused(pool: Pool, folder: Path, tmp_path: Path) -> None:
     """Megatron would end in an assertion without a message."""
-    folder = reference.write_checkpoint(tmp_path)
     saved = tmp_path / "saved"
-    saved.mkdir()
+    (saved / "iter_0000003").mkdir(parents=True)
+    (saved / "iter_0000003" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (saved / "latest_checkpointed_iteration.txt").write_text("3")
-    arguments = ["--hf-folder", str(folder), "--load", str(saved), "--use-distributed-optimizer"]
-    assert "start a new state with --no-load-optim" in pool.run(refusal, Layout(), arguments=arguments)[0]
+    answer = said(pool, "--hf-folder", folder, "--load", saved, "--use-distributed-optimizer")
+    assert "start a new state with --no-load-optim" in answer
+
+
+def save_schedule(layout: Layout, folder: Path, arguments: list[str]) -> None:
+    """The common part of a checkpoint that a run with these arguments saves."""
+    from megatron.core import dist_checkpointing
+    from megatron.training.global_vars import unset_global_variables
+
+    from megatron_vlbridge.training import start
+    from megatron_vlbridge.training.pretrain import parse_arguments
+
+    saved, sys.argv = sys.argv, ["pretrain", *COMPLETE, *arguments]
+    try:
+        state: dict[str, Any] = {"opt_param_scheduler": start.schedule(parse_arguments())}
+    finally:
+        sys.argv = saved
+        unset_global_variables()
+    (folder / "iter_0000004").mkdir(parents=True)
+    dist_checkpointing.save(state, str(folder / "iter_0000004"))
+    (folder / "latest_checkpointed_iteration.txt").write_text("4")
+
+
+def test_another_schedule_is_refused_before_the_model(pool: Pool, folder: Path, tmp_path: Path) -> None:
+    """Megatron ends in an assertion after it built the model and loaded its weights."""
+    start = ["--hf-folder", str(folder)]
+    pool.run(save_schedule, Layout(), folder=tmp_path / "saved", arguments=[*start, "--random-weights"])
+    resumed = (*start, "--load", tmp_path / "saved")
+    assert said(pool, *resumed) == "accepted"
+    answer = said(pool, *resumed, "--train-iters", 10, "--weight-decay", 0.2)
+    for stated in (
+        "--lr-decay-iters (default: --train-iters) x --global-batch-size: saved 8, given 20",
+        "--train-iters x --global-batch-size: saved 8, given 20",
+        "--start-weight-decay (default: --weight-decay): saved 0.01, given 0.2",
+        "--override-opt_param-scheduler",
+    ):
+        assert stated in answer
+    assert "--lr:" not in answer
+    assert said(pool, *resumed, "--train-iters", 10, "--override-opt_param-scheduler") == "accepted"
+    assert said(pool, *resumed, "--train-iters", 10, "--finetune") == "accepted"
+
+
+def test_help_of_the_example_lists_all_arguments() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    command = [sys.executable, ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--help"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = run.stdout.splitlines()
+    ours = next(number for number, line in enumerate(lines) if line.strip().startswith("--random-weights"))
+    assert ours < 40
+    assert any(line.strip().startswith("--tensor-model-parallel-size") for line in lines[ours:])

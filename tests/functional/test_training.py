@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import digits_checkpoint
+from tests.functional.pool import Pool
+from tests.functional.test_arguments import said
 from tests.mtp_reference import add_prediction_layer
 from tests.reference import relative_error
 
@@ -132,3 +134,12 @@ def test_resumed_run_continues(folder: Path, one_process: list[float]) -> None:
     assert len(first) == 5
     second = train(folder, *arguments)
     assert_same_curve(first + second, one_process)
+
+
+def test_a_longer_schedule_is_refused_before_the_model(folder: Path, one_process: list[float], pool: Pool) -> None:
+    """On a checkpoint that a run saved; other values: tests/unit/test_start.py."""
+    resumed = ("--hf-folder", folder / "hf", "--load", folder / "whole", "--lr-decay-style", "constant")
+    assert said(pool, *resumed, "--train-iters", ITERATIONS) == "accepted"
+    answer = said(pool, *resumed, "--train-iters", 2 * ITERATIONS)
+    assert f"x --global-batch-size: saved {2 * ITERATIONS}, given {4 * ITERATIONS}" in answer
+    assert "--override-opt_param-scheduler" in answer

@@ -1,0 +1,185 @@
+"""The command line of a training run: Megatron's own arguments, and the few that it has not.
+
+The architecture is read from the Hugging Face folder, so no argument repeats it. Written for Megatron-Core 0.19.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.global_vars import set_global_variables
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from megatron_vlbridge.backends import cpu_runtime
+from megatron_vlbridge.checkpoint.hub import find_folder
+from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model.transformer_config import language_config
+from megatron_vlbridge.training.guards import check_layout
+from megatron_vlbridge.training.parser import make_parser, parse_words
+from megatron_vlbridge.training.preflight import check_arguments
+from megatron_vlbridge.training.start import check_resumed, check_source, loads_checkpoint, megatron_errors, schedule
+
+# Arguments that Megatron keeps under another name.
+_FLAGS = {"layernorm_epsilon": "--norm-epsilon"}
+
+# What Megatron would fuse with kernels that only a GPU has.
+_CPU_ARGUMENTS = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_gelu_fusion": False,
+    "masked_softmax_fusion": False,
+    "no_persist_layer_norm": True,
+    "apply_rope_fusion": False,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The arguments that Megatron has not."""
+    group = parser.add_argument_group("megatron-vlbridge")
+    group.add_argument("--hf-folder", help="(required) Hugging Face folder or Hub id: config.json and processor files")
+    group.add_argument("--hf-weights", action="store_true", help="start from the weights in --hf-folder")
+    group.add_argument("--random-weights", action="store_true", help="start from random weights")
+    group.add_argument("--conversations", help="JSON lines of {'messages': [...]}, pictures by path")
+    group.add_argument("--valid-conversations", help="the same, for evaluation")
+    group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
+    group.add_argument("--no-vision-balance", action="store_true", help="each context-parallel rank runs all frames")
+    group.add_argument(
+        "--allow-unproved-combination", action="store_true", help="run dimensions together that no test runs together"
+    )
+    group.add_argument("--cpu", action="store_true", help="run on CPU processes over gloo")
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Megatron's and our arguments of the command line, completed from the checkpoint's config and made global.
+
+    Everything is checked here that can be checked without a model: sizes and layout, the source of the weights, and
+    whether a checkpoint continues. A Hub id in `hf_folder` becomes the folder that it is in the Hub's cache.
+
+    Raises:
+        VLBridgeError: where an argument is unknown, cannot run, contradicts the checkpoint or is not proved.
+    """
+    parser = make_parser(add_arguments)
+    _refuse_unproved(parse_words(parser, sys.argv[1:]))
+    args = parse_args(add_arguments)
+    if args.hf_folder is None:
+        raise VLBridgeError("--hf-folder is missing: a Hugging Face folder or Hub id with config.json")
+    name = args.hf_folder
+    args.hf_folder = str(find_folder(name, weights=False))
+    config = read_config(args.hf_folder)
+    _set_architecture(args, config, parser)
+    check_arguments(args, config)
+    _set_defaults(args)
+    if args.hf_weights and not loads_checkpoint(args):
+        args.hf_folder = str(find_folder(name))
+    check_source(args)
+    with megatron_errors():
+        validate_args(args)
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            config.text.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+        )
+        layout = language_config(config, core_transformer_config_from_args(args))
+    check_layout(layout, config, any_combination=args.allow_unproved_combination)
+    _set_intervals(args)
+    with megatron_errors():
+        set_global_variables(args)
+    if not args.skip_train:
+        schedule(args)
+    check_resumed(args)
+    return args
+
+
+def _refuse_unproved(args: argparse.Namespace) -> None:
+    """What `training.guards` does not see, since it is no part of the model's config."""
+    own_split = "leave it out, or split with --decoder-first-pipeline-num-layers, -last- or a layout"
+    remedies = {
+        "use_megatron_fsdp": "leave it out (--use-distributed-optimizer spreads the optimizer's state)",
+        "use_torch_fsdp2": "leave it out (--use-distributed-optimizer spreads the optimizer's state)",
+        "grad_reduce_in_bf16": "leave it out (gradients are summed in fp32)",
+        "account_for_embedding_in_pipeline_split": own_split,
+        "account_for_loss_in_pipeline_split": own_split,
+        "checkpoint_activations": "use --recompute-granularity",
+        "use_checkpoint_args": "leave it out (the architecture is read from --hf-folder)",
+        "yaml_cfg": "give the arguments on the command line",
+    }
+    found = {name: remedy for name, remedy in remedies.items() if getattr(args, name)}
+    if args.optimizer not in ("adam", "sgd"):
+        # Muon cuts every `linear_qkv.weight` by the language model's heads, the vision tower's too.
+        found[f"optimizer {args.optimizer}"] = "use adam or sgd, which treat every number alike"
+    if args.main_grads_dtype not in ("fp32", torch.float32):
+        found[f"main_grads_dtype {args.main_grads_dtype}"] = "use fp32"
+    for name, remedy in found.items():
+        raise VLBridgeError(
+            f"--{name.replace('_', '-')} is not proved equal to transformers, so it is refused; {remedy}"
+        )
+
+
+def _set_architecture(args: argparse.Namespace, config: Config, parser: argparse.ArgumentParser) -> None:
+    for name, value in _architecture_arguments(config).items():
+        given = getattr(args, name)
+        if given not in (value, parser.get_default(name)):
+            flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+            raise VLBridgeError(
+                f"{flag} is {given}, but the model of {args.hf_folder} has {value}; leave it out, it is set by itself"
+            )
+        setattr(args, name, value)
+
+
+def _set_defaults(args: argparse.Namespace) -> None:
+    args.micro_batch_size = 1
+    if args.pack_multiple_of is None:
+        args.pack_multiple_of = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
+    if cpu_runtime.is_enabled():
+        for name, value in _CPU_ARGUMENTS.items():
+            setattr(args, name, value)
+    if args.save and args.save_interval is None:
+        # Megatron wants an interval; beside it, a run saves at its end.
+        args.save_interval = args.train_iters or args.train_samples
+
+
+def _set_intervals(args: argparse.Namespace) -> None:
+    """Megatron counts the samples of evaluations even where there are none."""
+    if args.conversations and not args.valid_conversations:
+        args.eval_iters = 0
+    if args.eval_interval is None:
+        # Never during training, as Megatron reads None where it trains: once, after the last iteration.
+        args.eval_interval = 1 + (args.train_iters or args.train_samples // args.global_batch_size)
+
+
+def _architecture_arguments(config: Config) -> dict[str, Any]:
+    text = config.text
+    routed = {} if text.moe is None else {"moe_router_topk": text.moe.num_experts_per_tok}
+    return routed | {
+        "num_experts": text.moe and text.moe.num_experts,
+        "moe_ffn_hidden_size": text.moe and text.moe.moe_intermediate_size,
+        "num_layers": text.num_layers,
+        "hidden_size": text.hidden_size,
+        "ffn_hidden_size": text.intermediate_size,
+        "num_attention_heads": text.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": text.num_key_value_heads,
+        "kv_channels": text.head_dim,
+        "max_position_embeddings": text.max_position_embeddings,
+        "position_embedding_type": "none",
+        "rotary_base": text.rope_theta,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": text.rms_norm_eps,
+        "qk_layernorm": True,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "calculate_per_token_loss": True,
+        "tokenizer_type": "NullTokenizer",
+        "vocab_size": text.vocab_size,
+        "mtp_num_layers": text.num_mtp_layers or None,
+    }
