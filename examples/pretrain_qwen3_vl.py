@@ -33,10 +33,10 @@ def main() -> None:
     config = read_config(args.hf_folder)
 
     def datasets(num_samples: list[int], vp_stage: int | None = None) -> list[PackedConversations | None]:
-        files = (args.conversations, args.valid_conversations, None)
+        files = {"train": args.conversations, "validation": args.valid_conversations, "test": None}
         return [
             PackedConversations(
-                read_conversations(file),
+                read_conversations(file, split=split),
                 processor,
                 config,
                 seq_length=args.seq_length,
@@ -46,7 +46,7 @@ def main() -> None:
             )
             if file and count
             else None
-            for file, count in zip(files, num_samples, strict=True)
+            for (split, file), count in zip(files.items(), num_samples, strict=True)
         ]
 
     run(args, datasets)

@@ -195,25 +195,30 @@ def _why_not_prompted(text: str, turn: Turn, prompts: Sequence[GenerationPrompt]
     """Why the tokens of a turn begin with no generation prompt."""
     if turn.content != text:
         return _difference(text, turn.content)
-    if any(f"{HEADER}{text}".startswith(prompt.text) for prompt in prompts):
-        return f"the tokenizer joins the line break before {text[:SHOWN]!r} with the text; remove the text's first one"
-    return f"{text[:SHOWN]!r} stands after none of the template's generation prompts, {[p.text for p in prompts]}"
+    written = next((prompt.text for prompt in prompts if f"{HEADER}{text}".startswith(prompt.text)), None)
+    if written:
+        return (
+            f"the tokenizer joins the line break at the end of the generation prompt {written!r} with what follows, "
+            f"{f'{HEADER}{text}'.removeprefix(written)[:SHOWN]!r}, which a model can never generate so"
+        )
+    return f"{text[:SHOWN]!r} follows none of the template's generation prompts, {[p.text for p in prompts]}"
 
 
 def _difference(expected: str, found: str) -> str:
     """Both texts, from shortly before the place where they begin to differ."""
-    composed = unicodedata.normalize("NFC", expected)
-    if composed.endswith(found) and not expected.endswith(found):
-        return f"expected {expected[:SHOWN]!a}, found {found[:SHOWN]!a}: the tokenizer composes characters, write NFC"
     pairs = enumerate(zip(expected, found, strict=False))
     first = next((index for index, (one, other) in pairs if one != other), min(len(expected), len(found)))
     start = max(0, first - SHOWN // 3)
-    return f"expected {_excerpt(expected, start)}, found {_excerpt(found, start)}"
+    shown = _excerpt(expected, start), _excerpt(found, start)
+    composed = unicodedata.normalize("NFC", expected)
+    if composed.endswith(found) and not expected.endswith(found):
+        return f"expected {shown[0]!a}, found {shown[1]!a}: the tokenizer composes characters, write the text in NFC"
+    return f"expected {shown[0]!r}, found {shown[1]!r}"
 
 
 def _excerpt(text: str, start: int) -> str:
     end = start + SHOWN
-    return repr(f"{'...' if start else ''}{text[start:end]}{'...' if text[end:] else ''}")
+    return f"{'...' if start else ''}{text[start:end]}{'...' if text[end:] else ''}"
 
 
 def _foreign_text(where: str, text: str) -> VLBridgeError:
