@@ -20,6 +20,7 @@ from megatron_vlbridge.data.turns import (
     render,
     split_turns,
 )
+from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.positions import check_vision_tokens
 
@@ -75,7 +76,7 @@ def encode_conversation(messages: Conversation, processor: ProcessorMixin, *, al
     _check_special_tokens(messages, _special_tokens(processor))
     images = _load_media(messages, "image", load_image)
     videos = _load_media(messages, "video", load_video)
-    text = render(messages, processor)
+    text = without_outer_pair(render(messages, processor), processor)
     turns = match_turns(split_turns(text), messages, _placeholders(processor))
     encoded = _run_processor(text, images, videos, processor)
     ids = encoded["input_ids"][0]
@@ -191,9 +192,9 @@ def _special_tokens(processor: ProcessorMixin) -> list[str]:
 
 
 def _placeholders(processor: ProcessorMixin) -> dict[str, str]:
-    """What a chat template writes for an image and for a video; the processor expands it."""
-    start, end = processor.vision_start_token, processor.vision_end_token
-    return {"image": f"{start}{processor.image_token}{end}", "video": f"{start}{processor.video_token}{end}"}
+    """What stands for an image and for a video in the text before the processor expands it."""
+    image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
+    return {"image": image, "video": processor.video_token}
 
 
 def _patch_dim(processor: ProcessorMixin) -> int:

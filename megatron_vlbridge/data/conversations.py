@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_vlbridge.data.images import is_url
 from megatron_vlbridge.data.media import Conversation, Message
 from megatron_vlbridge.data.messages import MEDIA_FORM, check_conversation, check_keys, message_parts
 from megatron_vlbridge.errors import VLBridgeError
 
 # How other formats mark the place of an image in a text, as in `<image>`, `<image_1>`, `<|video_2|>`, `<img>`.
 MEDIA_TAG = re.compile(r"<\|?(image|video|audio|img)(?:[ _-]?\d+)?\|?>")
-URI = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]+://|(?:https?|data|file):)")
 
 
 class LocatedConversation(list[Message]):
@@ -144,4 +144,4 @@ def _resolved_path(value: Any, folder: Path) -> Any:
     """Lists item by item. What is no path stays as it is, for `media` to refuse it under its own name."""
     if isinstance(value, list):
         return [_resolved_path(item, folder) for item in value]
-    return str(folder / value) if isinstance(value, str) and not URI.match(value) else value
+    return str(folder / value) if isinstance(value, str) and not is_url(value) else value

@@ -1,18 +1,24 @@
-"""Pictures and videos of a conversation, as the processor takes them."""
+"""Images and videos of a conversation, as the processor takes them."""
 
+import math
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
+from megatron_vlbridge.data.images import MediaOptions, is_url, read_image
 from megatron_vlbridge.errors import VLBridgeError
 
 type Message = dict[str, Any]
 type Conversation = list[Message]
+
+DEFAULTS = MediaOptions()
+DECODE = "decode a video file into frames first"
 
 
 class Video(NamedTuple):
@@ -22,55 +28,31 @@ class Video(NamedTuple):
     metadata: VideoMetadata
 
 
-def load_image(part: dict[str, Any]) -> Image.Image:
-    """The picture of a content part `{"type": "image", "image": path or PIL image}`, in RGB.
+def load_image(part: dict[str, Any], options: MediaOptions = DEFAULTS) -> Image.Image:
+    """The image of a content part `{"type": "image", "image": path or PIL image}`, in RGB (see `images.read_image`).
 
     Raises:
-        VLBridgeError: there is no picture, no such file, or the file is not a picture.
+        VLBridgeError: there is no image, no such file, or it cannot be read as an 8-bit RGB image without loss.
     """
-    source = part.get("image")
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if not isinstance(source, str | Path):
-        raise VLBridgeError(f"image: expected a path or a PIL image under the key 'image', found {_kind(source)}")
-    try:
-        with Image.open(source) as opened:
-            return opened.convert("RGB")
-    except (FileNotFoundError, IsADirectoryError):
-        raise VLBridgeError(f"image: no file {str(source)!r}") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise VLBridgeError(f"image: {str(source)!r} cannot be read as a picture ({error})") from error
+    return read_image(_source(part.get("image"), "image", " under the key 'image'"), "image", options)
 
 
-def load_video(part: dict[str, Any]) -> Video:
+def load_video(part: dict[str, Any], options: MediaOptions = DEFAULTS) -> Video:
     """The frames of a content part `{"type": "video", "video": frames, "fps": frames per second}`.
 
-    Frames are a uint8 tensor `[F, 3, H, W]`, or a list of paths or PIL images of one size. They are all used: none is
-    left out, and the time of frame k is k / fps. Video files are not decoded here.
+    Frames are a uint8 tensor `[F, 3, H, W]`, or a list of paths or PIL images of one size, read as images are. They
+    are all used: none is left out, and the time of frame k is k / fps. Video files are not decoded here.
 
     Raises:
-        VLBridgeError: the frames are something else or differ in size, or `fps` is missing or not positive.
+        VLBridgeError: the frames are something else, cannot be read (the frame is named by its index) or differ in
+        size, or `fps` is missing or not a positive finite number.
     """
-    source, fps = part.get("video"), part.get("fps")
-    if isinstance(source, Tensor):
-        frames = source
-        if frames.dim() != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8:
-            raise VLBridgeError(f"video: expected frames uint8 [F, 3, H, W], found {frames.dtype} {list(frames.shape)}")
-    elif isinstance(source, list) and source:
-        frames = _stack([load_image({"image": frame}) for frame in source])
-    else:
-        raise VLBridgeError(
-            "video: expected frames under the key 'video' (uint8 tensor [F, 3, H, W], or a list of paths or PIL "
-            f"images), found {_kind(source)}; decode a video file into frames first"
-        )
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0:
-        raise VLBridgeError(
-            f"video: expected under the key 'fps' the frames per second, a positive number, found {fps!r}"
-        )
+    fps = _frame_rate(part.get("fps"))
+    frames = _frames(part.get("video"), options)
     count, _, height, width = frames.shape
     metadata = VideoMetadata(
         total_num_frames=count,
-        fps=float(fps),
+        fps=fps,
         width=width,
         height=height,
         duration=count / fps,
@@ -79,11 +61,41 @@ def load_video(part: dict[str, Any]) -> Video:
     return Video(frames, metadata)
 
 
-def _stack(pictures: list[Image.Image]) -> Tensor:
-    sizes = sorted({picture.size for picture in pictures})
+def _frames(source: object, options: MediaOptions) -> Tensor:
+    if isinstance(source, Tensor):
+        if source.dim() != 4 or source.shape[1] != 3 or source.dtype != torch.uint8 or source.numel() == 0:
+            raise VLBridgeError(f"video: expected frames uint8 [F, 3, H, W], found {source.dtype} {list(source.shape)}")
+        return source
+    if isinstance(source, list) and source:
+        named = [(f"video frame {index}", frame) for index, frame in enumerate(source)]
+        return _stack([read_image(_source(frame, name), name, options) for name, frame in named])
+    if is_url(source):
+        raise VLBridgeError(f"video: {_kind(source)} is a URL, which is not supported; download it and {DECODE}")
+    raise VLBridgeError(
+        "video: expected frames under the key 'video' (uint8 tensor [F, 3, H, W], or a list of paths or PIL "
+        f"images), found {_kind(source)}; {DECODE}"
+    )
+
+
+def _source(source: object, name: str, where: str = "") -> str | Path | Image.Image:
+    if not isinstance(source, str | Path | Image.Image):
+        raise VLBridgeError(f"{name}: expected a path or a PIL image{where}, found {_kind(source)}")
+    return source
+
+
+def _frame_rate(fps: object) -> float:
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < float(fps) < math.inf:
+        raise VLBridgeError(
+            f"video: expected under the key 'fps' the frames per second, a positive number, found {fps!r}"
+        )
+    return float(fps)
+
+
+def _stack(images: list[Image.Image]) -> Tensor:
+    sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
         raise VLBridgeError(f"video: expected frames of one size, found (width, height) {sizes}")
-    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
 
 
 def _kind(source: object) -> str:

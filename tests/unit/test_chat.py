@@ -89,7 +89,7 @@ def test_a_video_is_encoded_as_by_the_processor_with_all_its_frames(processor: Q
     parts = [image_part(30, 50), {"type": "video", "video": video, "fps": 4}, text_part("What is it")]
     sample = encode_conversation(talk(parts), processor)
     text = (
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|><|vision_start|><|video_pad|><|vision_end|>"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|><|video_pad|>"
         "What is it<|im_end|>\n<|im_start|>assistant\nseven<|im_end|>\n"
     )
     metadata = VideoMetadata(total_num_frames=count, fps=4.0, frames_indices=list(range(count)))
@@ -156,7 +156,7 @@ REFUSED = {
         talk([{"type": "image", "image": "nowhere.png"}]),
         r"message 0 \(user\), part 0: .*no file 'nowhere.png'",
     ),
-    "not a picture": (talk([{"type": "image", "image": __file__}]), r"test_chat.py' cannot be read as a picture"),
+    "not a picture": (talk([{"type": "image", "image": __file__}]), r"test_chat.py' cannot be decoded as an image"),
     "no picture": (talk([{"type": "image"}]), r"under the key 'image', found nothing"),
     "second picture": (talk([text_part("x"), image_part(16, 16), {"type": "image", "image": "b"}]), r"part 2: .*'b'"),
     "long picture": (talk([image_part(8 * 201, 8)]), r"the processor refuses 1 images.*aspect ratio"),

@@ -243,3 +243,14 @@ def test_a_processor_of_another_checkpoint_is_refused(processor: Qwen3VLProcesso
     ):
         with pytest.raises(VLBridgeError, match=message):
             build(CONVERSATIONS[:1], processor, other)
+
+
+@pytest.mark.parametrize("source", ["https://example.org/a.png", "data:image/png;base64,AAAA", "file:///a.png"])
+def test_a_url_in_a_file_is_refused_by_line(
+    processor: Qwen3VLProcessor, config: Config, tmp_path: Path, source: str
+) -> None:
+    for part in ({"type": "image", "image": source}, {"type": "video", "video": [source, source], "fps": 2}):
+        messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]
+        (tmp_path / "train.jsonl").write_text(json.dumps({"messages": messages}))
+        with pytest.raises(VLBridgeError, match=r"train.jsonl, line 1: message 0 \(user\), part 0: .* is a URL"):
+            build(read_conversations(tmp_path / "train.jsonl"), processor, config)

@@ -1,0 +1,538 @@
+"""Images and frames: read as transformers reads them where nothing is lost, rejected by name where something would be.
+
+Transparency is the exception: transformers drops it, which paints what is transparent in whatever color lies under it.
+"""
+
+import io
+import random
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image, ImageDraw, ImageFile
+from transformers.image_utils import load_image as reference_load_image
+
+from megatron_vlbridge.data.chat import encode_conversation
+from megatron_vlbridge.data.dataset import read_conversations
+from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.media import DEFAULTS, load_image, load_video
+from megatron_vlbridge.data.tiny_processor import build_processor
+from megatron_vlbridge.errors import VLBridgeError
+
+ROOT = Path(__file__).parents[2]
+
+type Source = str | Path | Image.Image
+
+
+def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """An image of random values in a mode of 8 bits a channel."""
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    data = np.random.default_rng(seed).integers(0, 256, (height, width, bands), dtype=np.uint8)
+    return Image.frombytes(mode, (width, height), data.tobytes())
+
+
+def saved(image: Image.Image, path: Path, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def turned(path: Path, orientation: int) -> Path:
+    """A file of 30 x 20 stored pixels that its EXIF tag turns."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return saved(noise(30, 20), path, exif=exif)
+
+
+def image_of(source: Source, options: MediaOptions = DEFAULTS) -> Image.Image:
+    return load_image({"type": "image", "image": source}, options)
+
+
+def frames_of(sources: list[Source]) -> torch.Tensor:
+    return load_video({"type": "video", "video": sources, "fps": 2}).frames
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+# ---- orientation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_as_by_transformers(tmp_path: Path, orientation: int, suffix: str) -> None:
+    path = turned(tmp_path / f"photo.{suffix}", orientation)
+    expected = pixels(reference_load_image(str(path)))
+    assert expected.shape == ((20, 30, 3) if orientation < 5 else (30, 20, 3))
+    np.testing.assert_array_equal(pixels(image_of(path)), expected)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(pixels(image_of(opened)), pixels(reference_load_image(opened)))
+    for frame in frames_of([path, str(path)]):
+        np.testing.assert_array_equal(frame.permute(1, 2, 0).numpy(), expected)
+
+
+def test_an_image_that_was_read_is_not_turned_again(tmp_path: Path) -> None:
+    once = image_of(turned(tmp_path / "photo.jpg", 6))
+    np.testing.assert_array_equal(pixels(image_of(once)), pixels(once))
+
+
+def test_a_turned_photo_gives_the_grid_of_transformers(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = saved(noise(96, 32), tmp_path / "photo.jpg", exif=exif)
+    processor = build_processor(["seven"], patch_size=16, merge_size=2, min_pixels=1024, max_pixels=65536)
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": str(path)}]},
+        {"role": "assistant", "content": "seven"},
+    ]
+    sample = encode_conversation(messages, processor)
+    expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert sample.image_grid_thw.tolist() == expected["image_grid_thw"].tolist() == [[1, 6, 2]]
+    assert torch.equal(sample.pixel_values, expected["pixel_values"])
+
+
+def test_frames_are_compared_after_they_were_turned(tmp_path: Path) -> None:
+    upright, lying = turned(tmp_path / "upright.jpg", 1), turned(tmp_path / "lying.jpg", 8)
+    assert frames_of([lying, lying]).shape == (2, 3, 30, 20)
+    with pytest.raises(VLBridgeError, match=r"of one size, found \(width, height\) \[\(20, 30\), \(30, 20\)\]"):
+        frames_of([upright, lying])
+
+
+# ---- content that a conversion to RGB would lose --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_a_mode_without_transparency_is_converted_as_by_transformers(mode: str) -> None:
+    image = noise(9, 7).convert(mode) if mode in ("1", "P") else noise(9, 7, mode)
+    np.testing.assert_array_equal(pixels(image_of(image)), pixels(reference_load_image(image)))
+
+
+FILES: dict[str, tuple[Image.Image, str]] = {
+    "CMYK JPEG": (noise(9, 7, "CMYK"), "jpg"),
+    "CMYK TIFF": (noise(9, 7, "CMYK"), "tiff"),
+    "YCbCr TIFF": (noise(9, 7, "YCbCr"), "tiff"),
+    "one bit": (noise(9, 7).convert("1"), "png"),
+    "palette": (noise(9, 7).convert("P"), "png"),
+    "GIF": (noise(9, 7).convert("P"), "gif"),
+    "BMP": (noise(9, 7), "bmp"),
+    "color profile": (noise(9, 7), "png"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_without_transparency_is_read_as_by_transformers(tmp_path: Path, name: str) -> None:
+    image, suffix = FILES[name]
+    path = saved(image, tmp_path / f"image.{suffix}")
+    np.testing.assert_array_equal(pixels(image_of(path)), pixels(reference_load_image(str(path))))
+
+
+def png(width: int, height: int, depth: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of RGB colors with these chunks: a name and data."""
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in ((b"IHDR", header), *chunks, (b"IEND", b""))
+    )
+
+
+def test_a_png_of_16_bits_a_color_keeps_the_upper_8(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (7, 9, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    path = tmp_path / "deep.png"
+    path.write_bytes(png(9, 7, 16, (b"IDAT", zlib.compress(rows))))
+    np.testing.assert_array_equal(pixels(image_of(path)), values >> 8)
+
+
+def greyscale(kind: type, top: int) -> Image.Image:
+    return Image.fromarray(np.linspace(0, top, 63).reshape(7, 9).astype(kind))
+
+
+DEEP: dict[str, tuple[Image.Image, str]] = {
+    "16 bits PNG": (greyscale(np.uint16, 65535), "png"),
+    "16 bits TIFF": (greyscale(np.uint16, 65535), "tiff"),
+    "32 bits TIFF": (greyscale(np.int32, 2**31 - 1), "tiff"),
+    "float TIFF": (greyscale(np.float32, 1), "tiff"),
+    "16 bits PGM": (greyscale(np.uint16, 65535), "pgm"),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_more_than_8_bits_a_channel_are_rejected_with_the_remedy(tmp_path: Path, name: str) -> None:
+    image, suffix = DEEP[name]
+    path = saved(image, tmp_path / f"deep.{suffix}")
+    for source in (path, image):
+        with pytest.raises(VLBridgeError, match=r"^image: .*mode (I|F).*at most 8 bits a channel.*scale its values"):
+            image_of(source)
+    with pytest.raises(VLBridgeError, match=r"^video frame 1: '.*deep.*mode (I|F)"):
+        frames_of([noise(9, 7), path])
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16", "I;16B", "I;16L", "LAB", "La"])
+def test_a_mode_that_does_not_convert_is_rejected(mode: str) -> None:
+    with pytest.raises(VLBridgeError, match=f"mode {mode}: expected"):
+        image_of(Image.new(mode, (4, 3)))
+
+
+# ---- transparency ---------------------------------------------------------------------------------------------------
+
+
+def drawing(mode: str) -> Image.Image:
+    """A black cross, half of it opaque, on a transparent black ground."""
+    image = Image.new("LA", (24, 16))
+    draw = ImageDraw.Draw(image)
+    draw.line((2, 2, 22, 14), fill=(0, 255), width=3)
+    draw.line((2, 14, 22, 2), fill=(0, 128), width=3)
+    return (image.convert("RGBA") if mode == "RGBa" else image).convert(mode)
+
+
+def on_white(image: Image.Image) -> np.ndarray:
+    """What qwen-vl-utils makes of an RGBA image."""
+    rgba = np.asarray(image.convert("RGBA")).astype(np.int64)
+    color, alpha = rgba[..., :3], rgba[..., 3:]
+    return (color * alpha + 255 * (255 - alpha) + 127) // 255
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa"])
+def test_a_black_drawing_on_a_transparent_ground_keeps_its_drawing(mode: str) -> None:
+    found = pixels(image_of(drawing(mode)))
+    assert np.unique(found).tolist() == [0, 127, 255]
+    np.testing.assert_array_equal(found, on_white(drawing(mode)))
+    assert not np.asarray(reference_load_image(drawing("RGBA"))).any(), "transformers paints it black"
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
+def test_transparency_of_any_strength_is_composited_on_white(tmp_path: Path, suffix: str) -> None:
+    image = noise(33, 21, "RGBA")
+    path = saved(image, tmp_path / f"image.{suffix}", **({"lossless": True, "exact": True} if suffix == "webp" else {}))
+    expected = on_white(image)
+    for found in (pixels(image_of(path)), pixels(image_of(image))):
+        assert np.abs(found.astype(int) - expected).max() <= 1  # the two ways of rounding
+        np.testing.assert_array_equal(found, pasted_on_white(image))
+
+
+def pasted_on_white(image: Image.Image) -> np.ndarray:
+    """As qwen-vl-utils composites, to the bit."""
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.split()[3])
+    return np.asarray(white)
+
+
+def with_transparent_color(mode: str, path: Path) -> Path:
+    """A PNG or GIF file in which one color (index 0, or black) is transparent."""
+    ground: Any = {"P": 0, "L": 0, "1": 0, "RGB": (0, 0, 0)}[mode]
+    drawn: Any = {"P": 1, "L": 9, "1": 1, "RGB": (9, 9, 9)}[mode]
+    image = Image.new(mode, (8, 6), ground)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 9, 9, 9])
+    image.paste(drawn, (2, 2, 5, 4))
+    return saved(image, path, transparency=ground)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("P", "png"), ("P", "gif"), ("L", "png"), ("1", "png"), ("RGB", "png")])
+def test_a_transparent_color_of_a_file_is_white(tmp_path: Path, mode: str, suffix: str) -> None:
+    found = pixels(image_of(with_transparent_color(mode, tmp_path / f"image.{suffix}")))
+    inside = np.zeros((6, 8), dtype=bool)
+    inside[2:4, 2:5] = True
+    assert np.unique(found[~inside]).tolist() == [255]
+    assert np.unique(found[inside]).tolist() == [255 if mode == "1" else 9]
+
+
+def test_a_palette_with_an_alpha_of_its_own_is_composited() -> None:
+    image = Image.new("P", (4, 2), 1)
+    image.putpalette([0, 0, 0, 0, 10, 20, 30, 255], "RGBA")
+    image.putpixel((0, 0), 0)
+    found = pixels(image_of(image))
+    assert (found[0, 0].tolist(), found[1, 1].tolist()) == ([255] * 3, [10, 20, 30])
+
+
+def test_an_opaque_alpha_channel_changes_nothing() -> None:
+    image = noise(9, 7)
+    np.testing.assert_array_equal(pixels(image_of(image.convert("RGBA"))), pixels(image))
+
+
+def test_transparency_is_turned_with_the_image(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = saved(drawing("RGBA"), tmp_path / "drawing.png", exif=exif)
+    np.testing.assert_array_equal(pixels(image_of(path)), np.rot90(pixels(image_of(drawing("RGBA"))), -1))
+
+
+# ---- several images in a file ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tiff"])
+def test_a_file_of_several_frames_is_rejected(tmp_path: Path, suffix: str) -> None:
+    frames = [noise(9, 7, seed=seed) for seed in range(3)]
+    path = saved(frames[0], tmp_path / f"several.{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(VLBridgeError, match=r"several.* has 3 frames or pages.*give them as a video"):
+        image_of(path)
+    with Image.open(path) as opened:
+        with pytest.raises(VLBridgeError, match=r"PIL image 9 x 7 .*several.* has 3 frames"):
+            image_of(opened)
+        opened.seek(2)
+        chosen = opened.copy()
+        np.testing.assert_array_equal(pixels(image_of(chosen)), np.asarray(chosen.convert("RGB")))
+
+
+def test_of_a_photo_with_a_second_view_the_photo_is_read(tmp_path: Path) -> None:
+    path = saved(noise(16, 16), tmp_path / "phone.mpo", save_all=True, append_images=[noise(16, 16, seed=1)])
+    with Image.open(path) as opened:
+        assert (opened.format, opened.n_frames) == ("MPO", 2)
+    np.testing.assert_array_equal(pixels(image_of(path)), pixels(reference_load_image(str(path))))
+
+
+# ---- files that cannot be read --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_an_image_without_pixels_is_rejected(size: tuple[int, int]) -> None:
+    with pytest.raises(VLBridgeError, match=r"image: PIL image .* has no pixels"):
+        image_of(Image.new("RGB", size))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_larger_image_than_the_limit_is_rejected_and_pillow_keeps_its_own_limit(tmp_path: Path) -> None:
+    path = saved(noise(30, 20), tmp_path / "image.png")
+    before = Image.MAX_IMAGE_PIXELS
+    assert image_of(path, MediaOptions(max_image_pixels=600)).size == (30, 20)
+    for limit in (599, 299, 1):  # over twice its limit Pillow itself rejects
+        options = MediaOptions(max_image_pixels=limit)
+        with pytest.raises(
+            VLBridgeError, match=rf"^image: '.*image.png' is too large: expected at most {limit} pixels"
+        ):
+            image_of(path, options)
+        with pytest.raises(VLBridgeError, match=r"^video frame 1: '.*image.png' is too large"):
+            load_video({"video": [noise(1, 1), path], "fps": 2}, options)
+        assert before == Image.MAX_IMAGE_PIXELS
+    with pytest.raises(VLBridgeError, match="max_image_pixels: expected a positive number, found 0"):
+        MediaOptions(max_image_pixels=0)
+
+
+def bmp_header(path: Path, width: int, height: int) -> Path:
+    """A BMP file that promises many pixels and has none."""
+    header = struct.pack("<2sIHHI", b"BM", 54, 0, 0, 54)
+    path.write_bytes(header + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0))
+    return path
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_default_limit_is_that_of_pillow_without_its_warning(tmp_path: Path) -> None:
+    limit = MediaOptions().max_image_pixels
+    assert limit == 2 * Image.MAX_IMAGE_PIXELS
+    with pytest.raises(VLBridgeError, match=rf"is too large: expected at most {limit} pixels"):
+        image_of(bmp_header(tmp_path / "bomb.bmp", 20_000, 10_000))
+    with pytest.raises(VLBridgeError, match="cannot be decoded"):
+        image_of(bmp_header(tmp_path / "below.bmp", 1_000_000, 100))  # 100 megapixels, over Pillow's warning
+
+
+def test_a_limit_above_pillow_s_own_is_honored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert image_of(saved(noise(30, 20), tmp_path / "image.png")).size == (30, 20)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp", "webp", "tiff"])
+def test_a_truncated_file_is_rejected_also_where_pillow_was_told_to_fill_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    whole = saved(noise(64, 48), tmp_path / f"whole.{suffix}").read_bytes()
+    path = tmp_path / f"cut.{suffix}"
+    for tolerant in (False, True):
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)
+        for share in (0.05, 0.5, 0.9):
+            path.write_bytes(whole[: int(share * len(whole))])
+            with pytest.raises(VLBridgeError, match=rf"^image: '.*cut\.{suffix}' cannot be decoded as an image"):
+                image_of(path)
+        assert tolerant == ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def damaged(whole: bytes, draw: random.Random) -> bytes:
+    """The bytes cut, or some of them changed, most often in the header."""
+    data = bytearray(whole)
+    if draw.random() < 0.2:
+        return bytes(data[: draw.randrange(len(data))])
+    end = min(len(data), draw.choice([40, 200, len(data)]))
+    for _ in range(draw.randint(1, 8)):
+        data[draw.randrange(end)] = draw.randrange(256)
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of some of the damage that it reads over
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp", "webp", "tiff", "ico", "ppm", "tga", "jp2"])
+def test_a_damaged_file_is_read_or_rejected_by_name(tmp_path: Path, suffix: str) -> None:
+    image = noise(12, 10, seed=1).convert("P" if suffix == "gif" else "RGB")
+    whole = saved(image, tmp_path / f"whole.{suffix}").read_bytes()
+    path = tmp_path / f"damaged.{suffix}"
+    options, draw, rejected = MediaOptions(max_image_pixels=20_000), random.Random(suffix), []
+    for _ in range(100):
+        path.write_bytes(damaged(whole, draw))
+        try:
+            found = image_of(path, options)
+        except VLBridgeError as error:
+            rejected.append(str(error))
+        else:
+            assert found.mode == "RGB"
+            assert 0 < found.width * found.height <= options.max_image_pixels
+    assert rejected
+    for message in rejected:
+        assert message.startswith(f"image: '{path}' "), message
+
+
+ROWS = zlib.compress(b"".join(b"\0" + bytes(range(36)) for _ in range(10)))
+RAW = {
+    "SyntaxError": png(12, 10, 8, (b"IDAT", ROWS[:20]), (b"(\xbeT1", b""), (b"IDAT", ROWS[20:])),
+    "ValueError": b"P6 k5 10 255\n",
+    "UnidentifiedImageError": b"",
+    "OSError": struct.pack("<2sIHHI", b"BM", 54, 0, 0, 54) + struct.pack("<I", 40) + b"\xff" * 36,
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_what_pillow_raises_is_in_the_message(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "raw.png"
+    path.write_bytes(RAW[name])
+    with pytest.raises(VLBridgeError, match=rf"^image: '.*raw.png' cannot be decoded as an image \({name}: "):
+        image_of(path)
+
+
+def test_a_path_without_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "nowhere.png", tmp_path / "folder", saved(noise(4, 4), tmp_path / "a.png") / "b.png"):
+        with pytest.raises(VLBridgeError, match=rf"^image: no file '{path}'"):
+            image_of(path)
+    for path in ("a\0b.png", "x" * 5000):
+        with pytest.raises(VLBridgeError, match=r"^image: '.{1,400} cannot be decoded as an image"):
+            image_of(path)
+
+
+def test_a_pil_image_whose_file_was_closed_is_rejected(tmp_path: Path) -> None:
+    with Image.open(saved(noise(4, 4), tmp_path / "gone.png")) as image:
+        pass
+    with pytest.raises(VLBridgeError, match=r"^image: PIL image 4 x 4 .*gone.png cannot be decoded"):
+        image_of(image)
+
+
+# ---- sources that are not files -------------------------------------------------------------------------------------
+
+URLS = [
+    "http://host/a.png",
+    "HTTPS://host/a.png",
+    "data:image/png;base64,iVBORw0KGgo=",
+    "file:///tmp/a.png",
+    "file:a.png",
+    "s3://bucket/a.png",
+    "gs://bucket/a.png",
+]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_is_not_supported(tmp_path: Path, url: str) -> None:
+    with pytest.raises(VLBridgeError, match=r"^image: '.*' is a URL, which is not supported; download it first"):
+        image_of(url)
+    with pytest.raises(VLBridgeError, match=r"^video frame 1: '.*' is a URL, which is not supported"):
+        frames_of([noise(4, 4), url])
+    with pytest.raises(VLBridgeError, match=r"^video: str '.*' is a URL, which is not supported; .*decode"):
+        load_video({"video": url, "fps": 2})
+    path = tmp_path / "train.jsonl"
+    path.write_text(f'{{"messages": [{{"role": "user", "content": [{{"type": "image", "image": "{url}"}}]}}]}}\n')
+    [[message]] = read_conversations(path)
+    assert message["content"][0]["image"] == url  # not resolved as a path
+
+
+@pytest.mark.parametrize("name", ["a:b.png", "c-12:30.png", "http.png", "data.png"])
+def test_a_file_with_a_colon_in_its_name_is_a_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(noise(4, 4), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert image_of(name).size == (4, 4)
+
+
+@pytest.mark.parametrize("source", [None, 3, b"bytes", np.zeros((4, 4, 3), dtype=np.uint8)], ids=type)
+def test_another_type_is_rejected_with_the_part_s_name(source: Any) -> None:
+    with pytest.raises(VLBridgeError, match=r"^image: expected a path or a PIL image under the key 'image', found"):
+        image_of(source)
+    with pytest.raises(VLBridgeError, match=r"^video frame 0: expected a path or a PIL image, found"):
+        frames_of([source])
+
+
+@pytest.mark.parametrize("fps", [None, 0, -1, float("nan"), float("inf"), True, "2"])
+def test_a_frame_rate_that_is_no_positive_number_is_rejected(fps: Any) -> None:
+    with pytest.raises(VLBridgeError, match=r"under the key 'fps' .* a positive number"):
+        load_video({"video": [noise(4, 4)] * 2, "fps": fps})
+
+
+@pytest.mark.parametrize("fps", [2, 0.5, np.int64(2), np.float32(29.97)])
+def test_the_time_of_a_frame_is_its_index_over_the_rate(fps: Any) -> None:
+    metadata = load_video({"video": [noise(4, 4)] * 3, "fps": fps}).metadata
+    assert (metadata.fps, metadata.frames_indices, metadata.total_num_frames) == (float(fps), [0, 1, 2], 3)
+    assert metadata.duration == 3 / float(fps)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 4, 4, 3), (3, 4, 4)])
+def test_a_tensor_that_is_no_video_is_rejected(shape: tuple[int, ...]) -> None:
+    with pytest.raises(VLBridgeError, match=r"expected frames uint8 \[F, 3, H, W\]"):
+        load_video({"video": torch.zeros(shape, dtype=torch.uint8), "fps": 2})
+
+
+# ---- Pillow's settings are global -----------------------------------------------------------------------------------
+
+
+def test_threads_with_different_limits_leave_pillow_s_limit_as_it_was() -> None:
+    before = Image.MAX_IMAGE_PIXELS
+    data = io.BytesIO()
+    noise(64, 48).save(data, format="PNG")
+    wrong: list[Exception] = []
+
+    def read(limit: int) -> None:
+        for _ in range(50):
+            try:
+                with Image.open(io.BytesIO(data.getvalue())) as opened:
+                    image_of(opened, MediaOptions(max_image_pixels=limit))
+            except VLBridgeError as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=read, args=(limit,)) for limit in (10_000, 20_000, 30_000)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+FORK = """
+import os, signal, threading, time
+from PIL import Image
+from megatron_vlbridge.data.images import MediaOptions, read_image
+
+class Slow(Image.Image):
+    def load(self):
+        reading.set()
+        time.sleep(0.3)
+        return super().load()
+
+reading = threading.Event()
+image = Image.new("RGB", (4, 4))
+slow = Slow()
+slow._im, slow._mode, slow._size = image.im, image.mode, image.size
+reader = threading.Thread(target=read_image, args=(slow, "image", MediaOptions()))
+reader.start()
+reading.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    read_image(image, "image", MediaOptions())
+    os._exit(0)
+reader.join()
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_child_forked_while_another_thread_reads_can_read() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, cwd=ROOT, timeout=60)
