@@ -120,10 +120,6 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, list[str | None]]]] = {
         ("q", ""),
         {key: [""] for key in ("qwen3_vl", "qwen3", "qwen3_8", *THINKING)} | {"always_thinking": [None]},
     ),
-    "two answers in a row": (
-        ("q", "a", "r", "b"),
-        {"qwen3_vl": ["a", "b"]},
-    ),
 }
 
 
