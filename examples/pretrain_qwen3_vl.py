@@ -7,10 +7,16 @@ From a Hugging Face folder or Hub id:
         --micro-batch-size 1 --global-batch-size 64 --train-iters 1000 --lr 1e-5 --bf16 --save out
 
 From an imported Megatron checkpoint: `--hf-folder DIR/hf --pretrained-checkpoint DIR` instead of the first two
-arguments. On CPU: add `--cpu`. All other arguments are Megatron's; the architecture is read from --hf-folder.
+arguments. On CPU: add `--cpu`. Megatron's whole log: `--verbose`. All other arguments are Megatron's; the architecture
+is read from --hf-folder.
 """
 
 import sys
+
+from megatron_vlbridge.training import console
+
+# First, since imports can fail and warn too.
+console.start()
 
 from megatron_vlbridge.backends import cpu_runtime
 
@@ -21,6 +27,7 @@ from transformers import AutoProcessor
 
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
+from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.pretrain import parse_arguments, run
 
 
@@ -28,7 +35,7 @@ def main() -> None:
     """Parse, build the datasets when Megatron asks for them, train."""
     args = parse_arguments()
     if args.conversations is None:
-        sys.exit("--conversations is missing: a file of JSON lines, each {'messages': [...]}")
+        raise VLBridgeError("--conversations is missing: a file of JSON lines, each {'messages': [...]}")
     processor = AutoProcessor.from_pretrained(args.hf_folder)
     config = read_config(args.hf_folder)
 
