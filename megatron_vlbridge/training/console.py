@@ -12,8 +12,9 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.training.failure import report_failures
@@ -33,6 +34,8 @@ _LOG_LEVELS = {
 # Functions of Megatron that print what their caller gives them.
 _PRINTERS = frozenset({"print_rank_0", "print_rank_last"})
 
+_short_log: "ShortLog | None" = None
+
 
 def start() -> None:
     """Call first in a training script, before any other import: reports failures once, and keeps the log short.
@@ -45,24 +48,27 @@ def start() -> None:
         >>> console.start()
         >>> from megatron_vlbridge.training.pretrain import parse_arguments, run
     """
+    global _short_log
     report_failures()
-    if "--verbose" in sys.argv or isinstance(sys.stdout, ShortLog):
+    if "--verbose" in sys.argv or _short_log is not None:
         return
     warnings.filterwarnings("ignore", module=_LIBRARIES)
     for name, level in _LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
-    sys.stdout = ShortLog(sys.stdout)
-    atexit.register(sys.stdout.end_line)
+    _short_log = ShortLog(sys.stdout, _seq_length)
+    sys.stdout = cast(TextIO, _short_log)
+    atexit.register(_short_log.end_line)
 
 
 class ShortLog:
     """Stands for `stream` as `sys.stdout`: what Megatron prints becomes a few lines, all else passes unchanged.
 
-    An iteration is one line; on a terminal it replaces the one before.
+    An iteration is one line; on a terminal it replaces the one before. `seq_length` is called for the tokens of a pack.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, seq_length: Callable[[], int]) -> None:
         self._stream = stream
+        self._seq_length = seq_length
         self._terminal = stream.isatty()
         self._rewriting = False
         self._partial = ""
@@ -99,7 +105,7 @@ class ShortLog:
             self._stream.flush()
 
     def _show_iteration(self, iteration: Iteration) -> None:
-        text = iteration.text(_seq_length(), self._seconds_left(iteration))
+        text = iteration.text(self._seq_length(), self._seconds_left(iteration))
         if self._terminal:
             # A line that is wrapped cannot be erased.
             text = text[: shutil.get_terminal_size().columns - 1]
@@ -124,7 +130,7 @@ class ShortLog:
 
 def begin(args: argparse.Namespace, config: Config) -> None:
     """Print on the first rank what is about to be trained; nothing with `--verbose`."""
-    if isinstance(sys.stdout, ShortLog):
+    if _short_log is not None:
         note(_parameters(args, config))
         note(f"layout   {_layout(args)}")
         tokens = args.seq_length * args.global_batch_size

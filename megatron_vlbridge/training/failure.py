@@ -75,10 +75,10 @@ def _report_to_torchrun(file: Path, text: str, *, refused: bool) -> None:
 
     Source of the format: torch/distributed/elastic/multiprocessing/errors (torch 2.13).
     """
+    # First, since torchrun lists every rank that a signal ended as a failure of its own.
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     extra = {"py_callstack": f"\n{text}", "timestamp": str(int(time.time()))}
     file.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
-    # torchrun lists every rank that a signal ended as a failure of its own.
-    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if not refused:
         time.sleep(SECONDS_FOR_CRASHED_RANK)
     # attempt_0/reported beside attempt_0/<local rank>/error.json

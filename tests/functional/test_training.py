@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, *arguments: object, processes: int = 1) -> list[float]:
-    """The losses of a run of the example, read from Megatron's log."""
+    """The losses of a run of the example, read from its log."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
     command += [ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--conversations", folder / "train.jsonl"]
     command += ["--seq-length", 256, "--micro-batch-size", 1, "--global-batch-size", 2, "--lr", 1e-3, "--seed", 5]
@@ -38,7 +38,7 @@ def train(folder: Path, *arguments: object, processes: int = 1) -> list[float]:
         [str(part) for part in (*command, *arguments)], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    losses = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", run.stdout)]
+    losses = [float(loss) for loss in re.findall(r"^iteration +\d+/\d+  loss (\S+)", run.stdout, re.MULTILINE)]
     # Megatron does not reset its mean after the first iteration of a process: the second line is the mean of two.
     return [losses[0], 2 * losses[1] - losses[0], *losses[2:]]
 
