@@ -39,22 +39,27 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.hf_folder)
     config = read_config(args.hf_folder)
 
+    def packs(file: str | None, count: int, *, told: bool) -> PackedConversations | None:
+        if not file or not count:
+            return None
+        dataset = PackedConversations(
+            read_conversations(file),
+            processor,
+            config,
+            seq_length=args.seq_length,
+            num_samples=count,
+            seed=args.seed,
+            multiple_of=args.pack_multiple_of,
+        )
+        if told:
+            console.note(
+                f"data     {len(dataset.lengths):,} conversations, {len(dataset.epoch_packs(0)):,} packs: {file}"
+            )
+        return dataset
+
     def datasets(num_samples: list[int], vp_stage: int | None = None) -> list[PackedConversations | None]:
         files = (args.conversations, args.valid_conversations, None)
-        return [
-            PackedConversations(
-                read_conversations(file),
-                processor,
-                config,
-                seq_length=args.seq_length,
-                num_samples=count,
-                seed=args.seed,
-                multiple_of=args.pack_multiple_of,
-            )
-            if file and count
-            else None
-            for file, count in zip(files, num_samples, strict=True)
-        ]
+        return [packs(file, count, told=not vp_stage) for file, count in zip(files, num_samples, strict=True)]
 
     run(args, datasets)
 

@@ -31,8 +31,9 @@ _LOG_LEVELS = {
     "megatron.core.dist_checkpointing.strategies.torch": logging.ERROR,
     "torch.utils.cpp_extension": logging.ERROR,
 }
-# Functions of Megatron that print what their caller gives them.
+# Functions of Megatron that print what their caller gives them, and W&B's, which records what is printed.
 _PRINTERS = frozenset({"print_rank_0", "print_rank_last"})
+_RECORDER = "wandb."
 
 _short_log: "ShortLog | None" = None
 
@@ -130,12 +131,22 @@ class ShortLog:
 
 def begin(args: argparse.Namespace, config: Config) -> None:
     """Print on the first rank what is about to be trained; nothing with `--verbose`."""
+    # W&B has taken the place of the first call's hook when Megatron set it up.
+    report_failures()
     if _short_log is not None:
-        note(_parameters(args, config))
-        note(f"layout   {_layout(args)}")
-        tokens = args.seq_length * args.global_batch_size
-        note(f"batch    {args.global_batch_size:,} packs of {args.seq_length:,} tokens = {tokens:,} tokens")
-        note(f"weights  {_weights(args)}")
+        note("\n".join(summary(args, config)))
+
+
+def summary(args: argparse.Namespace, config: Config) -> list[str]:
+    """What is about to be trained, in four lines; `args` are Megatron's, validated."""
+    tokens = args.seq_length * args.global_batch_size
+    length = f"{args.train_iters:,} iterations" if args.train_iters else f"{args.train_samples:,} packs"
+    return [
+        f"model    {config.architecture}, {_parameters(config):,} parameters, {'bf16' if args.bf16 else 'fp32'}",
+        f"layout   {_layout(args)}",
+        f"batch    {args.global_batch_size:,} packs of {args.seq_length:,} tokens ({tokens:,}), {length}",
+        f"weights  {_weights(args)}",
+    ]
 
 
 def note(text: str) -> None:
@@ -151,10 +162,13 @@ def note(text: str) -> None:
 
 def _is_megatron(frame: FrameType | None) -> bool:
     """Whether code of Megatron prints, on its own behalf."""
-    while frame is not None and frame.f_code.co_name in _PRINTERS:
+    while frame is not None and (frame.f_code.co_name in _PRINTERS or _module(frame).startswith(_RECORDER)):
         frame = frame.f_back
-    name = "" if frame is None else frame.f_globals.get("__name__", "")
-    return name == "megatron" or name.startswith("megatron.")
+    return frame is not None and _module(frame).startswith("megatron.")
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
 
 
 def _seq_length() -> int:
@@ -163,12 +177,10 @@ def _seq_length() -> int:
     return int(get_args().seq_length)
 
 
-def _parameters(args: argparse.Namespace, config: Config) -> str:
+def _parameters(config: Config) -> int:
     from megatron_vlbridge import families
 
-    count = sum(math.prod(shape) for shape in families.find(config).table(config).hf_shapes.values())
-    dtype = "bf16" if args.bf16 else "fp32"
-    return f"{config.architecture}, {count:,} parameters, {dtype}, {args.train_iters:,} iterations"
+    return sum(math.prod(shape) for shape in families.find(config).table(config).hf_shapes.values())
 
 
 def _layout(args: argparse.Namespace) -> str:
@@ -183,20 +195,19 @@ def _layout(args: argparse.Namespace) -> str:
     parts = [f"{name} {size}" for name, size in sizes.items() if size and (size > 1 or name == "DP")]
     if args.sequence_parallel:
         parts.insert(1, "SP")
-    return f"{' x '.join(parts)}: {args.world_size} {'CPU process' if args.cpu else 'GPU'}{_plural(args)}"
-
-
-def _plural(args: argparse.Namespace) -> str:
-    if args.world_size == 1:
-        return ""
-    return "es" if args.cpu else "s"
+    ranks = "1 process" if args.world_size == 1 else f"{args.world_size:,} processes"
+    return f"{' x '.join(parts)}, {ranks} on {'the CPU' if args.cpu else 'GPUs'}"
 
 
 def _weights(args: argparse.Namespace) -> str:
+    if args.load and _holds_checkpoint(args.load):
+        return f"of the checkpoint in {args.load} (resumed)"
+    if args.pretrained_checkpoint:
+        return f"of the checkpoint in {args.pretrained_checkpoint}"
+    return f"of {args.hf_folder}" if args.hf_weights else "random"
+
+
+def _holds_checkpoint(folder: str) -> bool:
     from megatron.training.checkpointing import checkpoint_exists
 
-    if args.load and checkpoint_exists(args.load):
-        return f"those of the checkpoint in {args.load}"
-    if args.pretrained_checkpoint:
-        return f"those of the checkpoint in {args.pretrained_checkpoint}"
-    return f"those in {args.hf_folder}" if args.hf_weights else "random"
+    return bool(checkpoint_exists(folder))

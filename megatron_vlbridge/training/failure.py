@@ -62,7 +62,13 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     sys.stdout.flush()
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         _report_to_torchrun(Path(file), text, refused=isinstance(error, VLBridgeError))
-        return
+    else:
+        _print(text)
+    # W&B learns from a call of sys.exit that the run failed.
+    sys.exit(1)
+
+
+def _print(text: str) -> None:
     if os.environ.get("RANK", "0") != "0":
         # Another launcher: it ends this rank once the first has failed.
         time.sleep(SECONDS_FOR_FIRST_RANK)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import digits_checkpoint
@@ -45,10 +46,20 @@ def train(folder: Path, *arguments: object, processes: int = 1) -> list[float]:
 
 @pytest.fixture(scope="module")
 def one_process(folder: Path) -> list[float]:
-    losses = train(folder, "--hf-folder", "hf", "--hf-weights", "--save", "whole", "--save-interval", ITERATIONS)
+    logged = ("--tensorboard-dir", "tensorboard", "--tensorboard-log-interval", 1)
+    save = ("--save", "whole", "--save-interval", ITERATIONS)
+    losses = train(folder, "--hf-folder", "hf", "--hf-weights", *save, *logged)
     assert len(losses) == ITERATIONS
     assert losses[-1] < losses[0]
     return losses
+
+
+def test_tensorboard_shows_the_losses_of_the_log(folder: Path, one_process: list[float]) -> None:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("lm loss")
+    assert [scalar.step for scalar in scalars] == list(range(1, ITERATIONS + 1))
+    assert_same_curve([scalar.value for scalar in scalars], one_process)
 
 
 def assert_same_curve(found: list[float], expected: list[float]) -> None:

@@ -2,17 +2,21 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import cast
 
 import pytest
 from torch._utils import ExceptionWrapper
+from transformers import Qwen3VLForConditionalGeneration
 
+from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.training.console import ShortLog
+from megatron_vlbridge.training.console import ShortLog, summary
 from megatron_vlbridge.training.failure import describe
 from megatron_vlbridge.training.trackers import check_trackers
 from megatron_vlbridge.weights.plan import MisfitError
+from tests import reference
 from tests.unit.test_log_lines import EXPERTS
 
 PRINTS = "def print_rank_0(message):\n    print(message)\n\ndef log(message):\n    print_rank_0(message)\n"
@@ -53,6 +57,20 @@ def test_what_megatron_prints_is_shortened_and_what_the_script_prints_is_not(meg
         "checkpoint saved at iteration 1: out",
         "a line of the script, through Megatron's function",
     ]
+
+
+def test_a_recorder_between_megatron_and_the_stream_changes_nothing(megatron: ModuleType) -> None:
+    """W&B puts a function of its own in the place of `sys.stdout.write`."""
+    recorder = ModuleType("wandb.sdk.anything")
+    exec("def record(write):\n    return lambda text: write(text)\n", recorder.__dict__)
+
+    def action() -> None:
+        sys.stdout.write = recorder.record(sys.stdout.write)  # type: ignore[method-assign]
+        megatron.log("------------ arguments ------------")
+        print("the script")
+        megatron.log(SAVED)
+
+    assert printed(StringIO(), action) == "the script\ncheckpoint saved at iteration 1: out\n"
 
 
 def test_on_a_terminal_an_iteration_replaces_the_one_before(
@@ -105,6 +123,40 @@ def test_another_exception_is_described_with_its_traceback_and_rank(monkeypatch:
     text = describe(failure.value)
     assert text.startswith("Unexpected error on rank 3:\nTraceback")
     assert text.endswith("ZeroDivisionError: division by zero")
+
+
+ARGUMENTS = {
+    "bf16": False,
+    "seq_length": 4096,
+    "global_batch_size": 64,
+    "train_iters": 1000,
+    "tensor_model_parallel_size": 2,
+    "sequence_parallel": True,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "data_parallel_size": 4,
+    "world_size": 8,
+    "cpu": True,
+    "load": None,
+    "pretrained_checkpoint": None,
+    "hf_weights": True,
+    "hf_folder": "hf",
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_summary_counts_the_parameters_as_transformers_does(tmp_path: Path, tied: bool) -> None:
+    folder = reference.write_checkpoint(tmp_path, tied=tied)
+    lines = summary(SimpleNamespace(**ARGUMENTS), read_config(folder))
+    count = Qwen3VLForConditionalGeneration.from_pretrained(folder).num_parameters()
+    assert lines[0] == f"model    Qwen3VLForConditionalGeneration, {count:,} parameters, fp32"
+    assert lines[1:] == [
+        "layout   TP 2 x SP x DP 4, 8 processes on the CPU",
+        "batch    64 packs of 4,096 tokens (262,144), 1,000 iterations",
+        "weights  of hf",
+    ]
 
 
 TRACKERS = {"tensorboard_dir": None, "wandb_project": "", "wandb_exp_name": "", "wandb_save_dir": "", "save": None}
