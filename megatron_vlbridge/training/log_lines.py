@@ -89,12 +89,12 @@ def read_event(line: str) -> str | None:
 
     Example:
         >>> read_event(" validation loss at iteration 20 | lm loss value: 1.0E+00 | lm loss PPL: 2.7E+00 | ")
-        'validation at iteration 20  loss 1.000000'
+        'validation loss 1.000000 at iteration 20'
     """
     if found := _VALIDATION.search(line):
         values = re.findall(r"\s*([^|]+?) value: (\S+) \|", found[3])
-        losses = "  ".join(f"{name.removeprefix('lm ')} {_digits(float(value))}" for name, value in values)
-        return f"validation{found[1]} at {found[2]}  {losses}"
+        losses = ", ".join(f"{name.removeprefix('lm ')} {_digits(float(value))}" for name, value in values)
+        return f"validation{found[1]} {losses} at {found[2]}"
     if found := _SAVED.search(line):
         return f"checkpoint saved at iteration {found[1]}" + (f": {found[2]}" if found[2] else "")
     if found := _LOADED.search(line):

@@ -46,9 +46,8 @@ def train(folder: Path, *arguments: object, processes: int = 1) -> list[float]:
 
 @pytest.fixture(scope="module")
 def one_process(folder: Path) -> list[float]:
-    logged = ("--tensorboard-dir", "tensorboard", "--tensorboard-log-interval", 1)
-    save = ("--save", "whole", "--save-interval", ITERATIONS)
-    losses = train(folder, "--hf-folder", "hf", "--hf-weights", *save, *logged)
+    save = ("--save", "whole", "--save-interval", ITERATIONS, "--tensorboard-dir", "tensorboard")
+    losses = train(folder, "--hf-folder", "hf", "--hf-weights", *save)
     assert len(losses) == ITERATIONS
     assert losses[-1] < losses[0]
     return losses

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -93,6 +94,21 @@ def test_on_a_terminal_an_iteration_replaces_the_one_before(
         "iteration 6/6  loss 5.834869  load_bala\n",
         "checkpoint saved at iteration 1: out\n",
     ]
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_verbose_leaves_stdout_and_warnings_alone(verbose: bool) -> None:
+    code = (
+        "import sys, warnings\n"
+        "from megatron_vlbridge.training import console\n"
+        "stdout, filters = sys.stdout, list(warnings.filters)\n"
+        "console.start(); console.start()\n"
+        "print(sys.stdout is stdout, warnings.filters == filters, sys.excepthook is sys.__excepthook__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *(["--verbose"] if verbose else [])], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == [str(verbose), str(verbose), "False"]
 
 
 def test_a_refusal_is_described_by_its_text_alone() -> None:

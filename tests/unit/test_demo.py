@@ -52,7 +52,7 @@ def test_the_loss_is_read_from_the_line_of_an_iteration() -> None:
     "line",
     [
         "",
-        "validation at iteration 20  loss 1.000000\n",
+        "validation loss 1.000000 at iteration 20\n",
         "checkpoint saved at iteration 20: out\n",
     ],
 )

@@ -63,11 +63,11 @@ def test_the_last_iteration_has_no_time_left() -> None:
     [
         (
             " validation loss at iteration 3 | lm loss value: 5.192562E+00 | lm loss PPL: 1.799289E+02 | ",
-            "validation at iteration 3  loss 5.192562",
+            "validation loss 5.192562 at iteration 3",
         ),
         (
             " validation loss at iteration 6 on test set | lm loss value: 5.0E+00 | lm loss PPL: 1.4E+02 | ",
-            "validation at iteration 6 on test set  loss 5.000000",
+            "validation loss 5.000000 at iteration 6 on test set",
         ),
         (
             "  [2026-11-26 02:11:40.615321] successfully saved checkpoint from iteration       6 to saved "
