@@ -9,7 +9,8 @@ _SAVED = re.compile(r"\bsuccessfully saved (?:local )?checkpoint from iteration\
 _LOADED = re.compile(r"\bsuccessfully loaded checkpoint from (.+) \[.*\] at iteration (\d+)")
 # Lines of Megatron that are shown as they are: warnings, and why it stops.
 _IMPORTANT = re.compile(r"\b(warning|error|fail(ed|ure)?|could not|unable|exiting|terminat\w+|ignored|nan)\b", re.I)
-_UNIMPORTANT = ("one_logger package is required",)
+# Except arguments, whose values may hold such a word, and what is said at every start.
+_UNIMPORTANT = re.compile(r"^  \w+ \.* |one_logger package is required|could not find the metadata file")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def read_event(line: str) -> str | None:
         return f"checkpoint saved at iteration {found[1]}" + (f": {found[2]}" if found[2] else "")
     if found := _LOADED.search(line):
         return f"checkpoint loaded, iteration {found[2]}: {found[1]}"
-    if _IMPORTANT.search(line) and not any(text in line for text in _UNIMPORTANT):
+    if _IMPORTANT.search(line) and not _UNIMPORTANT.search(line):
         return line.strip()
     return None
 
