@@ -31,8 +31,10 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.mtp import embedding_ranks
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
+from megatron_vlbridge.training import console
 from megatron_vlbridge.training.guards import accept, check_layout
 from megatron_vlbridge.training.step import vlm_step
+from megatron_vlbridge.training.trackers import check_trackers
 
 # Arguments that Megatron keeps under another name.
 _FLAGS = {"layernorm_epsilon": "--norm-epsilon"}
@@ -70,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--allow-unproved-combination", action="store_true", help="run dimensions together that no test runs together"
     )
     group.add_argument("--cpu", action="store_true", help="run on CPU processes over gloo")
+    group.add_argument("--verbose", action="store_true", help="print Megatron's whole log instead of a short one")
     return parser
 
 
@@ -81,6 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     Raises:
         VLBridgeError: where an argument contradicts the checkpoint.
     """
+    console.start()
     args = parse_args(add_arguments)
     args.hf_folder = str(find_folder(args.hf_folder, weights=args.hf_weights))
     config = read_config(args.hf_folder)
@@ -101,6 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.conversations and not args.valid_conversations:
         # Megatron counts evaluations even where there is nothing to evaluate on.
         args.eval_iters, args.eval_interval = 0, args.eval_interval or args.train_iters or 1
+    check_trackers(args)
     validate_args(args)
     args.padded_vocab_size = calculate_padded_vocab_size(
         config.text.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
@@ -206,6 +211,7 @@ def run(args: argparse.Namespace, dataset_provider: Callable[..., Any]) -> None:
         megatron.core.datasets.utils.compile_helpers = _nothing
     if cpu_runtime.is_enabled():
         megatron.training.training.initialize_megatron = functools.partial(initialize_megatron, allow_no_cuda=True)
+    console.begin(args, read_config(args.hf_folder))
     megatron.training.training.pretrain(
         pretrain_cfg_container_from_args(args, None),
         dataset_provider,
