@@ -195,7 +195,11 @@ def thinking(processor: Qwen3VLProcessor) -> Qwen3VLProcessor:
 
 
 def test_turns_that_are_not_learned_are_counted_and_logged(
-    processor: Qwen3VLProcessor, config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    processor: Qwen3VLProcessor,
+    config: Config,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def talk(*texts: str) -> str:
         roles = ("user", "assistant")
@@ -217,6 +221,13 @@ def test_turns_that_are_not_learned_are_counted_and_logged(
         int(encode_conversation(talk, thinking(processor)).loss_mask.sum())
         for talk in [dataset.conversations[member] for member in dataset.members(0)]
     )
+    caplog.clear()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank, logged in ((0, 1), (1, 0)):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        caplog.clear()
+        build(read_conversations(path), thinking(processor), config)
+        assert len(caplog.records) == logged
     caplog.clear()
     whole = build(read_conversations(path), processor, config)
     assert (whole.unlearned_turns, whole.unlearned_report, caplog.records) == (0, "", [])
