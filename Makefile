@@ -3,7 +3,7 @@ PY := .venv/bin/python
 DEMO_ARGS ?=
 LAYOUT_ARGS ?=
 
-.PHONY: help setup demo test test-long test-layouts test-hf4 test-te lint format unit functional clean clean-venv
+.PHONY: help setup demo test test-long test-layouts test-hf4 test-versions test-te lint format unit functional clean clean-venv
 
 help:
 	@echo "make demo        digits -> HF checkpoint -> Megatron -> training -> HF -> answers, in demo-out/ (DEMO_ARGS=...)"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-long   the functional tests that take minutes or gigabytes of disk"
 	@echo "make test-layouts  every layout in its variants, all random batches; writes docs/layouts.md but for LAYOUT_ARGS=--check"
 	@echo "make test-hf4    what transformers 4.57 saves and loads, in .venv-hf4"
+	@echo "make test-versions  a selection of the tests with the oldest and the newest supported versions; two venvs of 5 GB"
 	@echo "make test-te     Transformer Engine's modules, in .venv-te; needs a CUDA toolkit (nvcc), but no GPU"
 	@echo "make lint        ruff and mypy alone        make format      let ruff reformat and fix"
 	@echo "make unit        unit tests alone           make functional  functional tests alone"
@@ -39,6 +40,9 @@ test-hf4: setup
 	@ci/setup_hf4.sh
 	.venv-hf4/bin/python -m pytest tests/hf4
 
+test-versions:
+	ci/versions.sh
+
 test-te: setup
 	@ci/setup_te.sh
 	.venv-te/bin/python -m pytest tests/te
@@ -63,4 +67,4 @@ clean:
 	find . -name '.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 clean-venv: clean
-	rm -rf .venv .venv-hf4 .venv-te
+	rm -rf .venv .venv-hf4 .venv-te .venv-oldest .venv-newest

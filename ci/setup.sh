@@ -3,17 +3,22 @@
 #
 #   ci/setup.sh                    find a Python >= 3.12 by itself
 #   PYTHON=/a/python ci/setup.sh   make .venv from this one (an existing .venv is kept: `make clean-venv` first)
+#
+# VENV, CONSTRAINTS and PYTHON_VERSIONS name another venv, other pins and other Pythons (ci/versions.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=.venv
+venv=${VENV:-.venv}
+constraints=${CONSTRAINTS:-ci/constraints.txt}
+versions=${PYTHON_VERSIONS:-3.12 3.13}
 stamp=$venv/.installed       # a copy of everything that the installation depended on
 unfinished=$venv/.unfinished # stands while an installation runs: a venv that still has it cannot be trusted
 log=$venv/install.log
 
 probe='
 import ensurepip, sys, sysconfig, venv
-assert sys.version_info >= (3, 12), "it is Python %d.%d" % sys.version_info[:2]
+version = "%d.%d" % sys.version_info[:2]
+assert version in "'"$versions"'".split(), "it is Python " + version
 assert sys.implementation.name == "cpython", "it is " + sys.implementation.name
 assert sys.maxsize > 2**32, "it is a 32-bit build"
 assert not sysconfig.get_config_var("Py_GIL_DISABLED"), "it is a free-threaded build"
@@ -60,20 +65,20 @@ find_python() {
         try "$PYTHON"
         return
     fi
-    for version in 3.12 3.13 3.14; do
+    for version in $versions; do
         if try_on_path "python$version" || try_pyenv "$version" || try_uv "$version"; then return 0; fi
     done
     if try_on_path python3 || try_on_path python; then return 0; fi
     if type -P uv >/dev/null; then
-        echo "No Python >= 3.12 found; asking uv to install 3.12 ..."
-        if uv python install 3.12 </dev/null && try_uv 3.12; then return 0; fi
+        echo "No Python ${versions// / or } found; asking uv to install one ..."
+        if uv python install "${versions%% *}" </dev/null && try_uv "${versions%% *}"; then return 0; fi
     fi
     return 1
 }
 
 say_what_to_install() {
     {
-        echo "No Python that fits was found. Needed: CPython >= 3.12 (64 bits) with its venv and ensurepip modules."
+        echo "No suitable Python was found. Needed: CPython ${versions// / or } (64 bits) with its venv and ensurepip modules."
         if [[ -n $rejected ]]; then printf 'Tried, and rejected:\n%s' "$rejected"; fi
         echo "Install one, then run the same command again:"
         echo "  Debian, Ubuntu:  sudo apt-get install python3.12 python3.12-venv   (or python3.13 python3.13-venv)"
@@ -87,7 +92,7 @@ say_what_to_install() {
 
 fingerprint() {
     "$venv/bin/python" -c 'import sys; print(sys.base_prefix, sys.version)'
-    cat pyproject.toml ci/constraints.txt
+    cat pyproject.toml "$constraints"
 }
 
 # The scripts in a venv hold absolute paths: one that was moved or copied must be made anew.
@@ -99,7 +104,7 @@ venv_is_usable() {
 
 # The constraints hold for what pip builds from source too. Its name for that is new: older versions obey the first one.
 install() {
-    PIP_CONSTRAINT=ci/constraints.txt PIP_BUILD_CONSTRAINT=ci/constraints.txt \
+    PIP_CONSTRAINT=$constraints PIP_BUILD_CONSTRAINT=$constraints \
         "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --progress-bar off --editable ".[dev]"
 }
 
@@ -127,7 +132,7 @@ else
     "$found" -m venv "$venv"
 fi
 
-echo "Installing the packages of ci/constraints.txt (the first time: about 5 GB, some minutes; log: $log)"
+echo "Installing the packages of $constraints (the first time: about 5 GB, some minutes; log: $log)"
 : >"$unfinished"
 rm -f "$stamp"
 if ! install 2>&1 </dev/null | tee "$log" | show_progress; then

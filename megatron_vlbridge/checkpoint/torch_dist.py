@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
@@ -45,8 +44,7 @@ class _SafeReader(FileSystemReader):
         """
         info = self.storage_data[index]
         with self.fs.create_stream(self.fs.concat_path(self.path, info.relative_path), "rb") as stream:
-            with FakeTensorMode():
-                tensor = torch.load(self._slice_file(stream, info), map_location="cpu", weights_only=True)
+            tensor = torch.load(self._slice_file(stream, info), map_location="meta", weights_only=True)
             start: int | None = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         if start is None:
             raise ValueError("no tensor that torch saved")

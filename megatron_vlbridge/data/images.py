@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -31,8 +31,7 @@ class MediaOptions:
     """How images and frames are read.
 
     Attributes:
-        max_image_pixels: a larger image is rejected before it is decoded (by default
-            what Pillow itself rejects).
+        max_image_pixels: a larger image is rejected before it is decoded. The default is Pillow's.
     """
 
     max_image_pixels: int = 178_956_970
@@ -67,9 +66,11 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
         )
     try:
         with _pillow_settings(options.max_image_pixels):
+            source = _by_path_if_lazy_tiff(source)
             if isinstance(source, Image.Image):
                 return _to_rgb(source, options.max_image_pixels)
-            with Image.open(source) as opened:
+            # Given the path, Pillow 13 maps an uncompressed TIFF, and scrambles it if it has to be turned.
+            with Path(source).open("rb") as file, Image.open(file) as opened:
                 return _to_rgb(opened, options.max_image_pixels)
     except VLBridgeError as error:
         raise VLBridgeError(f"{where} {error}") from error
@@ -80,6 +81,13 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
     except Exception as error:
         # On a damaged file Pillow's decoders raise errors of any type.
         raise VLBridgeError(f"{where} cannot be decoded as an image ({type(error).__name__}: {error})") from error
+
+
+def _by_path_if_lazy_tiff(source: str | Path | Image.Image) -> str | Path | Image.Image:
+    """The path in place of a TIFF image that was opened by it and is not loaded yet."""
+    if isinstance(source, TiffImagePlugin.TiffImageFile) and source.tile and source.filename:
+        return Path(os.fsdecode(source.filename))
+    return source
 
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:

@@ -79,6 +79,25 @@ def test_exif_orientation_is_applied_as_by_transformers(tmp_path: Path, orientat
         np.testing.assert_array_equal(frame.permute(1, 2, 0).numpy(), expected)
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_uncompressed_tiff_is_turned_and_not_scrambled(tmp_path: Path, orientation: int, mode: str) -> None:
+    """Pillow 13 maps these from a path with the sides of the turned image, in transformers' `load_image` too."""
+    image = noise(30, 20).convert("P") if mode == "P" else noise(30, 20, mode)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = saved(image, tmp_path / "scan.tiff", exif=exif)
+    upright = pixels(image_of(image))
+    columns = upright.swapaxes(0, 1)
+    expected = [
+        *(upright, upright[:, ::-1], upright[::-1, ::-1], upright[::-1]),
+        *(columns, columns[:, ::-1], columns[::-1, ::-1], columns[::-1]),
+    ][orientation - 1]
+    np.testing.assert_array_equal(pixels(image_of(path)), expected)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(pixels(image_of(opened)), expected)
+
+
 def test_an_image_that_was_read_is_not_turned_again(tmp_path: Path) -> None:
     once = image_of(turned(tmp_path / "photo.jpg", 6))
     np.testing.assert_array_equal(pixels(image_of(once)), pixels(once))

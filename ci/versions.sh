@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Runs a selection of the tests with the oldest and the newest versions that pyproject.toml admits, each in a venv of
+# its own (5 GB, some minutes the first time): .venv-oldest, .venv-newest.
+#
+#   ci/versions.sh           both
+#   ci/versions.sh oldest    one of them
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+declare -A python=([oldest]=3.12 [newest]=3.13)
+unit=(
+    tests/unit/test_config.py tests/unit/test_rules.py tests/unit/test_cpu_backend.py tests/unit/test_positions.py
+    tests/unit/test_chat.py tests/unit/test_dataset.py tests/unit/test_convert.py tests/unit/test_torch_dist.py
+)
+functional=(
+    tests/functional/test_layouts.py tests/functional/test_moe.py tests/functional/test_mtp.py
+    tests/functional/test_training.py::test_resumed_run_continues
+)
+
+ends=("$@")
+(($#)) || ends=(oldest newest)
+for name in "${ends[@]}"; do
+    if [[ -z ${python[$name]:-} ]]; then
+        echo "ci/versions.sh: expected oldest or newest, found $name" >&2
+        exit 2
+    fi
+done
+for name in "${ends[@]}"; do
+    venv=.venv-$name
+    # A PYTHON that was chosen for .venv may be another version.
+    PYTHON='' VENV=$venv CONSTRAINTS=ci/constraints-$name.txt PYTHON_VERSIONS=${python[$name]} ci/setup.sh
+    "$venv/bin/python" - <<'PY'
+import platform
+from importlib.metadata import version
+
+names = ("torch", "transformers", "megatron-core")
+print("Python", platform.python_version(), *(f"{name} {version(name)}" for name in names))
+PY
+    OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest "${unit[@]}" -m "not layouts" -n logical --dist loadfile
+    "$venv/bin/python" -m pytest "${functional[@]}" -m "not long and not layouts"
+done
