@@ -202,6 +202,16 @@ TEMPLATES = {
 }
 
 
+def test_a_template_that_cuts_the_system_prompt_is_refused() -> None:
+    processor = build_processor(WORDS, **SIZES)
+    processor.chat_template = CHAT_TEMPLATE.replace(
+        "message.content }}", "message.content[:3] if message.role == 'system' else message.content }}"
+    )
+    messages = [{"role": "system", "content": "hello"}, *talk("it")]
+    with pytest.raises(VLBridgeError, match=r"message 0 \(system\): .*expected 'hello', found 'hel'"):
+        encode_conversation(messages, processor)
+
+
 @pytest.mark.parametrize(("template", "message"), TEMPLATES.values(), ids=TEMPLATES.keys())
 def test_a_chat_template_of_another_form_is_refused(template: str, message: str) -> None:
     processor = build_processor(WORDS, **SIZES)

@@ -54,7 +54,9 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_counted(tmp_pat
     read = read_conversations(path)
     assert read == [TALK, TALK]
     assert [conversation.place for conversation in read] == [f"{path}, line 2", f"{path}, line 5"]
-    path.write_bytes(path.read_bytes() + b"\n\xef\xbb\xbf" + GOOD.encode())
+    path.write_bytes(GOOD.replace(", ", ",\r").encode() + b"\n" + GOOD.encode())  # a blank inside of a line
+    assert [conversation.place for conversation in read_conversations(path)] == [f"{path}, line 1", f"{path}, line 2"]
+    path.write_bytes(b"\n\n\n\n" + GOOD.encode() + b"\n\xef\xbb\xbf" + GOOD.encode())
     with pytest.raises(VLBridgeError, match="line 6: "):
         read_conversations(path)
 
