@@ -222,8 +222,12 @@ def test_a_chat_template_of_another_form_is_refused(template: str, message: str)
 
 def test_placeholders_that_do_not_fit_the_grid_are_refused() -> None:
     class OneTooFew(Qwen3VLProcessor):
-        def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-            return super().replace_image_token(image_inputs, image_idx, **kwargs).removesuffix(self.image_token)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            encoded = super().__call__(*args, **kwargs)
+            ids = encoded["input_ids"]
+            place = int((ids[0] == self.image_token_id).nonzero()[0])
+            encoded["input_ids"] = torch.cat([ids[:, :place], ids[:, place + 1 :]], dim=1)
+            return encoded
 
     whole = build_processor(WORDS, **SIZES)
     broken = OneTooFew(whole.image_processor, whole.tokenizer, whole.video_processor, chat_template=CHAT_TEMPLATE)
