@@ -7,10 +7,16 @@ From a Hugging Face folder or Hub id:
         --micro-batch-size 1 --global-batch-size 64 --train-iters 1000 --lr 1e-5 --bf16 --save out
 
 From an imported Megatron checkpoint: `--hf-folder DIR/hf --pretrained-checkpoint DIR` instead of the first two
-arguments. On CPU: add `--cpu`. All other arguments are Megatron's; the architecture is read from --hf-folder.
+arguments. On CPU: add `--cpu`. Megatron's whole log: `--verbose`. All other arguments are Megatron's; the architecture
+is read from --hf-folder.
 """
 
 import sys
+
+from megatron_vlbridge.training import console
+
+# First, since imports can fail and warn too.
+console.start()
 
 from megatron_vlbridge.backends import cpu_runtime
 
@@ -21,6 +27,7 @@ from transformers import AutoProcessor
 
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
+from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.pretrain import parse_arguments, run
 
 
@@ -28,25 +35,33 @@ def main() -> None:
     """Parse, build the datasets when Megatron asks for them, train."""
     args = parse_arguments()
     if args.conversations is None:
-        sys.exit("--conversations is missing: a file of JSON lines, each {'messages': [...]}")
+        raise VLBridgeError("--conversations is missing: a file of JSON lines, each {'messages': [...]}")
     processor = AutoProcessor.from_pretrained(args.hf_folder)
     config = read_config(args.hf_folder)
 
-    def datasets(num_samples: list[int], vp_stage: int | None = None) -> list[PackedConversations | None]:
-        files = (args.conversations, args.valid_conversations, None)
-        return [
-            PackedConversations(
-                read_conversations(file),
-                processor,
-                config,
-                seq_length=args.seq_length,
-                num_samples=count,
-                seed=args.seed,
-                multiple_of=args.pack_multiple_of,
+    def packs(file: str | None, split: str, count: int, *, told: bool) -> PackedConversations | None:
+        if not file or not count:
+            return None
+        dataset = PackedConversations(
+            read_conversations(file, split=split),
+            processor,
+            config,
+            seq_length=args.seq_length,
+            num_samples=count,
+            seed=args.seed,
+            multiple_of=args.pack_multiple_of,
+        )
+        if told:
+            console.note(
+                f"data     {len(dataset.lengths):,} conversations, {len(dataset.epoch_packs(0)):,} packs: {file}"
             )
-            if file and count
-            else None
-            for file, count in zip(files, num_samples, strict=True)
+        return dataset
+
+    def datasets(num_samples: list[int], vp_stage: int | None = None) -> list[PackedConversations | None]:
+        files = {"train": args.conversations, "validation": args.valid_conversations, "test": None}
+        return [
+            packs(file, split, count, told=not vp_stage)
+            for (split, file), count in zip(files.items(), num_samples, strict=True)
         ]
 
     run(args, datasets)

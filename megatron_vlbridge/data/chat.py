@@ -1,10 +1,6 @@
-"""One conversation becomes tokens, the mask of the tokens to learn, and patches.
+"""One conversation becomes tokens, the mask of the tokens to learn (see `turns`), and patches."""
 
-What the loss covers is read from the structure of the tokens: every turn is `<|im_start|>`, a header (the role and a
-newline), content, `<|im_end|>`. No text is searched for, so no wording of a conversation can move the loss.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +9,20 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from megatron_vlbridge.data.media import Conversation, Message, Video, load_image, load_video
+from megatron_vlbridge.data.media import Conversation, Video, load_image, load_video
+from megatron_vlbridge.data.messages import check_conversation, message_name, message_parts, message_text
+from megatron_vlbridge.data.turns import (
+    TURN_END,
+    TURN_START,
+    UnlearnedTurn,
+    learned_mask,
+    match_turns,
+    render,
+    split_turns,
+)
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.positions import check_vision_tokens
-
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,7 @@ class Sample:
         image_grid_thw: int64 `[n, 3]`, in patches.
         pixel_values_videos: float32 `[P, patch_dim]`.
         video_grid_thw: int64 `[m, 3]`.
+        unlearned: the assistant's messages without loss, as the chat template changes their text.
     """
 
     input_ids: Tensor
@@ -41,21 +45,24 @@ class Sample:
     image_grid_thw: Tensor
     pixel_values_videos: Tensor
     video_grid_thw: Tensor
+    unlearned: tuple[UnlearnedTurn, ...] = ()
 
 
 def encode_conversation(messages: Conversation, processor: ProcessorMixin, *, allow_no_loss: bool = False) -> Sample:
     """Encode a conversation in the Hugging Face messages format with a Qwen3-VL processor.
 
     A message is `{"role": "system" | "user" | "assistant", "content": ...}`; the content is a string or a list of
-    `{"type": "text", "text": str}`, `{"type": "image", "image": path or PIL image}` and `{"type": "video", "video":
-    frames, "fps": float}` (see `media.load_video`). The loss covers an assistant's content and its closing
-    `<|im_end|>`. A token in which the tokenizer has merged the header's newline with content belongs to the content.
+    `{"type": "text", "text": str}` and, in the user's messages, `{"type": "image", "image": path or PIL image}` and
+    `{"type": "video", "video": frames, "fps": float}` (see `media.load_video`). There are no other keys.
+
+    The loss covers what an assistant says, byte for byte, and its closing `<|im_end|>`. A turn of which the chat
+    template makes something else (a thinking model's template drops the reasoning of earlier turns, for instance) is
+    not learned, and listed in `Sample.unlearned`.
 
     Raises:
-        VLBridgeError: a message is not of this form; a text holds a special token; the processor's tokens are not the
-        turns of these
-            messages; placeholders, grids, patches and media do not fit each other; no token would be learned (unless
-            `allow_no_loss`).
+        VLBridgeError: a message is not of this form; a text holds a special token; the chat template changes what a
+            system or user says; placeholders, grids, patches and media do not fit each other; no token would be
+            learned (unless `allow_no_loss`). Messages and their parts are named by their index, from 0.
 
     Example:
         >>> sample = encode_conversation([
@@ -65,17 +72,17 @@ def encode_conversation(messages: Conversation, processor: ProcessorMixin, *, al
         >>> processor.decode(sample.input_ids[sample.loss_mask])  # doctest: +SKIP
         'A cat.<|im_end|>'
     """
-    parts = _content_parts(messages, _special_tokens(processor))
-    images = [load_image(part) for part in parts if part["type"] == "image"]
-    videos = [load_video(part) for part in parts if part["type"] == "video"]
-    encoded = _run_processor(messages, images, videos, processor)
+    check_conversation(messages)
+    _check_special_tokens(messages, _special_tokens(processor))
+    images = _load_media(messages, "image", load_image)
+    videos = _load_media(messages, "video", load_video)
+    text = without_outer_pair(render(messages, processor), processor)
+    turns = match_turns(split_turns(text), messages, _placeholders(processor))
+    encoded = _run_processor(text, images, videos, processor)
     ids = encoded["input_ids"][0]
-    loss_mask = _loss_mask(ids, messages, processor.tokenizer)
+    loss_mask, unlearned = learned_mask(ids, turns, messages, processor)
     if not allow_no_loss and not loss_mask.any():
-        raise VLBridgeError(
-            f"no token to learn: none of the {len(messages)} messages has the role 'assistant' (roles: "
-            f"{_roles(messages)})"
-        )
+        raise _nothing_to_learn(messages, unlearned)
     empty = torch.zeros(0, _patch_dim(processor)), torch.zeros(0, 3, dtype=torch.int64)
     sample = Sample(
         ids,
@@ -84,55 +91,39 @@ def encode_conversation(messages: Conversation, processor: ProcessorMixin, *, al
         encoded.get("image_grid_thw", empty[1]),
         encoded.get("pixel_values_videos", empty[0]),
         encoded.get("video_grid_thw", empty[1]),
+        unlearned,
     )
     _check_media(sample, len(images), len(videos), processor)
     return sample
 
 
-def _content_parts(messages: Conversation, special_tokens: Sequence[str]) -> list[dict[str, Any]]:
-    """All content parts of all messages in order, after a check of their form."""
-    if not messages:
-        raise VLBridgeError("expected a conversation of at least one message, found none")
-    parts: list[dict[str, Any]] = []
-    for number, message in enumerate(messages):
-        own = _message_parts(number, message)
+def _load_media[T](messages: Conversation, kind: str, load: Callable[[dict[str, Any]], T]) -> list[T]:
+    """All images or all videos in order; what cannot be loaded is named by message and part."""
+    media: list[T] = []
+    for index, message in enumerate(messages):
+        for number, part in enumerate(message_parts(message)):
+            if part["type"] == kind:
+                try:
+                    media.append(load(part))
+                except VLBridgeError as error:
+                    raise VLBridgeError(f"{message_name(messages, index)}, part {number}: {error}") from error
+    return media
+
+
+def _check_special_tokens(messages: Conversation, special_tokens: Sequence[str]) -> None:
+    for index, message in enumerate(messages):
         # Joined, as the template joins them: a special token may come about where two texts meet.
-        text = "".join(part["text"] if part["type"] == "text" else "\n" for part in own)
+        text = message_text(message, {"image": "\n", "video": "\n"})
         found = [token for token in special_tokens if token in text]
         if found:
             raise VLBridgeError(
-                f"message {number} ({message['role']}): the text holds {', '.join(map(repr, found))}, which would be "
-                "read as structure; remove special tokens from the text"
+                f"{message_name(messages, index)}: the text holds {', '.join(map(repr, found))}, which would be read "
+                "as structure; remove special tokens from the text"
             )
-        parts += own
-    return parts
-
-
-def _message_parts(number: int, message: Message) -> list[dict[str, Any]]:
-    if message.get("role") not in ROLES or set(message) != {"role", "content"}:
-        raise VLBridgeError(
-            f"message {number}: expected the keys 'role' (one of {', '.join(ROLES)}) and 'content', "
-            f"found keys {sorted(message)} and role {message.get('role')!r}"
-        )
-    content = message["content"]
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise VLBridgeError(f"message {number}: expected content as a string or a list, found {type(content).__name__}")
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "image", "video") or (kind == "text" and not isinstance(part.get("text"), str)):
-            raise VLBridgeError(
-                f"message {number}: expected parts of type text (with a string under 'text'), image or video, found "
-                f"{str(part)[:80]}"
-            )
-        if kind != "text" and message["role"] == "assistant":
-            raise VLBridgeError(f"message {number} (assistant): expected text, as a model cannot say an {kind}")
-    return content
 
 
 def _run_processor(
-    messages: Conversation, images: list[Image.Image], videos: list[Video], processor: ProcessorMixin
+    text: str, images: list[Image.Image], videos: list[Video], processor: ProcessorMixin
 ) -> dict[str, Tensor]:
     """The processor's own result for one conversation, as tensors with a leading axis of 1 where it adds one."""
     media: dict[str, Any] = {}
@@ -146,60 +137,22 @@ def _run_processor(
         media["videos"] = [video.frames for video in videos]
         media["video_metadata"] = [video.metadata for video in videos]
         media["do_sample_frames"] = False
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     try:
-        return processor(text=[without_outer_pair(text, processor)], return_tensors="pt", **media)
+        return processor(text=[text], return_tensors="pt", **media)
     except ValueError as error:
         raise VLBridgeError(f"the processor refuses {len(images)} images and {len(videos)} videos: {error}") from error
 
 
-def _loss_mask(ids: Tensor, messages: Conversation, tokenizer: Any) -> Tensor:
-    """True on the content and the end of every assistant turn."""
-    vocabulary = tokenizer.get_added_vocab()
-    for token in (TURN_START, TURN_END):
-        if token not in vocabulary:
-            raise VLBridgeError(f"tokenizer: expected the special token {token} of a Qwen chat, found none")
-    start_id, end_id = vocabulary[TURN_START], vocabulary[TURN_END]
-    starts, ends = ((ids == token).nonzero().flatten().tolist() for token in (start_id, end_id))
-    roles = [message["role"] for message in messages]
-    if len(starts) == len(roles) + 1 and roles[0] != "system":
-        roles = ["system", *roles]  # the chat template added its default system prompt
-    if len(starts) != len(roles) or len(ends) != len(starts):
-        raise VLBridgeError(
-            f"expected one turn for each of the {len(messages)} messages ({_roles(messages)}), but the chat template "
-            f"made {len(starts)} {TURN_START} and {len(ends)} {TURN_END}"
+def _nothing_to_learn(messages: Conversation, unlearned: Sequence[UnlearnedTurn]) -> VLBridgeError:
+    if not unlearned:
+        roles = ", ".join(message["role"] for message in messages)
+        return VLBridgeError(
+            f"no token to learn: none of the {len(messages)} messages has the role 'assistant' (roles: {roles})"
         )
-    rest = tokenizer.decode(ids[ends[-1] + 1 :])
-    if rest.strip():
-        raise VLBridgeError(f"expected nothing but white space after the last {TURN_END}, found {rest[:80]!r}")
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    before = -1
-    for number, (role, start, end) in enumerate(zip(roles, starts, ends, strict=True)):
-        between = tokenizer.decode(ids[before + 1 : start])
-        if not before < start < end or between.strip():
-            raise VLBridgeError(
-                f"turn {number} ({role}): expected tokens {start} ({TURN_START}) to {end} ({TURN_END}) after token "
-                f"{before} with nothing but white space before, found {between!r}"
-            )
-        content = start + 1 + _header_tokens(ids[start + 1 : end], role, number, tokenizer)
-        if role == "assistant":
-            mask[content : end + 1] = True
-        before = end
-    return mask
-
-
-def _header_tokens(turn: Tensor, role: str, number: int, tokenizer: Any) -> int:
-    """How many tokens of a turn are its header and nothing else."""
-    header = f"{role}\n"
-    for count in range(1, min(len(turn), len(header)) + 1):
-        text = tokenizer.decode(turn[:count])
-        if text == header:
-            return count
-        if text.startswith(header):
-            return count - 1
-    raise VLBridgeError(
-        f"turn {number}: expected the header {header!r}, found {tokenizer.decode(turn[: len(header)])!r}; the chat "
-        "template does not have the Qwen form"
+    first = unlearned[0]
+    return VLBridgeError(
+        "no token to learn: the chat template changes what the assistant says; "
+        f"{message_name(messages, first.message)}: {first.reason}"
     )
 
 
@@ -229,13 +182,21 @@ def _check_media(sample: Sample, num_images: int, num_videos: int, processor: Pr
 
 
 def _special_tokens(processor: ProcessorMixin) -> list[str]:
-    return [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+    """The tokens that no text may hold."""
+    tokenizer = processor.tokenizer
+    missing = [token for token in (TURN_START, TURN_END) if token not in tokenizer.get_added_vocab()]
+    if missing:
+        raise VLBridgeError(f"tokenizer: expected the special token {missing[0]} of a Qwen chat, found none")
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return list(dict.fromkeys([*special, TURN_START, TURN_END, processor.image_token, processor.video_token]))
+
+
+def _placeholders(processor: ProcessorMixin) -> dict[str, str]:
+    """What stands for an image and for a video in the text before the processor expands it."""
+    image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
+    return {"image": image, "video": processor.video_token}
 
 
 def _patch_dim(processor: ProcessorMixin) -> int:
     images = processor.image_processor
     return len(images.image_mean) * images.temporal_patch_size * images.patch_size**2
-
-
-def _roles(messages: Conversation) -> str:
-    return ", ".join(message["role"] for message in messages)

@@ -1,21 +1,24 @@
 """Conversations as an endless, resumable row of packs."""
 
-import json
+import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch.distributed
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.chat import Sample, encode_conversation
-from megatron_vlbridge.data.images import is_url
+from megatron_vlbridge.data.conversations import LocatedConversation, read_conversations
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.packing import build_pack, pack
 from megatron_vlbridge.errors import VLBridgeError
+
+__all__ = ["PackedConversations", "check_processor", "read_conversations"]
+
+logger = logging.getLogger(__name__)
 
 
 class PackedConversations(Dataset[dict[str, Tensor]]):
@@ -26,7 +29,9 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     `packing.build_pack` for them).
 
     Each conversation is encoded once when the dataset is made, to know its true length; only lengths are kept. An
-    item is encoded again when it is asked for, and refused if its length has changed.
+    item is encoded again when it is asked for, and refused if its length has changed. Assistants' turns without loss
+    (see `chat.encode_conversation`) are counted: `assistant_turns`, `unlearned_turns`, and in words `unlearned_report`,
+    which rank 0 logs as a warning.
 
     Args:
         conversations: in the form that `chat.encode_conversation` takes.
@@ -40,7 +45,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
 
     Raises:
         VLBridgeError: processor and config do not fit each other; a conversation cannot be encoded or is longer than
-            `seq_length` (it is named by its index); there is no conversation.
+            `seq_length` (it is named by file and line, or else by its index); there is no conversation.
 
     Example:
         >>> packs = PackedConversations(read_conversations("train.jsonl"), processor, config,
@@ -69,11 +74,15 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.num_samples = num_samples
         self.seed = seed
         self.multiple_of = multiple_of
+        self.assistant_turns = self.unlearned_turns = 0
+        self._first_unlearned = ""
         sizes = np.array([self._size(index) for index in range(len(conversations))])
         self.lengths: list[int] = sizes[:, 0].tolist()
         self._supervised: list[int] = sizes[:, 1].tolist()
         self._first_of_epoch = [0]
         self._packs_of_epoch: tuple[int, list[list[int]]] = (-1, [])
+        if self.unlearned_turns and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            logger.warning(self.unlearned_report)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -104,6 +113,16 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         """How many labels pack `index` has, without encoding it."""
         return sum(self._supervised[member] for member in self.members(index))
 
+    @property
+    def unlearned_report(self) -> str:
+        """How many assistants' turns have no loss, and the first of them; empty where all have."""
+        if not self.unlearned_turns:
+            return ""
+        return (
+            f"{self.unlearned_turns} of {self.assistant_turns} assistant turns are not learned: the chat template "
+            f"changes their text (first: {self._first_unlearned})"
+        )
+
     def _room(self, length: int) -> int:
         return -(-length // self.multiple_of) * self.multiple_of
 
@@ -112,17 +131,25 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         length = len(sample.input_ids)
         if self._room(length) > self.seq_length:
             raise VLBridgeError(
-                f"conversation {index}: {length} tokens do not fit into a pack of {self.seq_length}; "
-                "raise the sequence length, shorten the conversation or make its pictures smaller"
+                f"{self._place(index)}: {length} tokens do not fit into a pack of {self.seq_length}; raise the "
+                "sequence length, shorten the conversation or make its images smaller"
             )
+        self._count_turns(index, sample)
         return length, int(sample.loss_mask.sum())
+
+    def _count_turns(self, index: int, sample: Sample) -> None:
+        self.assistant_turns += sum(message["role"] == "assistant" for message in self.conversations[index])
+        self.unlearned_turns += len(sample.unlearned)
+        if sample.unlearned and not self._first_unlearned:
+            first = sample.unlearned[0]
+            self._first_unlearned = f"{self._place(index)}, message {first.message}: {first.reason}"
 
     def _encode(self, index: int) -> Sample:
         sample = self._encoded(index)
         if len(sample.input_ids) != self.lengths[index]:
             raise VLBridgeError(
-                f"conversation {index}: {len(sample.input_ids)} tokens, but {self.lengths[index]} when the dataset "
-                "was made; its pictures have changed meanwhile"
+                f"{self._place(index)}: {len(sample.input_ids)} tokens, but {self.lengths[index]} when the dataset "
+                "was made; its images have changed meanwhile"
             )
         return sample
 
@@ -130,7 +157,11 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         try:
             return encode_conversation(self.conversations[index], self.processor)
         except VLBridgeError as error:
-            raise VLBridgeError(f"conversation {index}: {error}") from error
+            raise VLBridgeError(f"{self._place(index)}: {error}") from error
+
+    def _place(self, index: int) -> str:
+        conversation = self.conversations[index]
+        return conversation.place if isinstance(conversation, LocatedConversation) else f"conversation {index}"
 
 
 def check_processor(processor: ProcessorMixin, config: Config) -> None:
@@ -159,56 +190,3 @@ def check_processor(processor: ProcessorMixin, config: Config) -> None:
         raise VLBridgeError(
             f"processor: expected a pad token that is no placeholder, found id {tokenizer.pad_token_id}"
         )
-
-
-def read_conversations(path: str | Path) -> list[Conversation]:
-    """The conversations of a JSONL file: on each line `{"messages": [...]}`; conversation i is line i + 1.
-
-    Paths of pictures and of frames are relative to the file's folder.
-
-    Raises:
-        VLBridgeError: the file is missing or no UTF-8 text, or a line is not of this form (the line is named).
-
-    Example line::
-
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text":
-        "Who?"}]},
-                      {"role": "assistant", "content": "A cat."}]}
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise VLBridgeError(f"conversations: no file {str(path)!r}")
-    try:
-        with path.open(encoding="utf-8") as lines:
-            return [_parse_line(line, path, number) for number, line in enumerate(lines, 1)]
-    except UnicodeDecodeError as error:
-        raise VLBridgeError(f"{path}: expected UTF-8 text, found {error}") from error
-
-
-def _parse_line(line: str, path: Path, number: int) -> Conversation:
-    try:
-        messages = json.loads(line)["messages"]
-        return [{**message, "content": _resolved(message["content"], path.parent)} for message in messages]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise VLBridgeError(
-            f'{path}, line {number}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}, '
-            f"found {line.strip()[:80]!r} ({type(error).__name__}: {error})"
-        ) from error
-
-
-def _resolved(content: Any, folder: Path) -> Any:
-    """The content with its paths made independent of the working directory; what is not a path stays as it is."""
-    if isinstance(content, str):
-        return content
-    return [
-        {key: _resolved_path(value, folder) if key in ("image", "video") else value for key, value in part.items()}
-        if isinstance(part, dict)
-        else part
-        for part in content
-    ]
-
-
-def _resolved_path(value: Any, folder: Path) -> Any:
-    if isinstance(value, list):
-        return [_resolved_path(item, folder) for item in value]
-    return str(folder / value) if isinstance(value, str) and not is_url(value) else value

@@ -12,10 +12,11 @@ from megatron_vlbridge.data.report import draw_answer_sheet, draw_loss_curve
 from megatron_vlbridge.demo.answers import Answers, accuracy, in_transformers, pictures
 from megatron_vlbridge.demo.folder import Folder
 from megatron_vlbridge.demo.process import follow
-from megatron_vlbridge.demo.progress import Progress, duration
+from megatron_vlbridge.demo.progress import Progress
 from megatron_vlbridge.demo.report import Difference, Result, report_text
 from megatron_vlbridge.demo.start import PICTURE_SIZE, load_conversations, write_checkpoint, write_conversations
 from megatron_vlbridge.demo.train import Recipe, train
+from megatron_vlbridge.training.log_lines import duration
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ import tempfile
 from pathlib import Path
 
 from megatron_vlbridge.backends import cpu_runtime
+from megatron_vlbridge.training.failure import report_failures
 
 if __name__ == "__main__":
+    report_failures()
     # Before Megatron is imported.
     cpu_runtime.enable()
 

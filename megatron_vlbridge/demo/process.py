@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import dedent
 
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -22,9 +23,9 @@ ENVIRONMENT = {
 }
 # Longer than torchrun gives its workers to end.
 SECONDS_TO_END = 40
-# An exception as Python prints it; torchrun's own, which only says that a process failed, is none of interest.
-ERROR_LINE = re.compile(r"^(\[rank\d+\]:)? ?(?!.*ChildFailedError)[\w.]*(Error|Exception)\b")
-ERROR_LINES, TAIL = 8, 15
+# What `training.failure` reports at the end of a log, in torchrun's frame or without.
+REPORT = re.compile(r"^ *(?:Error: |Unexpected error on rank ).*?(?=^=+$|\Z)", re.DOTALL | re.MULTILINE)
+TAIL = 15
 
 
 def follow(command: Sequence[str], log: Path, on_line: Callable[[str], None] | None = None) -> None:
@@ -33,7 +34,7 @@ def follow(command: Sequence[str], log: Path, on_line: Callable[[str], None] | N
     However this is left, also by Ctrl-C, the process and its children have ended.
 
     Raises:
-        VLBridgeError: the process failed; with the errors that it reported and the end of the log.
+        VLBridgeError: the process failed; with what it reported, or the end of the log.
     """
     # The same code as here, installed or not.
     code = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -65,32 +66,12 @@ def follow(command: Sequence[str], log: Path, on_line: Callable[[str], None] | N
 
 def failure(status: int, output: str, log: Path) -> str:
     """What to tell a person about a process that ended with `status`."""
-    lines = output.splitlines()
-    errors = _errors(lines)
     how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-    parts = [f"A process {how}; its whole output: {log}"]
-    if errors:
-        parts += ["The errors that it reported:", *(f"  {line}" for line in errors)]
-    parts += [f"The last {min(TAIL, len(lines))} lines:", *(f"  {line}" for line in lines[-TAIL:])]
-    return "\n".join(parts)
-
-
-def _errors(lines: Sequence[str]) -> list[str]:
-    """The exceptions in a log with the rest of their message, each once, however many ranks report it."""
-    found: dict[str, None] = {}
-    for number, line in enumerate(lines):
-        match = ERROR_LINE.match(line)
-        if match is None:
-            continue
-        rank = match[1] or ""
-        message = [line]
-        # Only a rank's mark tells that the next lines belong to the message.
-        for following in lines[number + 1 : number + ERROR_LINES] if rank else ():
-            if not following.startswith(rank):
-                break
-            message.append(following)
-        found.update(dict.fromkeys(part.removeprefix(rank).rstrip() for part in message))
-    return list(found)[:ERROR_LINES]
+    report = REPORT.search(output)
+    if report is not None:
+        return f"A process {how}; its whole output: {log}\n{dedent(report[0]).rstrip()}"
+    lines = output.splitlines()[-TAIL:]
+    return "\n".join([f"A process {how}; its whole output: {log}. Its last lines:", *(f"  {line}" for line in lines)])
 
 
 def _end(process: subprocess.Popen[str]) -> None:

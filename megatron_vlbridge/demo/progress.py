@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from megatron_vlbridge.training.log_lines import duration
+
 STAGES = 7
 INDENT = " " * 6
 ERASE = "\r\x1b[2K"
@@ -55,15 +57,3 @@ class Progress:
     def _print(self, line: str) -> None:
         self._stream.write((ERASE if self._moves else "") + line + "\n")
         self._stream.flush()
-
-
-def duration(seconds: float) -> str:
-    """Seconds for a person.
-
-    Example:
-        >>> duration(7.25), duration(125)
-        ('7.2 s', '2 min 5 s')
-    """
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    return f"{round(seconds) // 60} min {round(seconds) % 60} s"

@@ -7,9 +7,9 @@ from platform import python_version
 
 from torch import Tensor
 
-from megatron_vlbridge.demo.progress import duration
 from megatron_vlbridge.demo.train import PACKS_PER_ITERATION, SEQ_LENGTH, Recipe
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.training.log_lines import duration
 
 LEAST_ACCURACY = 0.9
 MOST_BLIND_ACCURACY = 0.2

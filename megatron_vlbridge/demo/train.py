@@ -1,19 +1,18 @@
 """The training of the demo: `examples/pretrain_qwen3_vl.py` under torchrun, followed line by line."""
 
 import re
-import time
 from dataclasses import dataclass, field
 
 from megatron_vlbridge.demo.folder import Folder
 from megatron_vlbridge.demo.process import ROOT, follow
-from megatron_vlbridge.demo.progress import Progress, duration
+from megatron_vlbridge.demo.progress import Progress
 from megatron_vlbridge.errors import VLBridgeError
 
 SCRIPT = ROOT / "examples" / "pretrain_qwen3_vl.py"
 SEQ_LENGTH = 512
 PACKS_PER_ITERATION = 2
 WARMUP_ITERATIONS = 20
-ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+) \|.*\blm loss: (\S+) \|")
+ITERATION = re.compile(r"^iteration +\d+/\d+  loss (\S+)")
 
 
 @dataclass(frozen=True)
@@ -66,37 +65,28 @@ def arguments(folder: Folder, recipe: Recipe) -> list[str]:
 
 @dataclass
 class Follower:
-    """Collects the loss of each iteration from Megatron's log, and shows where the training stands."""
+    """Collects the loss of each iteration from the training's log, and shows where the training stands."""
 
-    recipe: Recipe
     progress: Progress
     losses: list[float] = field(default_factory=list)
-    _first: float = 0.0
 
     def __call__(self, line: str) -> None:
         """Take one line of the log."""
         found = loss_of(line)
-        if found is None:
-            return
-        self.losses.append(found)
-        done, last = len(self.losses), self.recipe.iterations
-        now = time.monotonic()
-        if done == 1:
-            self._first = now
-        left = (now - self._first) / max(1, done - 1) * (last - done)
-        time_left = f"{duration(left)} left" if done > 1 else ""
-        self.progress.live(f"iteration {done:{len(str(last))}}/{last}   loss {found:8.5f}   {time_left}")
+        if found is not None:
+            self.losses.append(found)
+            self.progress.live(line.rstrip())
 
 
 def loss_of(line: str) -> float | None:
-    """The loss (nats a token) in a line of Megatron's log, where there is one.
+    """The loss (nats a token) in a line of the training's log, where there is one.
 
     Example:
-        >>> loss_of(" [...] iteration       3/     400 | consumed samples:  6 | lm loss: 2.5E+00 | loss scale: 1.0 |")
+        >>> loss_of("iteration   3/400  loss 2.500000  grad norm 0.921  5,386 tokens/s  1 min 15 s left")
         2.5
     """
     found = ITERATION.search(line)
-    return float(found[3]) if found else None
+    return float(found[1]) if found else None
 
 
 def train(folder: Folder, recipe: Recipe, progress: Progress) -> list[float]:
@@ -110,7 +100,7 @@ def train(folder: Folder, recipe: Recipe, progress: Progress) -> list[float]:
     log = folder.logs / "training.log"
     progress.note(f"log: {log}")
     progress.live("Megatron starts ...")
-    follower = Follower(recipe, progress)
+    follower = Follower(progress)
     follow(arguments(folder, recipe), log, follower)
     if len(follower.losses) != recipe.iterations:
         raise VLBridgeError(f"{log}: expected the loss of {recipe.iterations} iterations, found {len(follower.losses)}")

@@ -18,10 +18,12 @@ from megatron_vlbridge.checkpoint.hub import find_folder
 from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.transformer_config import language_config
+from megatron_vlbridge.training import console
 from megatron_vlbridge.training.guards import check_layout
 from megatron_vlbridge.training.parser import make_parser, parse_words
 from megatron_vlbridge.training.preflight import check_arguments
 from megatron_vlbridge.training.start import check_resumed, check_source, loads_checkpoint, megatron_errors, schedule
+from megatron_vlbridge.training.trackers import check_trackers
 
 # Arguments that Megatron keeps under another name.
 _FLAGS = {"layernorm_epsilon": "--norm-epsilon"}
@@ -55,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--allow-unproved-combination", action="store_true", help="run dimensions together that no test runs together"
     )
     group.add_argument("--cpu", action="store_true", help="run on CPU processes over gloo")
+    group.add_argument("--verbose", action="store_true", help="print Megatron's whole log instead of a short one")
     return parser
 
 
@@ -67,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     Raises:
         VLBridgeError: where an argument is unknown, cannot run, contradicts the checkpoint or is not proved.
     """
+    console.start()
     parser = make_parser(add_arguments)
     _refuse_unproved(parse_words(parser, sys.argv[1:]))
     args = parse_args(add_arguments)
@@ -81,6 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.hf_weights and not loads_checkpoint(args):
         args.hf_folder = str(find_folder(name))
     check_source(args)
+    check_trackers(args)
     with megatron_errors():
         validate_args(args)
         args.padded_vocab_size = calculate_padded_vocab_size(

@@ -21,6 +21,7 @@ from megatron_vlbridge.config import read_config
 from megatron_vlbridge.model.mtp import embedding_ranks
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
+from megatron_vlbridge.training import console
 from megatron_vlbridge.training.arguments import parse_arguments
 from megatron_vlbridge.training.datasets import DatasetsFirst
 from megatron_vlbridge.training.guards import accept, check_layout, check_model
@@ -105,6 +106,7 @@ def run(
             check_model(model, any_combination=args.allow_unproved_combination)
         return model
 
+    console.begin(args, read_config(args.hf_folder))
     megatron.training.training.pretrain(
         pretrain_cfg_container_from_args(args, None),
         datasets,

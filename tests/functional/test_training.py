@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import digits_checkpoint
@@ -28,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, *arguments: object, processes: int = 1) -> list[float]:
-    """The losses of a run of the example, read from Megatron's log."""
+    """The losses of a run of the example, read from its log."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
     command += [ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--conversations", folder / "train.jsonl"]
     command += ["--seq-length", 256, "--micro-batch-size", 1, "--global-batch-size", 2, "--lr", 1e-3, "--seed", 5]
@@ -40,17 +41,26 @@ def train(folder: Path, *arguments: object, processes: int = 1) -> list[float]:
         [str(part) for part in (*command, *arguments)], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    losses = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", run.stdout)]
+    losses = [float(loss) for loss in re.findall(r"^iteration +\d+/\d+  loss (\S+)", run.stdout, re.MULTILINE)]
     # Megatron does not reset its mean after the first iteration of a process: the second line is the mean of two.
     return [losses[0], 2 * losses[1] - losses[0], *losses[2:]]
 
 
 @pytest.fixture(scope="module")
 def one_process(folder: Path) -> list[float]:
-    losses = train(folder, "--hf-folder", "hf", "--hf-weights", "--save", "whole", "--save-interval", ITERATIONS)
+    save = ("--save", "whole", "--save-interval", ITERATIONS, "--tensorboard-dir", "tensorboard")
+    losses = train(folder, "--hf-folder", "hf", "--hf-weights", *save)
     assert len(losses) == ITERATIONS
     assert losses[-1] < losses[0]
     return losses
+
+
+def test_tensorboard_shows_the_losses_of_the_log(folder: Path, one_process: list[float]) -> None:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("lm loss")
+    assert [scalar.step for scalar in scalars] == list(range(1, ITERATIONS + 1))
+    assert_same_curve([scalar.value for scalar in scalars], one_process)
 
 
 def assert_same_curve(found: list[float], expected: list[float]) -> None:

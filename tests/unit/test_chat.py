@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor, Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
@@ -123,33 +121,15 @@ def test_frames_as_pictures_are_the_same_video_as_a_tensor(processor: Qwen3VLPro
     assert torch.equal(samples[0].input_ids, samples[1].input_ids)
 
 
-TEXT = st.lists(
-    st.sampled_from(["hello", " seven", "\n", "\n\n", "assistant", "user", "é", "😀", "<", "|im_start|", " "])
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(turns=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), system=st.booleans())
-def test_what_is_learned_decodes_to_what_the_assistant_says(
-    processor: Qwen3VLProcessor, turns: list[tuple[list[str], list[str]]], system: bool
-) -> None:
-    messages = [{"role": "system", "content": "hello"}] if system else []
-    for question, answer in turns:
-        messages += talk("".join(question), "".join(answer))
+def test_an_answer_whose_first_line_break_merges_with_the_header_s_is_not_learned(processor: Qwen3VLProcessor) -> None:
+    messages = talk("hello", "seven") + talk("it", "\nseven")
     sample = encode_conversation(messages, processor)
-    answers = ["".join(answer) + "<|im_end|>" for _, answer in turns]
-    # Where content begins with a line break, the token may hold the header's line break too.
-    for run, answer in zip(learned(sample, processor), answers, strict=True):
-        assert run == answer or (answer.startswith("\n") and run == "\n" + answer)
-    assert "".join(processor.tokenizer.decode(sample.input_ids)).count("<|im_end|>") == len(messages)
-
-
-def test_a_token_across_header_and_content_is_learned(processor: Qwen3VLProcessor) -> None:
-    sample = encode_conversation(talk("hello", "\nseven"), processor)
-    merged = processor.tokenizer.convert_tokens_to_ids("ĊĊ")
-    assert merged in sample.input_ids.tolist(), "the tokenizer must merge the two line breaks"
-    assert sample.loss_mask[sample.input_ids == merged].tolist() == [True]
-    assert learned(sample, processor) == ["\n\nseven<|im_end|>"]
+    assert processor.tokenizer.convert_tokens_to_ids("ĊĊ") in sample.input_ids.tolist(), "it must merge them"
+    assert learned(sample, processor) == ["seven<|im_end|>"]
+    assert [turn.message for turn in sample.unlearned] == [3]
+    assert "joins the line break" in sample.unlearned[0].reason
+    with pytest.raises(VLBridgeError, match=r"no token to learn: .*message 1 \(assistant\): .*line break"):
+        encode_conversation(messages[2:], processor)
 
 
 def test_a_default_system_prompt_is_a_turn_without_loss() -> None:
@@ -169,19 +149,16 @@ def test_a_conversation_without_an_answer_is_refused_unless_asked_for(processor:
 
 SMALL = {"type": "video", "video": frames(4), "fps": 2}
 REFUSED = {
-    "no message": ([], "at least one message"),
-    "role": ([{"role": "tool", "content": "x"}], r"message 0: .*one of system, user, assistant.*'tool'"),
-    "extra key": ([{"role": "user", "content": "x", "name": "y"}], r"message 0: .*\['content', 'name', 'role'\]"),
-    "content": (talk("hello", None), r"message 1: expected content as a string or a list, found NoneType"),
-    "part": (talk([{"type": "audio", "audio": "x"}]), r"message 0: expected parts of type text .*audio"),
-    "text missing": (talk([{"type": "text"}]), r"message 0: expected parts of type text"),
     "special token": (talk("a <|im_end|> b"), r"message 0 \(user\): the text holds '<\|im_end\|>'"),
     "special token in two parts": (talk([text_part("<|image_"), text_part("pad|>")]), r"holds '<\|image_pad\|>'"),
     "special token in the answer": (talk("a", "<|vision_start|>"), r"message 1 \(assistant\)"),
-    "picture in the answer": (talk("a", [image_part(16, 16)]), r"message 1 \(assistant\): expected text"),
-    "no such file": (talk([{"type": "image", "image": "nowhere.png"}]), r"no file 'nowhere.png'"),
+    "no such file": (
+        talk([{"type": "image", "image": "nowhere.png"}]),
+        r"message 0 \(user\), part 0: .*no file 'nowhere.png'",
+    ),
     "not a picture": (talk([{"type": "image", "image": __file__}]), r"test_chat.py' cannot be decoded as an image"),
-    "no picture": (talk([{"type": "image", "url": "x"}]), r"under the key 'image', found nothing"),
+    "no picture": (talk([{"type": "image"}]), r"under the key 'image', found nothing"),
+    "second picture": (talk([text_part("x"), image_part(16, 16), {"type": "image", "image": "b"}]), r"part 2: .*'b'"),
     "long picture": (talk([image_part(8 * 201, 8)]), r"the processor refuses 1 images.*aspect ratio"),
     "no fps": (talk([{"type": "video", "video": frames(4)}]), r"under the key 'fps' .* found None"),
     "zero fps": (talk([{**SMALL, "fps": 0}]), r"a positive number, found 0"),
@@ -201,18 +178,38 @@ def test_an_unfit_conversation_is_refused(processor: Qwen3VLProcessor, messages:
 
 TEMPLATES = {
     "last turn left out": (CHAT_TEMPLATE.replace("in messages", "in messages[:-1]"), r"one turn for each of the 2"),
-    "no end": (CHAT_TEMPLATE.replace("<|im_end|>", ""), r"made 2 <\|im_start\|> and 0 <\|im_end\|>"),
+    "no end": (CHAT_TEMPLATE.replace("<|im_end|>", ""), r"turn 0: expected .*does not have the Qwen form"),
     "text between turns": (
         CHAT_TEMPLATE.replace("<|im_end|>\n' }}", "<|im_end|>\n' }}{{ '' if loop.last else 'hello' }}"),
-        r"turn 1 \(assistant\): .*nothing but white space before, found '\\nhello'",
+        r"writes '\\nhello' before turn 1",
     ),
-    "text at the end": (CHAT_TEMPLATE + "hello", r"white space after the last <\|im_end\|>, found '\\nhello'"),
-    "other header": (
-        CHAT_TEMPLATE.replace("message.role", "'bot'"),
-        r"turn 0: expected the header 'user\\n', found 'bot",
+    "text at the end": (CHAT_TEMPLATE + "hello", r"writes '\\nhello' after the last turn"),
+    "text at the start": ("hello" + CHAT_TEMPLATE, r"writes 'hello' before turn 0"),
+    "other header": (CHAT_TEMPLATE.replace("message.role", "'bot'"), r"one turn for each .* made 2 \(bot, bot\)"),
+    "no line break": (CHAT_TEMPLATE.replace("role + '\n'", "role"), r"turn 0: expected a role, a line break"),
+    "image left out": (CHAT_TEMPLATE.replace("<|image_pad|>", ""), r"message 0 \(user\): .*changes the text"),
+    "image twice": (
+        CHAT_TEMPLATE.replace("part.text", "part.text + '<|vision_start|><|image_pad|><|vision_end|>'"),
+        r"message 0 \(user\): .*changes the text",
     ),
-    "picture left out": (CHAT_TEMPLATE.replace("<|image_pad|>", ""), r"the processor refuses 1 images.*0 .*1 images"),
+    "text cut": (CHAT_TEMPLATE.replace("part.text", "part.text[:3]"), r"expected '.*hello', found '.*hel'"),
+    "no generation prompt": (
+        CHAT_TEMPLATE.replace("add_generation_prompt", "false"),
+        r"generation prompts to begin with .*assistant",
+    ),
+    "exception": ("{{ raise_exception('no images here') }}", r"chat template refuses .*no images here"),
+    "error": ("{{ messages[0].content + 'x' }}", r"chat template refuses the conversation"),
 }
+
+
+def test_a_template_that_cuts_the_system_prompt_is_refused() -> None:
+    processor = build_processor(WORDS, **SIZES)
+    processor.chat_template = CHAT_TEMPLATE.replace(
+        "message.content }}", "message.content[:3] if message.role == 'system' else message.content }}"
+    )
+    messages = [{"role": "system", "content": "hello"}, *talk("it")]
+    with pytest.raises(VLBridgeError, match=r"message 0 \(system\): .*expected 'hello', found 'hel'"):
+        encode_conversation(messages, processor)
 
 
 @pytest.mark.parametrize(("template", "message"), TEMPLATES.values(), ids=TEMPLATES.keys())
@@ -225,8 +222,12 @@ def test_a_chat_template_of_another_form_is_refused(template: str, message: str)
 
 def test_placeholders_that_do_not_fit_the_grid_are_refused() -> None:
     class OneTooFew(Qwen3VLProcessor):
-        def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-            return super().replace_image_token(image_inputs, image_idx, **kwargs).removesuffix(self.image_token)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            encoded = super().__call__(*args, **kwargs)
+            ids = encoded["input_ids"]
+            place = int((ids[0] == self.image_token_id).nonzero()[0])
+            encoded["input_ids"] = torch.cat([ids[:, :place], ids[:, place + 1 :]], dim=1)
+            return encoded
 
     whole = build_processor(WORDS, **SIZES)
     broken = OneTooFew(whole.image_processor, whole.tokenizer, whole.video_processor, chat_template=CHAT_TEMPLATE)
@@ -241,7 +242,8 @@ def test_the_processor_survives_saving(processor: Qwen3VLProcessor, tmp_path: Pa
     messages = talk([image_part(30, 50), SMALL, text_part("What is it\n\n")])
     first, second = (encode_conversation(messages, which) for which in (processor, loaded))
     for name in Sample.__dataclass_fields__:
-        assert torch.equal(getattr(first, name), getattr(second, name)), name
+        one, other = getattr(first, name), getattr(second, name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name
 
 
 def test_every_word_of_the_processor_is_one_token(processor: Qwen3VLProcessor) -> None:

@@ -17,7 +17,7 @@ from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.packing import next_token_labels
-from megatron_vlbridge.data.tiny_processor import build_processor
+from megatron_vlbridge.data.tiny_processor import CHAT_TEMPLATE, build_processor
 from megatron_vlbridge.errors import VLBridgeError
 
 SEQ_LENGTH = 96
@@ -164,6 +164,75 @@ def test_bad_conversations_are_named(processor: Qwen3VLProcessor, config: Config
         build([], processor, config)
 
 
+def test_errors_of_a_file_s_conversations_name_file_line_and_split(
+    processor: Qwen3VLProcessor, config: Config, tmp_path: Path
+) -> None:
+    good = json.dumps({"messages": CONVERSATIONS[0]})
+    lost = [{"type": "text", "text": "x"}, {"type": "image", "image": "lost.png"}]
+    for messages, message in (
+        (
+            [{"role": "user", "content": " hello" * 100}, CONVERSATIONS[0][1]],
+            r"\d{3} tokens do not fit into a pack of 96",
+        ),
+        (CONVERSATIONS[0][:1], r"no token to learn"),
+        ([{"role": "user", "content": lost}], r"message 0 \(user\), part 1: .*no file '.*lost.png'"),
+        ([{"role": "user", "content": "<|im_end|>"}], r"message 0 \(user\): the text holds"),
+    ):
+        path = tmp_path / "valid.jsonl"
+        path.write_text(f"\ufeff{good}\n\n{json.dumps({'messages': messages})}\n", encoding="utf-8")
+        with pytest.raises(VLBridgeError, match=rf"^validation data .*valid.jsonl, line 3: {message}"):
+            build(read_conversations(path, split="validation"), processor, config)
+        with pytest.raises(VLBridgeError, match=r"valid.jsonl, line 3: "):
+            build(list(reversed(read_conversations(path))), processor, config)
+
+
+def thinking(processor: Qwen3VLProcessor) -> Qwen3VLProcessor:
+    """A processor whose template drops thoughts."""
+    cut = CHAT_TEMPLATE.replace("message.content }}", "message.content.split('</think>')[-1] }}")
+    return Qwen3VLProcessor(
+        processor.image_processor, processor.tokenizer, processor.video_processor, chat_template=cut
+    )
+
+
+def test_turns_that_are_not_learned_are_counted_and_logged(
+    processor: Qwen3VLProcessor,
+    config: Config,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def talk(*texts: str) -> str:
+        roles = ("user", "assistant")
+        return json.dumps(
+            {"messages": [{"role": roles[index % 2], "content": text} for index, text in enumerate(texts)]}
+        )
+
+    path = tmp_path / "train.jsonl"
+    path.write_text(
+        "\n".join([talk("q", "a"), talk("q", "a", "r", "<think></think>b"), talk("q", "</think>c", "r", "d")])
+    )
+    dataset = build(read_conversations(path), thinking(processor), config)
+    assert (dataset.unlearned_turns, dataset.assistant_turns) == (2, 5)
+    report = dataset.unlearned_report
+    assert report.startswith("2 of 5 assistant turns are not learned")
+    assert f"{path}, line 2, message 3: expected '<think></think>b', found 'b'" in report
+    assert [record.getMessage() for record in caplog.records] == [report]
+    assert dataset.supervised_tokens(0) == sum(
+        int(encode_conversation(talk, thinking(processor)).loss_mask.sum())
+        for talk in [dataset.conversations[member] for member in dataset.members(0)]
+    )
+    caplog.clear()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank, logged in ((0, 1), (1, 0)):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        caplog.clear()
+        build(read_conversations(path), thinking(processor), config)
+        assert len(caplog.records) == logged
+    caplog.clear()
+    whole = build(read_conversations(path), processor, config)
+    assert (whole.unlearned_turns, whole.unlearned_report, caplog.records) == (0, "", [])
+
+
 def test_a_picture_that_changed_its_size_meanwhile_is_refused(
     processor: Qwen3VLProcessor, config: Config, tmp_path: Path
 ) -> None:
@@ -187,54 +256,12 @@ def test_a_processor_of_another_checkpoint_is_refused(processor: Qwen3VLProcesso
             build(CONVERSATIONS[:1], processor, other)
 
 
-def write_lines(path: Path, *lines: str) -> Path:
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def test_a_jsonl_file_is_read_with_its_pictures(
-    processor: Qwen3VLProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("source", ["https://example.org/a.png", "data:image/png;base64,AAAA", "file:///a.png"])
+def test_a_url_in_a_file_is_refused_by_line(
+    processor: Qwen3VLProcessor, config: Config, tmp_path: Path, source: str
 ) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 24, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(image) for image in pixels]
-    (tmp_path / "set").mkdir()
-    for number, image in enumerate(pictures):
-        image.save(tmp_path / "set" / f"{number}.png")
-
-    def talk(parts: list) -> list:
-        return [{"role": "user", "content": parts}, {"role": "assistant", "content": "é seven"}]
-
-    def parts(image: Any, frames: list) -> list:
-        video = {"type": "video", "video": frames, "fps": 2}
-        return [{"type": "image", "image": image}, video, {"type": "text", "text": "hello"}]
-
-    names = [f"{number}.png" for number in range(4)]
-    lines = [json.dumps({"messages": talk(parts(names[0], names))}), json.dumps({"messages": CONVERSATIONS[0]})]
-    path = write_lines(tmp_path / "set" / "train.jsonl", *lines)
-    monkeypatch.chdir(tmp_path)
-    read = read_conversations(path.relative_to(tmp_path))
-    assert len(read) == 2
-    found, expected = (
-        encode_conversation(messages, processor) for messages in (read[0], talk(parts(pictures[0], pictures)))
-    )
-    assert torch.equal(found.input_ids, expected.input_ids)
-    assert torch.equal(found.pixel_values, expected.pixel_values)
-    assert torch.equal(found.pixel_values_videos, expected.pixel_values_videos)
-    assert read[1] == CONVERSATIONS[0]
-
-
-@pytest.mark.parametrize(
-    "line", ["", "{", "[]", "{}", '{"messages": 3}', '{"messages": ["x"]}', '{"messages": [{"role": "user"}]}']
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
-    path = write_lines(tmp_path / "train.jsonl", json.dumps({"messages": CONVERSATIONS[0]}), line)
-    with pytest.raises(VLBridgeError, match=r"train.jsonl, line 2: expected"):
-        read_conversations(path)
-
-
-def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(VLBridgeError, match=r"no file '.*other.jsonl'"):
-        read_conversations(tmp_path / "other.jsonl")
-    (tmp_path / "train.jsonl").write_bytes(b'{"messages": "\xff"}\n')
-    with pytest.raises(VLBridgeError, match=r"train.jsonl: expected UTF-8 text"):
-        read_conversations(tmp_path / "train.jsonl")
+    for part in ({"type": "image", "image": source}, {"type": "video", "video": [source, source], "fps": 2}):
+        messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]
+        (tmp_path / "train.jsonl").write_text(json.dumps({"messages": messages}))
+        with pytest.raises(VLBridgeError, match=r"train.jsonl, line 1: message 0 \(user\), part 0: .* is a URL"):
+            build(read_conversations(tmp_path / "train.jsonl"), processor, config)

@@ -1,0 +1,209 @@
+"""What a training run prints: a few lines of its own instead of Megatron's log, unless `--verbose` asks for that.
+
+Imports nothing but the standard library at module level: `start` comes before Megatron is imported.
+"""
+
+import argparse
+import atexit
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TextIO, cast
+
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.training.failure import report_failures
+from megatron_vlbridge.training.log_lines import Iteration, read_event, read_iteration
+
+_ERASE = "\r\x1b[2K"
+# Packages whose warnings are about themselves: what they were built without, what they will rename.
+_LIBRARIES = r"(megatron|torch|torchvision|transformers|transformer_engine|apex|modelopt)(\.|$)"
+_LOG_LEVELS = {
+    "megatron": logging.WARNING,
+    # These warn at every start, evaluation or checkpoint, whatever the arguments.
+    "megatron.core.rerun_state_machine": logging.ERROR,
+    "megatron.core.models.gpt.gpt_model": logging.ERROR,
+    "megatron.core.dist_checkpointing.strategies.torch": logging.ERROR,
+    "torch.utils.cpp_extension": logging.ERROR,
+}
+# Functions of Megatron that print what their caller gives them, and W&B's, which records what is printed.
+_PRINTERS = frozenset({"print_rank_0", "print_rank_last"})
+_RECORDER = "wandb."
+
+_short_log: "ShortLog | None" = None
+
+
+def start() -> None:
+    """Call first in a training script, before any other import: reports failures once, and keeps the log short.
+
+    With `--verbose` among the script's arguments Megatron's log stays as it is. Calling it again does nothing. What the
+    script itself prints is not touched.
+
+    Example:
+        >>> from megatron_vlbridge.training import console
+        >>> console.start()
+        >>> from megatron_vlbridge.training.pretrain import parse_arguments, run
+    """
+    global _short_log
+    report_failures()
+    if "--verbose" in sys.argv or _short_log is not None:
+        return
+    warnings.filterwarnings("ignore", module=_LIBRARIES)
+    for name, level in _LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
+    _short_log = ShortLog(sys.stdout, _seq_length)
+    sys.stdout = cast(TextIO, _short_log)
+    atexit.register(_short_log.end_line)
+
+
+class ShortLog:
+    """Stands for `stream` as `sys.stdout`: what Megatron prints becomes a few lines, all else passes unchanged.
+
+    An iteration is one line; on a terminal it replaces the one before. `seq_length` is called for the tokens of a pack.
+    """
+
+    def __init__(self, stream: TextIO, seq_length: Callable[[], int]) -> None:
+        self._stream = stream
+        self._seq_length = seq_length
+        self._terminal = stream.isatty()
+        self._rewriting = False
+        self._partial = ""
+        self._first: tuple[int, float] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As for any stream."""
+        if not _is_megatron(sys._getframe(1)):
+            self.end_line()
+            return self._stream.write(text)
+        *lines, self._partial = (self._partial + text).split("\n")
+        for line in lines:
+            self.show(line)
+        return len(text)
+
+    def show(self, line: str) -> None:
+        """Print what is to be seen of one line of Megatron's log."""
+        if (iteration := read_iteration(line)) is not None:
+            self._show_iteration(iteration)
+        elif (event := read_event(line)) is not None:
+            self.end_line()
+            # Another rank may be rewriting a line of this terminal.
+            self._stream.write(f"{_ERASE if self._terminal else ''}{event}\n")
+            self._stream.flush()
+
+    def end_line(self) -> None:
+        """Leave the line that is being rewritten as it stands, and begin the next."""
+        if self._rewriting:
+            self._rewriting = False
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def _show_iteration(self, iteration: Iteration) -> None:
+        text = iteration.text(self._seq_length(), self._seconds_left(iteration))
+        if self._terminal:
+            # A line that is wrapped cannot be erased.
+            text = text[: shutil.get_terminal_size().columns - 1]
+            self._stream.write(_ERASE + text)
+            self._rewriting = True
+            if iteration.number == iteration.last:
+                self.end_line()
+        else:
+            self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def _seconds_left(self, iteration: Iteration) -> float | None:
+        """From the time since the first line, evaluations and checkpoints included."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = iteration.number, now
+        number, then = self._first
+        if iteration.number <= number:
+            return None
+        return (now - then) / (iteration.number - number) * (iteration.last - iteration.number)
+
+
+def begin(args: argparse.Namespace, config: Config) -> None:
+    """Print on the first rank what is about to be trained; nothing with `--verbose`."""
+    # W&B has taken the place of the first call's hook when Megatron set it up.
+    report_failures()
+    if _short_log is not None:
+        note("\n".join(summary(args, config)))
+
+
+def summary(args: argparse.Namespace, config: Config) -> list[str]:
+    """What is about to be trained, in four lines; `args` are Megatron's, validated."""
+    tokens = args.seq_length * args.global_batch_size
+    length = f"{args.train_iters:,} iterations" if args.train_iters else f"{args.train_samples:,} packs"
+    return [
+        f"model    {config.architecture}, {_parameters(config):,} parameters, {'bf16' if args.bf16 else 'fp32'}",
+        f"layout   {_layout(args)}",
+        f"batch    {args.global_batch_size:,} packs of {args.seq_length:,} tokens ({tokens:,}), {length}",
+        f"weights  {_weights(args)}",
+    ]
+
+
+def note(text: str) -> None:
+    """Print a line on the first rank alone.
+
+    Example:
+        >>> note("data     48 conversations")
+        data     48 conversations
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def _is_megatron(frame: FrameType | None) -> bool:
+    """Whether code of Megatron prints, on its own behalf."""
+    while frame is not None and (frame.f_code.co_name in _PRINTERS or _module(frame).startswith(_RECORDER)):
+        frame = frame.f_back
+    return frame is not None and _module(frame).startswith("megatron.")
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _seq_length() -> int:
+    from megatron.training import get_args
+
+    return int(get_args().seq_length)
+
+
+def _parameters(config: Config) -> int:
+    from megatron_vlbridge import families
+
+    return sum(math.prod(shape) for shape in families.find(config).table(config).hf_shapes.values())
+
+
+def _layout(args: argparse.Namespace) -> str:
+    sizes = {
+        "TP": args.tensor_model_parallel_size,
+        "PP": args.pipeline_model_parallel_size,
+        "VPP": args.virtual_pipeline_model_parallel_size,
+        "CP": args.context_parallel_size,
+        "EP": args.expert_model_parallel_size,
+        "DP": args.data_parallel_size,
+    }
+    parts = [f"{name} {size}" for name, size in sizes.items() if size and (size > 1 or name == "DP")]
+    if args.sequence_parallel:
+        parts.insert(1, "SP")
+    ranks = "1 process" if args.world_size == 1 else f"{args.world_size:,} processes"
+    return f"{' x '.join(parts)}, {ranks} on {'the CPU' if args.cpu else 'GPUs'}"
+
+
+def _weights(args: argparse.Namespace) -> str:
+    from megatron_vlbridge.training.start import loads_checkpoint
+
+    if loads_checkpoint(args):
+        return f"of the checkpoint in {args.load} (resumed)"
+    if args.pretrained_checkpoint:
+        return f"of the checkpoint in {args.pretrained_checkpoint}"
+    return f"of {args.hf_folder}" if args.hf_weights else "random"

@@ -1,0 +1,125 @@
+"""Megatron's log, line by line, in the few words of a short log. Written for Megatron-Core 0.19."""
+
+import re
+from dataclasses import dataclass
+
+_ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+) \|(.*)")
+_VALIDATION = re.compile(r"\bvalidation(\S*) loss at (.+?) \|(.*)")
+_SAVED = re.compile(r"\bsuccessfully saved (?:local )?checkpoint from iteration\s+(\d+)(?: to (.+) \[)?")
+_LOADED = re.compile(r"\bsuccessfully loaded checkpoint from (.+) \[.*\] at iteration (\d+)")
+# Lines of Megatron that are shown as they are: warnings, and why it stops.
+_IMPORTANT = re.compile(r"\b(warning|error|fail(ed|ure)?|could not|unable|exiting|terminat\w+|ignored|nan)\b", re.I)
+# Except arguments, whose values may hold such a word, and what is said at every start.
+_UNIMPORTANT = re.compile(r"^  \w+ \.* |one_logger package is required|could not find the metadata file")
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What Megatron logs of an iteration; losses are means since the last line, in nats a token.
+
+    Attributes:
+        losses: by Megatron's name, in its order; one that is not a number is missing, as in Megatron's line.
+        skipped: iterations since the last line whose gradients were not finite.
+    """
+
+    number: int
+    last: int
+    seconds: float
+    global_batch_size: int
+    losses: dict[str, float]
+    grad_norm: float | None
+    loss_scale: float
+    skipped: int
+    nan: int
+
+    def text(self, seq_length: int, seconds_left: float | None) -> str:
+        """One line for a person.
+
+        Example:
+            >>> iteration.text(4096, 3725.0)
+            'iteration   3/400  loss 2.345600  grad norm 1.234  12,345 tokens/s  1 h 02 min left'
+        """
+        parts = [f"iteration {self.number:{len(str(self.last))}}/{self.last}"]
+        losses = self.losses if "lm loss" in self.losses else {"lm loss": float("nan"), **self.losses}
+        parts += [f"{name.removeprefix('lm ')} {_digits(value)}" for name, value in losses.items()]
+        if self.grad_norm is not None:
+            parts.append(f"grad norm {self.grad_norm:.3f}")
+        if self.loss_scale != 1.0:
+            parts.append(f"loss scale {self.loss_scale:g}")
+        if self.skipped:
+            parts.append(f"{self.skipped} skipped (gradients not finite)")
+        if self.nan:
+            parts.append(f"{self.nan} with a loss that is not finite")
+        parts.append(f"{seq_length * self.global_batch_size / self.seconds:,.0f} tokens/s")
+        if seconds_left is not None and self.number < self.last:
+            parts.append(f"{duration(seconds_left)} left")
+        return "  ".join(parts)
+
+
+def read_iteration(line: str) -> Iteration | None:
+    """The iteration that a line of Megatron's log is about, if any.
+
+    Example:
+        >>> read_iteration(" [...] iteration       3/     400 | ... | lm loss: 2.5E+00 | loss scale: 1.0 |").losses
+        {'lm loss': 2.5}
+    """
+    found = _ITERATION.search(line)
+    if found is None:
+        return None
+    fields = dict(part.strip().rsplit(": ", 1) for part in found[3].split("|") if ": " in part)
+    if "elapsed time per iteration (ms)" not in fields:
+        return None
+    names = list(fields)
+    # Megatron writes the losses between these two, under the names that the loss function gave them.
+    losses = names[names.index("global batch size") + 1 : names.index("loss scale")]
+    return Iteration(
+        number=int(found[1]),
+        last=int(found[2]),
+        seconds=max(float(fields["elapsed time per iteration (ms)"]), 1e-6) / 1000,
+        global_batch_size=int(fields["global batch size"]),
+        losses={name: float(fields[name]) for name in losses},
+        grad_norm=float(fields["grad norm"]) if "grad norm" in fields else None,
+        loss_scale=float(fields["loss scale"]),
+        skipped=int(fields["number of skipped iterations"]),
+        nan=int(fields["number of nan iterations"]),
+    )
+
+
+def read_event(line: str) -> str | None:
+    """What a short log says for another line of Megatron's, or None where it says nothing.
+
+    Example:
+        >>> read_event(" validation loss at iteration 20 | lm loss value: 1.0E+00 | lm loss PPL: 2.7E+00 | ")
+        'validation loss 1.000000 at iteration 20'
+    """
+    if found := _VALIDATION.search(line):
+        values = re.findall(r"\s*([^|]+?) value: (\S+) \|", found[3])
+        losses = ", ".join(f"{name.removeprefix('lm ')} {_digits(float(value))}" for name, value in values)
+        return f"validation{found[1]} {losses} at {found[2]}"
+    if found := _SAVED.search(line):
+        return f"checkpoint saved at iteration {found[1]}" + (f": {found[2]}" if found[2] else "")
+    if found := _LOADED.search(line):
+        return f"checkpoint loaded, iteration {found[2]}: {found[1]}"
+    if _IMPORTANT.search(line) and not _UNIMPORTANT.search(line):
+        return line.strip()
+    return None
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person.
+
+    Example:
+        >>> duration(7.25), duration(125), duration(3725)
+        ('7.2 s', '2 min 5 s', '1 h 02 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def _digits(value: float) -> str:
+    """All digits that Megatron writes (`{:.6E}`)."""
+    return f"{value:#.7g}"

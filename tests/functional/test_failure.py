@@ -1,0 +1,80 @@
+"""What stands on the screen when a script fails, under torchrun and without."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = "a.jsonl, line 3: no answer\nAdd a message of the assistant"
+SCRIPT = f"""
+import os, sys, time
+from megatron_vlbridge.training import failure
+failure.report_failures()
+failure.SECONDS_FOR_FIRST_RANK = 0.5
+from megatron_vlbridge.errors import VLBridgeError
+if sys.argv[1] == "defect":
+    1 / 0
+if sys.argv[1] == "one" and os.environ["RANK"] == "0":
+    time.sleep(100)
+raise VLBridgeError({TEXT!r})
+"""
+
+
+def output(*command: object) -> list[str]:
+    """The lines that a failing command prints, stdout and stderr as a terminal shows them."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1, run.stdout
+    return run.stdout.splitlines()
+
+
+def torchrun(*command: object) -> list[str]:
+    lines = output("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *command)
+    # The frame of torchrun's report.
+    assert set(lines[-1]) == {"="}
+    return [line.strip() for line in lines[:-1]]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.mark.parametrize("ranks", ["all", "one"])
+def test_torchrun_ends_with_the_text_once_however_many_ranks_refuse(script: Path, ranks: str) -> None:
+    lines = torchrun(script, ranks)
+    assert lines[-2:] == f"Error: {TEXT}".splitlines()
+    assert sum("no answer" in line for line in lines) == 1
+    # torchrun's own.
+    assert sum("Traceback" in line for line in lines) == 1
+
+
+def test_torchrun_ends_with_the_traceback_of_one_rank(script: Path) -> None:
+    lines = torchrun(script, "defect")
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+    assert sum("ZeroDivisionError" in line for line in lines) == 1
+    assert sum("Unexpected error on rank" in line for line in lines) == 1
+
+
+def test_without_torchrun_only_the_text_is_printed(script: Path) -> None:
+    assert output(script, "all") == f"Error: {TEXT}".splitlines()
+
+
+def test_the_example_prints_only_why_it_refuses(tmp_path: Path) -> None:
+    """Its imports print nothing either, nor does Megatron."""
+    lines = output(ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--hf-folder", tmp_path)
+    assert lines[0].startswith("Error: ")
+    assert "config.json" in lines[0]
+    assert len(lines) == 1

