@@ -2,17 +2,21 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from safetensors.torch import load_file, save_file
 
 from megatron_vlbridge.checkpoint.checksums import CHECKSUMS, verify_checksums
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.inspect import inspect
+from megatron_vlbridge.checkpoint.stages import split_arguments, split_layers
 from megatron_vlbridge.checkpoint.verify import verify
-from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.errors import UsageError, VLBridgeError
 from tests import reference
 from tests.unit.test_convert import training_run
 
@@ -118,7 +122,7 @@ def test_a_dtype_that_differs_is_a_difference(model, tmp_path):
 def test_models_of_other_sizes_differ_by_config_and_tensors(model, tmp_path):
     reference.write_checkpoint(tmp_path / "hf", layers=4)
     names = [difference.name for difference in verify(model / "megatron", tmp_path / "hf").differences]
-    assert names[0] == "config.json: text"
+    assert names[0] == "config.json: text.num_layers"
     assert QKV in names
 
 
@@ -169,11 +173,36 @@ def test_inspect_counts_the_same_in_both_forms(model):
     assert json.loads(json.dumps(ours.as_json()))["parameters"]["total"] == sum(ours.parameters.values())
 
 
-def test_stages_are_even(tmp_path):
+def test_stages_are_even_where_they_can_be(tmp_path):
     found = inspect(reference.write_checkpoint(tmp_path / "hf", layers=4))
     assert found.stages(1) == [range(4)]
     assert found.stages(2) == [range(2), range(2, 4)]
+    assert found.stages(3) == [range(1), range(1, 3), range(3, 4)]
     assert found.stages(4) == [range(stage, stage + 1) for stage in range(4)]
-    for pp in (0, 3, 5):
-        with pytest.raises(VLBridgeError, match="pp: expected a divisor of 4"):
+    for pp in (0, 5):
+        with pytest.raises(UsageError, match="pp: expected 1 to 4 stages"):
             found.stages(pp)
+
+
+def test_the_arguments_of_a_split_make_megatron_split_so():
+    for layers, stages in product(range(2, 40), range(2, 12)):
+        if layers < stages:
+            continue
+        sizes = split_layers(layers, stages)
+        arguments = split_arguments(sizes)
+        given = dict(zip(arguments[::2], map(int, arguments[1::2]), strict=True))
+        config = SimpleNamespace(
+            num_layers=layers,
+            pipeline_model_parallel_size=stages,
+            virtual_pipeline_model_parallel_size=None,
+            pipeline_model_parallel_layout=None,
+            account_for_embedding_in_pipeline_split=False,
+            account_for_loss_in_pipeline_split=False,
+            num_layers_in_first_pipeline_stage=given.get("--decoder-first-pipeline-num-layers"),
+            num_layers_in_last_pipeline_stage=given.get("--decoder-last-pipeline-num-layers"),
+        )
+        assert [get_num_layers_to_build(config, pp_rank=stage) for stage in range(stages)] == sizes
+        assert sum(sizes) == layers
+        assert (arguments == []) == (layers % stages == 0)
+    assert split_layers(28, 3) == [9, 10, 9]
+    assert split_layers(36, 8) == [3, 5, 5, 5, 5, 5, 5, 3]
