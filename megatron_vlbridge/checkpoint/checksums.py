@@ -13,7 +13,7 @@ from megatron_vlbridge.checkpoint.engine import digest_range
 from megatron_vlbridge.checkpoint.formats import TRACKER
 from megatron_vlbridge.checkpoint.report import Difference, Report
 from megatron_vlbridge.checkpoint.safetensors import MAX_SIZE, load_json_object
-from megatron_vlbridge.checkpoint.staging import Finished, sync
+from megatron_vlbridge.checkpoint.staging import Finished
 from megatron_vlbridge.errors import VLBridgeError
 
 CHECKSUMS = "vlbridge-checksums.json"
@@ -38,7 +38,6 @@ def write_checksums(folder: Path, finished: Sequence[Finished], origin: Mapping[
             files[name] = [(0, size, digest_range(path, 0, size))]
     text = json.dumps({"version": 1, "sha256": files, "origin": origin}, indent=1)
     (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
-    sync(folder / CHECKSUMS)
 
 
 def read_origin(folder: Path) -> dict[str, Any] | None:
