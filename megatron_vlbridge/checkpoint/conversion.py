@@ -97,13 +97,16 @@ class Conversion:
         """
         if is_free(self.target):
             return False
-        before, now = read_origin(self.target), json.loads(json.dumps(self.origin()))
-        if before is not None and before != now:
+        noted = read_origin(self.target)
+        if noted is None:
+            return False
+        before, now = (_lasting(origin) for origin in (noted, json.loads(json.dumps(self.origin()))))
+        if before != now:
             raise VLBridgeError(
                 f"{self.target}: expected the result of this conversion, found that of another: "
                 f"{first_difference(before, now)}. Remove it or use another name."
             )
-        return before is not None
+        return True
 
     def check_run(self, options: Options | None = None, *, resume: bool = False) -> None:
         """Refuse what `run` would refuse before the first byte; writes nothing."""
@@ -148,6 +151,11 @@ class Conversion:
             place = self.writer.place(number)
             texts.setdefault(place.file, []).append(f"{number} {place.start} {size} {place.holds}")
         return {file: _digest("\n".join(parts)) for file, parts in texts.items()}
+
+
+def _lasting(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a result, without what decides only whether its parts can be continued."""
+    return {key: value for key, value in origin.items() if key not in ("layout", "torch", "files")}
 
 
 def free_bytes(target: Path) -> int:

@@ -27,6 +27,7 @@ from megatron_vlbridge.families.experts import has_single_experts
 from megatron_vlbridge.weights import Plan, Region, RuleTable, TensorSpec
 
 _BLOCK_BYTES = 16 * 2**20
+_HF_UNIT = "Hugging Face tensors"
 
 Tensors = Mapping[str, TensorSpec]
 
@@ -43,6 +44,7 @@ class _Side:
     fill: Filler
     config: Config | None
     widened: Tensors = field(default_factory=dict)
+    unit: str = "Megatron tensors"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def verify(a: str | Path, b: str | Path, *, leave_out: Sequence[str] = (), exper
         found = pool.map(lambda name: _compare(name, left.table[name], left, right), names)
         differences += [difference for difference in found if difference is not None]
     nbytes = sum(left.table[name].nbytes for name in names)
-    return Report(str(left.folder), str(right.folder), len(names), nbytes, tuple(differences))
+    return Report(str(left.folder), str(right.folder), len(names), nbytes, tuple(differences), unit=left.unit)
 
 
 def find_config(name: str | Path) -> Config | None:
@@ -144,7 +146,7 @@ def _as_megatron(hf: _HuggingFace) -> _Side:
 def _as_hf(hf: _HuggingFace, rules: RuleTable) -> _Side:
     """The folder's own tensors, or, where other rules hold experts in another form, its values as tensors of those."""
     if rules.rules == hf.rules.rules:
-        return _Side(hf.folder, {**hf.model, **hf.others}, hf.read, hf.config)
+        return _Side(hf.folder, {**hf.model, **hf.others}, hf.read, hf.config, unit=_HF_UNIT)
     table = {name: TensorSpec(shape, _dtype(hf, rules, name)) for name, shape in rules.hf_shapes.items()}
     megatron = _through(hf.rules, hf.read)
 
@@ -154,7 +156,7 @@ def _as_hf(hf: _HuggingFace, rules: RuleTable) -> _Side:
         else:
             hf.read(region, out)
 
-    return _Side(hf.folder, {**table, **hf.others}, fill, hf.config)
+    return _Side(hf.folder, {**table, **hf.others}, fill, hf.config, unit=_HF_UNIT)
 
 
 def _dtype(hf: _HuggingFace, rules: RuleTable, name: str) -> torch.dtype:

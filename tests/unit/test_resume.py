@@ -377,6 +377,13 @@ def test_a_run_that_saved_beside_an_import_leaves_it_complete(source, tmp_path):
     import_checkpoint(source, tmp_path / "megatron", resume=True)
 
 
+def test_a_result_stays_complete_when_parts_or_torch_change(source, tmp_path, monkeypatch):
+    import_checkpoint(source, tmp_path / "megatron")
+    monkeypatch.setattr(torch_dist_writer, "PART_BYTES", 10_000)
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    import_checkpoint(source, tmp_path / "megatron", resume=True)
+
+
 def test_the_result_of_another_conversion_is_not_taken_for_this_one(source, tmp_path):
     import_checkpoint(source, tmp_path / "megatron", dtype="float16")
     options = {"dtype": "bfloat16", "resume": True}
