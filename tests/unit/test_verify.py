@@ -153,9 +153,8 @@ def test_a_dtype_that_differs_is_a_difference(model, tmp_path):
 
 
 def test_experts_in_two_dtypes_are_no_reason_to_call_them_equal(tmp_path):
-    left, right = (
-        test_convert_moe.make(tmp_path / name, form) for name, form in (("a", "fused_out_in"), ("b", "per_expert"))
-    )
+    left = test_convert_moe.make(tmp_path / "a", "fused_out_in")
+    right = test_convert_moe.make(tmp_path / "b", "per_expert")
     names = [name for name in inspect(right).table if ".experts.1.down_proj" in name]
     change(right, names[0], lambda tensor: tensor.float())
     assert not verify(left, right).equal
