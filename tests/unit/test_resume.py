@@ -7,6 +7,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_vlbridge import cli
-from megatron_vlbridge.checkpoint import safetensors, staging, torch_dist_writer
+from megatron_vlbridge import cli, families
+from megatron_vlbridge.checkpoint import conversion, safetensors, staging, torch_dist_writer
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_import
 from megatron_vlbridge.checkpoint.engine import Options, Progress, digest_range
 from megatron_vlbridge.checkpoint.formats import TRACKER
 from megatron_vlbridge.errors import UsageError, VLBridgeError
+from megatron_vlbridge.families import qwen3_vl
 from tests import reference
 from tests.unit import test_convert_moe
 
@@ -150,6 +152,35 @@ def test_an_option_that_has_changed_is_named(tmp_path):
     for text, options in changed.items():
         with pytest.raises(VLBridgeError, match=f"with the same options, found {text}"):
             import_checkpoint(moe, tmp_path / "megatron", **options, resume=True)
+
+
+def swap_norms(monkeypatch) -> None:
+    """Rules of another version, under which two tensors of one shape change places."""
+
+    def rules(*arguments):
+        return [swapped(rule) if "_norm." in getattr(rule, "hf", "") else rule for rule in own(*arguments)]
+
+    def swapped(rule):
+        names = {"q_norm": "k_norm", "k_norm": "q_norm"}
+        return replace(rule, hf=re.sub("[qk]_norm", lambda match: names[match[0]], rule.hf))
+
+    own = qwen3_vl.FAMILY.rules
+    monkeypatch.setattr(families, "FAMILIES", (replace(qwen3_vl.FAMILY, rules=rules),))
+
+
+CODE = {
+    "rules": swap_norms,
+    "torch": lambda monkeypatch: monkeypatch.setattr(torch, "__version__", "99.0"),
+    "layout": lambda monkeypatch: monkeypatch.setattr(conversion, "_LAYOUT", 99),
+}
+
+
+@pytest.mark.parametrize("what", CODE)
+def test_other_code_does_not_continue(what, source, tmp_path, monkeypatch):
+    interrupt(source, tmp_path / "megatron")
+    CODE[what](monkeypatch)
+    with pytest.raises(VLBridgeError, match=f"with the same options, found {what} "):
+        import_checkpoint(source, tmp_path / "megatron", resume=True)
 
 
 def test_a_change_behind_the_first_bytes_is_refused_though_the_times_are_set_back(source, tmp_path):
