@@ -39,14 +39,13 @@ def convert(args: argparse.Namespace, plan: Conversion) -> int:
 
     options = Options(args.workers, args.memory or DEFAULT_MEMORY, Meter(as_json=args.json))
     summary = plan.summary(options)
-    complete = args.resume and plan.is_complete()
     if args.dry_run:
         return _show_plan(args, plan, options, summary)
     if not args.json:
-        notes = [f"note: {note}" for note in summary["notes"]]
-        notes += [f"{plan.target} is complete: nothing to do"] if complete else []
-        for note in notes:
-            show(note, stream=sys.stderr)
+        for note in summary["notes"]:
+            show(f"note: {note}", stream=sys.stderr)
+        if args.resume and plan.is_complete():
+            show(f"{plan.target} is complete: nothing to do", stream=sys.stderr)
     done = plan.run(options, resume=args.resume)
     show(json.dumps({"done": str(done), **summary}) if args.json else str(done))
     return 0
