@@ -16,14 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_vlbridge import cli, families
-from megatron_vlbridge.checkpoint import conversion, safetensors, staging, torch_dist_writer
+from megatron_vlbridge.checkpoint import conversion, convert, safetensors, staging, torch_dist_writer
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_import
 from megatron_vlbridge.checkpoint.engine import Options, Progress, digest_range
 from megatron_vlbridge.checkpoint.formats import TRACKER
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families import qwen3_vl
+from megatron_vlbridge.weights import TensorSpec
 from tests import reference
-from tests.unit import test_convert_moe
+from tests.unit import test_convert, test_convert_moe
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,21 @@ def test_other_code_does_not_continue(what, source, tmp_path, monkeypatch):
     interrupt(source, tmp_path / "megatron")
     CODE[what](monkeypatch)
     with pytest.raises(VLBridgeError, match=f"with the same options, found {what} "):
+        import_checkpoint(source, tmp_path / "megatron", resume=True)
+
+
+def test_dtypes_of_another_version_do_not_continue(tmp_path, monkeypatch):
+    """One that stores all 16-bit weights as float32: options, source and rules are the same."""
+
+    def widened(*arguments):
+        specs, _ = megatron_tensors(*arguments)
+        return {name: TensorSpec(spec.shape, torch.float32) for name, spec in specs.items()}, frozenset(specs)
+
+    source = test_convert.make(tmp_path / "hf")
+    interrupt(source, tmp_path / "megatron")
+    megatron_tensors = convert.megatron_tensors
+    monkeypatch.setattr(convert, "megatron_tensors", widened)
+    with pytest.raises(VLBridgeError, match="with the same options, found tensors "):
         import_checkpoint(source, tmp_path / "megatron", resume=True)
 
 
