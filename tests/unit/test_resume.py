@@ -1,5 +1,6 @@
 """Interrupted runs: what is finished is continued to the same bytes, and never under changed conditions."""
 
+import fcntl
 import json
 import os
 import re
@@ -378,6 +379,22 @@ def test_two_runs_into_one_target_exclude_each_other(source, tmp_path):
 
     import_checkpoint(source, tmp_path / "megatron", options=Options(report=report))
     assert len(refused) == 1
+    assert names_of(tmp_path) == {"hf", "megatron"}
+
+
+def test_a_lock_that_went_away_between_opening_and_locking_is_taken_anew(source, tmp_path, monkeypatch):
+    """As when the run that held it ends just then and removes its folder."""
+    flock, calls = fcntl.flock, []
+
+    def late(handle, operation):
+        calls.append(handle)
+        if len(calls) == 1:
+            shutil.rmtree(tmp_path / ".megatron.vlbridge")
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    import_checkpoint(source, tmp_path / "megatron")
+    assert len(calls) == 2
     assert names_of(tmp_path) == {"hf", "megatron"}
 
 
