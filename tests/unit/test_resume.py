@@ -368,6 +368,22 @@ def test_a_torn_journal_is_read_up_to_the_tear(torn, source, tmp_path):
     assert files_of(tmp_path / "megatron") == expected
 
 
+def test_an_interruption_while_the_journal_is_begun_anew_loses_no_part(source, tmp_path, monkeypatch):
+    work = interrupt(source, tmp_path / "megatron")
+    before = (work / "journal.jsonl").read_text()
+    write_text = Path.write_text
+
+    def torn(path, text, **options):
+        write_text(path, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", torn)
+        with pytest.raises(KeyboardInterrupt):
+            import_checkpoint(source, tmp_path / "megatron", resume=True)
+    assert (work / "journal.jsonl").read_text() == before
+
+
 def test_two_runs_into_one_target_exclude_each_other(source, tmp_path):
     refused: list[str] = []
 
