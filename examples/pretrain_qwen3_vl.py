@@ -27,6 +27,7 @@ from transformers import AutoProcessor
 
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
+from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.pretrain import parse_arguments, run
 
@@ -50,6 +51,7 @@ def main() -> None:
             num_samples=count,
             seed=args.seed,
             multiple_of=args.pack_multiple_of,
+            media=MediaOptions(args.max_image_pixels),
         )
         if told:
             console.note(
