@@ -39,7 +39,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.hf_folder)
     config = read_config(args.hf_folder)
 
-    def packs(file: str | None, count: int, *, told: bool) -> PackedConversations | None:
+    def packs(file: str | None, count: int, *, log: bool) -> PackedConversations | None:
         if not file or not count:
             return None
         dataset = PackedConversations(
@@ -51,7 +51,7 @@ def main() -> None:
             seed=args.seed,
             multiple_of=args.pack_multiple_of,
         )
-        if told:
+        if log:
             console.note(
                 f"data     {len(dataset.lengths):,} conversations, {len(dataset.epoch_packs(0)):,} packs: {file}"
             )
@@ -59,7 +59,7 @@ def main() -> None:
 
     def datasets(num_samples: list[int], vp_stage: int | None = None) -> list[PackedConversations | None]:
         files = (args.conversations, args.valid_conversations, None)
-        return [packs(file, count, told=not vp_stage) for file, count in zip(files, num_samples, strict=True)]
+        return [packs(file, count, log=not vp_stage) for file, count in zip(files, num_samples, strict=True)]
 
     run(args, datasets)
 
