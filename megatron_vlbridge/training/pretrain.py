@@ -90,8 +90,8 @@ def run(
     `model_provider` is called as Megatron's; it gives a :class:`Qwen3VLModel`.
 
     Raises:
-        VLBridgeError: on all ranks, where the dataset provider fails on one, or a layout is not proved; where a launcher
-            such as torchrun is missing.
+        VLBridgeError: on all ranks, where the dataset provider fails on one, or a layout is not proved; where no
+            launcher such as torchrun has started the script.
 
     Example:
         >>> run(parse_arguments(), my_dataset_provider)
