@@ -364,7 +364,9 @@ def test_a_torn_journal_is_read_up_to_the_tear(torn, source, tmp_path):
     work = interrupt(source, tmp_path / "megatron")
     with (work / "journal.jsonl").open("a") as stream:
         stream.write(torn)
-    import_checkpoint(source, tmp_path / "megatron", resume=True)
+    seen: list[Progress] = []
+    import_checkpoint(source, tmp_path / "megatron", options=Options(report=seen.append), resume=True)
+    assert seen[-1].resumed > 0
     assert files_of(tmp_path / "megatron") == expected
 
 
