@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from megatron_vlbridge.data.media import DEFAULTS, Conversation, MediaOptions, Video, load_image, load_video
+from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.media import DEFAULTS, Conversation, Video, load_image, load_video
 from megatron_vlbridge.data.messages import check_conversation, message_name, message_parts, message_text
 from megatron_vlbridge.data.turns import (
     TURN_END,

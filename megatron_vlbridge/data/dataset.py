@@ -12,7 +12,8 @@ from transformers import ProcessorMixin
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.chat import Sample, encode_conversation
 from megatron_vlbridge.data.conversations import LocatedConversation, read_conversations
-from megatron_vlbridge.data.media import DEFAULTS, Conversation, MediaOptions
+from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.media import DEFAULTS, Conversation
 from megatron_vlbridge.data.packing import build_pack, pack
 from megatron_vlbridge.errors import VLBridgeError
 
