@@ -27,6 +27,7 @@ from transformers import AutoProcessor
 
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
+from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.pretrain import parse_arguments, run
 
@@ -39,7 +40,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.hf_folder)
     config = read_config(args.hf_folder)
 
-    def packs(file: str | None, split: str, count: int, *, told: bool) -> PackedConversations | None:
+    def packs(file: str | None, split: str, count: int, *, log: bool) -> PackedConversations | None:
         if not file or not count:
             return None
         dataset = PackedConversations(
@@ -50,8 +51,9 @@ def main() -> None:
             num_samples=count,
             seed=args.seed,
             multiple_of=args.pack_multiple_of,
+            media=MediaOptions(args.max_image_pixels),
         )
-        if told:
+        if log:
             console.note(
                 f"data     {len(dataset.lengths):,} conversations, {len(dataset.epoch_packs(0)):,} packs: {file}"
             )
@@ -60,7 +62,7 @@ def main() -> None:
     def datasets(num_samples: list[int], vp_stage: int | None = None) -> list[PackedConversations | None]:
         files = {"train": args.conversations, "validation": args.valid_conversations, "test": None}
         return [
-            packs(file, split, count, told=not vp_stage)
+            packs(file, split, count, log=not vp_stage)
             for (split, file), count in zip(files.items(), num_samples, strict=True)
         ]
 

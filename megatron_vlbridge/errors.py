@@ -6,3 +6,7 @@ class VLBridgeError(ValueError):
 
     Its message names what is wrong, where, what was expected, what was found and what to do.
     """
+
+
+class UsageError(VLBridgeError):
+    """An argument whose value is wrong whatever the input, such as no workers. `vlbridge` exits with 2 for it."""

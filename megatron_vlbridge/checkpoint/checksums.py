@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from megatron_vlbridge.checkpoint.engine import digest_range
+from megatron_vlbridge.checkpoint.formats import TRACKER
 from megatron_vlbridge.checkpoint.report import Difference, Report
 from megatron_vlbridge.checkpoint.safetensors import MAX_SIZE, load_json_object
-from megatron_vlbridge.checkpoint.staging import Finished, sync
-from megatron_vlbridge.checkpoint.torch_dist import TRACKER
+from megatron_vlbridge.checkpoint.staging import Finished
 from megatron_vlbridge.errors import VLBridgeError
 
 CHECKSUMS = "vlbridge-checksums.json"
@@ -22,8 +22,11 @@ Range = tuple[int, int, str]
 """First byte, length, SHA-256."""
 
 
-def write_checksums(folder: Path, finished: Sequence[Finished]) -> None:
-    """Note the checksums of all files below: the parts' own, and those of the small files now."""
+def write_checksums(folder: Path, finished: Sequence[Finished], origin: Mapping[str, Any]) -> None:
+    """Note the checksums of all files below: the parts' own, and those of the small files now.
+
+    `origin` (see `staged_folder`) is noted beside them: what the result was made from.
+    """
     files: dict[str, list[Range]] = {}
     for part in sorted(finished, key=lambda part: (part.file, part.start)):
         files.setdefault(part.file, []).append((part.start, part.length, part.sha256))
@@ -33,9 +36,28 @@ def write_checksums(folder: Path, finished: Sequence[Finished]) -> None:
         if path.is_file() and name not in files and name not in (TRACKER, CHECKSUMS):
             size = path.stat().st_size
             files[name] = [(0, size, digest_range(path, 0, size))]
-    text = json.dumps({"version": 1, "sha256": files}, indent=1)
+    text = json.dumps({"version": 1, "sha256": files, "origin": origin}, indent=1)
     (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
-    sync(folder / CHECKSUMS)
+
+
+def read_origin(folder: Path) -> dict[str, Any] | None:
+    """What a result was made from, None where the folder is not a result or does not say it.
+
+    Raises VLBridgeError, naming the file, where one of its files is missing or has another length.
+    """
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return None
+    origin = load_json_object(path).get("origin")
+    for name, ranges in _read_checksums(path).items():
+        expected = sum(count for _, count, _ in ranges)
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != expected:
+            raise VLBridgeError(
+                f"{folder / name}: expected {expected} bytes, as it was written, found {found or 'no such file'}. "
+                f"Remove {folder} and convert again."
+            )
+    return origin if isinstance(origin, dict) else None
 
 
 def verify_checksums(folder: str | Path) -> Report:

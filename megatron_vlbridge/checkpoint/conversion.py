@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_vlbridge.checkpoint.checksums import write_checksums
+from megatron_vlbridge.checkpoint.checksums import read_origin, write_checksums
 from megatron_vlbridge.checkpoint.engine import Options, Writer, digest_range, run
-from megatron_vlbridge.checkpoint.staging import Staging, earlier_work, staged_folder
+from megatron_vlbridge.checkpoint.staging import Staging, earlier_work, first_difference, is_free, staged_folder, sweep
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Plan
 
@@ -27,7 +28,8 @@ class Conversion:
     """What an import or export will do. Nothing has been written; every tensor of both sides is accounted for.
 
     `complete(folder)` adds the files beside the weights, `check(folder)` reads the written headers back.
-    `notes` says in words what else than a plain copy will be done.
+    `notes` says in words what else than a plain copy will be done; `options` are those that decide the result, in the
+    spelling of the command line.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Conversion:
     complete: Callable[[Path], None]
     check: Callable[[Path], None]
     notes: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -67,26 +70,50 @@ class Conversion:
         }
 
     def run(self, options: Options | None = None, *, resume: bool = False) -> Path:
-        """Write the result, and return its folder.
+        """Write the result, and return its folder. With `resume`, a result that is complete is left as it is.
 
-        Raises VLBridgeError where the target exists or is being written, the disk is too small or fails, a file of
+        Raises VLBridgeError where the target is taken or is being written, the disk is too small or fails, a file of
         the source is damaged, and where an interrupted run's work is there that is not to be, or cannot be, continued.
         """
         options = options or Options()
         options.threads(self.writer.block_bytes)
-        with staged_folder(self.target, self._origin(), resume=resume) as staging:
+        if resume and self.is_complete():
+            sweep(self.target)
+            return self.target
+        origin = self.origin()
+        with staged_folder(self.target, origin, resume=resume) as staging:
             self.check_space(staging)
             finished = run(self.writer, staging, options)
             self.complete(staging.folder)
             self.check(staging.folder)
-            write_checksums(staging.folder, finished)
+            write_checksums(staging.folder, finished, origin)
         return self.target
+
+    def is_complete(self) -> bool:
+        """Whether the target is already the result of this conversion: same source, same options, every file there.
+
+        Raises VLBridgeError where it is the result of another conversion, naming the first difference, or where a file
+        of it is missing or has another length.
+        """
+        if is_free(self.target):
+            return False
+        noted = read_origin(self.target)
+        if noted is None:
+            return False
+        before, now = (_lasting(origin) for origin in (noted, json.loads(json.dumps(self.origin()))))
+        if before != now:
+            raise VLBridgeError(
+                f"{self.target}: expected the result of this conversion, found that of another: "
+                f"{first_difference(before, now)}. Remove it or use another name."
+            )
+        return True
 
     def check_run(self, options: Options | None = None, *, resume: bool = False) -> None:
         """Refuse what `run` would refuse before the first byte; writes nothing."""
         options = options or Options()
         options.threads(self.writer.block_bytes)
-        self._check_room(earlier_work(self.target, self._origin(), resume=resume))
+        if not (resume and self.is_complete()):
+            self._check_room(earlier_work(self.target, self.origin(), resume=resume))
 
     def check_space(self, staging: Staging) -> None:
         """Refuse a disk that has no room for what is still to be written."""
@@ -100,13 +127,14 @@ class Conversion:
             text = f"expected room for {missing} bytes, found {free}. Make room or take another disk."
             raise VLBridgeError(f"{self.target}: {text}")
 
-    def _origin(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
         """What must not change between a run that was interrupted and the one that continues it."""
         moves = "\n".join(f"{move.hf} {move.megatron} {move.transposed}" for move in self.plan.table.moves)
         sides = (self.plan.hf, self.plan.megatron)
         specs = "\n".join(f"{name} {spec}" for side in sides for name, spec in side.items())
         return {
             "kind": self.kind,
+            "options": dict(self.options),
             "layout": _LAYOUT,
             "torch": torch.__version__,
             "rules": _digest(moves),
@@ -123,6 +151,11 @@ class Conversion:
             place = self.writer.place(number)
             texts.setdefault(place.file, []).append(f"{number} {place.start} {size} {place.holds}")
         return {file: _digest("\n".join(parts)) for file, parts in texts.items()}
+
+
+def _lasting(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a result, without what decides only whether its parts can be continued."""
+    return {key: value for key, value in origin.items() if key not in ("layout", "torch", "files")}
 
 
 def free_bytes(target: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,12 +20,14 @@ from megatron_vlbridge.checkpoint.dtypes import as_dtype, check_dtypes, hf_tenso
 from megatron_vlbridge.checkpoint.engine import Options
 from megatron_vlbridge.checkpoint.extras import listed, read_notes
 from megatron_vlbridge.checkpoint.hub import find_folder
+from megatron_vlbridge.checkpoint.portable_config import differences_in_4
 from megatron_vlbridge.checkpoint.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.safetensors import (
     DEFAULT_SHARD_BYTES,
     INDEX,
     SafetensorsFolder,
     SafetensorsWriter,
+    load_json_object,
     plan_shards,
 )
 from megatron_vlbridge.checkpoint.side_files import Like, copy_side_files, find_like, keep_side_files, side_files
@@ -32,7 +35,7 @@ from megatron_vlbridge.checkpoint.source import open_source
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
 from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
 from megatron_vlbridge.config import Config, read_config
-from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families import ExpertForm, Family
 from megatron_vlbridge.families.experts import find_names
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
@@ -74,6 +77,7 @@ def export_checkpoint(
     dtype: str | torch.dtype | None = None,
     experts: str | None = None,
     max_shard_size: int | None = None,
+    portable_config: bool = False,
     options: Options | None = None,
     resume: bool = False,
 ) -> Path:
@@ -84,7 +88,8 @@ def export_checkpoint(
     holds none. Shards are those of that source, or at most `max_shard_size` bytes each (5 GB where the source does not
     tell); experts have the form that they have there, or `experts`. Names are those of the Hub. Tensors of `like` that
     are no part of the model are copied unchanged. `dtype` converts all weights; by default they keep what the Megatron
-    checkpoint holds. Where that is another than the source's, config.json names the new one. `options` and `resume` are
+    checkpoint holds. Where that is another than the source's, config.json names the new one. With `portable_config` it
+    is written so that transformers 4.57 and 5.x read the same model from it. `options` and `resume` are
     those of `import_checkpoint`.
 
     Raises VLBridgeError, and leaves nothing under the new name, when the two do not fit each other exactly, a file is
@@ -94,7 +99,13 @@ def export_checkpoint(
     Example: `export_checkpoint("run", "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
     """
     plan = plan_export(
-        megatron_folder, hf_folder, like=like, dtype=dtype, experts=experts, max_shard_size=max_shard_size
+        megatron_folder,
+        hf_folder,
+        like=like,
+        dtype=dtype,
+        experts=experts,
+        max_shard_size=max_shard_size,
+        portable_config=portable_config,
     )
     return plan.run(options, resume=resume)
 
@@ -137,7 +148,12 @@ def plan_import(
         complete=lambda folder: keep_side_files(weights, folder, experts, source.left, wanted),
         check=lambda folder: _check_written(folder, TorchDistFolder(folder).table, megatron),
         notes=tuple(_import_notes(weights, source.left)),
+        options={"--dtype": _name(wanted), "--experts": experts, "--leave-out": list(leave_out)},
     )
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _import_notes(weights: SafetensorsFolder, left: Sequence[str]) -> Iterator[str]:
@@ -154,13 +170,23 @@ def plan_export(
     dtype: str | torch.dtype | None = None,
     experts: str | None = None,
     max_shard_size: int | None = None,
+    portable_config: bool = False,
 ) -> Conversion:
     """What `export_checkpoint` would do, proved from headers alone; arguments and errors are the same."""
     source = Path(megatron_folder)
+    weights = TorchDistFolder(source)
     model = find_like(source, like)
-    return plan_export_of(
-        TorchDistFolder(source), hf_folder, model, dtype=dtype, experts=experts, max_shard_size=max_shard_size
+    plan = plan_export_of(
+        weights,
+        hf_folder,
+        model,
+        dtype=dtype,
+        experts=experts,
+        max_shard_size=max_shard_size,
+        portable_config=portable_config,
     )
+    named = None if like is None else str(model.folder.resolve())
+    return replace(plan, options={**plan.options, "--like": named})
 
 
 class MegatronWeights(Protocol):
@@ -194,6 +220,7 @@ def plan_export_of(
     dtype: str | torch.dtype | None = None,
     experts: str | None = None,
     max_shard_size: int | None = None,
+    portable_config: bool = False,
 ) -> Conversion:
     """The export of `weights` with the other files of `model`; arguments and errors are those of `plan_export`."""
     target = Path(hf_folder)
@@ -222,7 +249,8 @@ def plan_export_of(
     files, index = _shards(hf, model, max_shard_size)
 
     def complete(folder: Path) -> None:
-        copy_side_files(model.folder, folder, wanted or model.dtype_to_name(plan.hf))
+        portable = config if portable_config else None
+        copy_side_files(model.folder, folder, wanted or model.dtype_to_name(plan.hf), portable=portable)
         if index is not None:
             shutil.copyfile(index, folder / INDEX)
 
@@ -237,7 +265,17 @@ def plan_export_of(
         side_files=tuple(side_files(model.folder)),
         complete=complete,
         check=lambda folder: _check_written(folder, SafetensorsFolder(folder).table, hf),
-        notes=(*_form_notes(form, family), *_export_notes(model.folder, config, list(carried))),
+        notes=(
+            *_form_notes(form, family),
+            *_export_notes(model.folder, config, list(carried)),
+            *_config_notes(model.folder, config, portable_config),
+        ),
+        options={
+            "--dtype": _name(wanted),
+            "--experts": experts,
+            "--max-shard-size": max_shard_size,
+            "--portable-config": portable_config,
+        },
     )
 
 
@@ -277,6 +315,17 @@ def _export_notes(like: Path, config: Config, carried: Sequence[str]) -> Iterato
         yield f"copied unchanged from {like}, as no part of the model: {listed(carried)}"
 
 
+def _config_notes(like: Path, config: Config, portable: bool) -> Iterator[str]:
+    found = list(differences_in_4(load_json_object(like / "config.json"), config))
+    if found and portable:
+        yield f"config.json is written for transformers 4.57 too, which would have read {'; '.join(found)}"
+    elif found:
+        yield (
+            f"transformers 4.57 does not read config.json as 5.x does ({'; '.join(found)}): --portable-config (in "
+            "Python: portable_config=True) writes one that both read alike"
+        )
+
+
 def _own_names(model: Like, config: Config, family: Family) -> Iterable[str]:
     """What the model's tensors are called in the source, whose experts may have another form than the export's."""
     forms = (
@@ -295,7 +344,7 @@ def _carried(model: Like, known: Collection[str], family: Family) -> dict[str, T
     if names and model.weights is None:
         raise VLBridgeError(
             f"{model.folder}: expected only tensors of a {family.architecture}, found more: {listed(names)}. "
-            "Give like=, the Hugging Face folder that holds them."
+            "Give --like (in Python: like=), the Hugging Face folder that holds them."
         )
     return {name: model.tensors[name][1] for name in names}
 
@@ -305,7 +354,7 @@ def _check_written(folder: Path, found: Mapping[str, TensorSpec], expected: Mapp
         if found.get(name) != expected.get(name):
             raise VLBridgeError(
                 f"{folder}: {name}: expected to read back {expected.get(name)}, found {found.get(name)}. "
-                "The disk does not keep what is written: take another."
+                "Read-back mismatch: the storage returned different data. Use another disk."
             )
 
 
@@ -314,7 +363,7 @@ def _shards(
 ) -> tuple[dict[str, str], Path | None]:
     """Tensor -> file, and the source's own index where it still says the truth about sizes and files."""
     if max_shard_size is not None and max_shard_size <= 0:
-        raise VLBridgeError(f"max_shard_size: expected a positive number of bytes, found {max_shard_size}.")
+        raise UsageError(f"max_shard_size: expected a positive number of bytes, found {max_shard_size}.")
     if max_shard_size is not None or model.tensors.keys() != hf.keys():
         return plan_shards(hf, max_shard_size or DEFAULT_SHARD_BYTES), None
     files = {name: file for name, (file, _) in model.tensors.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_vlbridge.checkpoint.raw import Filler, split
-from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
 
 Tensors = Mapping[str, TensorSpec]
@@ -86,7 +86,7 @@ def narrow_into(region: Region, out: torch.Tensor, fill: Filler) -> None:
         if not torch.equal(part.float().view(torch.int32), bits):
             raise VLBridgeError(
                 f"{region.name}: expected float32 numbers that fit into {out.dtype}, which it had before the import, "
-                "found others: they were trained since. Say with dtype= which one all weights are to have."
+                "found others: they were trained since. Give --dtype (in Python: dtype=), one for all weights."
             )
 
 
@@ -110,4 +110,4 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return dtype if isinstance(dtype, torch.dtype) else None
     if isinstance(dtype, str) and dtype in _DTYPES:
         return _DTYPES[dtype]
-    raise VLBridgeError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}.")
+    raise UsageError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}.")

@@ -17,7 +17,7 @@ import torch
 
 from megatron_vlbridge.checkpoint.raw import SPAN_BYTES
 from megatron_vlbridge.checkpoint.staging import Finished, Staging, sync
-from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.errors import UsageError
 from megatron_vlbridge.weights import TensorSpec
 from megatron_vlbridge.weights.regions import Shape
 
@@ -109,14 +109,14 @@ class Options:
     def threads(self, block_bytes: int) -> int:
         """How many workers the memory admits.
 
-        Raises VLBridgeError where that is none.
+        Raises UsageError where that is none.
         """
         wanted = self.workers if self.workers is not None else len(os.sched_getaffinity(0))
         if wanted < 1:
-            raise VLBridgeError(f"workers: expected at least 1, found {wanted}.")
+            raise UsageError(f"workers: expected at least 1, found {wanted}.")
         least = self.needed(block_bytes, 1)
         if least > self.memory:
-            raise VLBridgeError(f"memory: expected at least {least} bytes for this checkpoint, found {self.memory}.")
+            raise UsageError(f"memory: expected at least {least} bytes for this checkpoint, found {self.memory}.")
         return max(count for count in range(1, wanted + 1) if self.needed(block_bytes, count) <= self.memory)
 
     def needed(self, block_bytes: int, threads: int) -> int:

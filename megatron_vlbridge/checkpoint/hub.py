@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from megatron_vlbridge.checkpoint.formats import reject_file
 from megatron_vlbridge.errors import VLBridgeError
 
 _REPOSITORY = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -27,6 +28,7 @@ def find_folder(name: str | Path, *, weights: bool = True) -> Path:
     match = _REPOSITORY.fullmatch(name) if isinstance(name, str) else None
     if str(name) and path.is_dir():
         return path
+    reject_file(path)
     if match is None:
         raise VLBridgeError(f"{name}: expected a folder or the id of a Hub repository, found neither. Check the name.")
     from huggingface_hub import snapshot_download

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.extras import read_notes
+from megatron_vlbridge.checkpoint.formats import is_megatron
 from megatron_vlbridge.checkpoint.hub import find_folder
 from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, is_torch_dist
+from megatron_vlbridge.checkpoint.stages import layer_ranges, split_arguments, split_layers
+from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
 from megatron_vlbridge.checkpoint.verify import find_config
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.weights import TensorSpec
 
 # The first pattern that a name matches, of either side's names, is its part.
@@ -58,17 +60,16 @@ class Inspection:
         return dict(Counter(str(spec.dtype).removeprefix("torch.") for spec in self.table.values()))
 
     def stages(self, pp: int) -> list[range]:
-        """The decoder layers of each pipeline stage, cut evenly.
+        """The decoder layers of each pipeline stage, split as evenly as Megatron can (`stages.py`).
 
-        Raises VLBridgeError where that cannot be done.
+        Raises UsageError where there are fewer layers than stages, and VLBridgeError where no config is known.
         """
         if self.config is None:
             raise VLBridgeError(f"{self.folder}: expected a config to count the layers by, found none.")
         layers = self.config.text.num_layers
-        if pp < 1 or layers % pp:
-            raise VLBridgeError(f"{self.folder}: pp: expected a divisor of {layers} layers, found {pp}.")
-        each = layers // pp
-        return [range(stage * each, (stage + 1) * each) for stage in range(pp)]
+        if not 1 <= pp <= layers:
+            raise UsageError(f"{self.folder}: pp: expected 1 to {layers} stages for {layers} layers, found {pp}.")
+        return layer_ranges(split_layers(layers, pp))
 
     def as_json(self, pp: int | None = None) -> dict[str, Any]:
         """Everything, in JSON's types; sizes in bytes."""
@@ -86,7 +87,9 @@ class Inspection:
             },
         }
         if pp is not None:
-            result["stages"] = [[stage.start, stage.stop] for stage in self.stages(pp)]
+            stages = self.stages(pp)
+            result["stages"] = [[stage.start, stage.stop] for stage in stages]
+            result["arguments"] = split_arguments(list(map(len, stages)))
         return result
 
 
@@ -100,7 +103,7 @@ def inspect(name: str | Path) -> Inspection:
     config = find_config(name)
     if config is not None:
         families.find(config)
-    if is_torch_dist(Path(name)):
+    if is_megatron(Path(name)):
         weights = TorchDistFolder(name)
         return Inspection(weights.folder, "megatron", config, weights.table)
     folder = find_folder(name)
@@ -110,6 +113,13 @@ def inspect(name: str | Path) -> Inspection:
 
 def _part(name: str) -> str:
     return next((part for part, pattern in _PARTS if re.search(pattern, name)), "other")
+
+
+def _stage_lines(stages: Sequence[range]) -> Iterator[str]:
+    for number, stage in enumerate(stages):
+        yield f"  stage {number}: layers {stage.start} to {stage.stop - 1}"
+    if arguments := split_arguments(list(map(len, stages))):
+        yield f"  {stages[-1].stop} layers do not divide by {len(stages)}: give Megatron {' '.join(arguments)}"
 
 
 def table_lines(found: Inspection, pp: int | None = None) -> list[str]:
@@ -125,7 +135,6 @@ def table_lines(found: Inspection, pp: int | None = None) -> list[str]:
         *(f"  {part:<16}{count:>18,}" for part, count in found.parameters.items()),
     ]
     if pp is not None:
-        stages = enumerate(found.stages(pp))
-        lines += [f"  stage {number}: layers {stage.start} to {stage.stop - 1}" for number, stage in stages]
+        lines += _stage_lines(found.stages(pp))
     width = max(map(len, found.table), default=0)
     return lines + [f"{name:<{width}}  {spec}" for name, spec in found.table.items()]

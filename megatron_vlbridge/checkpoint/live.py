@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_vlbridge.checkpoint.config_differences import config_differences
 from megatron_vlbridge.checkpoint.hub import find_folder
 from megatron_vlbridge.checkpoint.raw import gather_into
 from megatron_vlbridge.checkpoint.shards import (
@@ -70,14 +71,14 @@ def _prove(source: Source) -> None:
 
 def check_config(folder: Path, config: Config, module: Any) -> None:
     """Refuse a folder whose config is not the one that the model was built from."""
-    built: Config = module.checkpoint
-    for part in ("architecture", "text", "vision", "tie_word_embeddings"):
-        expected, found = getattr(built, part), getattr(config, part)
-        if expected != found:
-            raise VLBridgeError(
-                f"{folder}: {part}: expected {expected}, as the model was built, found {found}. "
-                "Build the model from this folder's config."
-            )
+    lines = [
+        f"{name}: expected {expected}, as the model was built, found {found}"
+        for name, expected, found in config_differences(module.checkpoint, config)
+    ]
+    if lines:
+        text = lines[0] if len(lines) == 1 else f"{len(lines)} differences:\n  " + "\n  ".join(lines)
+        end = ". " if len(lines) == 1 else "\n"
+        raise VLBridgeError(f"{folder}: {text}{end}Build the model from this folder's config.")
 
 
 def _check_every_parameter_is_filled(module: torch.nn.Module, shards: Sequence[Shard]) -> None:

@@ -28,6 +28,8 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family
 from megatron_vlbridge.weights import Region
 
+_ORIGIN = {"kind": "save"}
+
 
 @torch.no_grad()
 def save_hf(
@@ -38,6 +40,7 @@ def save_hf(
     dtype: str | torch.dtype | None = None,
     experts: str | None = None,
     max_shard_size: int | None = None,
+    portable_config: bool = False,
 ) -> Path:
     """Write a live, sharded model as a Hugging Face checkpoint, and return the new folder.
 
@@ -66,10 +69,19 @@ def save_hf(
         family = families.find(config)
         rules = family.table_for(config, source.table, experts or source.experts)
         wanted = as_dtype(dtype)
-    options = {"folder": str(target), "dtype": str(dtype), "experts": experts, "max_shard_size": max_shard_size}
+    files = {"max_shard_size": max_shard_size, "portable_config": portable_config}
+    options = {"folder": str(target), "dtype": str(dtype), "experts": experts, **files}
     weights = LiveWeights(model, rules, wanted, options)
     with together():
-        plan = plan_export_of(weights, target, source, dtype=wanted, experts=experts, max_shard_size=max_shard_size)
+        plan = plan_export_of(
+            weights,
+            target,
+            source,
+            dtype=wanted,
+            experts=experts,
+            max_shard_size=max_shard_size,
+            portable_config=portable_config,
+        )
     _Save(plan, weights, family).run()
     return target
 
@@ -85,7 +97,7 @@ class _Save:
         first = self.weights.rank == 0
         with ExitStack() as stack:
             with together():
-                staging = stack.enter_context(staged_folder(self.plan.target, {"kind": "save"})) if first else None
+                staging = stack.enter_context(staged_folder(self.plan.target, _ORIGIN)) if first else None
                 if staging is not None:
                     self.plan.check_space(staging)
                     self.writer.prepare(staging.folder)
@@ -122,7 +134,7 @@ class _Save:
             if isinstance(failure, VLBridgeError):
                 raise failure
             if failure is not None:
-                text = f"expected to write it, found: {failure}. See to space and rights, and retry."
+                text = f"expected to write it, found: {failure}. Check free space and permissions, and retry."
                 raise VLBridgeError(f"{self.plan.target}: {text}") from failure
         parts = [part for share in gather(done) for part in share]
         return sorted(parts, key=lambda part: part.number)
@@ -147,4 +159,4 @@ class _Save:
         self.writer.finish(folder, [Written(part.file, part.start, part.length) for part in finished])
         self.plan.complete(folder)
         self.plan.check(folder)
-        write_checksums(folder, finished)
+        write_checksums(folder, finished, _ORIGIN)

@@ -185,7 +185,7 @@ def _check_held(rules: RuleTable, held: Sequence[Sequence[_Entry]]) -> None:
         except VLBridgeError as error:
             raise VLBridgeError(
                 f"{_SOURCE}: expected one rank to hold the main replica of each weight, found two: {error}. "
-                "See to the replica_id in the module's sharded_state_dict."
+                "Check the replica_id in the module's sharded_state_dict."
             ) from error
 
 

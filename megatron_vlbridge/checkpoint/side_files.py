@@ -16,7 +16,9 @@ import torch
 
 from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.hub import find_folder
+from megatron_vlbridge.checkpoint.portable_config import differences_in_4, make_portable
 from megatron_vlbridge.checkpoint.safetensors import INDEX, SafetensorsFolder, is_file_name, is_plain, load_json_object
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import TensorSpec
 
@@ -85,23 +87,29 @@ def side_files(folder: Path) -> list[Path]:
     return found
 
 
-def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+def copy_side_files(
+    source: Path, target: Path, dtype: torch.dtype | None = None, *, portable: Config | None = None
+) -> None:
     """Copy those files unchanged, but for what config.json says of weights that are no longer so.
 
-    That is their quantisation, and the dtype that it names, where all were converted to `dtype`.
+    That is their quantisation, and the dtype that it names, where all were converted to `dtype`. Where `portable` is
+    given, what config.json means, it is written for transformers 4.57 too (`portable_config.py`).
     """
     target.mkdir(exist_ok=True)
     for path in side_files(source):
         if path.name == "config.json":
-            (target / path.name).write_bytes(_config_of(path, dtype))
+            (target / path.name).write_bytes(_config_of(path, dtype, portable))
         else:
             shutil.copyfile(path, target / path.name)
 
 
-def _config_of(path: Path, dtype: torch.dtype | None) -> bytes:
+def _config_of(path: Path, dtype: torch.dtype | None, portable: Config | None) -> bytes:
     """The bytes of a config.json for weights that are not quantised and have this dtype (None: as it says)."""
     content, config = path.read_bytes(), load_json_object(path)
-    if config.pop(_QUANTISATION, None) is not None:
+    changed = config.pop(_QUANTISATION, None) is not None
+    if portable is not None and any(differences_in_4(config, portable)):
+        config, changed = make_portable(config, portable), True
+    if changed:
         content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     if dtype is None:
         return content
@@ -151,8 +159,9 @@ def find_like(source: Path, like: str | Path | None) -> Like:
     """
     if like is not None:
         folder = find_folder(like)
-        if (folder / FACTS).is_file():
-            return _read_facts(folder)
+        for place in (folder, folder / SIDE_FOLDER):
+            if (place / FACTS).is_file():
+                return _read_facts(place)
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.safetensors.index.json")):
             return Like(folder, {})
         weights = SafetensorsFolder(folder)
@@ -163,7 +172,7 @@ def find_like(source: Path, like: str | Path | None) -> Like:
             return _read_facts(folder)
     raise VLBridgeError(
         f"{source}: expected {SIDE_FOLDER}/{FACTS}, as an import leaves it, found none (a training run keeps weights "
-        "only). Give like=, the Hugging Face folder that the training started from."
+        "only). Give --like (in Python: like=), the Hugging Face folder that the training started from."
     )
 
 

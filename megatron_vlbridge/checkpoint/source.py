@@ -11,6 +11,7 @@ import torch
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.dtypes import check_dtypes
 from megatron_vlbridge.checkpoint.extras import left_out
+from megatron_vlbridge.checkpoint.formats import reject_megatron
 from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder, row_blocks
 from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.errors import VLBridgeError
@@ -39,6 +40,7 @@ def open_source(folder: Path, *, experts: str | None = None, leave_out: Sequence
     Raises VLBridgeError, naming file and tensor, for damaged files, numbers that are no weights, scales that are none,
     a tied head that is another, and patterns that fit nothing or the model's own tensors.
     """
+    reject_megatron(folder)
     config = read_config(folder)
     family = families.find(config)
     weights = SafetensorsFolder(folder)

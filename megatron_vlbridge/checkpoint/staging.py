@@ -49,38 +49,39 @@ class Staging:
 def staged_folder(target: Path, origin: Mapping[str, Any], *, resume: bool = False) -> Iterator[Staging]:
     """A folder to work in; flushed and renamed to `target` at the end.
 
-    `origin` says, in JSON's types, what the result is made from and how; work is continued only where it is the same.
-    After an error or an interruption, finished parts stay for a run with `resume`; where there are none, nothing does.
+    `target` must not exist, or be an empty folder. `origin` says, in JSON's types, what the result is made from and
+    how; work is continued only where it is the same. After an error or an interruption, finished parts stay for a run
+    with `resume`; where there are none, nothing does.
 
-    Raises VLBridgeError where `target` exists, another run is writing it, an interrupted run's work is there and
+    Raises VLBridgeError where `target` is taken, another run is writing it, an interrupted run's work is there and
     `resume` is false or the origin has changed, and for what the file system refuses (a full disk, missing rights).
     """
     work = _work_of(target)
     try:
-        _sweep(target, work)
+        sweep(target)
         _check_free(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target, work):
-            _sweep(target, work)
+            sweep(target)
             _check_free(target)
             staging = _begin(target, work, origin, resume)
             try:
                 yield staging
                 sync_tree(staging.folder)
-                _check_free(target)  # a rename would replace an empty folder
-                staging.folder.rename(target)
+                _check_free(target)
+                staging.folder.rename(target)  # in the place of an empty folder; fails where it is no longer empty
                 sync(target.parent)
             except VLBridgeError as error:
                 raise VLBridgeError(f"{error} {_what_is_left(work, staging)}") from error
             except OSError as error:
-                text = f"{target}: expected to write it, found: {error}. See to space and rights, and retry."
+                text = f"{target}: expected to write it, found: {error}. Check free space and permissions, and retry."
                 raise VLBridgeError(f"{text} {_what_is_left(work, staging)}") from error
             except BaseException:
                 _what_is_left(work, staging)
                 raise
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        text = f"{target}: expected to write it, found: {error}. See to space and rights, and retry."
+        text = f"{target}: expected to write it, found: {error}. Check free space and permissions, and retry."
         raise VLBridgeError(text) from error
 
 
@@ -99,7 +100,7 @@ def earlier_work(target: Path, origin: Mapping[str, Any], *, resume: bool = Fals
                 held.enter_context(_locked(target, work))
             return _continued(target, work, origin, resume)
     except OSError as error:
-        text = f"{target}: expected to write it, found: {error}. See to space and rights, and retry."
+        text = f"{target}: expected to write it, found: {error}. Check free space and permissions, and retry."
         raise VLBridgeError(text) from error
 
 
@@ -124,16 +125,28 @@ def _what_is_left(work: Path, staging: Staging) -> str:
     return "Nothing was left there."
 
 
-def _sweep(target: Path, work: Path) -> None:
+def sweep(target: Path) -> None:
     """Remove what is left beside a result by a run that was killed between its last two steps."""
-    if target.exists() and work.exists() and not (work / "result").exists():
+    work = _work_of(target)
+    if not is_free(target) and work.exists() and not (work / "result").exists():
         shutil.rmtree(work, ignore_errors=True)
 
 
+def is_free(target: Path) -> bool:
+    """Whether a result may get this name: nothing has it, or an empty folder that a rename can replace."""
+    if target.is_symlink() or target.is_mount() or target.name in ("", ".."):
+        return False
+    try:
+        return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    except PermissionError:
+        return False
+
+
 def _check_free(target: Path) -> None:
-    if target.exists() or target.is_symlink():
+    if not is_free(target):
+        found = "a mount point" if target.is_mount() else "something there"
         raise VLBridgeError(
-            f"{target}: expected a name that is free, found something there. Remove it or take another."
+            f"{target}: expected a name that is free, or an empty folder, found {found}. Remove it or use another name."
         )
 
 
@@ -193,7 +206,7 @@ def _continued(target: Path, work: Path, origin: Mapping[str, Any], resume: bool
             f"{work}. Continue it with --resume, or remove that folder."
         )
     if finished and before != origin:
-        changed = _first_difference(before, origin)
+        changed = first_difference(before, origin)
         raise VLBridgeError(
             f"{target}: expected to continue from the same source with the same options, found {changed}. "
             f"Give the source and the options of that run, or remove {work} and begin again."
@@ -217,12 +230,13 @@ def _read_journal(path: Path) -> tuple[Any, dict[int, Finished]]:
     return origin, finished
 
 
-def _first_difference(before: Any, now: Any, where: str = "") -> str:
-    """The first place in which two JSON values differ, in words."""
+def first_difference(before: Any, now: Any, where: str = "") -> str:
+    """The first place in which two JSON values differ, in words. Options have the names of the command line."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*now, *(key for key in before if key not in now)]:
             if before.get(key) != now.get(key):
-                return _first_difference(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
+                inner = f"{where}.{key}" if where not in ("", "options") else str(key)
+                return first_difference(before.get(key), now.get(key), inner)
     return f"{where or 'origin'} {_in_words(now)} where it was {_in_words(before)}"
 
 

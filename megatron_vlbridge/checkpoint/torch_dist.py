@@ -16,15 +16,19 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_vlbridge.checkpoint.dcp_metadata import read_metadata, shown
+from megatron_vlbridge.checkpoint.formats import (
+    FORMAT,
+    TRACKER,
+    reject_file,
+    reject_hugging_face,
+    reject_other_formats,
+)
 from megatron_vlbridge.checkpoint.raw import Stored, gather_into, span_of
 from megatron_vlbridge.checkpoint.safetensors import MAX_DIMS, MAX_SIZE, is_file_name, load_json_object
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families.spellings import strip_wrappers
 from megatron_vlbridge.weights import Region, TensorSpec, mixed_stacks, stack_layers
 from megatron_vlbridge.weights.regions import RegionIndex, Shape, check_exact_cover
-
-TRACKER = "latest_checkpointed_iteration.txt"
-FORMAT = "metadata.json"
 
 _WRAPPERS = ("module.", "model.")
 _FRAME_BYTES = 64 * 2**10
@@ -51,18 +55,16 @@ class _SafeReader(FileSystemReader):
         return tensor, info.offset + start
 
 
-def is_torch_dist(folder: Path) -> bool:
-    """Whether a folder looks like a Megatron checkpoint, whole or damaged."""
-    return (folder / ".metadata").exists() or (folder / TRACKER).exists()
-
-
 def locate(folder: str | Path) -> Path:
     """The folder of one saved iteration: `folder` itself, or the one that its tracker file names."""
     folder = Path(folder)
+    reject_file(folder)
+    reject_other_formats(folder)
     if (folder / ".metadata").is_file():
         return folder
     tracker = folder / TRACKER
     if not tracker.is_file():
+        reject_hugging_face(folder)
         raise VLBridgeError(
             f"{folder}: expected a torch_dist checkpoint (.metadata) or {TRACKER}, found neither. "
             "Give the folder that Megatron saved to, or one iteration in it."
@@ -71,6 +73,7 @@ def locate(folder: str | Path) -> Path:
     if text != "release" and not re.fullmatch("[0-9]{1,18}", text):
         raise VLBridgeError(f"{tracker}: expected an iteration or 'release', found {text!r:.60}. Name one by hand.")
     found = folder / ("release" if text == "release" else f"iter_{int(text):07}")
+    reject_other_formats(found)
     if not (found / ".metadata").is_file():
         raise VLBridgeError(f"{tracker}: it names {found.name}, expected .metadata there, found none. Copy it again.")
     return found
@@ -94,7 +97,10 @@ class TorchDistFolder:
         form = load_json_object(self.folder / FORMAT)
         if form.get("sharded_backend") != "torch_dist":
             found = form.get("sharded_backend")
-            raise VLBridgeError(f"{self.folder / FORMAT}: sharded_backend: expected torch_dist, found {found!r}.")
+            raise VLBridgeError(
+                f"{self.folder / FORMAT}: sharded_backend: expected torch_dist, found {found!r:.80}. "
+                "Load it with the version of Megatron that wrote it, and save it with --ckpt-format torch_dist."
+            )
         self._reader = _SafeReader(self.folder)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)

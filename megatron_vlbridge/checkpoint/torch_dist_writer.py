@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization
 
 from megatron_vlbridge.checkpoint.engine import PART_BYTES, Block, Place, Written
+from megatron_vlbridge.checkpoint.formats import FORMAT, TRACKER
 from megatron_vlbridge.checkpoint.raw import Filler
 from megatron_vlbridge.checkpoint.safetensors import row_blocks
-from megatron_vlbridge.checkpoint.torch_dist import FORMAT, TRACKER
 from megatron_vlbridge.weights import Region, TensorSpec
 
 _RELEASE = "release"

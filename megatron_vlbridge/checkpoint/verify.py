@@ -12,28 +12,31 @@ from pathlib import Path
 import torch
 
 from megatron_vlbridge import families
+from megatron_vlbridge.checkpoint.config_differences import config_differences
 from megatron_vlbridge.checkpoint.dtypes import megatron_tensors
+from megatron_vlbridge.checkpoint.formats import is_megatron
 from megatron_vlbridge.checkpoint.hub import find_folder
 from megatron_vlbridge.checkpoint.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.report import Difference, Report
 from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder, row_blocks
 from megatron_vlbridge.checkpoint.side_files import SIDE_FOLDER
 from megatron_vlbridge.checkpoint.source import check_scales, check_tied_head
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, is_torch_dist
+from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
 from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.families.experts import has_single_experts
 from megatron_vlbridge.weights import Plan, Region, RuleTable, TensorSpec
 
 _BLOCK_BYTES = 16 * 2**20
+_HF_UNIT = "Hugging Face tensors"
 
 Tensors = Mapping[str, TensorSpec]
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One checkpoint as Megatron tensors, whatever it is on the disk, and what else a Hugging Face folder holds.
+    """One checkpoint as Megatron or as Hugging Face tensors, and what else a Hugging Face folder holds.
 
-    `widened` are its own tensors that have a dtype beside others in one Megatron tensor.
+    `widened` are tensors of a Hugging Face folder that have a dtype beside others in one Megatron tensor.
     """
 
     folder: Path
@@ -41,13 +44,27 @@ class _Side:
     fill: Filler
     config: Config | None
     widened: Tensors = field(default_factory=dict)
+    unit: str = "Megatron tensors"
+
+
+@dataclass(frozen=True)
+class _HuggingFace:
+    """A Hugging Face folder: the tensors of the `model`, by its own `rules`, and `others`."""
+
+    folder: Path
+    config: Config
+    rules: RuleTable
+    model: Tensors
+    others: Tensors
+    read: Filler
 
 
 def verify(a: str | Path, b: str | Path, *, leave_out: Sequence[str] = (), experts: str | None = None) -> Report:
     """Compare two checkpoints, each a Hugging Face folder (or Hub id) or a Megatron folder, bit for bit.
 
-    Both are seen as Megatron tensors, so names, shards, layouts, forms of experts and rows that pad the vocabulary do
-    not matter; numbers and dtypes do. Weights in FP8 are compared as the bfloat16 numbers that they stand for.
+    Two Hugging Face folders are compared by their own tensors, all others as Megatron tensors, so names, shards,
+    layouts, forms of experts and rows that pad the vocabulary do not matter; values and dtypes do. Weights in FP8 are
+    compared as the bfloat16 numbers that they stand for.
     Optimizer state is passed over, and so are tensors of Hugging Face folders that the patterns `leave_out` fit, such
     as an import was told to leave out. Where a config is known on both sides, its architecture and sizes are compared.
     `experts` (an `ExpertForm`) is the form of fused experts in Hugging Face folders, where their shapes do not tell.
@@ -56,21 +73,20 @@ def verify(a: str | Path, b: str | Path, *, leave_out: Sequence[str] = (), exper
 
     Example: `verify("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron").equal`.
     """
-    config = find_config(a) or find_config(b)
-    left, right = (_open(name, config, leave_out, experts) for name in (a, b))
+    left, right = _open_both(a, b, leave_out, experts)
     differences = [*_compare_configs(left, right), *_compare_tables(left, right)]
     names = [name for name, spec in left.table.items() if right.table.get(name) == spec]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = pool.map(lambda name: _compare(name, left.table[name], left, right), names)
         differences += [difference for difference in found if difference is not None]
     nbytes = sum(left.table[name].nbytes for name in names)
-    return Report(str(left.folder), str(right.folder), len(names), nbytes, tuple(differences))
+    return Report(str(left.folder), str(right.folder), len(names), nbytes, tuple(differences), unit=left.unit)
 
 
 def find_config(name: str | Path) -> Config | None:
     """The config of a folder; a folder that a training run wrote has none."""
     folder = Path(name)
-    if not is_torch_dist(folder):
+    if not is_megatron(folder):
         return read_config(find_folder(name))
     for place in (folder / SIDE_FOLDER, folder.resolve().parent / SIDE_FOLDER):
         if (place / "config.json").is_file():
@@ -78,9 +94,18 @@ def find_config(name: str | Path) -> Config | None:
     return None
 
 
+def _open_both(a: str | Path, b: str | Path, leave_out: Sequence[str], experts: str | None) -> tuple[_Side, _Side]:
+    if is_megatron(Path(a)) or is_megatron(Path(b)):
+        config = find_config(a) or find_config(b)
+        return _open(a, config, leave_out, experts), _open(b, config, leave_out, experts)
+    left, right = (_read_hf(find_folder(name), leave_out, experts) for name in (a, b))
+    alike = not any(config_differences(left.config, right.config))
+    return _as_hf(left, left.rules), _as_hf(right, left.rules if alike else right.rules)
+
+
 def _open(name: str | Path, config: Config | None, leave_out: Sequence[str], experts: str | None) -> _Side:
-    if not is_torch_dist(Path(name)):
-        return _open_hf(find_folder(name), leave_out, experts)
+    if not is_megatron(Path(name)):
+        return _as_megatron(_read_hf(find_folder(name), leave_out, experts))
     weights = TorchDistFolder(name)
     own = find_config(name)
     known = own or config
@@ -93,7 +118,7 @@ def _open(name: str | Path, config: Config | None, leave_out: Sequence[str], exp
     return _Side(weights.folder, found, weights.read_into, own)
 
 
-def _open_hf(folder: Path, leave_out: Sequence[str], experts: str | None) -> _Side:
+def _read_hf(folder: Path, leave_out: Sequence[str], experts: str | None) -> _HuggingFace:
     config = read_config(folder)
     family = families.find(config)
     weights = SafetensorsFolder(folder)
@@ -109,8 +134,36 @@ def _open_hf(folder: Path, leave_out: Sequence[str], experts: str | None) -> _Si
     known = {name: spec for name, spec in hf.items() if name not in others}
     found, widened = megatron_tensors(table, known)
     Plan(table, known, found, widened=widened, hf_source=str(folder), megatron_source="the rules")
-    parts = {move.hf.name: known[move.hf.name] for move in table.moves if move.megatron.name in widened}
-    return _Side(folder, found | others, _through(table, weights.read_into), config, parts)
+    return _HuggingFace(folder, config, table, known, others, weights.read_into)
+
+
+def _as_megatron(hf: _HuggingFace) -> _Side:
+    found, widened = megatron_tensors(hf.rules, hf.model)
+    parts = {move.hf.name: hf.model[move.hf.name] for move in hf.rules.moves if move.megatron.name in widened}
+    return _Side(hf.folder, {**found, **hf.others}, _through(hf.rules, hf.read), hf.config, parts)
+
+
+def _as_hf(hf: _HuggingFace, rules: RuleTable) -> _Side:
+    """The folder's own tensors, or, where other rules hold experts in another form, its values as tensors of those."""
+    if rules.rules == hf.rules.rules:
+        return _Side(hf.folder, {**hf.model, **hf.others}, hf.read, hf.config, unit=_HF_UNIT)
+    table = {name: TensorSpec(shape, _dtype(hf, rules, name)) for name, shape in rules.hf_shapes.items()}
+    megatron = _through(hf.rules, hf.read)
+
+    def fill(region: Region, out: torch.Tensor) -> None:
+        if region.name in rules.hf_shapes:
+            gather_into(out, rules.megatron_sources(region), megatron)
+        else:
+            hf.read(region, out)
+
+    return _Side(hf.folder, {**table, **hf.others}, fill, hf.config, unit=_HF_UNIT)
+
+
+def _dtype(hf: _HuggingFace, rules: RuleTable, name: str) -> torch.dtype:
+    """The dtype that the values of a tensor of other rules have in the folder; float32 where there are several."""
+    pieces = rules.megatron_sources(Region.whole(name, rules.hf_shapes[name]))
+    dtypes = {hf.model[source.source.name].dtype for piece in pieces for source in hf.rules.hf_sources(piece.source)}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _through(table: RuleTable, read: Filler) -> Filler:
@@ -126,10 +179,8 @@ def _through(table: RuleTable, read: Filler) -> Filler:
 def _compare_configs(left: _Side, right: _Side) -> Iterable[Difference]:
     if left.config is None or right.config is None:
         return
-    for part in ("architecture", "text", "vision", "tie_word_embeddings"):
-        ours, theirs = getattr(left.config, part), getattr(right.config, part)
-        if ours != theirs:
-            yield Difference(f"config.json: {part}", f"{ours} and {theirs}")
+    for name, ours, theirs in config_differences(left.config, right.config):
+        yield Difference(f"config.json: {name}", f"{ours} and {theirs}")
 
 
 def _compare_tables(left: _Side, right: _Side) -> Iterable[Difference]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from megatron_vlbridge.data.media import Conversation, Video, load_image, load_video
+from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.media import DEFAULTS, Conversation, Video, load_image, load_video
 from megatron_vlbridge.data.messages import check_conversation, message_name, message_parts, message_text
 from megatron_vlbridge.data.turns import (
     TURN_END,
@@ -48,7 +50,13 @@ class Sample:
     unlearned: tuple[UnlearnedTurn, ...] = ()
 
 
-def encode_conversation(messages: Conversation, processor: ProcessorMixin, *, allow_no_loss: bool = False) -> Sample:
+def encode_conversation(
+    messages: Conversation,
+    processor: ProcessorMixin,
+    *,
+    allow_no_loss: bool = False,
+    media: MediaOptions = DEFAULTS,
+) -> Sample:
     """Encode a conversation in the Hugging Face messages format with a Qwen3-VL processor.
 
     A message is `{"role": "system" | "user" | "assistant", "content": ...}`; the content is a string or a list of
@@ -57,7 +65,7 @@ def encode_conversation(messages: Conversation, processor: ProcessorMixin, *, al
 
     The loss covers what an assistant says, byte for byte, and its closing `<|im_end|>`. A turn of which the chat
     template makes something else (a thinking model's template drops the reasoning of earlier turns, for instance) is
-    not learned, and listed in `Sample.unlearned`.
+    not learned, and listed in `Sample.unlearned`. `media` says how images and frames are read.
 
     Raises:
         VLBridgeError: a message is not of this form; a text holds a special token; the chat template changes what a
@@ -74,8 +82,8 @@ def encode_conversation(messages: Conversation, processor: ProcessorMixin, *, al
     """
     check_conversation(messages)
     _check_special_tokens(messages, _special_tokens(processor))
-    images = _load_media(messages, "image", load_image)
-    videos = _load_media(messages, "video", load_video)
+    images = _load_media(messages, "image", partial(load_image, options=media))
+    videos = _load_media(messages, "video", partial(load_video, options=media))
     text = without_outer_pair(render(messages, processor), processor)
     turns = match_turns(split_turns(text), messages, _placeholders(processor))
     encoded = _run_processor(text, images, videos, processor)

@@ -12,7 +12,8 @@ from transformers import ProcessorMixin
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.chat import Sample, encode_conversation
 from megatron_vlbridge.data.conversations import LocatedConversation, read_conversations
-from megatron_vlbridge.data.media import Conversation
+from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.media import DEFAULTS, Conversation
 from megatron_vlbridge.data.packing import build_pack, pack
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -42,6 +43,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         seed: of the shuffling.
         multiple_of: what each conversation's length is padded to inside a pack; 2 * the context-parallel size, if
             that is not 1. Room is left for the padding; the tensors stay without it.
+        media: how images and frames are read.
 
     Raises:
         VLBridgeError: processor and config do not fit each other; a conversation cannot be encoded or is longer than
@@ -64,6 +66,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         num_samples: int,
         seed: int = 0,
         multiple_of: int = 1,
+        media: MediaOptions = DEFAULTS,
     ) -> None:
         check_processor(processor, config)
         if not conversations:
@@ -74,6 +77,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.num_samples = num_samples
         self.seed = seed
         self.multiple_of = multiple_of
+        self.media = media
         self.assistant_turns = self.unlearned_turns = 0
         self._first_unlearned = ""
         sizes = np.array([self._size(index) for index in range(len(conversations))])
@@ -155,7 +159,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
 
     def _encoded(self, index: int) -> Sample:
         try:
-            return encode_conversation(self.conversations[index], self.processor)
+            return encode_conversation(self.conversations[index], self.processor, media=self.media)
         except VLBridgeError as error:
             raise VLBridgeError(f"{self._place(index)}: {error}") from error
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families.experts import ExpertForm, find_form, has_single_experts, moe_layers
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Rule, RuleTable, TensorSpec
@@ -38,7 +38,7 @@ class Family:
         if asked is None:
             return find_form(config, hf or {}, self.layers, self.expert_form)
         if asked not in tuple(ExpertForm):
-            raise VLBridgeError(f"experts: expected one of {', '.join(ExpertForm)}, found {asked!r}.")
+            raise UsageError(f"experts: expected one of {', '.join(ExpertForm)}, found {asked!r}.")
         if not moe_layers(config):
             raise VLBridgeError(
                 f"experts: expected none for a model without experts, found {asked!r}. Leave the option out."

@@ -16,6 +16,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_vlbridge.backends import cpu_runtime
 from megatron_vlbridge.checkpoint.hub import find_folder
 from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.training import console
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--random-weights", action="store_true", help="start from random weights")
     group.add_argument("--conversations", help="JSON lines of {'messages': [...]}, pictures by path")
     group.add_argument("--valid-conversations", help="the same, for evaluation")
+    limit = MediaOptions().max_image_pixels
+    group.add_argument("--max-image-pixels", type=int, default=limit, help="larger images are refused (%(default)s)")
     group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
     group.add_argument("--no-vision-balance", action="store_true", help="each context-parallel rank runs all frames")
     group.add_argument(
@@ -121,6 +124,8 @@ def _refuse_unproved(args: argparse.Namespace) -> None:
         found[f"optimizer {args.optimizer}"] = "use adam or sgd, which treat every number alike"
     if args.main_grads_dtype not in ("fp32", torch.float32):
         found[f"main_grads_dtype {args.main_grads_dtype}"] = "use fp32"
+    if args.ckpt_format != "torch_dist" and not args.ckpt_convert_format:
+        found[f"ckpt_format {args.ckpt_format}"] = "use torch_dist, the format that vlbridge exports"
     for name, remedy in found.items():
         raise VLBridgeError(
             f"--{name.replace('_', '-')} is not proved equal to transformers, so it is refused; {remedy}"

@@ -1,4 +1,4 @@
-"""How a training script that fails says so: one text, once, however many ranks fail.
+"""One report of a failed training script, however many of its ranks fail.
 
 Imports nothing but the standard library and this project's error type: it is in place before anything can fail.
 """
@@ -59,7 +59,8 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     if issubclass(kind, KeyboardInterrupt):
         return
     text = describe(error)
-    sys.stdout.flush()
+    # Ends a line that is being rewritten, too.
+    print(end="", flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         _report_to_torchrun(Path(file), text, refused=isinstance(error, VLBridgeError))
     else:
@@ -82,14 +83,14 @@ def _report_to_torchrun(file: Path, text: str, *, refused: bool) -> None:
     Source of the format: torch/distributed/elastic/multiprocessing/errors (torch 2.13).
     """
     # First, since torchrun lists every rank that a signal ended as a failure of its own.
-    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     extra = {"py_callstack": f"\n{text}", "timestamp": str(int(time.time()))}
     file.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
     if not refused:
         time.sleep(SECONDS_FOR_CRASHED_RANK)
     # attempt_0/reported beside attempt_0/<local rank>/error.json
     if _first_to_report(file.parent.parent / "reported"):
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     else:
         time.sleep(SECONDS_TO_BE_ENDED)
 

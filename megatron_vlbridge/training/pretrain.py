@@ -3,6 +3,8 @@
 import argparse
 import functools
 import importlib.util
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron_vlbridge.backends import cpu_runtime
 from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.config import read_config
+from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.mtp import embedding_ranks
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
@@ -87,11 +90,17 @@ def run(
     `model_provider` is called as Megatron's; it gives a :class:`Qwen3VLModel`.
 
     Raises:
-        VLBridgeError: on all ranks, where the dataset provider fails on one, or a layout is not proved.
+        VLBridgeError: on all ranks, where the dataset provider fails on one, or a layout is not proved; where no
+            launcher such as torchrun has started the script.
 
     Example:
         >>> run(parse_arguments(), my_dataset_provider)
     """
+    if not torch.distributed.is_initialized() and "MASTER_ADDR" not in os.environ:
+        raise VLBridgeError(
+            f"the ranks cannot find each other (MASTER_ADDR is not set): start the script with torchrun, as in "
+            f"torchrun --nproc_per_node 1 {sys.argv[0]} ..."
+        )
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
         # The wheel ships the built helpers without the Makefile that Megatron would run.
         megatron.core.datasets.utils.compile_helpers = _nothing

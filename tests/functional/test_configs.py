@@ -89,7 +89,8 @@ def make(folder: Path, case: Case) -> tuple[Path, list[reference.Conversation]]:
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
 # Deepstack features of three levels cross stages, are recomputed, and are cut by sequence and context parallelism.
 SPREAD = {
-    "stages": (Layout(tp=2, sp=True, pp=2, world=4), {}),
+    # The second stage takes the features of two levels.
+    "stages": (Layout(tp=2, sp=True, pp=2, stages="Et|tttL", world=4), {}),
     "context parallel, recomputed": (Layout(cp=2, world=2), RECOMPUTED),
 }
 

@@ -187,7 +187,6 @@ BOTH = [
     Point("shutil.copyfile", 1, "after"),
     *(Point(f"{CHECKPOINT}.conversion.write_checksums", 1, moment) for moment in ("before", "after")),
     Point(f"{CHECKPOINT}.checksums.digest_range", 1, "after"),
-    Point(f"{CHECKPOINT}.checksums.sync", 1, "before"),
     *(Point(f"{CHECKPOINT}.staging.sync_tree", 1, moment) for moment in ("before", "after")),
 ]
 NAMED = {kind: Point("os.rename", nth, "after") for kind, nth in (("import", 2), ("export", 1))}  # DCP renames too

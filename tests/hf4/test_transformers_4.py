@@ -1,6 +1,8 @@
 """Transformers 4.57, the first that knew these models: what it saves is imported, and what is exported it loads."""
 
+import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,36 +10,29 @@ import pytest
 import torch
 import transformers
 
-from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_export
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import ExpertForm
 from tests.hf4.logits import load, logits
-from tests.unit.test_convert import ROPE, TEXT, TOKENS, VISION, assert_same_bits, tensors
+from tests.hf4.save import save
+from tests.reference import relative_error
+from tests.unit.test_convert import assert_same_bits, tensors
 
 ROOT = Path(__file__).parents[2]
-# This transformers keeps the base beside the other parameters of the rotary embedding.
-ROPE_4: dict[str, Any] = {
-    "rope_theta": ROPE["rope_theta"],
-    "rope_scaling": {key: value for key, value in ROPE.items() if key != "rope_theta"},
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+TOLERANCE = 1e-5
+KINDS = ("dense", "experts")
 
 
-def write(folder: Path, kind: str, tied: bool) -> Path:
-    """A small checkpoint of random bfloat16 weights, as this transformers saves it."""
-    of = {"dense": "Qwen3VL", "experts": "Qwen3VLMoe"}[kind]
-    # The published files say it in both places; this transformers looks into the text's.
-    text = {key: value for key, value in TEXT.items() if key != "rope_parameters"} | ROPE_4
-    text |= (EXPERTS if kind == "experts" else {}) | {"tie_word_embeddings": tied}
-    config = getattr(transformers, f"{of}Config")(
-        text_config=text, vision_config=VISION, tie_word_embeddings=tied, **TOKENS
-    )
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{of}ForConditionalGeneration")(config).to(torch.bfloat16)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder, max_shard_size="60KB")
-    return folder
+def new_one(module: str, *arguments: object) -> None:
+    """Run a module with transformers 5."""
+    command = [ROOT / ".venv/bin/python", "-m", module, *arguments]
+    subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
+
+
+def logits_of_the_new_one(folder: Path) -> torch.Tensor:
+    file = folder.parent / f"{folder.name}.logits"
+    new_one("tests.hf4.logits", folder, file)
+    return torch.load(file)
 
 
 def test_it_is_the_old_one() -> None:
@@ -45,9 +40,9 @@ def test_it_is_the_old_one() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", ["dense", "experts"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_it_saved_comes_back_and_loads(tmp_path: Path, kind: str, tied: bool) -> None:
-    source = write(tmp_path / "hf", kind, tied)
+    source = save(tmp_path / "hf", kind, tied)
     back = export_checkpoint(import_checkpoint(source, tmp_path / "megatron"), tmp_path / "back")
     expected, found = tensors(source), tensors(back)
     assert_same_bits(found, expected)
@@ -57,21 +52,78 @@ def test_what_it_saved_comes_back_and_loads(tmp_path: Path, kind: str, tied: boo
     assert (read_config(back).tie_word_embeddings, "lm_head.weight" in found) == (tied, not tied)
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_new_one_computes_the_same_from_an_export(tmp_path: Path, kind: str) -> None:
     """By which the Megatron model is measured in all other tests."""
-    imported = import_checkpoint(write(tmp_path / "hf", kind, tied=False), tmp_path / "megatron")
+    imported = import_checkpoint(save(tmp_path / "hf", kind, tied=False), tmp_path / "megatron")
     back = export_checkpoint(imported, tmp_path / "back")
-    command = [ROOT / ".venv/bin/python", "-m", "tests.hf4.logits", back, tmp_path / "logits"]
-    subprocess.run(command, check=True, cwd=ROOT)
-    torch.testing.assert_close(logits(back), torch.load(tmp_path / "logits"), rtol=1e-5, atol=1e-5)
+    assert relative_error(logits(back), logits_of_the_new_one(back)) < TOLERANCE
 
 
 @pytest.mark.parametrize("form", [form for form in ExpertForm if form is not ExpertForm.FUSED_IN_OUT])
 def test_experts_of_any_form_are_exported_as_it_wants_them(tmp_path: Path, form: ExpertForm) -> None:
-    source = write(tmp_path / "hf", "experts", tied=False)
+    source = save(tmp_path / "hf", "experts", tied=False)
     imported = import_checkpoint(source, tmp_path / "megatron")
     other = export_checkpoint(imported, tmp_path / "other", experts=str(form))
     again = import_checkpoint(other, tmp_path / "again")
     back = export_checkpoint(again, tmp_path / "back", experts=str(ExpertForm.FUSED_IN_OUT))
-    torch.testing.assert_close(logits(back), logits(source), rtol=0, atol=0)
+    assert torch.equal(logits(back), logits(source))
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_read_a_portable_config_of_what_the_new_one_saved(tmp_path: Path, kind: str, tied: bool) -> None:
+    source = tmp_path / "hf"
+    new_one("tests.hf4.save", source, kind, *(["tied"] if tied else []))
+    imported = import_checkpoint(source, tmp_path / "megatron")
+    options: dict[str, Any] = {"experts": str(ExpertForm.FUSED_IN_OUT)} if kind == "experts" else {}
+    plain = export_checkpoint(imported, tmp_path / "plain", **options)
+    with pytest.raises((RuntimeError, AttributeError, AssertionError)):
+        logits(plain)
+    (note,) = (note for note in plan_export(imported, tmp_path / "x", **options).notes if "4.57" in note)
+    assert "rope_theta 5000000.0 instead of 10000.0" in note
+    back = export_checkpoint(imported, tmp_path / "back", portable_config=True, **options)
+    expected = logits_of_the_new_one(source)
+    assert relative_error(logits_of_the_new_one(back), expected) < TOLERANCE
+    assert relative_error(logits(back), expected) < TOLERANCE
+
+
+def tie_above_only(config: dict[str, Any]) -> None:
+    del config["text_config"]["tie_word_embeddings"]
+
+
+def without_a_base(config: dict[str, Any]) -> None:
+    """Then 5e6 is meant by the old one, 5e5 by the new one, which is what this project takes it for."""
+    del config["text_config"]["rope_theta"]
+
+
+@pytest.mark.parametrize("change", [tie_above_only, without_a_base])
+def test_levels_and_defaults_that_disagree_are_said_and_made_to_agree(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    source = save(tmp_path / "hf", "dense", tied=True)
+    edit_config(source, change)
+    imported = import_checkpoint(source, tmp_path / "megatron")
+    plain = export_checkpoint(imported, tmp_path / "plain")
+    expected = logits_of_the_new_one(source)
+    assert (plain / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    if change is without_a_base:  # loads, and is wrong
+        assert relative_error(logits(plain), expected) > 100 * TOLERANCE
+    assert any("4.57" in note for note in plan_export(imported, tmp_path / "x").notes)
+    back = export_checkpoint(imported, tmp_path / "back", portable_config=True)
+    assert relative_error(logits(back), expected) < TOLERANCE
+    assert relative_error(logits_of_the_new_one(back), expected) < TOLERANCE
+
+
+def test_a_config_that_both_read_alike_is_left_as_it_is(tmp_path: Path) -> None:
+    source = save(tmp_path / "hf", "experts", tied=False)
+    imported = import_checkpoint(source, tmp_path / "megatron")
+    assert not any("4.57" in note for note in plan_export(imported, tmp_path / "x").notes)
+    back = export_checkpoint(imported, tmp_path / "back", portable_config=True)
+    assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()

@@ -62,6 +62,7 @@ CONVERSATIONS = {
     "system": [{"role": "system", "content": "hello"}, *talk("What is it")],
     "one image": talk([image_part(30, 50), text_part("What is it")]),
     "images of several sizes": talk([image_part(16, 16), image_part(80, 8), text_part("it"), image_part(33, 41)]),
+    "halves of a token around an image": talk([text_part("<|image_"), image_part(16, 16), text_part("pad|>")]),
     "images in two turns": talk([image_part(16, 24), text_part("it")]) + talk([text_part("is"), image_part(24, 16)]),
 }
 

@@ -1,5 +1,10 @@
+import importlib.metadata
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +15,27 @@ from safetensors.torch import load_file
 from megatron_vlbridge import cli
 from megatron_vlbridge.checkpoint import torch_dist_writer
 from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
+from megatron_vlbridge.checkpoint.convert import import_checkpoint
+from megatron_vlbridge.checkpoint.formats import TRACKER
+from megatron_vlbridge.checkpoint.safetensors import INDEX
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
+from megatron_vlbridge.cli.arguments import DTYPES, EXPERTS, size
+from megatron_vlbridge.cli.parser import COMMANDS, parse
+from megatron_vlbridge.cli.progress import Meter
+from megatron_vlbridge.families import ExpertForm
 from tests import reference
 from tests.unit import test_convert, test_convert_moe
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`hf`, `megatron` made from it, and `other` weights of the same shapes."""
+    folder = tmp_path_factory.mktemp("model")
+    import_checkpoint(reference.write_checkpoint(folder / "hf", layers=2), folder / "megatron")
+    reference.write_checkpoint(folder / "other", layers=2, seed=1)
+    return folder
 
 
 def test_import_and_export_give_the_same_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,12 +108,6 @@ def test_the_options_of_a_conversion_go_together(tmp_path: Path, capsys: pytest.
     assert {spec.dtype for spec in table} == {torch.float32}
 
 
-def test_wrong_usage_exits_with_2() -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["import", "only-one-folder"])
-    assert stop.value.code == 2
-
-
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
     code = cli.main([*map(str, arguments), "--json"])
     return {"code": code, **json.loads(capsys.readouterr().out)}
@@ -108,7 +125,7 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     assert 0 < plan["memory_bytes"] <= 2**30
     assert cli.main(["import", str(hf), str(tmp_path / "megatron"), "--dry-run"]) == 0
     text = capsys.readouterr().out
-    for said in ("every number covered once", "GB to write in", "GB free", "MiB of memory", "s at 100 MB/s"):
+    for said in ("every value covered once", "GB to write in", "GB free", "MiB of memory", "s at 100 MB/s"):
         assert said in text
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -135,8 +152,8 @@ def test_inspect_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     assert "stage 0: layers 0 to 1" in text
     assert len(text.splitlines()) == 3 + 5 + len({n for p in hf.glob("*.safetensors") for n in load_file(p)})
-    assert cli.main(["inspect", str(hf), "--pp", "3"]) == 1
-    capsys.readouterr()
+    assert cli.main(["inspect", str(hf), "--pp", "3"]) == 2
+    assert "expected 1 to 2 stages" in capsys.readouterr().err
     found = run_json(capsys, "inspect", hf, "--pp", "2")
     assert found["code"] == 0
     assert found["stages"] == [[0, 1], [1, 2]]
@@ -192,7 +209,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch) -> 
     def interrupt(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli._Meter, "__call__", interrupt)
+    monkeypatch.setattr(Meter, "__call__", interrupt)
     hf = reference.write_checkpoint(tmp_path / "hf", layers=2)
     assert cli.main(["import", str(hf), str(tmp_path / "megatron")]) == 130
     assert "--resume" in capsys.readouterr().err
@@ -203,14 +220,175 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("1000", 1000), ("5GB", 5 * 10**9), ("1GiB", 2**30), ("0.5 MiB", 2**19), ("2kB", 2000)]
+    ("text", "expected"),
+    [
+        *[("1000", 1000), ("5GB", 5 * 10**9), ("1GiB", 2**30), ("0.5 MiB", 2**19), ("2kB", 2000)],
+        *[("4G", 4 * 10**9), ("512M", 512 * 10**6), ("4g", 4 * 10**9), ("1gib", 2**30), ("1tb", 10**12)],
+    ],
 )
 def test_sizes_are_read(text: str, expected: int) -> None:
-    assert cli._size(text) == expected
+    assert size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1G", "GB", "1XB", "1e9"])
-def test_other_sizes_are_wrong_usage(text: str) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["import", "a", "b", f"--memory={text}"])
-    assert stop.value.code == 2
+WRONG = [
+    *(f"import a b --memory={text}" for text in ("", "-1", "GB", "1XB", "1e9", "0", "1Gi")),
+    *("import a b --memory -1", "import a b --workers 0", "import a b --workers -2", "import a b --workers two"),
+    *("import a", "import", "import a b c", "import a b --experts fused", "import a b --dtype float8"),
+    *("export a b --max-shard-size 0", "export a b --max-shard-size -5GB", "import a b --like c"),
+    *("inspect a --pp 0", "inspect a --pp -1", "verify", "improt a b", "--dry-run", ""),
+]
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_usage_exits_with_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "usage: vlbridge" in err
+
+
+def exit_code(*arguments: object) -> int | str | None:
+    """What the shell gets, whether the command returns or argparse exits."""
+    try:
+        return cli.main(list(map(str, arguments)))
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("improt a b", "import"),
+        ("exprot a b", "export"),
+        ("import a b --dytpe bf16", "--dtype"),
+        ("export a b --max-shard-sizes=5GB", "--max-shard-size"),
+        ("verify a b --leaveout x", "--leave-out"),
+        ("export --lik-e x", "--like"),  # also where other arguments are missing
+        ("import a b --dtype bfloat", "bfloat16"),
+        ("import a b --dtype bf61", "bf16"),
+        ("import a b --experts fused_inout", "fused_in_out"),
+        ("verify a b --experts perexpert", "per_expert"),
+    ],
+)
+def test_what_was_probably_meant_is_named(line: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*line.split()) == 2
+    assert f"Did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_the_forms_of_experts_are_those_of_the_rules() -> None:
+    assert tuple(ExpertForm) == EXPERTS
+
+
+@pytest.mark.parametrize(("short", "name"), DTYPES.items())
+def test_dtypes_have_short_names(short: str, name: str, model: Path, tmp_path: Path) -> None:
+    assert cli.main(["import", str(model / "hf"), str(tmp_path / "megatron"), "--dtype", short]) == 0
+    table = TorchDistFolder(tmp_path / "megatron").table.values()
+    assert {spec.dtype for spec in table} == {getattr(torch, name)}
+
+
+def test_values_that_fit_no_run_exit_with_2_too(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = model / "hf"
+    assert exit_code("import", hf, tmp_path / "megatron", "--memory", 1) == 2
+    assert "memory: expected at least" in capsys.readouterr().err
+    assert run_json(capsys, "inspect", hf, "--pp", 9)["code"] == 2
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    for command, module in COMMANDS.items():
+        assert re.search(rf"^ +{command} +{re.escape(module.SUMMARY[:30])}", err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_a_help_with_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(command, "--help") == 0
+    text = capsys.readouterr().out
+    examples = re.findall(r"^  vlbridge (.+)$", text, re.MULTILINE)
+    assert examples
+    for example in examples:
+        assert parse(example.split()).command == command
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"vlbridge {importlib.metadata.version('megatron-vlbridge')} (")
+    assert f"torch {importlib.metadata.version('torch')}" in text
+
+
+def test_help_and_version_import_no_torch() -> None:
+    """Its import takes seconds; the help then takes a tenth of one."""
+    code = """
+import contextlib, io, sys
+from megatron_vlbridge import cli
+for line in ("--help", "import --help", "export --help", "verify --help", "inspect --help", "--version", "", "improt"):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            cli.main(line.split())
+print(*sorted({"torch", "numpy", "transformers", "megatron", "safetensors"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("command", ["inspect", "import", "export", "verify", "error", "help", "version"])
+def test_a_reader_that_goes_away_changes_no_exit_code(command: str, model: Path, tmp_path: Path, monkeypatch) -> None:
+    """As with `| head`: stdout and stderr are pipes that nobody reads any more."""
+    hf, megatron = model / "hf", model / "megatron"
+    lines = {
+        "inspect": (0, ["inspect", hf]),
+        "import": (0, ["import", hf, tmp_path / "new"]),
+        "export": (0, ["export", megatron, tmp_path / "new"]),
+        "verify": (1, ["verify", hf, model / "other"]),
+        "error": (1, ["inspect", tmp_path / "none"]),
+        "help": (0, ["import", "--help"]),
+        "version": (0, ["--version"]),
+    }
+    expected, arguments = lines[command]
+    for name in ("stdout", "stderr"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        monkeypatch.setattr(sys, name, os.fdopen(writer, "w"))
+    try:
+        assert exit_code(*arguments) == expected
+        sys.stdout.close()  # as the interpreter does at its end
+        sys.stderr.close()
+    finally:
+        monkeypatch.undo()
+    assert (tmp_path / "new").exists() == (command in ("import", "export"))
+
+
+def test_a_folder_of_the_other_kind_is_named_with_the_command_for_it(model: Path, tmp_path: Path, capsys) -> None:
+    hf, megatron = model / "hf", model / "megatron"
+    for folder in (megatron, megatron / "release"):
+        assert cli.main(["import", str(folder), str(tmp_path / "new")]) == 1
+        assert "use vlbridge export" in capsys.readouterr().err
+    assert cli.main(["export", str(hf), str(tmp_path / "new")]) == 1
+    assert "use vlbridge import" in capsys.readouterr().err
+
+
+def test_the_path_of_a_file_is_answered_with_its_folder(model: Path, tmp_path: Path, capsys) -> None:
+    hf, megatron = model / "hf", model / "megatron"
+    files = [hf / "config.json", hf / INDEX, next(hf.glob("*.safetensors"))]
+    files += [next(megatron.rglob("*.distcp")), megatron / TRACKER, megatron / "release" / ".metadata"]
+    for path in files:
+        for line in (["import", path, "new"], ["export", path, "new"], ["inspect", path], ["verify", path, hf]):
+            assert cli.main(list(map(str, line))) == 1
+            assert f"Give the folder that holds it: {path.parent}." in capsys.readouterr().err, line
+
+
+def test_like_may_be_an_imported_folder(model: Path, tmp_path: Path) -> None:
+    hf, megatron = model / "hf", model / "megatron"
+    assert cli.main(["export", str(megatron), str(tmp_path / "back"), "--like", str(megatron)]) == 0
+    assert (tmp_path / "back" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+
+
+def test_the_option_is_named_as_it_is_spelt_here(model: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(model / "megatron" / "release", tmp_path / "megatron")
+    assert cli.main(["export", str(tmp_path / "megatron"), str(tmp_path / "back")]) == 1
+    assert "Give --like" in capsys.readouterr().err

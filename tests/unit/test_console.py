@@ -83,6 +83,7 @@ def test_on_a_terminal_an_iteration_replaces_the_one_before(
     def action() -> None:
         megatron.log(EXPERTS)
         megatron.log(second)
+        print(end="")
         print("the script")
         megatron.log(EXPERTS.replace(" 1/ ", " 6/ "))
         megatron.log(SAVED)

@@ -16,6 +16,7 @@ from transformers import Qwen3VLConfig, Qwen3VLProcessor
 from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
+from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.packing import next_token_labels
 from megatron_vlbridge.data.tiny_processor import CHAT_TEMPLATE, build_processor
 from megatron_vlbridge.errors import VLBridgeError
@@ -265,3 +266,14 @@ def test_a_url_in_a_file_is_refused_by_line(
         (tmp_path / "train.jsonl").write_text(json.dumps({"messages": messages}))
         with pytest.raises(VLBridgeError, match=r"train.jsonl, line 1: message 0 \(user\), part 0: .* is a URL"):
             build(read_conversations(tmp_path / "train.jsonl"), processor, config)
+
+
+def test_the_limit_of_pixels_is_an_option(processor: Qwen3VLProcessor, config: Config, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    part = {"type": "image", "image": "a.png"}
+    messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": messages}))
+    conversations = read_conversations(tmp_path / "train.jsonl")
+    assert len(build(conversations, processor, config, media=MediaOptions(1200)).lengths) == 1
+    with pytest.raises(VLBridgeError, match=r"line 1: message 0 \(user\), part 0: .*a.png.* 1199 pixels"):
+        build(conversations, processor, config, media=MediaOptions(1199))

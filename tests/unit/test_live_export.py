@@ -1,12 +1,16 @@
 """What travels together out of a live model, and that nothing of it is missed."""
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_vlbridge.checkpoint.config_differences import config_differences
+from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.checkpoint.live_export import fill_buckets, fused_groups
 from megatron_vlbridge.checkpoint.shards import check_complete
 from megatron_vlbridge.config import Config, read_config
@@ -14,11 +18,42 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import ExpertForm, find
 from megatron_vlbridge.weights import Copy, Region, RuleTable, TensorSpec
 from tests import reference
+from tests.unit.test_durability import OneRank
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return read_config(reference.write_checkpoint(tmp_path_factory.mktemp("experts"), experts={"mlp_only_layers": [1]}))
+
+
+def test_a_folder_of_another_model_is_refused_by_the_fields_that_differ(tmp_path: Path) -> None:
+    model = OneRank(reference.write_checkpoint(tmp_path / "hf", layers=2))
+    other = reference.write_checkpoint(tmp_path / "other", layers=4, tied=True)
+    before = {name: tensor.clone() for name, tensor in model.weights.items()}
+    with pytest.raises(VLBridgeError, match=f"^{other}: 2 differences:") as caught:
+        load_hf_weights(model, other)
+    assert str(caught.value).splitlines()[1:3] == [
+        "  text.num_layers: expected 2, as the model was built, found 4",
+        "  tie_word_embeddings: expected False, as the model was built, found True",
+    ]
+    assert all(torch.equal(model.weights[name], tensor) for name, tensor in before.items())
+
+
+def test_nested_fields_that_differ_are_all_found(config: Config) -> None:
+    other = replace(
+        config,
+        text=replace(config.text, rope_theta=1.0, moe=replace(config.text.moe, num_experts=8)),
+        vision=replace(config.vision, depth=9),
+        dtype="float16",  # how weights are stored is not compared
+    )
+    assert list(config_differences(config, config)) == []
+    assert list(config_differences(config, other)) == [
+        ("text.rope_theta", 5000000.0, 1.0),
+        ("text.moe.num_experts", 4, 8),
+        ("vision.depth", 4, 9),
+    ]
+    dense = replace(config, text=replace(config.text, moe=None))
+    assert list(config_differences(config, dense)) == [("text.moe", config.text.moe, None)]
 
 
 @pytest.mark.parametrize("form", ExpertForm)

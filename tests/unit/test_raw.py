@@ -1,5 +1,6 @@
 """Reading rectangles out of files: any rectangle, strides, dtype and destination, against torch's own slicing."""
 
+import os
 import threading
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_vlbridge.checkpoint import raw
 from megatron_vlbridge.checkpoint.engine import Block, Options
-from megatron_vlbridge.checkpoint.raw import Stored, as_bytes
+from megatron_vlbridge.checkpoint.raw import Stored, as_bytes, read_exactly, write_exactly
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import TensorSpec
 
@@ -72,3 +73,19 @@ def test_workers_are_as_many_as_the_memory_admits(memory):
 def test_options_that_admit_no_worker_are_refused(options):
     with pytest.raises(VLBridgeError, match=r"(workers|memory): expected at least"):
         options.threads(64 * 2**20)
+
+
+def test_short_reads_and_writes_are_continued(tmp_path, monkeypatch):
+    """As on network file systems: each call moves a part of what it was asked for."""
+    pread, pwrite = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, part, place: pwrite(handle, part[: len(part) // 3 + 1], place))
+    monkeypatch.setattr(os, "preadv", lambda handle, parts, place: pread(handle, [parts[0][:777]], place))
+    numbers, found = torch.arange(5000), torch.empty(5000, dtype=torch.int64)
+    handle = os.open(tmp_path / "numbers", os.O_RDWR | os.O_CREAT)
+    try:
+        write_exactly(handle, 13, as_bytes(numbers))
+        read_exactly(handle, 13, found)
+    finally:
+        os.close(handle)
+    assert torch.equal(found, numbers)
+    assert (tmp_path / "numbers").read_bytes() == bytes(13) + bytes(as_bytes(numbers))

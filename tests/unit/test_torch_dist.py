@@ -23,8 +23,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.serialization import _get_layout
 from torch.utils.serialization import config as serialization
 
+from megatron_vlbridge.checkpoint.convert import export_checkpoint
 from megatron_vlbridge.checkpoint.dcp_metadata import read_metadata
 from megatron_vlbridge.checkpoint.engine import Block
+from megatron_vlbridge.checkpoint.inspect import inspect
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, _SafeReader, locate
 from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
 from megatron_vlbridge.errors import VLBridgeError
@@ -196,6 +198,27 @@ def test_a_tracker_that_names_nothing_is_refused(text, tmp_path):
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(VLBridgeError, match="neither"):
         TorchDistFolder(tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [["mp_rank_00"], ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000"]])
+def test_the_format_torch_is_named_with_how_to_convert_it(ranks, tmp_path):
+    """As Megatron saves it: a folder for each tensor- and pipeline-parallel rank."""
+    for rank in ranks:
+        (tmp_path / "run" / "iter_0000002" / rank).mkdir(parents=True)
+        (tmp_path / "run" / "iter_0000002" / rank / "model_optim_rng.pt").touch()
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("2")
+    for place in (tmp_path / "run", tmp_path / "run" / "iter_0000002"):
+        for use in (TorchDistFolder, inspect, lambda folder: export_checkpoint(folder, tmp_path / "new")):
+            with pytest.raises(VLBridgeError, match=r"found mp_rank_00.* --ckpt-convert-format torch_dist"):
+                use(place)
+
+
+def test_other_formats_of_dcp_are_named(tmp_path):
+    """torch_dcp and fsdp_dtensor: DCP's files without Megatron's metadata.json."""
+    folder = write(tmp_path, {"w": some(2)})
+    (folder / "metadata.json").unlink()
+    with pytest.raises(VLBridgeError, match=r"without metadata\.json.*torch_dcp and fsdp_dtensor.*torch_dist"):
+        TorchDistFolder(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"sharded_backend": "zarr"}', None])

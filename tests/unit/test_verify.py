@@ -2,18 +2,25 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from safetensors.torch import load_file, save_file
 
 from megatron_vlbridge.checkpoint.checksums import CHECKSUMS, verify_checksums
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.inspect import inspect
+from megatron_vlbridge.checkpoint.report import Difference
+from megatron_vlbridge.checkpoint.stages import split_arguments, split_layers
 from megatron_vlbridge.checkpoint.verify import verify
-from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.errors import UsageError, VLBridgeError
+from megatron_vlbridge.families import ExpertForm
 from tests import reference
+from tests.unit import test_convert_moe
 from tests.unit.test_convert import training_run
 
 QKV = "language_model.decoder.layers.self_attention.linear_qkv.weight"
@@ -45,7 +52,9 @@ def change(folder: Path, name: str, edit) -> None:
 def test_the_same_weights_are_equal_in_any_two_forms(a, b, model):
     report = verify(model / a, model / b)
     assert report.equal
-    assert report.compared == len(inspect(model / "megatron").table)
+    named = "hf" if (a, b) == ("hf", "hf") else "megatron"
+    assert report.compared == len(inspect(model / named).table)
+    assert report.unit == {"hf": "Hugging Face tensors", "megatron": "Megatron tensors"}[named]
     assert report.nbytes == sum(spec.nbytes for spec in inspect(model / "hf").table.values())
 
 
@@ -70,14 +79,42 @@ def flip_a_bit(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_single_bit_is_found_and_named(model, hf):
-    change(hf, "model.language_model.layers.1.self_attn.q_proj.weight", flip_a_bit)
-    for other in ("hf", "megatron"):
+    name = "model.language_model.layers.1.self_attn.q_proj.weight"
+    change(hf, name, flip_a_bit)
+    # Row 17 is in the first group's second head, so it keeps its place among the grouped rows.
+    expected = {
+        "hf": (name, "1 of 4096 numbers, first at [17, 3]: "),
+        "megatron": (QKV, "1 of 16384 numbers, first at [1, 17, 3]: "),
+    }
+    for other, (named, text) in expected.items():
         report = verify(model / other, hf)
         assert not report.equal
         (difference,) = report.differences
-        assert difference.name == QKV
-        # Row 17 is in the first group's second head, so it keeps its place among the grouped rows.
-        assert difference.text.startswith("1 of 16384 numbers, first at [1, 17, 3]: ")
+        assert difference.name == named
+        assert difference.text.startswith(text)
+
+
+@pytest.mark.parametrize("other", ExpertForm)
+@pytest.mark.parametrize("form", ExpertForm)
+def test_forms_of_experts_are_compared_in_the_names_of_the_first(form, other, tmp_path):
+    """Against a comparison by torch, of the same model whose folder holds its experts in another form."""
+    left, right = (test_convert_moe.make(tmp_path / name, str(form)) for name, form in (("a", form), ("b", other)))
+    report = verify(left, right)
+    assert report.equal
+    assert report.compared == len(inspect(left).table)
+    found = {name: tensor for file in right.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    name = next(name for name in found if ".experts." in name and "down_proj" in name)
+    change(right, name, flip_a_bit_of_16)
+    (difference,) = verify(left, right).differences
+    assert difference.name in inspect(left).table
+    assert difference.text.startswith("1 of ")
+    (difference,) = verify(right, left).differences
+    assert difference.name == name
+
+
+def flip_a_bit_of_16(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.view(torch.int16).view(-1)[5] ^= 1
+    return tensor
 
 
 def negative_zero(tensor: torch.Tensor) -> torch.Tensor:
@@ -115,11 +152,21 @@ def test_a_dtype_that_differs_is_a_difference(model, tmp_path):
     assert "bfloat16" in report.differences[0].text
 
 
+def test_experts_in_two_dtypes_are_no_reason_to_call_them_equal(tmp_path):
+    left = test_convert_moe.make(tmp_path / "a", "fused_out_in")
+    right = test_convert_moe.make(tmp_path / "b", "per_expert")
+    names = [name for name in inspect(right).table if ".experts.1.down_proj" in name]
+    change(right, names[0], lambda tensor: tensor.float())
+    assert not verify(left, right).equal
+    assert not verify(right, left).equal
+
+
 def test_models_of_other_sizes_differ_by_config_and_tensors(model, tmp_path):
     reference.write_checkpoint(tmp_path / "hf", layers=4)
-    names = [difference.name for difference in verify(model / "megatron", tmp_path / "hf").differences]
-    assert names[0] == "config.json: text"
-    assert QKV in names
+    for folder, name in (("megatron", QKV), ("hf", "model.language_model.layers.3.self_attn.q_proj.weight")):
+        report = verify(model / folder, tmp_path / "hf")
+        assert report.differences[0] == Difference("config.json: text.num_layers", "2 and 4")
+        assert name in [difference.name for difference in report.differences]
 
 
 def test_checksums_find_rot_anywhere(model, tmp_path):
@@ -169,11 +216,36 @@ def test_inspect_counts_the_same_in_both_forms(model):
     assert json.loads(json.dumps(ours.as_json()))["parameters"]["total"] == sum(ours.parameters.values())
 
 
-def test_stages_are_even(tmp_path):
+def test_stages_are_even_where_they_can_be(tmp_path):
     found = inspect(reference.write_checkpoint(tmp_path / "hf", layers=4))
     assert found.stages(1) == [range(4)]
     assert found.stages(2) == [range(2), range(2, 4)]
+    assert found.stages(3) == [range(1), range(1, 3), range(3, 4)]
     assert found.stages(4) == [range(stage, stage + 1) for stage in range(4)]
-    for pp in (0, 3, 5):
-        with pytest.raises(VLBridgeError, match="pp: expected a divisor of 4"):
+    for pp in (0, 5):
+        with pytest.raises(UsageError, match="pp: expected 1 to 4 stages"):
             found.stages(pp)
+
+
+def test_the_arguments_of_a_split_make_megatron_split_so():
+    for layers, stages in product(range(2, 40), range(2, 12)):
+        if layers < stages:
+            continue
+        sizes = split_layers(layers, stages)
+        arguments = split_arguments(sizes)
+        given = dict(zip(arguments[::2], map(int, arguments[1::2]), strict=True))
+        config = SimpleNamespace(
+            num_layers=layers,
+            pipeline_model_parallel_size=stages,
+            virtual_pipeline_model_parallel_size=None,
+            pipeline_model_parallel_layout=None,
+            account_for_embedding_in_pipeline_split=False,
+            account_for_loss_in_pipeline_split=False,
+            num_layers_in_first_pipeline_stage=given.get("--decoder-first-pipeline-num-layers"),
+            num_layers_in_last_pipeline_stage=given.get("--decoder-last-pipeline-num-layers"),
+        )
+        assert [get_num_layers_to_build(config, pp_rank=stage) for stage in range(stages)] == sizes
+        assert sum(sizes) == layers
+        assert (arguments == []) == (layers % stages == 0)
+    assert split_layers(28, 3) == [9, 10, 9]
+    assert split_layers(36, 8) == [3, 5, 5, 5, 5, 5, 5, 3]

@@ -1,0 +1,53 @@
+"""The `vlbridge` command: arguments, progress and exit codes, no logic. Its help imports no torch.
+
+Exit codes: 0 done, 1 a difference or an invalid input was found, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from megatron_vlbridge.cli.output import flush, show
+from megatron_vlbridge.cli.parser import make_parser, parse
+from megatron_vlbridge.cli.version import versions
+from megatron_vlbridge.errors import UsageError, VLBridgeError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; gives the exit code.
+
+    Raises SystemExit with 2 for wrong usage and with 0 after `--help`.
+
+    Example: `main(["inspect", "Qwen3-VL-2B-Instruct"])`.
+    """
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+    except SystemExit:
+        flush()  # the reader of a help text may be gone
+        raise
+    if args.version:
+        show(versions())
+        return 0
+    if args.command is None:
+        show(make_parser()[0].format_help(), stream=sys.stderr)
+        return 2
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    command: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return command(args)
+    except VLBridgeError as error:
+        if args.json:
+            show(json.dumps({"error": str(error), "misfits": getattr(error, "misfits", {})}))
+        else:
+            show(f"vlbridge {args.command}: {error}", stream=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        kept = "; what is finished is kept for --resume" if hasattr(args, "resume") else ""
+        show(f"vlbridge {args.command}: interrupted{kept}", stream=sys.stderr)
+        return 130

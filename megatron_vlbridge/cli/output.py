@@ -1,0 +1,34 @@
+"""Printing to a reader that may go away: `vlbridge inspect DIR | head` ends quietly, with the exit code of the work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+
+def show(text: str, *, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print now, to stdout by default. Once the reader has closed the pipe, the rest goes nowhere."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except BrokenPipeError:
+        _discard(stream)
+
+
+def flush() -> None:
+    """Print what is still buffered, so that the interpreter's own attempt at its end finds nothing to complain of."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            _discard(stream)
+
+
+def _discard(stream: TextIO) -> None:
+    """Let the stream write to the null device. Its buffer still holds what the pipe did not take."""
+    handle = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(handle, stream.fileno())
+    finally:
+        os.close(handle)
