@@ -12,6 +12,12 @@ from tests.functional.pool import Layout, Pool
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
+def documented_recipe() -> str:
+    """The code of the page."""
+    (code,) = re.findall(r"^A model outside a pretrain script.*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    return code
+
+
 def run_recipe(layout: Layout, folder: Path, code: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The logits that the code computes, with `batch` as what the processor gives."""
     names: dict[str, Any] = {"folder": folder, "text": "", "image": None, "processor": lambda **_: batch}
@@ -28,7 +34,7 @@ def test_the_recipe_gives_transformers_logits(pool: Pool, tmp_path: Path) -> Non
         "pixel_values": conversation.images,
         "image_grid_thw": conversation.image_grids,
     }
-    (code,) = re.findall(r"^A model outside a pretrain script.*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    code = documented_recipe()
     assert "check_layout(" in code
     results = pool.run(run_recipe, Layout(tp=2, world=2), folder=folder, code=code, batch=batch)
     logits = torch.cat(results, dim=-1)[0]
