@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import digits_checkpoint
+from tests.closeness import relative_error
 from tests.mtp_reference import add_prediction_layer
-from tests.reference import relative_error
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 10
