@@ -1,7 +1,7 @@
 """Conversions that are killed: nothing incomplete under the final name, the same bytes in the end.
 
-VLBRIDGE_KILLS says how many kills at random moments (default 100: a quarter each into imports and exports of a dense
-model and of one with experts). Others fall at chosen points of a run.
+VLBRIDGE_KILLS says how many kills at any call of a function (default 100: a quarter each into imports and exports of a
+dense model and of one with experts). Others are at chosen points of a run. No moment depends on a clock.
 """
 
 import functools
@@ -12,7 +12,6 @@ import pkgutil
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlbridge.checkpoint import checksums, safetensors, torch_dist_writer
+from megatron_vlbridge.checkpoint import safetensors, torch_dist_writer
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.engine import Options
 from tests import reference
+from tests.calls import at_each_call, count_calls
 from tests.functional.pool import PRELOAD
 
 KILLS = int(os.environ.get("VLBRIDGE_KILLS", "100"))
@@ -53,7 +53,7 @@ class Case:
     kind: str
     source: Path
     expected: dict[str, bytes]
-    parts: int
+    calls: int
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def cases(tmp_path_factory, processes) -> Callable[[str, str], Case]:
     def case(kind: str, model: str) -> Case:
         source = sources(model)[kind]
         target = source.parent / f"straight-{kind}"
-        run(processes, convert, (kind, source, target))
-        noted = checksums._read_checksums(target / checksums.CHECKSUMS)
-        return Case(kind, source, files_of(target), sum(map(len, noted.values())))
+        receiver, sender = processes.Pipe(duplex=False)
+        run(processes, convert_and_count, (kind, source, target, sender))
+        return Case(kind, source, files_of(target), receiver.recv())
 
     return case
 
@@ -87,28 +87,30 @@ def finished_parts(target: Path) -> int:
         return 0
 
 
-def run(processes, function: Callable[..., None], arguments: tuple, wait: Callable[[Any], None] | None = None) -> bool:
-    """Convert in a process of its own, killed when `wait` returns, if it is given; whether it was killed."""
+def run(processes, function: Callable[..., None], arguments: tuple) -> bool:
+    """Convert in a process of its own; whether it was killed."""
     child = processes.Process(target=function, args=arguments)
     child.start()
-    if wait is not None:
-        wait(child)
-        child.kill()
     child.join()
     assert child.exitcode in (0, -signal.SIGKILL)
     return child.exitcode != 0
 
 
-def until(seconds: float, child: Any) -> None:
-    """Any moment, also before the first part and behind the last."""
-    child.join(seconds)
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def until_noted(target: Path, parts: int, seconds: float, child: Any) -> None:
-    """A moment between parts: so many are noted, and some time has passed."""
-    while child.is_alive() and finished_parts(target) < parts:
-        time.sleep(0.001)
-    child.join(seconds)
+def convert_and_count(kind: str, source: Path, target: Path, sender: Any) -> None:
+    """Convert, and send how many calls it took."""
+    with count_calls() as calls:
+        convert(kind, source, target)
+    sender.send(calls[0])
+
+
+def convert_until(kind: str, source: Path, target: Path, call: int) -> None:
+    """Convert in a process that kills itself at this call."""
+    with at_each_call(lambda number: die() if number == call else None):
+        convert(kind, source, target)
 
 
 @pytest.mark.parametrize("model", ["dense", "experts"])
@@ -116,21 +118,10 @@ def until_noted(target: Path, parts: int, seconds: float, child: Any) -> None:
 def test_killed_runs_are_resumed_to_the_same_bytes(kind: str, model: str, cases, processes, tmp_path: Path) -> None:
     case, target = cases(kind, model), tmp_path / "target"
     arguments = (kind, case.source, target)
-    begin = time.monotonic()
-    run(processes, convert, (kind, case.source, tmp_path / "again"))
-    whole = time.monotonic() - begin
-    assert files_of(tmp_path / "again") == case.expected
     chance = random.Random(7)
     kills = continued = finished = 0
-    for turn in itertools.count():
-        if kills >= KILLS / 4:
-            break
-        kept = finished_parts(target)
-        wait = functools.partial(until, chance.uniform(0, whole))
-        if turn % 2 and kept + 1 < case.parts:
-            noted, seconds = chance.randrange(kept + 1, case.parts), chance.uniform(0, whole / 50)
-            wait = functools.partial(until_noted, target, noted, seconds)
-        kills += run(processes, convert, arguments, wait)
+    while kills < KILLS / 4:
+        kills += run(processes, convert_until, (*arguments, chance.randint(1, case.calls)))
         if target.exists():
             assert files_of(target) == case.expected
             finished += 1
@@ -159,9 +150,6 @@ def convert_and_die(kind: str, source: Path, target: Path, point: Point) -> None
     """Convert in a process that kills itself at a point."""
     owner, _, name = point.function.rpartition(".")
     call, calls = pkgutil.resolve_name(point.function), itertools.count(1)
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
     def deadly(first: Any, *more: Any, **options: Any) -> Any:
         now = next(calls) == point.nth
