@@ -64,7 +64,7 @@ unit: setup
 	$(PY) -m pytest tests/unit -m "not layouts" -n logical --dist loadfile
 
 functional: setup
-	$(PY) -m pytest tests/functional -m "not long and not layouts"
+	$(PY) -m pytest tests/functional -m "not long and not layouts" -n 2 --dist loadfile
 
 clean:
 	rm -rf build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Conversions that are killed: nothing incomplete under the final name, the same bytes in the end.
 
-VLBRIDGE_KILLS says how many kills at any call of a function (default 100: a quarter each into imports and exports of a
-dense model and of one with experts). Others are at chosen points of a run. No moment depends on a clock.
+At random calls of functions (`make test-layouts`: as many as VLBRIDGE_KILLS says, 100 by default, a quarter each into
+imports and exports of a dense model and of one with experts), and at chosen points. No moment depends on a clock.
 """
 
 import functools
@@ -25,6 +25,7 @@ from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_check
 from megatron_vlbridge.checkpoint.engine import Options
 from tests import reference
 from tests.calls import at_each_call, count_calls
+from tests.functional.cases import in_turn
 from tests.functional.pool import PRELOAD
 
 KILLS = int(os.environ.get("VLBRIDGE_KILLS", "100"))
@@ -113,14 +114,17 @@ def convert_until(kind: str, source: Path, target: Path, call: int) -> None:
         convert(kind, source, target)
 
 
+@pytest.mark.parametrize("wanted", [5, pytest.param(KILLS // 4, marks=pytest.mark.layouts)])
 @pytest.mark.parametrize("model", ["dense", "experts"])
 @pytest.mark.parametrize("kind", ["import", "export"])
-def test_killed_runs_are_resumed_to_the_same_bytes(kind: str, model: str, cases, processes, tmp_path: Path) -> None:
+def test_killed_runs_are_resumed_to_the_same_bytes(
+    kind: str, model: str, wanted: int, cases, processes, tmp_path: Path
+) -> None:
     case, target = cases(kind, model), tmp_path / "target"
     arguments = (kind, case.source, target)
     chance = random.Random(7)
     kills = continued = finished = 0
-    while kills < KILLS / 4:
+    while kills < wanted:
         kills += run(processes, convert_until, (*arguments, chance.randint(1, case.calls)))
         if target.exists():
             assert files_of(target) == case.expected
@@ -201,9 +205,10 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "point"), [(kind, point) for kind, points in POINTS.items() for point in points], ids=str
-)
+CASES = [(kind, point) for kind, points in POINTS.items() for point in points]
+
+
+@pytest.mark.parametrize(("kind", "point"), in_turn(CASES, 2), ids=str)
 def test_a_run_killed_at_a_point_is_resumed_to_the_same_bytes(kind: str, point: Point, cases, processes, tmp_path):
     case, target = cases(kind, "dense"), tmp_path / "target"
     assert run(processes, convert_and_die, (kind, case.source, target, point)), "the point was not reached"
