@@ -41,7 +41,7 @@ test-long: setup
 
 test-layouts: setup
 	$(PY) -m tests.functional.write_layouts $(LAYOUT_ARGS)
-	$(PY) -m pytest tests/unit tests/functional -m layouts
+	$(PY) -m pytest tests/unit tests/functional -m layouts -n 2 --dist loadfile
 
 test-hf4: setup
 	@ci/setup_hf4.sh

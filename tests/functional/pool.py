@@ -111,6 +111,8 @@ class Pool:
 def _work(connection: Connection) -> None:
     # The server from which this process forked has imported it too, unless that failed: then this tells why.
     importlib.import_module(PRELOAD)
+    # To look for garbage among all that is imported would take longer than most runs.
+    gc.freeze()
     while True:
         try:
             function, layout, rank, store, kwargs = connection.recv()

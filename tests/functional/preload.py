@@ -1,6 +1,5 @@
 """Imported once, by the process from which all workers fork: they start with Megatron in memory."""
 
-import gc
 import logging
 import warnings
 
@@ -18,7 +17,3 @@ import torch._dynamo  # noqa: E402  an export would import it for a second
 torch.set_num_threads(1)
 
 import tests.functional.ranks  # noqa: E402, F401
-
-# Each worker collects garbage after each run; what is imported here would take most of that time, and is none.
-gc.collect()
-gc.freeze()
