@@ -12,12 +12,11 @@ from safetensors.torch import load_file
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import digits_checkpoint
-from tests.closeness import relative_error
+from tests.closeness import assert_close_in_norm, relative_error
 from tests.mtp_reference import add_prediction_layer
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 10
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +51,7 @@ def one_process(folder: Path) -> list[float]:
 
 
 def assert_same_curve(found: list[float], expected: list[float]) -> None:
-    assert len(found) == len(expected)
-    differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
-    assert max(differences) < TOLERANCE, f"{found}\n{expected}"
+    assert_close_in_norm(found, expected)
 
 
 @pytest.mark.parametrize(
