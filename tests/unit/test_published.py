@@ -287,8 +287,8 @@ def test_other_dtypes_among_layers_are_refused(dtype, source, tmp_path):
 
 EXTRAS = {
     "foo.bar": torch.arange(5),
-    "model.language_model.rotary_emb.inv_freq": torch.rand(8),
-    "scales.x": torch.rand(2, 3).half(),
+    "model.language_model.rotary_emb.inv_freq": torch.arange(8) / 7,
+    "scales.x": torch.arange(6).view(2, 3).half(),
 }
 
 
