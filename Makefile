@@ -3,11 +3,13 @@ PY := .venv/bin/python
 DEMO_ARGS ?=
 LAYOUT_ARGS ?=
 
-.PHONY: help setup demo test test-long test-layouts test-hf4 test-versions test-te lint format unit functional clean clean-venv
+.PHONY: help setup demo test test-random test-long test-layouts test-hf4 test-versions test-te lint format unit functional clean clean-venv
 
 help:
 	@echo "make demo        digits -> HF checkpoint -> Megatron -> training -> HF -> answers, in demo-out/ (DEMO_ARGS=...)"
 	@echo "make test        lint, types, unit and functional tests"
+	@echo "make test-random  unit tests with random values, examples and order; prints its seed, SEED=... repeats it;"
+	@echo "                 EXAMPLES=5000 runs so many examples of each property, and the properties alone"
 	@echo "make test-long   the functional tests that take minutes or gigabytes of disk"
 	@echo "make test-layouts  every layout in its variants, all random batches; writes docs/layouts.md but for LAYOUT_ARGS=--check"
 	@echo "make test-hf4    what transformers 4.57 saves and loads, in .venv-hf4"
@@ -29,12 +31,18 @@ test: setup
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory functional
 
+# `make test` is the same each time. This is not, but for the same SEED.
+test-random: setup
+	@seed=$${SEED:-$$(date +%s)}; echo "make test-random SEED=$$seed"; \
+	PYTHONHASHSEED=$$((seed % 4294967296)) $(PY) -m pytest tests/unit --hypothesis-seed=$$seed -n logical \
+	    --dist loadfile $(if $(EXAMPLES),-m "hypothesis and not layouts" --examples=$(EXAMPLES),-m "not layouts")
+
 test-long: setup
 	$(PY) -m pytest tests/functional -m long
 
 test-layouts: setup
 	$(PY) -m tests.functional.write_layouts $(LAYOUT_ARGS)
-	$(PY) -m pytest tests/unit tests/functional -m layouts
+	$(PY) -m pytest tests/unit tests/functional -m layouts -n 2 --dist loadfile
 
 test-hf4: setup
 	@ci/setup_hf4.sh
@@ -57,10 +65,10 @@ format: setup
 	$(PY) -m ruff format .
 
 unit: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -m "not layouts" -n logical --dist loadfile
+	$(PY) -m pytest tests/unit -m "not layouts" -n logical --dist loadfile
 
 functional: setup
-	$(PY) -m pytest tests/functional -m "not long and not layouts"
+	$(PY) -m pytest tests/functional -m "not long and not layouts" -n 2 --dist loadfile
 
 clean:
 	rm -rf build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from tests.closeness import relative_error as relative_error
+
 IMAGE, VIDEO, START, END = 10, 11, 8, 9
 TEXT_IDS = range(20, 120)
 PATCH_DIM = 3 * 2 * 4 * 4
@@ -228,11 +230,3 @@ def _run_transformers(folder: Path, conversations: Sequence[Conversation]) -> Re
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     detached = [x.detach() for x in logits], [x.detach() for x in losses]
     return Reference(*detached, loss.item(), gradients, vision)
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the reference; where the reference is zero, only zero is right."""
-    assert found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    norm = expected.double().norm().item()
-    difference = (found.double() - expected.double()).norm().item()
-    return difference / norm if norm else (0.0 if difference == 0.0 else float("inf"))

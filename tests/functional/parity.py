@@ -11,10 +11,11 @@ from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertForm
 from tests import mtp_reference, reference
+from tests.closeness import FP32, relative_error
 from tests.functional import ranks
 from tests.functional.pool import Layout, Pool
 
-TOLERANCE = 1e-5
+TOLERANCE = FP32
 PACK_LENGTH = 128
 
 KINDS: dict[str, list[str]] = {
@@ -80,8 +81,8 @@ def compare(results: Sequence[dict[str, Any]], layout: Layout, folder: Path, gro
         vision=_vision_error(results, layout, expected, groups),
         logits=_worst([x[:, : config.text.vocab_size] for x in logits], expected.logits),
         token_losses=_worst(losses, expected.losses),
-        loss=abs(total / count - expected.loss) / expected.loss,
-        gradients={name: reference.relative_error(gradients[name], x) for name, x in expected.gradients.items()},
+        loss=relative_error(total / count, expected.loss),
+        gradients={name: relative_error(gradients[name], x) for name, x in expected.gradients.items()},
     )
 
 
@@ -100,7 +101,7 @@ def _vision_error(
         return 0.0
     # Whether transformers' tower ran images or videos, a pack's rows are its images' and then its videos'.
     towers = torch.cat(ranks.of_packs(results, "vision", layout, [[0]] * len(groups)), dim=1)
-    return reference.relative_error(towers, _towers_in_order(expected, groups, towers))
+    return relative_error(towers, _towers_in_order(expected, groups, towers))
 
 
 def check_data_reaches_every_parameter(
@@ -132,4 +133,4 @@ def _towers_in_order(expected: reference.Reference, groups: Groups, like: torch.
 
 
 def _worst(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    return max(reference.relative_error(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    return max(relative_error(mine, theirs) for mine, theirs in zip(found, expected, strict=True))

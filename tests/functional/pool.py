@@ -112,6 +112,8 @@ class Pool:
 def _work(connection: Connection, preload: str) -> None:
     # The server from which this process forked has imported it too, unless that failed: then this tells why.
     importlib.import_module(preload)
+    # To look for garbage among all that is imported would take longer than most runs.
+    gc.freeze()
     while True:
         try:
             function, layout, rank, store, kwargs = connection.recv()

@@ -21,6 +21,7 @@ from megatron_vlbridge.training.batch import read_pack
 from megatron_vlbridge.training.guards import check_layout
 from megatron_vlbridge.training.loss import token_loss
 from megatron_vlbridge.training.step import vlm_step
+from tests.closeness import FP32, relative_error
 from tests.functional.pool import Layout
 
 Shard = tuple[str, tuple[int, ...], torch.Tensor]
@@ -219,7 +220,7 @@ def assemble(shards: Sequence[Sequence[Shard]]) -> dict[str, torch.Tensor]:
     pieces: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
     for key, offset, data in (shard for rank in shards for shard in rank):
         known = pieces.setdefault(key, {}).setdefault(offset, data)
-        assert torch.allclose(known, data, rtol=1e-5, atol=1e-9), f"{key} at {offset}: copies differ between ranks"
+        assert relative_error(data, known) < FP32, f"{key} at {offset}: copies differ between ranks"
     for key, parts in pieces.items():
         shape = tuple(
             max(o + s for o, s in ends)
@@ -288,7 +289,7 @@ def of_packs(
             ranks = sorted((r for r in mine if r["cp_rank"] == cp_rank), key=lambda r: r["tp_rank"])
             parts = [r[key][number // layout.dp] for r in ranks]
             if key != "logits":
-                assert all(torch.allclose(part, parts[0], rtol=1e-5, atol=1e-7) for part in parts), f"{key} differ"
+                assert all(relative_error(part, parts[0]) < FP32 for part in parts), f"{key} differ"
             by_cp.append(torch.cat(parts, dim=-1) if key == "logits" else parts[0])
         packs.append(by_cp[0] if key == "vision" or layout.cp == 1 else join_zigzag(by_cp, segments))
     return packs

@@ -13,7 +13,7 @@ SCRIPT = f"""
 import os, sys, time
 from megatron_vlbridge.training import failure
 failure.report_failures()
-failure.SECONDS_FOR_FIRST_RANK = 0.5
+failure.SECONDS_FOR_FIRST_RANK = 0.5 if sys.argv[1] == "one" else 60.0
 from megatron_vlbridge.errors import VLBridgeError
 if sys.argv[1] == "defect":
     1 / 0

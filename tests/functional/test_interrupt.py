@@ -1,7 +1,7 @@
 """Conversions that are killed: nothing incomplete under the final name, the same bytes in the end.
 
-VLBRIDGE_KILLS says how many kills at random moments (default 100: a quarter each into imports and exports of a dense
-model and of one with experts). Others fall at chosen points of a run.
+At random calls of functions (`make test-layouts`: as many as VLBRIDGE_KILLS says, 100 by default, a quarter each into
+imports and exports of a dense model and of one with experts), and at chosen points. No moment depends on a clock.
 """
 
 import functools
@@ -12,7 +12,6 @@ import pkgutil
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlbridge.checkpoint import checksums, safetensors, torch_dist_writer
+from megatron_vlbridge.checkpoint import safetensors, torch_dist_writer
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.engine import Options
 from tests import reference
+from tests.calls import at_each_call, count_calls
+from tests.functional.cases import in_turn
 from tests.functional.pool import PRELOAD
 
+NOTE = "megatron_vlbridge.checkpoint.staging.Staging.note"
 KILLS = int(os.environ.get("VLBRIDGE_KILLS", "100"))
 CONVERT = {"import": import_checkpoint, "export": export_checkpoint}
 
@@ -53,7 +55,7 @@ class Case:
     kind: str
     source: Path
     expected: dict[str, bytes]
-    parts: int
+    calls: int
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +70,9 @@ def cases(tmp_path_factory, processes) -> Callable[[str, str], Case]:
     def case(kind: str, model: str) -> Case:
         source = sources(model)[kind]
         target = source.parent / f"straight-{kind}"
-        run(processes, convert, (kind, source, target))
-        noted = checksums._read_checksums(target / checksums.CHECKSUMS)
-        return Case(kind, source, files_of(target), sum(map(len, noted.values())))
+        receiver, sender = processes.Pipe(duplex=False)
+        run(processes, convert_and_count, (kind, source, target, sender))
+        return Case(kind, source, files_of(target), receiver.recv())
 
     return case
 
@@ -87,50 +89,51 @@ def finished_parts(target: Path) -> int:
         return 0
 
 
-def run(processes, function: Callable[..., None], arguments: tuple, wait: Callable[[Any], None] | None = None) -> bool:
-    """Convert in a process of its own, killed when `wait` returns, if it is given; whether it was killed."""
+def run(processes, function: Callable[..., None], arguments: tuple) -> bool:
+    """Convert in a process of its own; whether it was killed."""
     child = processes.Process(target=function, args=arguments)
     child.start()
-    if wait is not None:
-        wait(child)
-        child.kill()
     child.join()
     assert child.exitcode in (0, -signal.SIGKILL)
     return child.exitcode != 0
 
 
-def until(seconds: float, child: Any) -> None:
-    """Any moment, also before the first part and behind the last."""
-    child.join(seconds)
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def until_noted(target: Path, parts: int, seconds: float, child: Any) -> None:
-    """A moment between parts: so many are noted, and some time has passed."""
-    while child.is_alive() and finished_parts(target) < parts:
-        time.sleep(0.001)
-    child.join(seconds)
+def convert_and_count(kind: str, source: Path, target: Path, sender: Any) -> None:
+    """Convert, and send how many calls it took."""
+    with count_calls() as calls:
+        convert(kind, source, target)
+    sender.send(calls[0])
 
 
+def convert_until(kind: str, source: Path, target: Path, call: int) -> None:
+    """Convert in a process that kills itself at this call."""
+    with at_each_call(lambda number: die() if number == call else None):
+        convert(kind, source, target)
+
+
+@pytest.mark.parametrize("wanted", [5, pytest.param(KILLS // 4, marks=pytest.mark.layouts)])
 @pytest.mark.parametrize("model", ["dense", "experts"])
 @pytest.mark.parametrize("kind", ["import", "export"])
-def test_killed_runs_are_resumed_to_the_same_bytes(kind: str, model: str, cases, processes, tmp_path: Path) -> None:
+def test_killed_runs_are_resumed_to_the_same_bytes(
+    kind: str, model: str, wanted: int, cases, processes, tmp_path: Path
+) -> None:
     case, target = cases(kind, model), tmp_path / "target"
     arguments = (kind, case.source, target)
-    begin = time.monotonic()
-    run(processes, convert, (kind, case.source, tmp_path / "again"))
-    whole = time.monotonic() - begin
-    assert files_of(tmp_path / "again") == case.expected
     chance = random.Random(7)
     kills = continued = finished = 0
     for turn in itertools.count():
-        if kills >= KILLS / 4:
+        if kills >= wanted:
             break
-        kept = finished_parts(target)
-        wait = functools.partial(until, chance.uniform(0, whole))
-        if turn % 2 and kept + 1 < case.parts:
-            noted, seconds = chance.randrange(kept + 1, case.parts), chance.uniform(0, whole / 50)
-            wait = functools.partial(until_noted, target, noted, seconds)
-        kills += run(processes, convert, arguments, wait)
+        if turn % 2 == 0:  # between two parts
+            killed = run(processes, convert_and_die, (*arguments, Point(NOTE, chance.randint(1, 5), "after")))
+            assert killed == (finished_parts(target) > 0)
+            kills += killed
+        else:
+            kills += run(processes, convert_until, (*arguments, chance.randint(1, case.calls)))
         if target.exists():
             assert files_of(target) == case.expected
             finished += 1
@@ -140,7 +143,7 @@ def test_killed_runs_are_resumed_to_the_same_bytes(kind: str, model: str, cases,
     run(processes, convert, arguments)
     assert files_of(target) == case.expected
     print(f"{kind}, {model}: {kills} kills, {continued} left parts to continue, {finished} runs came to their end")
-    assert continued >= kills / 4
+    assert continued > 0
 
 
 @dataclass(frozen=True)
@@ -159,9 +162,6 @@ def convert_and_die(kind: str, source: Path, target: Path, point: Point) -> None
     """Convert in a process that kills itself at a point."""
     owner, _, name = point.function.rpartition(".")
     call, calls = pkgutil.resolve_name(point.function), itertools.count(1)
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
     def deadly(first: Any, *more: Any, **options: Any) -> Any:
         now = next(calls) == point.nth
@@ -212,9 +212,10 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "point"), [(kind, point) for kind, points in POINTS.items() for point in points], ids=str
-)
+CASES = [(kind, point) for kind, points in POINTS.items() for point in points]
+
+
+@pytest.mark.parametrize(("kind", "point"), in_turn(CASES, 2), ids=str)
 def test_a_run_killed_at_a_point_is_resumed_to_the_same_bytes(kind: str, point: Point, cases, processes, tmp_path):
     case, target = cases(kind, "dense"), tmp_path / "target"
     assert run(processes, convert_and_die, (kind, case.source, target, point)), "the point was not reached"

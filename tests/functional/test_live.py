@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,10 @@ FORM_LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", FORM_LAYOUTS, ids=str)
-@pytest.mark.parametrize("form", ExpertForm)
+FORM_CASES = list(product(ExpertForm, FORM_LAYOUTS))
+
+
+@pytest.mark.parametrize(("form", "layout"), in_turn(FORM_CASES, 3), ids=str)
 def test_every_form_of_experts_is_loaded_and_comes_out(
     pool: Pool, forms: dict[str, Path], form: ExpertForm, layout: Layout
 ) -> None:
@@ -197,10 +200,10 @@ def test_every_form_of_experts_is_loaded_and_comes_out(
 
 
 READERS = [("untied", Layout(world=2)), ("untied", Layout(tp=4, sp=True, world=4)), ("untied", Layout(pp=2, world=2))]
-READERS += [(form, layout) for form in ExpertForm for layout in FORM_LAYOUTS]
+READERS += FORM_CASES
 
 
-@pytest.mark.parametrize(("kind", "layout"), READERS, ids=str)
+@pytest.mark.parametrize(("kind", "layout"), in_turn(READERS, 3), ids=str)
 def test_each_rank_reads_its_own_slices(
     pool: Pool, wild: dict[str, Path], forms: dict[str, Path], kind: str, layout: Layout
 ) -> None:

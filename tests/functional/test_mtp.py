@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import mtp_reference, reference
+from tests.closeness import assert_close_in_norm
 from tests.functional import mtp_ranks, ranks
 from tests.functional.cases import in_turn
 from tests.functional.parity import PACK_LENGTH, TOLERANCE, measure
@@ -34,39 +35,24 @@ def groups() -> list[list[reference.Conversation]]:
 
 
 OWN_STAGE = Layout(pp=3, world=3, stages="Ettt|tm|L")
+# Beside the rows of the matrix, which has all others with and without multi-token prediction.
 EVERYWHERE = [
-    Layout(),
-    Layout(pp=2, world=2),
     Layout(pp=2, world=2, stages="Ett|ttmL"),
     Layout(pp=2, world=2, stages="Etttt|mL"),
     OWN_STAGE,
     Layout(pp=3, world=3, stages="Etttt|m|L"),
 ]
 DENSE = [
-    Layout(tp=2, world=2),
-    Layout(tp=2, sp=True, world=2),
-    Layout(cp=2, world=2),
-    Layout(world=2),
-    Layout(cp=4, world=4),
-    Layout(tp=2, sp=True, cp=2, world=4),
-    Layout(tp=2, sp=True, pp=2, cp=2, world=8),
     Layout(pp=3, tp=2, sp=True, world=6, stages="Ett|ttm|L"),
     Layout(pp=3, cp=2, world=6, stages="Et|tttm|L"),
-    Layout(pp=2, vpp=2, world=2),
     Layout(pp=2, vpp=2, world=2, stages="Et|t|tt|mL"),
 ]
-EXPERTS = [
-    Layout(tp=2, sp=True, world=2),
-    Layout(cp=2, world=2),
-    Layout(ep=2, world=2),
-    Layout(ep=2, pp=2, cp=2, world=8),
-    Layout(tp=2, sp=True, pp=3, ep=2, etp=1, world=6, stages="Ettt|tm|L"),
-]
+EXPERTS = [Layout(tp=2, sp=True, pp=3, ep=2, etp=1, world=6, stages="Ettt|tm|L")]
 CASES = [(kind, layout) for layout in EVERYWHERE for kind in KINDS]
 CASES += [("untied", layout) for layout in DENSE] + [("experts", layout) for layout in EXPERTS]
 
 
-@pytest.mark.parametrize(("kind", "layout"), in_turn(CASES, 3), ids=str)
+@pytest.mark.parametrize(("kind", "layout"), in_turn(CASES, 2), ids=str)
 def test_packs_equal_separate_conversations(pool: Pool, folders: dict[str, Path], kind: str, layout: Layout) -> None:
     measure(pool, layout, folders[kind], groups()).check()
 
@@ -76,11 +62,10 @@ def test_padded_vocabulary_changes_nothing(pool: Pool, folders: dict[str, Path],
     measure(pool, layout, folders[kind], groups(), vocab_size=192).check()
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True, world=2), OWN_STAGE], ids=str)
-def test_recomputed_layers_change_nothing(pool: Pool, folders: dict[str, Path], layout: Layout) -> None:
+def test_recomputed_layers_change_nothing(pool: Pool, folders: dict[str, Path]) -> None:
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    measure(pool, layout, folders["untied"], groups(), **full).check()
-    measure(pool, layout, folders["untied"], groups(), recompute_granularity="selective").check()
+    measure(pool, OWN_STAGE, folders["untied"], groups(), **full).check()
+    measure(pool, OWN_STAGE, folders["untied"], groups(), recompute_granularity="selective").check()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +91,7 @@ def test_the_further_prediction_equals_transformers(
     # Megatron's log divides by the micro-batches of a rank.
     mean = torch.stack(means).mean().item()
     for logged in [r["logged"] for r in results if r["logged"]]:
-        assert logged["loss_values"] * layout.dp / len(packs) == pytest.approx(mean, rel=1e-5)
+        assert_close_in_norm(logged["loss_values"] * layout.dp / len(packs), mean)
         assert logged["total_values"] == sum(int((c.labels[1:] != -100).sum()) for group in groups() for c in group)
 
 

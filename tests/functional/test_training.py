@@ -13,14 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import digits_checkpoint
+from tests.closeness import assert_close_in_norm, relative_error
 from tests.functional.pool import Pool
 from tests.functional.test_arguments import said
 from tests.mtp_reference import add_prediction_layer
-from tests.reference import relative_error
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 10
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +63,7 @@ def test_tensorboard_shows_the_losses_of_the_log(folder: Path, one_process: list
 
 
 def assert_same_curve(found: list[float], expected: list[float]) -> None:
-    assert len(found) == len(expected)
-    differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
-    assert max(differences) < TOLERANCE, f"{found}\n{expected}"
+    assert_close_in_norm(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -9,28 +9,33 @@ Ends with an error where a figure is not within the tolerance. With `--check` th
 import argparse
 import datetime as dt
 import importlib.metadata
+import multiprocessing
 import platform
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tests.functional.pool import Layout, Pool
 
 PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
+KINDS = ("dense", "experts")
 COLUMNS = ("tp", "sp", "pp", "vpp", "cp", "ep", "etp", "dp", "stages")
 
 
-def measure_all(pool: Pool, where: Path) -> tuple[dict[str, list[str]], list[str], int]:
-    """The table's lines for each kind of model, what failed, and how many runs there were."""
+def measure(kind: str) -> tuple[list[str], list[str], int]:
+    """The table's lines for this kind of model, what failed, and how many runs there were."""
     from tests.functional import matrix
 
-    folders = matrix.write_folders(where)
-    tables: dict[str, list[str]] = {}
-    failures, count = [], 0
-    for kind in ("dense", "experts"):
-        tables[kind] = []
+    torch.set_num_threads(1)  # the workers need the cores
+    lines, failures, count = [], [], 0
+    pool = Pool()
+    with tempfile.TemporaryDirectory() as where:
+        folders = matrix.write_folders(Path(where))
         for layout in matrix.layouts(kind):
             start = time.monotonic()
             chosen = matrix.variants(layout)
@@ -39,17 +44,18 @@ def measure_all(pool: Pool, where: Path) -> tuple[dict[str, list[str]], list[str
             except AssertionError as error:
                 failures.append(f"{kind} {layout}: {error}")
                 print(f"{kind} {layout}: failed", flush=True)
-                tables[kind].append(_line(kind, layout, chosen, None))
+                lines.append(_line(kind, layout, chosen, None))
                 continue
             count += len(errors)
             for variant, error in zip(chosen, errors, strict=True):
                 if error.too_large():
                     failures.append(f"{kind} {layout} {variant}: {list(error.too_large().items())[:4]}")
-            tables[kind].append(_line(kind, layout, chosen, errors))
+            lines.append(_line(kind, layout, chosen, errors))
             worst = max(x for error in errors for x in error.gradients.values())
             seconds = time.monotonic() - start
             print(f"{kind} {layout}: {len(chosen)} variants, worst gradient {worst:.1e}, {seconds:.1f} s", flush=True)
-    return tables, failures, count
+    pool.close()
+    return lines, failures, count
 
 
 def first_cells(kind: str, layout: Layout) -> str:
@@ -118,11 +124,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="leave docs/layouts.md as it is")
     arguments = parser.parse_args()
-    pool, start = Pool(), time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        tables, failures, count = measure_all(pool, Path(folder))
-    pool.close()
+    start = time.monotonic()
+    # Both at once: while the one compares, the other's workers run.
+    with ProcessPoolExecutor(len(KINDS), mp_context=multiprocessing.get_context("spawn")) as processes:
+        results = dict(zip(KINDS, processes.map(measure, KINDS), strict=True))
     seconds = time.monotonic() - start
+    tables = {kind: lines for kind, (lines, _, _) in results.items()}
+    failures = [failure for _, found, _ in results.values() for failure in found]
+    count = sum(runs for _, _, runs in results.values())
     print(f"{count} runs, {seconds:.0f} s, {len(failures)} failures")
     print("\n".join(failures), file=sys.stderr)
     if not arguments.check and not failures:

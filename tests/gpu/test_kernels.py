@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vlbridge.backends.cpu import PackedAttention
 from megatron_vlbridge.backends.packed import packed_segments
 from megatron_vlbridge.layout.zigzag import zigzag_index
-from tests.reference import relative_error
+from tests.closeness import relative_error
 
 pytestmark = pytest.mark.gpu
 

@@ -13,9 +13,9 @@ import transformers
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_export
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import ExpertForm
+from tests.closeness import assert_close_in_norm, relative_error
 from tests.hf4.logits import load, logits
 from tests.hf4.save import save
-from tests.reference import relative_error
 from tests.unit.test_convert import assert_same_bits, tensors
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def test_the_new_one_computes_the_same_from_an_export(tmp_path: Path, kind: str)
     """By which the Megatron model is measured in all other tests."""
     imported = import_checkpoint(save(tmp_path / "hf", kind, tied=False), tmp_path / "megatron")
     back = export_checkpoint(imported, tmp_path / "back")
-    assert relative_error(logits(back), logits_of_the_new_one(back)) < TOLERANCE
+    assert_close_in_norm(logits(back), logits_of_the_new_one(back))
 
 
 @pytest.mark.parametrize("form", [form for form in ExpertForm if form is not ExpertForm.FUSED_IN_OUT])
@@ -90,8 +90,8 @@ def test_both_read_a_portable_config_of_what_the_new_one_saved(tmp_path: Path, k
     assert "rope_theta 5000000.0 instead of 10000.0" in note
     back = export_checkpoint(imported, tmp_path / "back", portable_config=True, **options)
     expected = logits_of_the_new_one(source)
-    assert relative_error(logits_of_the_new_one(back), expected) < TOLERANCE
-    assert relative_error(logits(back), expected) < TOLERANCE
+    assert_close_in_norm(logits_of_the_new_one(back), expected)
+    assert_close_in_norm(logits(back), expected)
 
 
 def tie_above_only(config: dict[str, Any]) -> None:
@@ -117,8 +117,8 @@ def test_levels_and_defaults_that_disagree_are_said_and_made_to_agree(
         assert relative_error(logits(plain), expected) > 100 * TOLERANCE
     assert any("4.57" in note for note in plan_export(imported, tmp_path / "x").notes)
     back = export_checkpoint(imported, tmp_path / "back", portable_config=True)
-    assert relative_error(logits(back), expected) < TOLERANCE
-    assert relative_error(logits_of_the_new_one(back), expected) < TOLERANCE
+    assert_close_in_norm(logits(back), expected)
+    assert_close_in_norm(logits_of_the_new_one(back), expected)
 
 
 def test_a_config_that_both_read_alike_is_left_as_it_is(tmp_path: Path) -> None:

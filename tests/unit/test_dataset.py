@@ -151,8 +151,8 @@ def test_an_index_outside_is_an_index_error(dataset: PackedConversations, index:
         dataset[index]
 
 
-def build(conversations: list, processor: Qwen3VLProcessor, config: Config) -> PackedConversations:
-    return PackedConversations(conversations, processor, config, seq_length=SEQ_LENGTH, num_samples=4)
+def build(conversations: list, processor: Qwen3VLProcessor, config: Config, **options: Any) -> PackedConversations:
+    return PackedConversations(conversations, processor, config, seq_length=SEQ_LENGTH, num_samples=4, **options)
 
 
 def test_bad_conversations_are_named(processor: Qwen3VLProcessor, config: Config) -> None:

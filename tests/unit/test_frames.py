@@ -10,6 +10,7 @@ from transformers.vision_utils import (
 )
 
 from megatron_vlbridge.layout.frames import Frames, grids_of
+from tests.closeness import assert_close_in_norm
 
 CPU = torch.device("cpu")
 
@@ -55,14 +56,14 @@ def test_table_weights_equal_transformers(frames, side):
         torch.tensor(frames.grids), side, "bilinear", align_corners=True, spatial_merge_size=frames.merge_size
     )
     assert torch.equal(index, their_index.T)
-    assert (weight - their_weight.T).norm() <= 1e-6 * their_weight.norm()
+    assert_close_in_norm(weight, their_weight.T, 1e-6)
 
 
 @given(frames(), st.integers(2, 9))
 def test_table_weights_interpolate_a_linear_table_exactly(frames, side):
     """Of the table row -> a, column -> b the interpolation must give the patch's own place in the table."""
     index, weight = frames.table_weights(side, CPU)
-    torch.testing.assert_close(weight.sum(0), torch.ones(frames.patches), rtol=0, atol=1e-6)
+    assert_close_in_norm(weight.sum(0), torch.ones(frames.patches), 1e-6)
     assert (weight >= 0).all()
     table = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
     found = (table[index] * weight[..., None]).sum(0)
@@ -70,7 +71,7 @@ def test_table_weights_interpolate_a_linear_table_exactly(frames, side):
         (row * (side - 1) / max(height - 1, 1), column * (side - 1) / max(width - 1, 1))
         for row, column, height, width in patches_in_order(frames)
     ]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-5)
+    assert_close_in_norm(found, expected, 1e-6)
 
 
 def test_corners_of_a_picture_are_corners_of_the_table():

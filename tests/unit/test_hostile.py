@@ -694,7 +694,7 @@ def as_tuple(culprits: Culprits) -> tuple[str, ...]:
 def attempt(use: Callable, *args) -> tuple[str | None, Any]:
     """The message of the refusal, or the result. Any other error ends the test, and so does a use that has no end."""
     try:
-        with limit(60):
+        with limit():
             return None, use(*args)
     except VLBridgeError as error:
         return str(error), None

@@ -574,6 +574,20 @@ def test_a_disk_that_is_too_small_is_found_before_the_first_byte(source, tmp_pat
     assert names_of(tmp_path) == {"hf"}
 
 
+def test_space_is_needed_only_for_what_is_still_to_be_written(source, tmp_path, monkeypatch):
+    target = tmp_path / "megatron"
+    plan = plan_import(source, target)
+    side = sum(
+        path.stat().st_size for path in source.iterdir() if path.name in ("config.json", "generation_config.json")
+    )
+    needed = plan.nbytes + side + conversion._SPARE_BYTES
+    interrupt(source, target)
+    monkeypatch.setattr(conversion, "free_bytes", lambda _target: needed - 1)
+    with pytest.raises(VLBridgeError, match=f"expected room for {needed} bytes, found {needed - 1}"):
+        plan_import(source, tmp_path / "other").check_run()
+    import_checkpoint(source, target, resume=True)
+
+
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 

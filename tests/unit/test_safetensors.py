@@ -17,6 +17,7 @@ from megatron_vlbridge.checkpoint.safetensors import (
     INDEX,
     SafetensorsFolder,
     SafetensorsWriter,
+    encode_header,
     plan_shards,
     row_blocks,
 )
@@ -264,3 +265,11 @@ def test_a_folder_without_an_index_and_not_one_file_is_refused(files, tmp_path):
         save_file({"a": TENSORS["a"]}, tmp_path / file)
     with pytest.raises(VLBridgeError, match="expected model"):
         SafetensorsFolder(tmp_path)
+
+
+def test_the_data_begins_at_a_multiple_of_8():
+    """As the format's library lays it out, so that memory-mapped tensors are aligned."""
+    for length in range(1, 20):
+        content = encode_header({"x" * length: TensorSpec((3,), torch.float64)})
+        assert len(content) % 8 == 0
+        assert int.from_bytes(content[:8], "little") == len(content) - 8

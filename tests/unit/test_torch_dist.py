@@ -351,7 +351,7 @@ def test_a_hostile_pickle_takes_neither_memory_nor_time(content, tmp_path):
     (folder / ".metadata").write_bytes(b"\x80\4" + content[1] + b".")
     tracemalloc.start()
     try:
-        with limit(20), pytest.raises(VLBridgeError, match=r"\.metadata: .*found:? \S"):
+        with limit(), pytest.raises(VLBridgeError, match=r"\.metadata: .*found:? \S"):
             TorchDistFolder(folder)
         assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
     finally:
@@ -365,7 +365,7 @@ def test_an_entry_that_doubles_itself_is_refused_in_few_words(where, tmp_path):
         value = [value, value]
     folder = write(tmp_path, {"w": some(2)})
     edit(folder, lambda metadata: setattr(metadata.state_dict_metadata["w"], where, value))
-    with limit(20), pytest.raises(VLBridgeError, match=r"\.metadata: w: ") as caught:
+    with limit(), pytest.raises(VLBridgeError, match=r"\.metadata: w: ") as caught:
         TorchDistFolder(folder)
     assert len(str(caught.value)) < 1000
 
