@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--hf-folder", help="(required) Hugging Face folder or Hub id: config.json and processor files")
     group.add_argument("--hf-weights", action="store_true", help="start from the weights in --hf-folder")
     group.add_argument("--random-weights", action="store_true", help="start from random weights")
-    group.add_argument("--conversations", help="JSON lines of {'messages': [...]}, pictures by path")
+    group.add_argument("--conversations", help="JSON lines of {'messages': [...]}, images by path")
     group.add_argument("--valid-conversations", help="the same, for evaluation")
     limit = MediaOptions().max_image_pixels
     group.add_argument("--max-image-pixels", type=int, default=limit, help="larger images are refused (%(default)s)")
@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
         args.hf_folder = str(find_folder(name))
     check_source(args)
     check_trackers(args)
-    with megatron_errors():
+    with megatron_errors(), console.argument_warnings():
         validate_args(args)
         args.padded_vocab_size = calculate_padded_vocab_size(
             config.text.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
@@ -157,8 +157,6 @@ def _set_defaults(args: argparse.Namespace) -> None:
 
 def _set_intervals(args: argparse.Namespace) -> None:
     """Megatron counts the samples of evaluations even where there are none."""
-    if args.conversations and not args.valid_conversations:
-        args.eval_iters = 0
     if args.eval_interval is None:
         # Never during training, as Megatron reads None where it trains: once, after the last iteration.
         args.eval_interval = 1 + (args.train_iters or args.train_samples // args.global_batch_size)

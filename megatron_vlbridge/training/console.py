@@ -12,7 +12,8 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TextIO, cast
 
@@ -158,6 +159,16 @@ def note(text: str) -> None:
     """
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
+
+
+@contextmanager
+def argument_warnings() -> Iterator[None]:
+    """Print on the first rank what Megatron warns of the arguments, such as one that it switches off."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.filterwarnings("always", module=r"megatron\.(training|core\.transformer)\.")
+        yield
+    for warning in found:
+        note(f"warning  {warning.message}")
 
 
 def _is_megatron(frame: FrameType | None) -> bool:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -59,9 +60,13 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     if issubclass(kind, KeyboardInterrupt):
         return
     text = describe(error)
-    # Ends a line that is being rewritten, too.
-    print(end="", flush=True)
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    # The report does not depend on stdout, whose reader may be gone or whose disk may be full.
+    with suppress(OSError, ValueError):
+        # Ends a line that is being rewritten, too.
+        print(end="", flush=True)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    # Under other launchers a person may have set the file, which nobody prints.
+    if file and "TORCHELASTIC_RUN_ID" in os.environ:
         _report_to_torchrun(Path(file), text, refused=isinstance(error, VLBridgeError))
     else:
         _print(text)

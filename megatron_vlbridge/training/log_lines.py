@@ -8,7 +8,10 @@ _VALIDATION = re.compile(r"\bvalidation(\S*) loss at (.+?) \|(.*)")
 _SAVED = re.compile(r"\bsuccessfully saved (?:local )?checkpoint from iteration\s+(\d+)(?: to (.+) \[)?")
 _LOADED = re.compile(r"\bsuccessfully loaded checkpoint from (.+) \[.*\] at iteration (\d+)")
 # Lines of Megatron that are shown as they are: warnings, and why it stops.
-_IMPORTANT = re.compile(r"\b(warning|error|fail(ed|ure)?|could not|unable|exiting|terminat\w+|ignored|nan)\b", re.I)
+_IMPORTANT = re.compile(
+    r"\b(warning|error|exception|fail(ed|ure)?|invalid|could not|unable|exiting|terminat\w+|skipping|ignored|nan)\b",
+    re.IGNORECASE,
+)
 # Except arguments, whose values may hold such a word, and what is said at every start.
 _UNIMPORTANT = re.compile(r"^  \w+ \.* |one_logger package is required|could not find the metadata file")
 

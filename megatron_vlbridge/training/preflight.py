@@ -252,7 +252,8 @@ def _interleaving(args: argparse.Namespace) -> Iterator[str]:
     group = args.microbatch_group_size_per_vp_stage or size
     if group < size:
         yield f"--microbatch-group-size-per-virtual-pipeline-stage {group} is below {_PP} {size}"
-    for flag, batch in _batches(args).items():
+    # Without the argument Megatron takes one pack of each data-parallel rank.
+    for flag, batch in ({"--global-batch-size": _dp(args)} | _batches(args)).items():
         count = batch // _dp(args)
         if batch % _dp(args) == 0 and (group > count or 0 < count % group < size):
             yield (

@@ -28,7 +28,7 @@ from megatron_vlbridge.training import console
 from megatron_vlbridge.training.arguments import parse_arguments
 from megatron_vlbridge.training.datasets import DatasetsFirst
 from megatron_vlbridge.training.guards import accept, check_layout, check_model
-from megatron_vlbridge.training.start import loads_checkpoint
+from megatron_vlbridge.training.start import loading_errors, loads_checkpoint
 from megatron_vlbridge.training.step import vlm_step
 
 __all__ = ["model_provider", "parse_arguments", "run"]
@@ -116,14 +116,15 @@ def run(
         return model
 
     console.begin(args, read_config(args.hf_folder))
-    megatron.training.training.pretrain(
-        pretrain_cfg_container_from_args(args, None),
-        datasets,
-        ModelType.encoder_or_decoder,
-        vlm_step,
-        model_after_datasets,
-        get_embedding_ranks=_embedding_ranks,
-    )
+    with loading_errors():
+        megatron.training.training.pretrain(
+            pretrain_cfg_container_from_args(args, None),
+            datasets,
+            ModelType.encoder_or_decoder,
+            vlm_step,
+            model_after_datasets,
+            get_embedding_ranks=_embedding_ranks,
+        )
 
 
 def _embedding_ranks(pp_ranks: list[int]) -> list[int]:

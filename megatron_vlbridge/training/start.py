@@ -53,6 +53,18 @@ def megatron_errors() -> Iterator[None]:
         raise VLBridgeError(f"Megatron rejects these arguments: {text}") from error
 
 
+@contextmanager
+def loading_errors() -> Iterator[None]:
+    """Where Megatron-Core 0.19 cannot load a checkpoint it may print why and exit with 0: here a VLBridgeError."""
+    try:
+        yield
+    except SystemExit as error:
+        if all(frame.name != "load_checkpoint" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        cause = f": {error.__context__!r}" if error.__context__ else ""
+        raise VLBridgeError(f"Megatron could not load the checkpoint; it printed its reason before{cause}") from error
+
+
 def loads_checkpoint(args: argparse.Namespace) -> bool:
     """Whether the run continues from `--load`; otherwise it starts from the source that another argument names."""
     return bool(args.load) and checkpoint_exists(args.load)

@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
@@ -13,7 +15,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.training.console import ShortLog, summary
+from megatron_vlbridge.training.console import ShortLog, argument_warnings, summary
 from megatron_vlbridge.training.failure import describe
 from megatron_vlbridge.training.trackers import check_trackers
 from megatron_vlbridge.weights.plan import MisfitError
@@ -110,6 +112,41 @@ def test_verbose_leaves_stdout_and_warnings_alone(verbose: bool) -> None:
         [sys.executable, "-c", code, *(["--verbose"] if verbose else [])], capture_output=True, text=True, check=True
     )
     assert run.stdout.split() == [str(verbose), str(verbose), "False"]
+
+
+def test_what_megatron_warns_of_the_arguments_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    module = ModuleType("megatron.training.utils.anything")
+    exec("import warnings\ndef warn(text): warnings.warn(text)", module.__dict__)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="megatron")
+        with argument_warnings():
+            module.warn("Disabling --async-save.")
+        module.warn("an import warning")
+    assert capsys.readouterr().out == "warning  Disabling --async-save.\n"
+
+
+REFUSING = """
+import os, sys
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.training.failure import report_failures
+report_failures()
+print("before")
+if "full" in sys.argv:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+raise VLBridgeError("no answer")
+"""
+
+
+@pytest.mark.parametrize("stdout", ["full", "as it is"])
+def test_a_report_needs_neither_stdout_nor_the_error_file_of_another_launcher(tmp_path: Path, stdout: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    environment["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "error.json")
+    command = [sys.executable, "-c", REFUSING, stdout]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=50)
+    assert run.stderr.startswith("Error: no answer\n")
+    assert "Traceback" not in run.stderr
+    assert run.returncode != 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_refusal_is_described_by_its_text_alone() -> None:

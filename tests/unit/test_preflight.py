@@ -129,6 +129,13 @@ def test_what_every_run_needs_is_named(missing):
     assert f"{missing.split()[0]} is missing" in refusal("", complete=COMPLETE.replace(missing, ""))
 
 
+def test_virtual_stages_want_more_than_megatrons_default_of_one_micro_batch():
+    complete = COMPLETE.replace("--global-batch-size 16", "")
+    text = refusal(f"{PP} 2 {CHUNKS} 2", 4, complete=complete)
+    assert "--global-batch-size 2 gives 1 micro-batches" in text
+    assert text.endswith("a multiple of 4")
+
+
 def test_all_faults_are_named_at_once():
     text = refusal(f"{TP} 3 {PP} 8 --min-lr 1", 24)
     assert [line.split()[0] for line in text.splitlines()] == [TP, PP, "--min-lr"]

@@ -1,6 +1,7 @@
 """A run says which weights it starts from, and a resumed one continues its schedule."""
 
 import argparse
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from megatron_vlbridge.checkpoint.convert import import_checkpoint
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.arguments import add_arguments
 from megatron_vlbridge.training.parser import make_parser
-from megatron_vlbridge.training.start import check_schedule, check_source, megatron_errors
+from megatron_vlbridge.training.start import check_schedule, check_source, loading_errors, megatron_errors
 from tests import reference
 
 PARSER = make_parser(add_arguments)
@@ -186,6 +187,25 @@ def test_all_values_of_the_schedule_that_differ_are_named():
 def test_what_megatron_raises_is_handed_on_in_words(raised, stated):
     with pytest.raises(VLBridgeError, match=stated), megatron_errors():
         raise raised
+
+
+def load_checkpoint() -> None:
+    """Fails as Megatron's function of this name."""
+    try:
+        raise KeyError("rng_state")
+    except KeyError:
+        sys.exit()
+
+
+def test_a_checkpoint_that_megatron_cannot_load_does_not_end_the_run_with_zero():
+    with (
+        pytest.raises(VLBridgeError, match=r"could not load the checkpoint.*KeyError\('rng_state'\)"),
+        loading_errors(),
+    ):
+        load_checkpoint()
+    # Such as --exit-interval.
+    with pytest.raises(SystemExit), loading_errors():
+        sys.exit()
 
 
 def test_an_assertion_without_a_message_is_shown_itself():
