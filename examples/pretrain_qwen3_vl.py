@@ -44,7 +44,7 @@ def main() -> None:
         if not file or not count:
             return None
         dataset = PackedConversations(
-            read_conversations(file, split=split),
+            read_conversations(file, split=split, literal_tags=args.literal_tags),
             processor,
             config,
             seq_length=args.seq_length,

@@ -9,11 +9,15 @@ from typing import Any
 
 from megatron_vlbridge.data.images import is_url
 from megatron_vlbridge.data.media import Conversation, Message
-from megatron_vlbridge.data.messages import MEDIA_FORM, check_conversation, check_keys, message_parts
+from megatron_vlbridge.data.messages import MEDIA_FORM, check_conversation, check_keys, message_name, message_parts
 from megatron_vlbridge.errors import VLBridgeError
 
-# How other formats mark the place of an image in a text, as in `<image>`, `<image_1>`, `<|video_2|>`, `<img>`.
-MEDIA_TAG = re.compile(r"<\|?(image|video|audio|img)(?:[ _-]?\d+)?\|?>")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# How other formats mark the place of an image in a text, as in `<image>`, `<image_1>`, `<|video_2|>`, `<img>`. After a
+# backtick it is code.
+MEDIA_TAG = re.compile(r"(?<!`)<\|?(image|video|audio|img)(?:[ _-]?\d+)?\|?>")
+# What names a file between a tag and its closing tag, as in `<video>a.mp4</video>`.
+SOURCE = re.compile(r"[^<>]*\.\w+\s*|\s*[^\s<>]*/[^\s<>]*\s*")
 
 
 class LocatedConversation(list[Message]):
@@ -35,7 +39,8 @@ def read_conversations(path: str | Path, *, split: str = "", literal_tags: bool 
         split: what errors name beside the file, as in "train" or "validation".
         literal_tags: take `<image>` and the like in texts literally. Without it they are refused: in files converted
             from other formats they stand for media that are named elsewhere, and the text would be trained on instead.
-            A tag with its closing tag in the same text (`<video>...</video>`) is always taken literally.
+            A tag after a backtick, and markup between a tag and its closing tag (`<video>...</video>`, but not
+            `<video>a.mp4</video>`), are always taken literally.
 
     Raises:
         VLBridgeError: the file is missing, not UTF-8 or has no conversation; a line is not of this form, has a key
@@ -49,15 +54,16 @@ def read_conversations(path: str | Path, *, split: str = "", literal_tags: bool 
     """
     path = Path(path)
     name = f"{split} data {path}" if split else str(path)
+    conversations: list[Conversation] = []
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                content = (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).removesuffix(b"\n")
+                if content.strip():
+                    place = f"{name}, line {number}"
+                    conversations.append(_read_line(content, place, path.parent, literal_tags))
     except OSError as error:
         raise VLBridgeError(f"{name}: no file that can be read ({error.strerror})") from error
-    conversations: list[Conversation] = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if line.strip():
-            place = f"{name}, line {number}"
-            conversations.append(_read_line(line, place, path.parent, literal_tags))
     if not conversations:
         raise VLBridgeError(f"{name}: expected at least one conversation, found none")
     return conversations
@@ -78,7 +84,9 @@ def _read_line(line: bytes, place: str, folder: Path, literal_tags: bool) -> Loc
 def _parsed(line: bytes) -> Any:
     """The value of a line. Python's parser keeps the last of two equal keys and reads NaN; both are refused here."""
     try:
-        return json.loads(line.decode(), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(
+            line.decode(), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite, parse_int=_integer
+        )
     except UnicodeDecodeError as error:
         raise VLBridgeError(f"expected UTF-8 text, found {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
@@ -104,8 +112,13 @@ def _refuse(constant: str) -> None:
 
 def _finite(digits: str) -> float:
     if math.isinf(float(digits)):
-        raise VLBridgeError(f"{digits} is too large for a number")
+        raise VLBridgeError(f"{digits[:80]} is too large for a number")
     return float(digits)
+
+
+def _integer(digits: str) -> int:
+    _finite(digits)  # Python reads no integer of more than 4300 digits
+    return int(digits)
 
 
 def _messages(value: object) -> Any:
@@ -123,11 +136,18 @@ def _check_tags(messages: Conversation) -> None:
     for index, message in enumerate(messages):
         text = "".join(part["text"] for part in message_parts(message) if part["type"] == "text")
         for tag in MEDIA_TAG.finditer(text):
-            if tag[1] == "img" or f"</{tag[1]}>" not in text:
+            if _stands_for_media(tag):
                 raise VLBridgeError(
-                    f"message {index} ({message['role']}): the text holds {tag[0]!r}, which would be trained on as "
-                    f"text; expected {MEDIA_FORM}; if it is meant as text: read_conversations(..., literal_tags=True)"
+                    f"{message_name(messages, index)}: the text holds {tag[0]!r}, which would be trained on as text; "
+                    f"expected {MEDIA_FORM}; if it is meant as text: --literal-tags, or read_conversations(..., "
+                    "literal_tags=True)"
                 )
+
+
+def _stands_for_media(tag: re.Match[str]) -> bool:
+    """Whether a tag is no markup: `<img>` never has content, and what closes has markup in it, not a file's name."""
+    end = tag.string.find(f"</{tag[1]}>", tag.end())
+    return tag[1] == "img" or end < 0 or SOURCE.fullmatch(tag.string, tag.end(), end) is not None
 
 
 def _resolved(content: Any, folder: Path) -> Any:

@@ -101,7 +101,7 @@ def _check_part(name: str, part: object, role: str) -> None:
     if kind == "text":
         _check_text(name, part.get("text"))
     elif role != "user":
-        raise VLBridgeError(f"{name}: expected text, found {kind}: images and videos belong into the user's messages")
+        raise VLBridgeError(f"{name}: expected text, found {kind}: images and videos belong in the user's messages")
 
 
 def _check_text(name: str, text: object) -> None:

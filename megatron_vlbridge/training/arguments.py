@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--valid-conversations", help="the same, for evaluation")
     limit = MediaOptions().max_image_pixels
     group.add_argument("--max-image-pixels", type=int, default=limit, help="larger images are refused (%(default)s)")
+    group.add_argument("--literal-tags", action="store_true", help="take <image> and the like in texts as text")
     group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
     group.add_argument("--no-vision-balance", action="store_true", help="each context-parallel rank runs all frames")
     group.add_argument(

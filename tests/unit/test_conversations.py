@@ -13,6 +13,8 @@ from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.tiny_processor import build_processor
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.training.arguments import add_arguments
+from megatron_vlbridge.training.parser import make_parser
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 GOOD = json.dumps({"messages": TALK})
@@ -105,6 +107,7 @@ REFUSED = {
     "infinity": (with_part(type="video", video=[], fps=-float("inf")), r"-Infinity is not a JSON value"),
     "too large": (with_part(type="video", video=[], fps=1.5).replace("1.5", "1e999"), r"1e999 is too large"),
     "half a pair": (line(messages=[{"role": "user", "content": "\ud800"}]), r"message 0 \(user\): .*surrogate"),
+    "integer too large": (with_part(type="video", video=[], fps=7).replace("7", "7" * 5000), r"7{80} is too large"),
     "NUL": ('{"messages": "\x00"}', r"one JSON object on the line"),
 }  # fmt: skip
 
@@ -130,11 +133,26 @@ def test_a_tag_of_another_format_is_refused_unless_it_is_meant(tmp_path: Path, t
         assert read_conversations(path, literal_tags=True)[0][0]["content"] == content
 
 
-def test_a_path_in_image_tags_is_refused_and_markup_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    write_lines(path, line(messages=[{"role": "user", "content": "<img>a.png</img> what?"}]))
-    with pytest.raises(VLBridgeError, match="'<img>'"):
+def test_the_option_that_the_refusal_of_a_tag_names_is_an_argument(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "train.jsonl", line(messages=[{"role": "user", "content": "<image>"}]))
+    with pytest.raises(VLBridgeError, match="--literal-tags"):
         read_conversations(path)
+    parser = make_parser(add_arguments)
+    assert [parser.parse_args(words).literal_tags for words in ([], ["--literal-tags"])] == [False, True]
+
+
+def test_a_path_in_media_tags_is_refused_and_markup_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    for tag, text in {
+        "<img>": "<img>a.png</img> what?",
+        "<video>": "<video>my clip.mp4 </video>",
+        "<audio>": "<audio>set/1</audio>",
+        "<image>": "<video>\n<p></p></video><image>./</image>",
+        "<image_00>": "</image><image_00>",
+    }.items():
+        write_lines(path, line(messages=[{"role": "user", "content": text}]))
+        with pytest.raises(VLBridgeError, match=f"'{tag}'"):
+            read_conversations(path)
     texts = [
         "<video>\n<source src='a'></video>",
         "<image x>",
@@ -142,6 +160,8 @@ def test_a_path_in_image_tags_is_refused_and_markup_is_not(tmp_path: Path) -> No
         "a <imag",
         "image>",
         '<img src="a.png">',
+        "the `<img>` and the ``<video>`` tag",
+        "<video>not supported</video><audio></audio>",
         "<think>",
     ]
     write_lines(path, line(messages=[{"role": "assistant", "content": text} for text in texts]))
