@@ -54,7 +54,7 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != expected:
             raise VLBridgeError(
-                f"{folder / name}: expected {expected} bytes, as it was written, found {found or 'no such file'}. "
+                f"{folder / name}: expected {expected} bytes, as it was written, found {'no such file' if found is None else found}. "
                 f"Remove {folder} and convert again."
             )
     return origin if isinstance(origin, dict) else None

@@ -231,7 +231,7 @@ def test_sizes_are_read(text: str, expected: int) -> None:
 
 
 WRONG = [
-    *(f"import a b --memory={text}" for text in ("", "-1", "GB", "1XB", "1e9", "0", "1Gi")),
+    *(f"import a b --memory={text}" for text in ("", "-1", "GB", "1XB", "1e9", "0", "1Gi", 400 * "9")),
     *("import a b --memory -1", "import a b --workers 0", "import a b --workers -2", "import a b --workers two"),
     *("import a", "import", "import a b c", "import a b --experts fused", "import a b --dtype float8"),
     *("export a b --max-shard-size 0", "export a b --max-shard-size -5GB", "import a b --like c"),

@@ -479,11 +479,18 @@ def test_the_result_of_another_conversion_is_not_taken_for_this_one(source, tmp_
         import_checkpoint(source, tmp_path / "megatron", dtype="float16", resume=True)
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 5)])
-def test_a_result_that_has_lost_something_is_not_complete(damage, source, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda path: path.unlink(), "no such file"),
+        (lambda path: os.truncate(path, 5), "5"),
+        (lambda path: os.truncate(path, 0), "0"),
+    ],
+)
+def test_a_result_that_has_lost_something_is_not_complete(damage, found, source, tmp_path):
     path = next(import_checkpoint(source, tmp_path / "megatron").rglob("*.distcp"))
     damage(path)
-    with pytest.raises(VLBridgeError, match=rf"{path.name}: expected \d+ bytes.*convert again"):
+    with pytest.raises(VLBridgeError, match=rf"{path.name}: expected \d+ bytes.* found {found}\..*convert again"):
         import_checkpoint(source, tmp_path / "megatron", resume=True)
 
 
