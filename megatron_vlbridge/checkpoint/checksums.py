@@ -55,7 +55,7 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
         if found != expected:
             raise VLBridgeError(
                 f"{folder / name}: expected {expected} bytes, as it was written, found {'no such file' if found is None else found}. "
-                f"Remove {folder} and convert again."
+                f"Use another name, or remove {folder} and convert again."
             )
     return origin if isinstance(origin, dict) else None
 

@@ -363,6 +363,24 @@ def test_a_reader_that_goes_away_changes_no_exit_code(command: str, model: Path,
     assert (tmp_path / "new").exists() == (command in ("import", "export"))
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_changes_no_exit_code(
+    closed: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `2>&-`; nothing goes to the other stream instead."""
+    monkeypatch.setattr(sys, closed, None)
+    assert exit_code("import", "--help") == 0
+    assert cli.main(["import", str(model / "hf"), str(tmp_path / "new")]) == 0
+    assert cli.main(["inspect", str(tmp_path / "none")]) == 1
+    getattr(sys, closed).close()
+    monkeypatch.undo()
+    out, err = capsys.readouterr()
+    if closed == "stderr":
+        assert out.endswith(f"\n{tmp_path / 'new'}\n")
+    else:
+        assert "100%" in err
+
+
 def test_a_folder_of_the_other_kind_is_named_with_the_command_for_it(model: Path, tmp_path: Path, capsys) -> None:
     hf, megatron = model / "hf", model / "megatron"
     for folder in (megatron, megatron / "release"):

@@ -8,6 +8,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_vlbridge import cli, families
-from megatron_vlbridge.checkpoint import conversion, convert, safetensors, staging, torch_dist_writer
+from megatron_vlbridge.checkpoint import conversion, convert, engine, safetensors, staging, torch_dist_writer
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_import
 from megatron_vlbridge.checkpoint.engine import Options, Progress, digest_range
 from megatron_vlbridge.checkpoint.formats import TRACKER
@@ -709,6 +710,14 @@ def test_a_disk_that_fills_after_some_parts_is_continued_to_the_same_bytes(conve
     convert(source, tmp_path / "target", options=Options(report=seen.append), resume=True)
     assert seen[-1].resumed > 0
     assert files_of(tmp_path / "target") == expected
+
+
+def test_the_cause_of_a_failure_is_raised_where_an_earlier_part_was_stopped_by_it():
+    futures: list[Future[staging.Finished]] = [Future(), Future()]
+    futures[0].set_exception(engine._StoppedError())
+    futures[1].set_exception(OSError("the disk is full"))
+    with pytest.raises(OSError, match="the disk is full"):
+        engine._results(futures)
 
 
 def test_a_source_that_ends_early_while_it_is_read_is_named_and_the_work_kept(source, tmp_path):
