@@ -53,8 +53,9 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
         expected = sum(count for _, count, _ in ranges)
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != expected:
+            text = "no such file" if found is None else str(found)
             raise VLBridgeError(
-                f"{folder / name}: expected {expected} bytes, as it was written, found {'no such file' if found is None else found}. "
+                f"{folder / name}: expected {expected} bytes, as it was written, found {text}. "
                 f"Use another name, or remove {folder} and convert again."
             )
     return origin if isinstance(origin, dict) else None
