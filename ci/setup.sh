@@ -3,14 +3,14 @@
 #
 #   ci/setup.sh                    find a Python >= 3.12 by itself
 #   PYTHON=/a/python ci/setup.sh   make .venv from this one (an existing .venv is kept: `make clean-venv` first)
-#
-# VENV, CONSTRAINTS and PYTHON_VERSIONS name another venv, other pins and other Pythons (ci/versions.sh).
+#   ci/setup.sh VENV CONSTRAINTS VERSIONS
+#                                  another venv, other pins and other Pythons (ci/versions.sh)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=${VENV:-.venv}
-constraints=${CONSTRAINTS:-ci/constraints.txt}
-versions=${PYTHON_VERSIONS:-3.12 3.13}
+venv=${1:-.venv}
+constraints=${2:-ci/constraints.txt}
+versions=${3:-3.12 3.13}
 stamp=$venv/.installed       # a copy of everything that the installation depended on
 unfinished=$venv/.unfinished # stands while an installation runs: a venv that still has it cannot be trusted
 log=$venv/install.log

@@ -29,7 +29,7 @@ done
 for name in "${ends[@]}"; do
     venv=.venv-$name
     # A PYTHON that was chosen for .venv may be another version.
-    PYTHON='' VENV=$venv CONSTRAINTS=ci/constraints-$name.txt PYTHON_VERSIONS=${python[$name]} ci/setup.sh
+    PYTHON='' ci/setup.sh "$venv" "ci/constraints-$name.txt" "${python[$name]}"
     "$venv/bin/python" - <<'PY'
 import platform
 from importlib.metadata import version

@@ -53,9 +53,10 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
         expected = sum(count for _, count, _ in ranges)
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != expected:
+            text = "no such file" if found is None else str(found)
             raise VLBridgeError(
-                f"{folder / name}: expected {expected} bytes, as it was written, found {found or 'no such file'}. "
-                f"Remove {folder} and convert again."
+                f"{folder / name}: expected {expected} bytes, as it was written, found {text}. "
+                f"Use another name, or remove {folder} and convert again."
             )
     return origin if isinstance(origin, dict) else None
 

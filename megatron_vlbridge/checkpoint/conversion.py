@@ -104,7 +104,7 @@ class Conversion:
         if before != now:
             raise VLBridgeError(
                 f"{self.target}: expected the result of this conversion, found that of another: "
-                f"{first_difference(before, now)}. Remove it or use another name."
+                f"{first_difference(before, now)}. Use another name, or remove it if it is not needed."
             )
         return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -36,14 +36,14 @@ Tensors = Mapping[str, TensorSpec]
 class _Side:
     """One checkpoint as Megatron or as Hugging Face tensors, and what else a Hugging Face folder holds.
 
-    `widened` are tensors of a Hugging Face folder that have a dtype beside others in one Megatron tensor.
+    `mixed` are tensors whose values have several dtypes in the folder, so that no single tensor equals them.
     """
 
     folder: Path
     table: Tensors
     fill: Filler
     config: Config | None
-    widened: Tensors = field(default_factory=dict)
+    mixed: frozenset[str] = frozenset()
     unit: str = "Megatron tensors"
 
 
@@ -138,16 +138,20 @@ def _read_hf(folder: Path, leave_out: Sequence[str], experts: str | None) -> _Hu
 
 
 def _as_megatron(hf: _HuggingFace) -> _Side:
-    found, widened = megatron_tensors(hf.rules, hf.model)
-    parts = {move.hf.name: hf.model[move.hf.name] for move in hf.rules.moves if move.megatron.name in widened}
-    return _Side(hf.folder, {**found, **hf.others}, _through(hf.rules, hf.read), hf.config, parts)
+    found, _ = megatron_tensors(hf.rules, hf.model)
+    return _Side(hf.folder, {**found, **hf.others}, _through(hf.rules, hf.read), hf.config)
 
 
 def _as_hf(hf: _HuggingFace, rules: RuleTable) -> _Side:
     """The folder's own tensors, or, where other rules hold experts in another form, its values as tensors of those."""
     if rules.rules == hf.rules.rules:
         return _Side(hf.folder, {**hf.model, **hf.others}, hf.read, hf.config, unit=_HF_UNIT)
-    table = {name: TensorSpec(shape, _dtype(hf, rules, name)) for name, shape in rules.hf_shapes.items()}
+    dtypes = {name: _dtypes(hf, rules, name) for name in rules.hf_shapes}
+    mixed = frozenset(name for name, found in dtypes.items() if len(found) > 1)
+    table = {
+        name: TensorSpec(shape, torch.float32 if name in mixed else next(iter(dtypes[name])))
+        for name, shape in rules.hf_shapes.items()
+    }
     megatron = _through(hf.rules, hf.read)
 
     def fill(region: Region, out: torch.Tensor) -> None:
@@ -156,14 +160,13 @@ def _as_hf(hf: _HuggingFace, rules: RuleTable) -> _Side:
         else:
             hf.read(region, out)
 
-    return _Side(hf.folder, {**table, **hf.others}, fill, hf.config, unit=_HF_UNIT)
+    return _Side(hf.folder, {**table, **hf.others}, fill, hf.config, mixed, _HF_UNIT)
 
 
-def _dtype(hf: _HuggingFace, rules: RuleTable, name: str) -> torch.dtype:
-    """The dtype that the values of a tensor of other rules have in the folder; float32 where there are several."""
+def _dtypes(hf: _HuggingFace, rules: RuleTable, name: str) -> set[torch.dtype]:
+    """The dtypes that the values of a tensor of other rules have in the folder."""
     pieces = rules.megatron_sources(Region.whole(name, rules.hf_shapes[name]))
-    dtypes = {hf.model[source.source.name].dtype for piece in pieces for source in hf.rules.hf_sources(piece.source)}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return {hf.model[source.source.name].dtype for piece in pieces for source in hf.rules.hf_sources(piece.source)}
 
 
 def _through(table: RuleTable, read: Filler) -> Filler:
@@ -188,9 +191,8 @@ def _compare_tables(left: _Side, right: _Side) -> Iterable[Difference]:
         ours, theirs = left.table.get(name), right.table.get(name)
         if ours != theirs:
             yield Difference(name, f"{ours or 'absent'} and {theirs or 'absent'}")
-    for name in sorted(left.widened.keys() & right.widened.keys()):
-        if left.widened[name] != right.widened[name]:
-            yield Difference(name, f"{left.widened[name]} and {right.widened[name]}")
+        elif name in right.mixed:
+            yield Difference(name, f"{ours} and values of several dtypes")
 
 
 def _compare(name: str, spec: TensorSpec, left: _Side, right: _Side) -> Difference | None:

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from megatron_vlbridge.cli.output import flush, show
+from megatron_vlbridge.cli.output import flush, open_closed_streams, show
 from megatron_vlbridge.cli.parser import make_parser, parse
 from megatron_vlbridge.cli.version import versions
 from megatron_vlbridge.errors import UsageError, VLBridgeError
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Example: `main(["inspect", "Qwen3-VL-2B-Instruct"])`.
     """
+    open_closed_streams()
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
     except SystemExit:

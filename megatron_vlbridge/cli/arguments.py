@@ -19,7 +19,7 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 
 def size(text: str) -> int:
     """A number of bytes: `512MiB`, `5GB`, `4g` (as `4GB`), `1000`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([kmgt])(i?)b?)?", text.strip(), re.IGNORECASE)
     if not match or (match[3] and not text.strip().lower().endswith("b")):
         raise argparse.ArgumentTypeError(f"expected a size such as 4G, 1GiB or 512MiB, found {text!r}")
     power = " kmgt".index((match[2] or " ").lower())

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TextIO
+
+
+def open_closed_streams() -> None:
+    """Give the null device to stdout and stderr where the caller has closed them (`2>&-`): Python sets them to None."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  it stays open
 
 
 def show(text: str, *, stream: TextIO | None = None, end: str = "\n") -> None:

@@ -231,7 +231,7 @@ def test_sizes_are_read(text: str, expected: int) -> None:
 
 
 WRONG = [
-    *(f"import a b --memory={text}" for text in ("", "-1", "GB", "1XB", "1e9", "0", "1Gi")),
+    *(f"import a b --memory={text}" for text in ("", "-1", "GB", "1XB", "1e9", "0", "1Gi", 400 * "9")),
     *("import a b --memory -1", "import a b --workers 0", "import a b --workers -2", "import a b --workers two"),
     *("import a", "import", "import a b c", "import a b --experts fused", "import a b --dtype float8"),
     *("export a b --max-shard-size 0", "export a b --max-shard-size -5GB", "import a b --like c"),
@@ -361,6 +361,24 @@ def test_a_reader_that_goes_away_changes_no_exit_code(command: str, model: Path,
     finally:
         monkeypatch.undo()
     assert (tmp_path / "new").exists() == (command in ("import", "export"))
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_changes_no_exit_code(
+    closed: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `2>&-`; nothing goes to the other stream instead."""
+    monkeypatch.setattr(sys, closed, None)
+    assert exit_code("import", "--help") == 0
+    assert cli.main(["import", str(model / "hf"), str(tmp_path / "new")]) == 0
+    assert cli.main(["inspect", str(tmp_path / "none")]) == 1
+    getattr(sys, closed).close()
+    monkeypatch.undo()
+    out, err = capsys.readouterr()
+    if closed == "stderr":
+        assert out.endswith(f"\n{tmp_path / 'new'}\n")
+    else:
+        assert "100%" in err
 
 
 def test_a_folder_of_the_other_kind_is_named_with_the_command_for_it(model: Path, tmp_path: Path, capsys) -> None:

@@ -168,6 +168,12 @@ def lose_a_tensor(header: dict[str, Any]) -> None:
     header["__metadata__"]["cut"] = str(header.pop(last)["data_offsets"][0])
 
 
+def add_a_tensor(header: dict[str, Any]) -> None:
+    """An empty one, so that sizes stay right; all the others are as expected."""
+    end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    header["stray"] = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
+
+
 def change_hf(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (path,) = folder.glob("*.safetensors")
     edit_header(path, change)
@@ -179,7 +185,7 @@ def change_hf(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["export", "save"])
-@pytest.mark.parametrize("change", [turn_a_shape, change_a_dtype, rename_a_tensor, lose_a_tensor])
+@pytest.mark.parametrize("change", [turn_a_shape, change_a_dtype, rename_a_tensor, lose_a_tensor, add_a_tensor])
 def test_an_export_that_wrote_something_else_is_rejected(
     change: Callable[[dict[str, Any]], None], kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_vlbridge import cli, families
-from megatron_vlbridge.checkpoint import conversion, convert, safetensors, staging, torch_dist_writer
+from megatron_vlbridge.checkpoint import conversion, convert, engine, safetensors, staging, torch_dist_writer
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_import
 from megatron_vlbridge.checkpoint.engine import Options, Progress, digest_range
 from megatron_vlbridge.checkpoint.formats import TRACKER
@@ -479,11 +480,18 @@ def test_the_result_of_another_conversion_is_not_taken_for_this_one(source, tmp_
         import_checkpoint(source, tmp_path / "megatron", dtype="float16", resume=True)
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 5)])
-def test_a_result_that_has_lost_something_is_not_complete(damage, source, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda path: path.unlink(), "no such file"),
+        (lambda path: os.truncate(path, 5), "5"),
+        (lambda path: os.truncate(path, 0), "0"),
+    ],
+)
+def test_a_result_that_has_lost_something_is_not_complete(damage, found, source, tmp_path):
     path = next(import_checkpoint(source, tmp_path / "megatron").rglob("*.distcp"))
     damage(path)
-    with pytest.raises(VLBridgeError, match=rf"{path.name}: expected \d+ bytes.*convert again"):
+    with pytest.raises(VLBridgeError, match=rf"{path.name}: expected \d+ bytes.* found {found}\..*convert again"):
         import_checkpoint(source, tmp_path / "megatron", resume=True)
 
 
@@ -702,6 +710,14 @@ def test_a_disk_that_fills_after_some_parts_is_continued_to_the_same_bytes(conve
     convert(source, tmp_path / "target", options=Options(report=seen.append), resume=True)
     assert seen[-1].resumed > 0
     assert files_of(tmp_path / "target") == expected
+
+
+def test_the_cause_of_a_failure_is_raised_where_an_earlier_part_was_stopped_by_it():
+    futures: list[Future[staging.Finished]] = [Future(), Future()]
+    futures[0].set_exception(engine._StoppedError())
+    futures[1].set_exception(OSError("the disk is full"))
+    with pytest.raises(OSError, match="the disk is full"):
+        engine._results(futures)
 
 
 def test_a_source_that_ends_early_while_it_is_read_is_named_and_the_work_kept(source, tmp_path):

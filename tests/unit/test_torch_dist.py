@@ -491,6 +491,26 @@ def test_metadata_that_does_not_fit_its_files_is_refused(change, tmp_path):
         TorchDistFolder(folder)
 
 
+class Beyond:
+    """Pickled as a tensor that begins 1,000 values after the start of its storage, which holds four."""
+
+    def __reduce__(self):
+        storage = torch.storage.TypedStorage(wrap_storage=some(4).untyped_storage(), dtype=torch.int32, _internal=True)
+        return torch._utils._rebuild_tensor_v2, (storage, 1000, (4,), (1,), False, OrderedDict())
+
+
+def test_a_tensor_that_reaches_beyond_its_chunk_is_refused(tmp_path):
+    """Its values would be those of another tensor in the same file."""
+    folder = write(tmp_path, {"w": some(4)})
+    stream = io.BytesIO()
+    torch.save(Beyond(), stream)
+    length = stream.tell()
+    (folder / "__0_0.distcp").write_bytes(stream.getvalue() + bytes(8000))
+    edit(folder, lambda metadata: vars(metadata.storage_data[MetadataIndex("w", (0,))]).update(offset=0, length=length))
+    with pytest.raises(VLBridgeError, match="outside of the chunk"):
+        TorchDistFolder(folder).read(Region.whole("w", (4,)))
+
+
 def test_a_truncated_file_is_refused_by_name(tmp_path):
     folder = write(tmp_path, {"w": some(4, 3)})
     os.truncate(folder / "__0_0.distcp", 100)

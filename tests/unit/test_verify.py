@@ -21,7 +21,7 @@ from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families import ExpertForm
 from tests import reference
 from tests.unit import test_convert_moe
-from tests.unit.test_convert import training_run
+from tests.unit.test_convert import bits_without_nan, training_run
 
 QKV = "language_model.decoder.layers.self_attention.linear_qkv.weight"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -159,6 +159,22 @@ def test_experts_in_two_dtypes_are_no_reason_to_call_them_equal(tmp_path):
     change(right, names[0], lambda tensor: tensor.float())
     assert not verify(left, right).equal
     assert not verify(right, left).equal
+
+
+def test_experts_in_two_dtypes_are_not_equal_to_a_wider_tensor(tmp_path):
+    """The values are the same: one expert in bfloat16 among others in float32, and all of them in float32."""
+    wide = test_convert_moe.make(tmp_path / "a", "fused_out_in", fill=bits_without_nan)
+    mixed = test_convert_moe.make(tmp_path / "b", "per_expert", fill=bits_without_nan)
+    for folder in (wide, mixed):
+        for name in inspect(folder).table:
+            if ".experts." in name:
+                change(folder, name, torch.Tensor.float)
+    assert verify(wide, mixed).equal
+    name = next(name for name in inspect(mixed).table if ".experts.1.down_proj" in name)
+    change(mixed, name, torch.Tensor.bfloat16)
+    (difference,) = verify(wide, mixed).differences
+    assert "several dtypes" in difference.text
+    assert verify(mixed, wide).differences[0].name == name
 
 
 def test_models_of_other_sizes_differ_by_config_and_tensors(model, tmp_path):
