@@ -146,8 +146,8 @@ def _check_free(target: Path) -> None:
     if not is_free(target):
         found = "a mount point" if target.is_mount() else "something there"
         raise VLBridgeError(
-            f"{target}: expected a name that is free, or an empty folder, found {found}. "
-            "Use another name, or remove it if it is not needed."
+            f"{target}: expected a name that is free, or an empty folder, found {found}. Use another name, or remove "
+            "it if it is not needed."
         )
 
 
