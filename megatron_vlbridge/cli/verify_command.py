@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from megatron_vlbridge.cli.arguments import add_experts, add_json, add_leave_out
 from megatron_vlbridge.cli.output import show
+from megatron_vlbridge.errors import UsageError
 
 SUMMARY = "compare two checkpoints bit for bit, or one with its own checksums"
 DESCRIPTION = """Compare two checkpoints, each a Hugging Face or a Megatron folder, bit for bit.
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vlbridge.checkpoint.verify import first_lines, verify
 
     if args.b is None:
+        if args.leave_out or args.experts:
+            raise UsageError("--leave-out and --experts compare two checkpoints: expected A and B, found A alone")
         report = verify_checksums(args.a)
     else:
         report = verify(args.a, args.b, leave_out=args.leave_out, experts=args.experts)

@@ -117,6 +117,7 @@ def _refuse_unproved(args: argparse.Namespace) -> None:
         "account_for_loss_in_pipeline_split": own_split,
         "checkpoint_activations": "use --recompute-granularity",
         "use_checkpoint_args": "leave it out (the architecture is read from --hf-folder)",
+        "non_persistent_ckpt_type": "leave it out (runs save to --save and continue from --load alone)",
         "yaml_cfg": "give the arguments on the command line",
     }
     found = {name: remedy for name, remedy in remedies.items() if getattr(args, name)}

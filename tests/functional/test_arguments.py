@@ -61,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--main-grads-dtype", "bf16"], "--main-grads-dtype bf16 is not proved"),
         (["--optimizer", "muon"], "--optimizer muon is not proved"),
         (["--ckpt-format", "torch"], "--ckpt-format torch is not proved"),
+        (["--non-persistent-ckpt-type", "global"], "--non-persistent-ckpt-type is not proved"),
         (["--yaml-cfg", "nowhere.yaml"], "--yaml-cfg is not proved"),
         (["--use-checkpoint-args"], "--use-checkpoint-args is not proved"),
         (["--account-for-loss-in-pipeline-split"], "--account-for-loss-in-pipeline-split is not proved"),

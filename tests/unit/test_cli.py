@@ -247,6 +247,12 @@ def test_wrong_usage_exits_with_2(line: str, capsys: pytest.CaptureFixture[str])
     assert "usage: vlbridge" in err
 
 
+@pytest.mark.parametrize("option", ["--leave-out=x", "--experts=per_expert"])
+def test_options_that_compare_need_two_checkpoints(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("verify", "a", option) == 2
+    assert "expected A and B" in capsys.readouterr().err
+
+
 def exit_code(*arguments: object) -> int | str | None:
     """What the shell gets, whether the command returns or argparse exits."""
     try:
