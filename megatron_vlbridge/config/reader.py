@@ -321,11 +321,10 @@ def _read_vision(vision: Section, model_type: str) -> VisionConfig:
             raise part.fail("rope_theta", part.value("rope_theta"), "10000", "Other values are not supported.")
     deepstack_default = [8, 16, 24] if model_type.startswith("qwen3_vl") else []
     result = VisionConfig(
-        # transformers takes both names of these two.
-        depth=vision.integer("depth", "num_hidden_layers", default=27, maximum=_MOST_LAYERS),
+        depth=_read_size_of_two_names(vision, "depth", "num_hidden_layers", default=27, maximum=_MOST_LAYERS),
         hidden_size=vision.integer("hidden_size", default=1152),
         intermediate_size=vision.integer("intermediate_size", default=4304),
-        num_heads=vision.integer("num_heads", "num_attention_heads", default=16),
+        num_heads=_read_size_of_two_names(vision, "num_heads", "num_attention_heads", default=16),
         in_channels=vision.integer("in_channels", default=3),
         patch_size=vision.integer("patch_size", default=16),
         temporal_patch_size=vision.integer("temporal_patch_size", default=2),
@@ -340,6 +339,14 @@ def _read_vision(vision: Section, model_type: str) -> VisionConfig:
         found = list(result.deepstack_visual_indexes)
         raise vision.fail("deepstack_visual_indexes", found, "[]", "This family has no deepstack.")
     return result
+
+
+def _read_size_of_two_names(vision: Section, name: str, other: str, **limits: int) -> int:
+    """A size that transformers 5.23 reads under both names, where 5.8 takes its default if `name` is missing."""
+    if vision.value(name) is None and vision.value(other) is not None:
+        remedy = "Not every transformers reads this one: rename it."
+        raise vision.fail(other, vision.value(other), f"the same under the name {name}", remedy)
+    return vision.integer(name, other, **limits)
 
 
 def _check_vision(vision: Section, result: VisionConfig) -> None:
