@@ -209,3 +209,14 @@ def first_step(layout: Layout, folder: Path) -> str:
 def test_a_model_of_another_provider_is_checked_at_the_first_step(pool: Pool, tmp_path: Path) -> None:
     folder = reference.write_checkpoint(tmp_path)
     assert "qk_l2_norm=True, proved: " in pool.run(first_step, Layout(), folder=folder)[0]
+
+
+def test_a_script_without_a_launcher_is_refused() -> None:
+    code = "from megatron_vlbridge.backends import cpu_runtime; cpu_runtime.enable()\n"
+    code += "from megatron_vlbridge.training.pretrain import run; run(None, None)"
+    environment = {name: value for name, value in os.environ.items() if name != "MASTER_ADDR"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "VLBridgeError: the ranks cannot find each other" in done.stderr
+    assert "torchrun --nproc_per_node 1" in done.stderr
