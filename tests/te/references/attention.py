@@ -1,4 +1,4 @@
-"""Attention of packed segments (THD), forward and backward, as cuDNN's fused kernels have it."""
+"""Attention of packed segments (THD): cuDNN's fused kernels, and the conversions around the unfused one."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -123,6 +123,30 @@ def fused_attn_bwd(
         dk[keys] = _summed(of_scores.transpose(1, 2) @ queries, k.shape[1]).to(k.dtype)
         dv[keys] = _summed(probabilities.transpose(1, 2) @ grads, v.shape[1]).to(v.dtype)
     return [dq, dk, dv, None, None]
+
+
+def convert_thd_to_bshd(tensor: torch.Tensor, cu_seqlens: torch.Tensor, batch: int, max_seqlen: int) -> torch.Tensor:
+    """Segments of `[T, N, D]` as the rows of `[batch, max_seqlen, N, D]`, zeros after them.
+
+    Called by `UnfusedDotProductAttention` before its matrix products, and by the backward of `convert_bshd_to_thd`.
+    """
+    segments = _of_side(cu_seqlens, None, max_seqlen, tensor)
+    assert len(segments) == batch
+    out = tensor.new_zeros(batch, max_seqlen, *tensor.shape[1:])
+    for row, tokens in zip(out, segments, strict=True):
+        row[: tokens.stop - tokens.start] = tensor[tokens]
+    return out
+
+
+def convert_bshd_to_thd(tensor: torch.Tensor, cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    """The reverse of `convert_thd_to_bshd`, of `total` tokens; those outside all segments are NaN.
+
+    Called by `UnfusedDotProductAttention` after its matrix products, and by the backward of `convert_thd_to_bshd`.
+    """
+    out = tensor.new_full((total, *tensor.shape[2:]), float("nan"))
+    for row, tokens in zip(tensor, _of_side(cu_seqlens, None, tensor.shape[1], out), strict=True):
+        out[tokens] = row[: tokens.stop - tokens.start]
+    return out
 
 
 def _check(
