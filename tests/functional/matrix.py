@@ -156,13 +156,28 @@ def write_folders(where: Path) -> dict[tuple[str, bool, bool], Path]:
     return folders
 
 
+def dimensions(layout: Layout, variant: Variant) -> set[str]:
+    """What a run combines: the parallel dimensions above one, and what its variant does."""
+    parallel = {name for name in ("tp", "pp", "vpp", "cp", "ep", "dp") if getattr(layout, name) > 1}
+    parallel |= ({"sp"} if layout.sp else set()) | ({"etp"} if (layout.etp or 1) > 1 else set())
+    return parallel | {name for name in ("recompute", "mtp", "tied", "padded") if getattr(variant, name)}
+
+
 def run(
-    pool: Pool, kind: str, layout: Layout, chosen: Sequence[Variant], folders: Mapping[tuple[str, bool, bool], Path]
+    pool: Pool,
+    kind: str,
+    layout: Layout,
+    chosen: Sequence[Variant],
+    folders: Mapping[tuple[str, bool, bool], Path],
+    **settings: Any,
 ) -> list[Errors]:
-    """How far each variant under `layout` is from transformers."""
+    """How far each variant under `layout`, with these settings of Megatron's config, is from transformers."""
     packed = [reference.pack(group, PACK_LENGTH) for group in groups()]
     padded = [reference.padded_batch(group) for group in groups()]
-    runs = [(folders[kind, v.mtp, v.tied], padded if v.padded else packed, _options(kind, layout, v)) for v in chosen]
+    runs = [
+        (folders[kind, v.mtp, v.tied], padded if v.padded else packed, {**_options(kind, layout, v), **settings})
+        for v in chosen
+    ]
     by_rank = pool.run(ranks.run_variants, layout, runs=runs)
     return [
         compare(results, layout, folder, groups())

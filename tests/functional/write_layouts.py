@@ -24,6 +24,8 @@ from tests.functional.pool import Layout, Pool
 
 PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
 KINDS = ("dense", "experts")
+# The section that tests.te.write_layouts writes.
+TE_HEADING = "## The TE backend"
 COLUMNS = ("tp", "sp", "pp", "vpp", "cp", "ep", "etp", "dp", "stages")
 
 
@@ -135,7 +137,8 @@ def main() -> int:
     print(f"{count} runs, {seconds:.0f} s, {len(failures)} failures")
     print("\n".join(failures), file=sys.stderr)
     if not arguments.check and not failures:
-        PAGE.write_text(page(tables, count, seconds))
+        _, heading, section = PAGE.read_text().partition(TE_HEADING)
+        PAGE.write_text(f"{page(tables, count, seconds)}\n{heading}{section}")
     return 1 if failures else 0
 
 

@@ -1,5 +1,7 @@
 """The TE backend equals transformers in every dimension of a layout, as far as Python goes: kernels are references."""
 
+from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -7,37 +9,12 @@ import pytest
 
 from tests import reference
 from tests.functional import matrix
-from tests.functional.parity import PACK_LENGTH, measure
+from tests.functional.parity import PACK_LENGTH, TOLERANCE
 from tests.functional.pool import Layout, Pool
-from tests.mtp_reference import write_mtp_checkpoint
+from tests.functional.write_layouts import PAGE
 from tests.te import models
-
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-SELECTIVE = {"recompute_granularity": "selective"}
-
-CASES: list[tuple[str, Layout, dict[str, Any]]] = [
-    ("dense", Layout(), {}),
-    ("dense", Layout(), SELECTIVE),
-    ("dense", Layout(world=2), {}),
-    ("dense", Layout(tp=2, sp=True, world=2), FULL),
-    ("tied", Layout(tp=2, sp=True, world=2), {}),
-    ("dense", Layout(pp=2, world=2), {}),
-    ("dense", Layout(pp=2, vpp=2, world=2), {}),
-    ("dense", Layout(cp=2, world=2), {}),
-    ("dense", Layout(cp=2, world=2), {"cp_comm_type": "a2a"}),
-    ("dense", Layout(cp=2, world=2), {"cp_comm_type": "all_gather"}),
-    ("dense", Layout(cp=4, world=4), {}),
-    ("dense", Layout(tp=2, sp=True, cp=2, world=4), FULL),
-    ("experts", Layout(), FULL),
-    ("experts", Layout(ep=2, world=2), {}),
-    ("experts", Layout(tp=2, sp=True, etp=2, world=2), {}),
-    ("experts", Layout(tp=2, sp=True, ep=2, etp=1, world=2), FULL),
-    ("experts", Layout(tp=2, sp=True, ep=2, etp=2, world=4), {}),
-    ("experts", Layout(cp=2, ep=2, world=2), {}),
-    ("dense-mtp", Layout(tp=2, sp=True, world=2), {}),
-    ("dense-mtp", Layout(cp=2, world=2), {}),
-    ("experts-mtp", Layout(ep=2, world=2), {}),
-]
+from tests.te.rows import ROWS, Row, measure
+from tests.te.write_layouts import HEADING, first_cells
 
 # What a step calls of Transformer Engine's extension, but for questions about its libraries.
 DENSE = {
@@ -62,26 +39,33 @@ ALL_GATHER = A2A | {"thd_copy_valid_tokens_from_per_split_to_rank_local"}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return {
-        "dense": reference.write_checkpoint(folder / "dense"),
-        "tied": reference.write_checkpoint(folder / "tied", tied=True),
-        "experts": reference.write_checkpoint(folder / "experts", experts={}),
-        "dense-mtp": write_mtp_checkpoint(folder / "dense-mtp"),
-        "experts-mtp": write_mtp_checkpoint(folder / "experts-mtp", experts={}, tied=True),
-    }
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool, bool], Path]:
+    return matrix.write_folders(tmp_path_factory.mktemp("checkpoints"))
 
 
-def name(value: object) -> str | None:
-    return "-".join(map(str, value.values())) or "plain" if isinstance(value, dict) else str(value)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_a_layout_equals_transformers(pool: Pool, folders: dict[tuple[str, bool, bool], Path], row: Row) -> None:
+    measure(pool, row, folders).check()
 
 
-@pytest.mark.parametrize(("kind", "layout", "options"), CASES, ids=name)
-def test_a_layout_equals_transformers(
-    pool: Pool, folders: dict[str, Path], kind: str, layout: Layout, options: dict[str, Any]
-) -> None:
-    measure(pool, layout, folders[kind], matrix.groups(), **options).check()
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_every_pair_that_the_cpu_backends_rows_combine_is_in_a_row(kind: str) -> None:
+    on_cpu = _pairs(matrix.dimensions(layout, v) for layout in matrix.layouts(kind) for v in matrix.variants(layout))
+    assert _pairs(matrix.dimensions(row.layout, row.variant) for row in ROWS if row.kind == kind) == on_cpu
+
+
+def _pairs(rows: Iterable[set[str]]) -> set[frozenset[str]]:
+    return {frozenset(pair) for names in rows for pair in combinations(sorted(names), 2)}
+
+
+def test_the_page_of_layouts_has_every_row_and_no_other() -> None:
+    _, _, section = PAGE.read_text().partition(HEADING)
+    table = section.split("|\n\n")[0].split("\n\n")[-1].splitlines()[2:]
+    assert len(table) == len(ROWS)
+    for line, row in zip(table, ROWS, strict=True):
+        assert line.startswith(first_cells(row))
+        figures = [float(cell) for cell in line.removeprefix(first_cells(row)).split("|")[:3]]
+        assert max(figures) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -96,9 +80,14 @@ def test_a_layout_equals_transformers(
     ids=["dense", "experts", "p2p", "a2a", "all_gather"],
 )
 def test_the_step_runs_transformer_engines_functions(
-    pool: Pool, folders: dict[str, Path], kind: str, layout: Layout, options: dict[str, Any], expected: set[str]
+    pool: Pool,
+    folders: dict[tuple[str, bool, bool], Path],
+    kind: str,
+    layout: Layout,
+    options: dict[str, Any],
+    expected: set[str],
 ) -> None:
     """Else the CPU backend's kernels, or Transformer Engine's unfused attention, might have been compared."""
     packs = [reference.pack(group, PACK_LENGTH) for group in matrix.groups()]
-    called = pool.run(models.called, layout, folder=folders[kind], packs=packs, **options)
+    called = pool.run(models.called, layout, folder=folders[kind, False, False], packs=packs, **options)
     assert set.union(*called) == expected

@@ -342,10 +342,8 @@ def test_every_pair_of_dimensions_is_in_a_row(kind):
 
     seen = set()
     for row in matrix.layouts(kind):
-        parallel = {name for name in ("tp", "pp", "vpp", "cp", "ep", "dp") if getattr(row, name) > 1}
-        parallel |= ({"sp"} if row.sp else set()) | ({"etp"} if (row.etp or 1) > 1 else set())
         for v in matrix.variants(row):
-            names = parallel | {name for name in ("recompute", "mtp", "tied", "padded") if getattr(v, name)}
+            names = matrix.dimensions(row, v)
             seen |= {frozenset(pair) for pair in combinations(sorted(names), 2)}
     dimensions = ["cp", "dp", "mtp", "padded", "pp", "recompute", "sp", "tied", "tp", "vpp"]
     dimensions += ["ep", "etp"] if kind == "experts" else []
