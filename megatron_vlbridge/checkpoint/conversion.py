@@ -12,11 +12,18 @@ from typing import Any
 
 import torch
 
-from megatron_vlbridge.checkpoint.checksums import read_origin, write_checksums
-from megatron_vlbridge.checkpoint.engine import Options, Writer, digest_range, run
-from megatron_vlbridge.checkpoint.staging import Staging, earlier_work, first_difference, is_free, staged_folder, sweep
+from megatron_vlbridge.checkpoint.stream.checksums import read_origin, write_checksums
+from megatron_vlbridge.checkpoint.stream.engine import Options, Writer, digest_range, run
+from megatron_vlbridge.checkpoint.stream.staging import (
+    Staging,
+    earlier_work,
+    first_difference,
+    is_free,
+    staged_folder,
+    sweep,
+)
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.weights import Plan
+from megatron_vlbridge.weights import Plan, TensorSpec
 
 _LAYOUT = 3  # of parts and blocks; part files of another layout are not continued
 _HEAD_BYTES = 64 * 2**10
@@ -164,6 +171,21 @@ def free_bytes(target: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def check_written(folder: Path, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
+    """Refuse a result whose headers do not say what was to be written."""
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise VLBridgeError(
+                f"{folder}: {name}: expected to read back {expected.get(name)}, found {found.get(name)}. "
+                "Read-back mismatch: the storage returned different data. Use another disk."
+            )
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """`bfloat16` and the like; None for None."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _digest(text: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vlbridge.checkpoint.raw import Filler, split
+from megatron_vlbridge.checkpoint.stream.raw import Filler, split
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
 

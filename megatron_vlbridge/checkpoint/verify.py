@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 
 from megatron_vlbridge import families
+from megatron_vlbridge.checkpoint.comparison import Difference, Report
 from megatron_vlbridge.checkpoint.config_differences import config_differences
 from megatron_vlbridge.checkpoint.dtypes import megatron_tensors
 from megatron_vlbridge.checkpoint.formats import is_megatron
-from megatron_vlbridge.checkpoint.hub import find_folder
-from megatron_vlbridge.checkpoint.raw import Filler, gather_into
-from megatron_vlbridge.checkpoint.report import Difference, Report
-from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder, row_blocks
-from megatron_vlbridge.checkpoint.side_files import SIDE_FOLDER
-from megatron_vlbridge.checkpoint.source import check_scales, check_tied_head
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
+from megatron_vlbridge.checkpoint.hf.hub import find_folder
+from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
+from megatron_vlbridge.checkpoint.hf.side_files import SIDE_FOLDER
+from megatron_vlbridge.checkpoint.hf.source import check_scales, check_tied_head
+from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
+from megatron_vlbridge.checkpoint.stream.raw import Filler, gather_into
+from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.families.experts import has_single_experts
 from megatron_vlbridge.weights import Plan, Region, RuleTable, TensorSpec

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan and convert; gives the exit code."""
-    from megatron_vlbridge.checkpoint.convert import plan_import
+    from megatron_vlbridge.checkpoint.import_plan import plan_import
 
     plan = plan_import(
         args.hf_folder, args.megatron_folder, dtype=args.dtype, experts=args.experts, leave_out=args.leave_out

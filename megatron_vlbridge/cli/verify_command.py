@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and report; gives the exit code."""
-    from megatron_vlbridge.checkpoint.checksums import verify_checksums
+    from megatron_vlbridge.checkpoint.stream.checksums import verify_checksums
     from megatron_vlbridge.checkpoint.verify import first_lines, verify
 
     if args.b is None:

@@ -21,9 +21,7 @@ from megatron.training.global_vars import set_args
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_vlbridge.checkpoint.live import load_hf_weights
-from megatron_vlbridge.checkpoint.live_export import export_hf_weights
-from megatron_vlbridge.checkpoint.live_save import save_hf
+from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights, save_hf
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import ExpertForm
 from megatron_vlbridge.training.batch import read_pack

@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_vlbridge.checkpoint.checksums import CHECKSUMS, verify_checksums
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.formats import TRACKER
+from megatron_vlbridge.checkpoint.hf.reader import INDEX
 from megatron_vlbridge.checkpoint.inspect import inspect, table_lines
-from megatron_vlbridge.checkpoint.safetensors import INDEX
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS, verify_checksums
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import VLBridgeError
 from tests import reference

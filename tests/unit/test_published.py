@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vlbridge import cli
-from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_export, plan_import
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.export_plan import plan_export
+from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder
+from megatron_vlbridge.checkpoint.import_plan import plan_import
 from megatron_vlbridge.checkpoint.inspect import inspect
-from megatron_vlbridge.checkpoint.safetensors import INDEX, SafetensorsFolder
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families.spellings import PARTS, hub_names

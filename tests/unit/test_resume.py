@@ -18,10 +18,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_vlbridge import cli, families
-from megatron_vlbridge.checkpoint import conversion, convert, engine, safetensors, staging, torch_dist_writer
-from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_import
-from megatron_vlbridge.checkpoint.engine import Options, Progress, digest_range
+from megatron_vlbridge.checkpoint import conversion, import_plan
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.formats import TRACKER
+from megatron_vlbridge.checkpoint.hf import writer as hf_writer
+from megatron_vlbridge.checkpoint.hf.header import encode_header
+from megatron_vlbridge.checkpoint.hf.reader import INDEX
+from megatron_vlbridge.checkpoint.import_plan import plan_import
+from megatron_vlbridge.checkpoint.stream import engine, staging
+from megatron_vlbridge.checkpoint.stream.engine import Options, Progress, digest_range
+from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families import qwen3_vl
 from megatron_vlbridge.weights import TensorSpec
@@ -37,7 +43,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch) -> None:
     """Tens of parts for a tiny checkpoint."""
-    monkeypatch.setattr(safetensors, "PART_BYTES", 20_000)
+    monkeypatch.setattr(hf_writer, "PART_BYTES", 20_000)
     monkeypatch.setattr(torch_dist_writer, "PART_BYTES", 20_000)
 
 
@@ -195,8 +201,8 @@ def test_dtypes_of_another_version_do_not_continue(tmp_path, monkeypatch):
 
     source = test_convert.make(tmp_path / "hf")
     interrupt(source, tmp_path / "megatron")
-    megatron_tensors = convert.megatron_tensors
-    monkeypatch.setattr(convert, "megatron_tensors", widened)
+    megatron_tensors = import_plan.megatron_tensors
+    monkeypatch.setattr(import_plan, "megatron_tensors", widened)
     with pytest.raises(VLBridgeError, match="with the same options, found tensors "):
         import_checkpoint(source, tmp_path / "megatron", resume=True)
 
@@ -239,12 +245,12 @@ def test_a_source_behind_links_is_continued_and_refused_when_they_lead_elsewhere
 
 def renamed(folder: Path, target: Path, rename: Callable[[str], str]) -> Path:
     """The same checkpoint in files of other names, in the same order."""
-    index = json.loads((folder / safetensors.INDEX).read_text())
+    index = json.loads((folder / INDEX).read_text())
     weight_map = {name: rename(file) for name, file in index["weight_map"].items()}
     shutil.copytree(folder, target)
     for file in set(index["weight_map"].values()):
         (target / file).rename(target / rename(file))
-    (target / safetensors.INDEX).write_text(json.dumps(index | {"weight_map": weight_map}))
+    (target / INDEX).write_text(json.dumps(index | {"weight_map": weight_map}))
     return target
 
 
@@ -565,11 +571,11 @@ def test_a_disk_that_is_too_small_is_found_before_the_first_byte(source, tmp_pat
         with safe_open(path, "pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         path.unlink()
-    (source / safetensors.INDEX).unlink()
+    (source / INDEX).unlink()
     del tensors["lm_head.weight"]
-    specs = {name: safetensors.TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    specs["model.language_model.embed_tokens.weight"] = safetensors.TensorSpec((rows, 64), torch.float32)
-    header = safetensors.encode_header(specs)
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    specs["model.language_model.embed_tokens.weight"] = TensorSpec((rows, 64), torch.float32)
+    header = encode_header(specs)
     with (source / "model.safetensors").open("wb") as stream:
         stream.write(header)
         stream.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
@@ -721,7 +727,7 @@ def test_the_cause_of_a_failure_is_raised_where_an_earlier_part_was_stopped_by_i
 
 
 def test_a_source_that_ends_early_while_it_is_read_is_named_and_the_work_kept(source, tmp_path):
-    index = json.loads((source / safetensors.INDEX).read_text())
+    index = json.loads((source / INDEX).read_text())
     shard = source / index["weight_map"]["model.visual.deepstack_merger_list.1.linear_fc2.bias"]  # written last
 
     def report(_progress: Progress) -> None:

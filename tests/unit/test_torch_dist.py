@@ -24,11 +24,12 @@ from torch.serialization import _get_layout
 from torch.utils.serialization import config as serialization
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint
-from megatron_vlbridge.checkpoint.dcp_metadata import read_metadata
-from megatron_vlbridge.checkpoint.engine import Block
 from megatron_vlbridge.checkpoint.inspect import inspect
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, _SafeReader, locate
-from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
+from megatron_vlbridge.checkpoint.stream.engine import Block
+from megatron_vlbridge.checkpoint.torch_dist import locate
+from megatron_vlbridge.checkpoint.torch_dist.metadata import read_metadata
+from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder, _SafeReader
+from megatron_vlbridge.checkpoint.torch_dist.writer import ReleaseWriter
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region, TensorSpec
 from tests.unit.time_limit import limit

@@ -11,11 +11,11 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from safetensors.torch import load_file, save_file
 
-from megatron_vlbridge.checkpoint.checksums import CHECKSUMS, verify_checksums
+from megatron_vlbridge.checkpoint.comparison import Difference
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.inspect import inspect
-from megatron_vlbridge.checkpoint.report import Difference
-from megatron_vlbridge.checkpoint.stages import split_arguments, split_layers
+from megatron_vlbridge.checkpoint.pipeline_split import split_arguments, split_layers
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS, verify_checksums
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families import ExpertForm

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_vlbridge.checkpoint.engine import digest_range
+from megatron_vlbridge.checkpoint.comparison import Difference, Report
 from megatron_vlbridge.checkpoint.formats import TRACKER
-from megatron_vlbridge.checkpoint.report import Difference, Report
-from megatron_vlbridge.checkpoint.safetensors import MAX_SIZE, load_json_object
-from megatron_vlbridge.checkpoint.staging import Finished
+from megatron_vlbridge.checkpoint.stream.engine import digest_range
+from megatron_vlbridge.checkpoint.stream.json_file import MAX_SIZE, load_json_object
+from megatron_vlbridge.checkpoint.stream.staging import Finished
 from megatron_vlbridge.errors import VLBridgeError
 
 CHECKSUMS = "vlbridge-checksums.json"

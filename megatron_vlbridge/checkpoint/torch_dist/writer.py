@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization
 
-from megatron_vlbridge.checkpoint.engine import PART_BYTES, Block, Place, Written
 from megatron_vlbridge.checkpoint.formats import FORMAT, TRACKER
-from megatron_vlbridge.checkpoint.raw import Filler
-from megatron_vlbridge.checkpoint.safetensors import row_blocks
+from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
+from megatron_vlbridge.checkpoint.stream.engine import PART_BYTES, Block, Place, Written
+from megatron_vlbridge.checkpoint.stream.raw import Filler
 from megatron_vlbridge.weights import Region, TensorSpec
 
 _RELEASE = "release"

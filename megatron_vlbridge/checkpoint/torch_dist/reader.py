@@ -15,16 +15,12 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_vlbridge.checkpoint.dcp_metadata import read_metadata, shown
-from megatron_vlbridge.checkpoint.formats import (
-    FORMAT,
-    TRACKER,
-    reject_file,
-    reject_hugging_face,
-    reject_other_formats,
-)
-from megatron_vlbridge.checkpoint.raw import Stored, gather_into, span_of
-from megatron_vlbridge.checkpoint.safetensors import MAX_DIMS, MAX_SIZE, is_file_name, load_json_object
+from megatron_vlbridge.checkpoint.formats import FORMAT
+from megatron_vlbridge.checkpoint.stream.json_file import MAX_DIMS, MAX_SIZE, is_file_name, load_json_object
+from megatron_vlbridge.checkpoint.stream.raw import Stored, gather_into, span_of
+from megatron_vlbridge.checkpoint.torch_dist.locate import locate
+from megatron_vlbridge.checkpoint.torch_dist.metadata import read_metadata
+from megatron_vlbridge.checkpoint.torch_dist.unpickler import shown
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families.spellings import strip_wrappers
 from megatron_vlbridge.weights import Region, TensorSpec, mixed_stacks, stack_layers
@@ -53,30 +49,6 @@ class _SafeReader(FileSystemReader):
         if start is None:
             raise ValueError("no tensor that torch saved")
         return tensor, info.offset + start
-
-
-def locate(folder: str | Path) -> Path:
-    """The folder of one saved iteration: `folder` itself, or the one that its tracker file names."""
-    folder = Path(folder)
-    reject_file(folder)
-    reject_other_formats(folder)
-    if (folder / ".metadata").is_file():
-        return folder
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        reject_hugging_face(folder)
-        raise VLBridgeError(
-            f"{folder}: expected a torch_dist checkpoint (.metadata) or {TRACKER}, found neither. "
-            "Give the folder that Megatron saved to, or one iteration in it."
-        )
-    text = tracker.read_text(errors="replace").strip()
-    if text != "release" and not re.fullmatch("[0-9]{1,18}", text):
-        raise VLBridgeError(f"{tracker}: expected an iteration or 'release', found {text!r:.60}. Name one by hand.")
-    found = folder / ("release" if text == "release" else f"iter_{int(text):07}")
-    reject_other_formats(found)
-    if not (found / ".metadata").is_file():
-        raise VLBridgeError(f"{tracker}: it names {found.name}, expected .metadata there, found none. Copy it again.")
-    return found
 
 
 class TorchDistFolder:

@@ -11,17 +11,9 @@ from typing import Any
 
 import torch
 
-from megatron_vlbridge.checkpoint.raw import check_fits, may_overflow
-from megatron_vlbridge.checkpoint.shards import (
-    Model,
-    Shard,
-    check_complete,
-    gather,
-    modules_of,
-    rank_and_size,
-    shards_of,
-    together,
-)
+from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks, rank_and_size
+from megatron_vlbridge.checkpoint.live.shards import Model, Shard, check_complete, modules_of, shards_of
+from megatron_vlbridge.checkpoint.stream.raw import check_fits, may_overflow
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
 from megatron_vlbridge.weights.regions import RegionIndex, check_exact_cover
@@ -63,7 +55,7 @@ class LiveWeights:
         self._shards: list[Shard] = []
         for module in model if isinstance(model, Sequence) else [model]:
             _finish_param_sync(module)
-        with together():
+        with raise_on_all_ranks():
             for module in modules_of(model):
                 self._shards += [x for x in shards_of(module, rules, _SOURCE) if x.main and x.known is not None]
             if dtype is not None:  # now, as later a rank that gives up would leave others waiting

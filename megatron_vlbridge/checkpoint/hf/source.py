@@ -10,9 +10,10 @@ import torch
 
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.dtypes import check_dtypes
-from megatron_vlbridge.checkpoint.extras import left_out
 from megatron_vlbridge.checkpoint.formats import reject_megatron
-from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder, row_blocks
+from megatron_vlbridge.checkpoint.hf.ignored import left_out
+from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
+from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
 from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family

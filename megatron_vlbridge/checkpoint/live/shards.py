@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -136,35 +135,3 @@ def _describe(table: RuleTable, hole: Region) -> str:
     names = dict.fromkeys(piece.source.name for piece in table.hf_sources(hole))
     shown = ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
     return f"{hole} ({shown})"
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process among all; the only one where torch.distributed is not in use."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def gather[T](mine: T) -> list[T]:
-    """What each rank gives, on all ranks. Small things only: it is pickled."""
-    _, size = rank_and_size()
-    everyone = [mine] * size
-    if size > 1:
-        torch.distributed.all_gather_object(everyone, mine)
-    return everyone
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Ranks leave this block together: what one raises, all raise, so that none waits for it for ever."""
-    failure: VLBridgeError | OSError | None = None
-    try:
-        yield
-    except (VLBridgeError, OSError) as error:
-        failure = error
-    texts = gather(None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for rank, text in enumerate(texts):
-        if text is not None:
-            raise VLBridgeError(f"rank {rank}: {text}")

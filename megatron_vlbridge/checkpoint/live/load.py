@@ -10,18 +10,11 @@ from typing import Any
 import torch
 
 from megatron_vlbridge.checkpoint.config_differences import config_differences
-from megatron_vlbridge.checkpoint.hub import find_folder
-from megatron_vlbridge.checkpoint.raw import gather_into
-from megatron_vlbridge.checkpoint.shards import (
-    Model,
-    Shard,
-    check_complete,
-    gather,
-    modules_of,
-    shards_of,
-    together,
-)
-from megatron_vlbridge.checkpoint.source import Source, open_source
+from megatron_vlbridge.checkpoint.hf.hub import find_folder
+from megatron_vlbridge.checkpoint.hf.source import Source, open_source
+from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks
+from megatron_vlbridge.checkpoint.live.shards import Model, Shard, check_complete, modules_of, shards_of
+from megatron_vlbridge.checkpoint.stream.raw import gather_into
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Plan, TensorSpec
@@ -47,7 +40,7 @@ def load_hf_weights(
     Example: `load_hf_weights(get_model(model_provider), "Qwen3-VL-2B-Instruct")`.
     """
     held = []
-    with together():
+    with raise_on_all_ranks():
         folder = find_folder(folder)
         source = open_source(folder, experts=experts, leave_out=leave_out)
         _prove(source)

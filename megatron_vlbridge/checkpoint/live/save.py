@@ -11,18 +11,19 @@ from pathlib import Path
 import torch
 
 from megatron_vlbridge import families
-from megatron_vlbridge.checkpoint.checksums import write_checksums
 from megatron_vlbridge.checkpoint.conversion import Conversion
-from megatron_vlbridge.checkpoint.convert import plan_export_of
 from megatron_vlbridge.checkpoint.dtypes import as_dtype
-from megatron_vlbridge.checkpoint.engine import Block, Written, digest_range
-from megatron_vlbridge.checkpoint.hub import find_folder
-from megatron_vlbridge.checkpoint.live import check_config
-from megatron_vlbridge.checkpoint.live_weights import LiveWeights
-from megatron_vlbridge.checkpoint.safetensors import SafetensorsWriter
-from megatron_vlbridge.checkpoint.shards import Model, gather, modules_of, rank_and_size, together
-from megatron_vlbridge.checkpoint.side_files import find_like
-from megatron_vlbridge.checkpoint.staging import Finished, staged_folder, sync
+from megatron_vlbridge.checkpoint.export_plan import plan_export_of
+from megatron_vlbridge.checkpoint.hf.hub import find_folder
+from megatron_vlbridge.checkpoint.hf.template import find_like
+from megatron_vlbridge.checkpoint.hf.writer import SafetensorsWriter
+from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks, rank_and_size
+from megatron_vlbridge.checkpoint.live.load import check_config
+from megatron_vlbridge.checkpoint.live.shards import Model, modules_of
+from megatron_vlbridge.checkpoint.live.weights import LiveWeights
+from megatron_vlbridge.checkpoint.stream.checksums import write_checksums
+from megatron_vlbridge.checkpoint.stream.engine import Block, Written, digest_range
+from megatron_vlbridge.checkpoint.stream.staging import Finished, staged_folder, sync
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family
@@ -58,10 +59,10 @@ def save_hf(
     Example: `save_hf(model, "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
     """
     target, (rank, _) = Path(folder), rank_and_size()
-    with together():
+    with raise_on_all_ranks():
         if rank == 0:  # a Hub id is fetched once
             find_folder(like)
-    with together():
+    with raise_on_all_ranks():
         source = find_like(target, like)
         config = read_config(source.folder)
         for module in modules_of(model):
@@ -72,7 +73,7 @@ def save_hf(
     files = {"max_shard_size": max_shard_size, "portable_config": portable_config}
     options = {"folder": str(target), "dtype": str(dtype), "experts": experts, **files}
     weights = LiveWeights(model, rules, wanted, options)
-    with together():
+    with raise_on_all_ranks():
         plan = plan_export_of(
             weights,
             target,
@@ -96,24 +97,24 @@ class _Save:
     def run(self) -> None:
         first = self.weights.rank == 0
         with ExitStack() as stack:
-            with together():
+            with raise_on_all_ranks():
                 staging = stack.enter_context(staged_folder(self.plan.target, _ORIGIN)) if first else None
                 if staging is not None:
                     self.plan.check_space(staging)
                     self.writer.prepare(staging.folder)
             folder = gather(None if staging is None else staging.folder)[0]
             assert folder is not None
-            with together():
+            with raise_on_all_ranks():
                 if not folder.is_dir():
                     raise VLBridgeError(
                         f"{folder}: expected the folder that rank 0 has made, found none. "
                         "Save to a file system that all ranks share."
                     )
             finished = self._write(folder)
-            with together():
+            with raise_on_all_ranks():
                 if first:
                     self._finish(folder, finished)
-            with together():
+            with raise_on_all_ranks():
                 stack.close()  # the folder gets its name
 
     def _write(self, folder: Path) -> list[Finished]:
@@ -130,7 +131,7 @@ class _Save:
                 except (VLBridgeError, OSError) as error:
                     failure = error
             self.weights.release()
-        with together():
+        with raise_on_all_ranks():
             if isinstance(failure, VLBridgeError):
                 raise failure
             if failure is not None:

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import torch
 
-from megatron_vlbridge.checkpoint.raw import SPAN_BYTES
-from megatron_vlbridge.checkpoint.staging import Finished, Staging, sync
+from megatron_vlbridge.checkpoint.stream.raw import SPAN_BYTES
+from megatron_vlbridge.checkpoint.stream.staging import Finished, Staging, sync
 from megatron_vlbridge.errors import UsageError
 from megatron_vlbridge.weights import TensorSpec
 from megatron_vlbridge.weights.regions import Shape

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder
+from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
 from megatron_vlbridge.errors import VLBridgeError
 
 _SHOWN = 8

@@ -10,9 +10,9 @@ import torch
 
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.dtypes import as_dtype
-from megatron_vlbridge.checkpoint.live_weights import LiveWeights
-from megatron_vlbridge.checkpoint.raw import gather_into
-from megatron_vlbridge.checkpoint.shards import Model, modules_of
+from megatron_vlbridge.checkpoint.live.shards import Model, modules_of
+from megatron_vlbridge.checkpoint.live.weights import LiveWeights
+from megatron_vlbridge.checkpoint.stream.raw import gather_into
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Piece, Region, RuleTable, SingleExperts, TensorSpec
