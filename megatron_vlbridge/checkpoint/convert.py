@@ -22,6 +22,7 @@ def import_checkpoint(
     *,
     dtype: str | torch.dtype | None = None,
     experts: str | None = None,
+    ignore: Sequence[str] = (),
     leave_out: Sequence[str] = (),
     options: Options | None = None,
     resume: bool = False,
@@ -31,15 +32,16 @@ def import_checkpoint(
     `hf_folder` may be a Hub id. The new folder loads through Megatron's `--load` and `--pretrained-checkpoint` at any
     parallel layout. `dtype` (`"float32"`, `"bfloat16"`, `"float16"`) converts all weights; by default each keeps its
     own, and those stored in FP8 become bfloat16. `experts` says the form of fused experts where their shapes do not.
-    `leave_out` are patterns (`rotary.*`) for tensors that are no part of the model. `options` says with how many
-    threads and how much memory; `resume` continues a run that was interrupted, with the same result.
+    `ignore` are patterns (`rotary.*`) for tensors that are not part of the model; `leave_out` is its former name.
+    `options` says with how many threads and how much memory; `resume` continues a run that was interrupted, with the
+    same result.
 
     Raises VLBridgeError, and leaves nothing under the new name, when the two do not fit each other exactly, a file is
     missing or damaged, the target exists or is being written, or the disk is full.
 
     Example: `import_checkpoint("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron")`.
     """
-    plan = plan_import(hf_folder, megatron_folder, dtype=dtype, experts=experts, leave_out=leave_out)
+    plan = plan_import(hf_folder, megatron_folder, dtype=dtype, experts=experts, ignore=[*ignore, *leave_out])
     return plan.run(options, resume=resume)
 
 

@@ -1,24 +1,46 @@
-"""The plan of an import, proved from headers alone."""
+"""The plan of an import, verified from headers alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_vlbridge.checkpoint.conversion import Conversion, check_written, dtype_name
+from megatron_vlbridge.checkpoint.conversion import Conversion, check_read_back, dtype_name
 from megatron_vlbridge.checkpoint.dtypes import as_dtype, megatron_tensors
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.hf.ignored import listed, read_notes
-from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
 from megatron_vlbridge.checkpoint.hf.side_files import side_files
-from megatron_vlbridge.checkpoint.hf.source import open_source
-from megatron_vlbridge.checkpoint.hf.template import keep_side_files
+from megatron_vlbridge.checkpoint.hf.source import HfSource, open_source
+from megatron_vlbridge.checkpoint.hf.template import keep_template
 from megatron_vlbridge.checkpoint.stream.raw import gather_into
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.checkpoint.torch_dist.writer import ReleaseWriter
 from megatron_vlbridge.weights import Plan, Region
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import(Conversion):
+    """Hugging Face -> Megatron. `experts` and `dtype` are what the user asked for."""
+
+    hf: HfSource
+    experts: str | None
+    dtype: torch.dtype | None
+
+    @property
+    def kind(self) -> str:
+        """`import`."""
+        return "import"
+
+    def complete(self, folder: Path) -> None:
+        """Keep the source's other files, and what its weights were called."""
+        keep_template(self.hf.weights, folder, self.experts, self.hf.ignored, self.dtype)
+
+    def check(self, folder: Path) -> None:
+        """Read the metadata back."""
+        check_read_back(folder, TorchDistFolder(folder).table, self.plan.megatron)
 
 
 def plan_import(
@@ -27,19 +49,19 @@ def plan_import(
     *,
     dtype: str | torch.dtype | None = None,
     experts: str | None = None,
-    leave_out: Sequence[str] = (),
-) -> Conversion:
-    """What `import_checkpoint` would do, proved from headers alone; arguments and errors are the same."""
-    source = open_source(find_folder(hf_folder), experts=experts, leave_out=leave_out)
+    ignore: Sequence[str] = (),
+) -> Import:
+    """What `import_checkpoint` would do, verified from headers alone; arguments and errors are the same."""
+    source = open_source(find_folder(hf_folder), experts=experts, ignore=ignore)
     weights, table, hf = source.weights, source.table, source.tensors
     wanted = as_dtype(dtype)
-    megatron, widened = megatron_tensors(table, hf, wanted)
+    megatron, upcast = megatron_tensors(table, hf, wanted)
     plan = Plan(
         table,
         hf,
         megatron,
         cast=wanted is not None,
-        widened=widened,
+        upcast=upcast,
         hf_source=str(weights.folder),
         megatron_source="the new checkpoint",
     )
@@ -47,8 +69,7 @@ def plan_import(
     def fill(region: Region, out: torch.Tensor) -> None:
         gather_into(out, table.hf_sources(region), weights.read_into, hf)
 
-    return Conversion(
-        kind="import",
+    return Import(
         architecture=source.family.architecture,
         source=weights.folder,
         target=Path(megatron_folder),
@@ -56,14 +77,15 @@ def plan_import(
         writer=ReleaseWriter(megatron, fill),
         source_files=weights.paths,
         side_files=tuple(side_files(weights.folder)),
-        complete=lambda folder: keep_side_files(weights, folder, experts, source.left, wanted),
-        check=lambda folder: check_written(folder, TorchDistFolder(folder).table, megatron),
-        notes=tuple(_import_notes(weights, source.left)),
-        options={"--dtype": dtype_name(wanted), "--experts": experts, "--leave-out": list(leave_out)},
+        notes=tuple(_notes(source)),
+        options={"--dtype": dtype_name(wanted), "--experts": experts, "--ignore": list(ignore)},
+        hf=source,
+        experts=experts,
+        dtype=wanted,
     )
 
 
-def _import_notes(weights: SafetensorsFolder, left: Sequence[str]) -> Iterator[str]:
-    yield from read_notes(weights)
-    if left:
-        yield f"left out, as no part of the model: {listed(left)}"
+def _notes(source: HfSource) -> Iterator[str]:
+    yield from read_notes(source.weights)
+    if source.ignored:
+        yield f"ignored, as not part of the model: {listed(source.ignored)}"

@@ -45,10 +45,10 @@ def export_in_all_modes(layout: Layout, folder: Path, experts: ExpertForm | None
     }
 
 
-def export_without(layout: Layout, folder: Path, leave_out: list[str]) -> Named:
+def export_without(layout: Layout, folder: Path, ignore: list[str]) -> Named:
     """Of a model that was filled from a folder which holds further tensors."""
     chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY, load=False)
-    load_hf_weights(chunks, folder, leave_out=leave_out)
+    load_hf_weights(chunks, folder, ignore=ignore)
     return list(export_hf_weights(chunks))
 
 

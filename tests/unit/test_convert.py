@@ -330,7 +330,7 @@ def test_a_tied_head_that_differs_is_refused(tied, tmp_path):
         found[HEAD][3, 5] += 1
 
     rewrite(tied, change)
-    refuse(tied, tmp_path / "megatron", "lm_head.weight: expected the numbers of")
+    refuse(tied, tmp_path / "megatron", "lm_head.weight: expected the values of")
 
 
 def refuse(source: Path, target: Path, reason: str) -> None:

@@ -91,7 +91,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
         return recorded
 
     def recorded_note(staging: Staging, part: Any) -> None:
-        found.append(Event("note", staging.folder / part.file, part.number))
+        found.append(Event("note", staging.folder / part.file, part.index))
         note(staging, part)
 
     note = Staging.note

@@ -26,7 +26,9 @@ from megatron_vlbridge.checkpoint.hf.header import encode_header
 from megatron_vlbridge.checkpoint.hf.reader import INDEX
 from megatron_vlbridge.checkpoint.import_plan import plan_import
 from megatron_vlbridge.checkpoint.stream import engine, staging
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.stream.engine import Options, Progress, digest_range
+from megatron_vlbridge.checkpoint.stream.part import Part
 from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families import qwen3_vl
@@ -195,14 +197,14 @@ def test_other_code_does_not_continue(what, source, tmp_path, monkeypatch):
 def test_dtypes_of_another_version_do_not_continue(tmp_path, monkeypatch):
     """One that stores all 16-bit weights as float32: options, source and rules are the same."""
 
-    def widened(*arguments):
+    def upcast(*arguments):
         specs, _ = megatron_tensors(*arguments)
         return {name: TensorSpec(spec.shape, torch.float32) for name, spec in specs.items()}, frozenset(specs)
 
     source = test_convert.make(tmp_path / "hf")
     interrupt(source, tmp_path / "megatron")
     megatron_tensors = import_plan.megatron_tensors
-    monkeypatch.setattr(import_plan, "megatron_tensors", widened)
+    monkeypatch.setattr(import_plan, "megatron_tensors", upcast)
     with pytest.raises(VLBridgeError, match="with the same options, found tensors "):
         import_checkpoint(source, tmp_path / "megatron", resume=True)
 
@@ -580,9 +582,9 @@ def test_a_disk_that_is_too_small_is_found_before_the_first_byte(source, tmp_pat
         stream.write(header)
         stream.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
     assert cli.main(["import", str(source), str(tmp_path / "megatron"), "--dry-run"]) == 1
-    assert re.search(r"expected room for \d{13} bytes, found", capsys.readouterr().err)
+    assert re.search(r"expected \d{13} bytes of free space, found", capsys.readouterr().err)
     begun = threading.Event()
-    with pytest.raises(VLBridgeError, match=r"expected room for \d{13} bytes, found"):
+    with pytest.raises(VLBridgeError, match=r"expected \d{13} bytes of free space, found"):
         import_checkpoint(source, tmp_path / "megatron", options=Options(report=lambda _progress: begun.set()))
     assert not begun.is_set()
     assert names_of(tmp_path) == {"hf"}
@@ -597,7 +599,7 @@ def test_space_is_needed_only_for_what_is_still_to_be_written(source, tmp_path, 
     needed = plan.nbytes + side + conversion._SPARE_BYTES
     interrupt(source, target)
     monkeypatch.setattr(conversion, "free_bytes", lambda _target: needed - 1)
-    with pytest.raises(VLBridgeError, match=f"expected room for {needed} bytes, found {needed - 1}"):
+    with pytest.raises(VLBridgeError, match=f"expected {needed} bytes of free space, found {needed - 1}"):
         plan_import(source, tmp_path / "other").check_run()
     import_checkpoint(source, target, resume=True)
 
@@ -719,7 +721,7 @@ def test_a_disk_that_fills_after_some_parts_is_continued_to_the_same_bytes(conve
 
 
 def test_the_cause_of_a_failure_is_raised_where_an_earlier_part_was_stopped_by_it():
-    futures: list[Future[staging.Finished]] = [Future(), Future()]
+    futures: list[Future[Part]] = [Future(), Future()]
     futures[0].set_exception(engine._StoppedError())
     futures[1].set_exception(OSError("the disk is full"))
     with pytest.raises(OSError, match="the disk is full"):
@@ -737,3 +739,21 @@ def test_a_source_that_ends_early_while_it_is_read_is_named_and_the_work_kept(so
     with pytest.raises(VLBridgeError, match=rf"{shard.name}: expected to read .*too early.*finished parts are kept"):
         import_checkpoint(source, tmp_path / "megatron", options=Options(workers=1, report=report))
     assert not (tmp_path / "megatron").exists()
+
+
+def test_work_of_an_earlier_version_is_continued_and_its_result_recognised(source, tmp_path):
+    """It called the option `--leave-out`."""
+    test_convert.rewrite(source, lambda found: found.update({"rotary.x": torch.zeros(3)}))
+    options = {"ignore": ["rotary.*"]}
+    expected = files_of(import_checkpoint(source, tmp_path / "straight", **options))
+    work = interrupt(source, tmp_path / "megatron", **options)
+    rename = lambda text: text.replace('"--ignore"', '"--leave-out"')  # noqa: E731
+    journal, manifest = work / "journal.jsonl", tmp_path / "straight" / CHECKSUMS
+    for path in (journal, manifest):
+        assert '"--ignore"' in path.read_text()
+        path.write_text(rename(path.read_text()))
+    import_checkpoint(source, tmp_path / "megatron", resume=True, **options)
+    assert files_of(tmp_path / "megatron") == expected
+    import_checkpoint(source, tmp_path / "straight", resume=True, **options)
+    with pytest.raises(VLBridgeError, match=r"found that of another: --ignore \['rotary\.x'\] where it was \['rotary"):
+        import_checkpoint(source, tmp_path / "straight", resume=True, ignore=["rotary.x"])

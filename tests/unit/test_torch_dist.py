@@ -525,7 +525,7 @@ def test_overwritten_bytes_are_refused_when_read(tmp_path):
     folder = write(tmp_path, {"w": some(4, 3)})
     content = (folder / "__0_0.distcp").read_bytes()
     (folder / "__0_0.distcp").write_bytes(b"\0" * len(content))
-    with pytest.raises(VLBridgeError, match=r"__0_0\.distcp: expected the numbers of w"):
+    with pytest.raises(VLBridgeError, match=r"__0_0\.distcp: expected the values of w"):
         TorchDistFolder(folder).read(Region.whole("w", (4, 3)))
 
 
@@ -541,7 +541,7 @@ def test_a_chunk_that_is_damaged_around_its_numbers_is_refused_beside_a_sound_on
     file.write_bytes(content)
     reader = TorchDistFolder(tmp_path)
     assert torch.equal(reader.read(Region.whole("a", (6, 6))), some(6, 6))
-    with pytest.raises(VLBridgeError, match=r"__0_0\.distcp: expected the numbers of b"):
+    with pytest.raises(VLBridgeError, match=r"__0_0\.distcp: expected the values of b"):
         reader.read(Region.whole("b", (6, 6)))
 
 

@@ -1,4 +1,4 @@
-"""What of a Hugging Face folder is not taken as it is, in words, and tensors that are left out when they are named."""
+"""Tensors of a Hugging Face folder that the user says to ignore, and notes of what is not read as the files have it."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from megatron_vlbridge.errors import VLBridgeError
 _SHOWN = 8
 
 
-def left_out(folder: Path, names: Iterable[str], needed: Collection[str], patterns: Sequence[str]) -> list[str]:
-    """Those of a folder's tensors that the user's `patterns` (`rotary.*`, as in a shell) say to leave out.
+def ignored_tensors(folder: Path, names: Iterable[str], needed: Collection[str], patterns: Sequence[str]) -> list[str]:
+    """Those of a folder's tensors that match the user's `patterns` (`rotary.*`, as in a shell).
 
-    Raises VLBridgeError where a pattern fits no tensor, or one of those `needed` by the model.
+    Raises VLBridgeError where a pattern matches no tensor, or one of those `needed` by the model.
     """
     names = list(names)
     found: dict[str, None] = {}
     for pattern in patterns:
-        fitting = [name for name in names if fnmatchcase(name, pattern)]
-        wanted = [name for name in fitting if name in needed]
-        if not fitting or wanted:
-            text = f"tensors of the model, such as {wanted[0]}" if wanted else "no tensor that it fits"
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        wanted = [name for name in matching if name in needed]
+        if not matching or wanted:
+            text = f"tensors of the model, such as {wanted[0]}" if wanted else "no tensor that it matches"
             raise VLBridgeError(
-                f"{folder}: leave_out: expected {pattern!r} to fit tensors that are no part of the model, found "
+                f"{folder}: ignore: expected {pattern!r} to match tensors that are not part of the model, found "
                 f"{text}. Name those that the error without this option lists."
             )
-        found |= dict.fromkeys(fitting)
+        found |= dict.fromkeys(matching)
     return list(found)
 
 
 def read_notes(weights: SafetensorsFolder) -> Iterator[str]:
-    """In words, how weights are read otherwise than the files have them."""
+    """What is read otherwise than the files have it, for people."""
     yield from weights.renamed
     if weights.scaled:
         yield f"FP8 weights, dequantised to bfloat16 by their scales: {listed(weights.scaled)}"

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a Hugging Face folder."""
+"""The files beside the weights of a Hugging Face folder: config, tokenizer, processor, licence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 
 SIDE_FOLDER = "hf"
-FACTS = "vlbridge.json"
+MANIFEST = "vlbridge.json"
 
 _QUANTISATION = "quantization_config"
 _DTYPE = re.compile(r'"(?:torch_)?dtype"\s*:\s*"([^"\\]*)"')
@@ -26,14 +26,14 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpac
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Every file of a Hugging Face folder that is no weight: config, tokenizer, processor, licence.
+    """Every file of a Hugging Face folder but the weights: config, tokenizer, processor, licence.
 
     Raises VLBridgeError for a name that cannot be printed, under which no checksum could be noted.
     """
     found = [
         path
         for path in sorted(folder.iterdir())
-        if path.is_file() and not path.name.startswith(".") and path.name not in (FACTS, CHECKSUMS)
+        if path.is_file() and not path.name.startswith(".") and path.name not in (MANIFEST, CHECKSUMS)
         if not path.name.endswith(_WEIGHT_FILES)
     ]
     for path in found:

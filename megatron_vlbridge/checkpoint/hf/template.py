@@ -1,4 +1,4 @@
-"""How an export is to look: the Hugging Face folder that it is made like, or what an import kept of it."""
+"""The template of an export: the Hugging Face folder that it is made like, or what an import kept of one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import torch
 
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder
-from megatron_vlbridge.checkpoint.hf.side_files import FACTS, SIDE_FOLDER, copy_side_files
+from megatron_vlbridge.checkpoint.hf.side_files import MANIFEST, SIDE_FOLDER, copy_side_files
 from megatron_vlbridge.checkpoint.stream.json_file import is_file_name, load_json_object
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import TensorSpec
 
 
 @dataclass(frozen=True)
-class Like:
-    """Where an export takes the other files from, and how the weights were stored there: tensor -> (file, spec).
+class ExportTemplate:
+    """What an export looks like: the folder of the other files, and how it stores the weights: tensor -> (file, spec).
 
-    `experts` is the form of the experts, where the user had to say it at the import, and `dtype` what all weights were
-    converted to there. `weights` are the weights themselves, where they are there.
+    `experts` is the form of the experts, where the user had to give it at the import, and `dtype` what all weights were
+    converted to there. `weights` reads the weights of that folder, where it has them.
     """
 
     folder: Path
@@ -36,7 +36,7 @@ class Like:
 
     @property
     def index(self) -> Path | None:
-        """The index file, where it says what the tensors are."""
+        """The index file, where it describes the tensors as they are read."""
         path = self.folder / INDEX
         return path if path.is_file() and (self.weights is None or self.weights.as_on_the_hub) else None
 
@@ -48,94 +48,94 @@ class Like:
     def dtype_to_name(self, written: Mapping[str, TensorSpec]) -> torch.dtype | None:
         """What config.json is to name as the dtype of the `written` tensors; None where it is right as it is.
 
-        It is that of most numbers. A config whose weights keep their dtypes is right, whatever it names.
+        It is that of most elements. A config whose weights keep their dtypes is right, whatever it names.
         """
         known = [(spec.dtype, self.tensors[name][1].dtype) for name, spec in written.items() if name in self.tensors]
         if known and self.dtype is None and all(ours == theirs for ours, theirs in known):
             return None
-        numbers: Counter[torch.dtype] = Counter()
+        elements: Counter[torch.dtype] = Counter()
         for spec in written.values():
-            numbers[spec.dtype] += math.prod(spec.shape)
-        return numbers.most_common(1)[0][0]
+            elements[spec.dtype] += math.prod(spec.shape)
+        return elements.most_common(1)[0][0]
 
 
-def keep_side_files(
+def keep_template(
     weights: SafetensorsFolder,
     target: Path,
     experts: str | None,
-    left: Collection[str] = (),
+    ignored: Collection[str] = (),
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Leave all that an export needs in the `hf` folder of an imported checkpoint, also the user's `experts`, `dtype`.
+    """Keep all that an export needs in the `hf` folder of an imported checkpoint, also the user's `experts`, `dtype`.
 
-    Nothing is noted of the tensors `left` out. The index is kept where it says what an export will hold.
+    The `ignored` tensors are not in the manifest. The index is kept where it says what an export will hold.
     """
     side = target / SIDE_FOLDER
     copy_side_files(weights.folder, side, dtype)
-    if (weights.folder / INDEX).is_file() and weights.as_on_the_hub and not left:
+    if (weights.folder / INDEX).is_file() and weights.as_on_the_hub and not ignored:
         shutil.copyfile(weights.folder / INDEX, side / INDEX)
-    facts = {
+    tensors = {
         name: [file, str(weights.table[name].dtype), list(weights.table[name].shape)]
         for name, file in weights.files.items()
-        if name not in left
+        if name not in ignored
     }
-    content = {"version": 2, "experts": experts, "dtype": dtype and str(dtype), "tensors": facts}
-    (side / FACTS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = {"version": 2, "experts": experts, "dtype": dtype and str(dtype), "tensors": tensors}
+    (side / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def find_like(source: Path, like: str | Path | None) -> Like:
-    """The Hugging Face side of an export: what the user named, which may be what an import left, or that of `source`.
+def find_template(source: Path, like: str | Path | None) -> ExportTemplate:
+    """The template that the user named, which may be what an import kept, or that of `source`.
 
-    Raises VLBridgeError where there is neither, or the import's facts are damaged.
+    Raises VLBridgeError where there is neither, or the import's manifest is damaged.
     """
     if like is not None:
         folder = find_folder(like)
         for place in (folder, folder / SIDE_FOLDER):
-            if (place / FACTS).is_file():
-                return _read_facts(place)
+            if (place / MANIFEST).is_file():
+                return _read_manifest(place)
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.safetensors.index.json")):
-            return Like(folder, {})
+            return ExportTemplate(folder, {})
         weights = SafetensorsFolder(folder)
         tensors = {name: (file, weights.table[name]) for name, file in weights.files.items()}
-        return Like(folder, tensors, weights=weights)
+        return ExportTemplate(folder, tensors, weights=weights)
     for folder in (source / SIDE_FOLDER, source.resolve().parent / SIDE_FOLDER):
-        if (folder / FACTS).is_file():
-            return _read_facts(folder)
+        if (folder / MANIFEST).is_file():
+            return _read_manifest(folder)
     raise VLBridgeError(
-        f"{source}: expected {SIDE_FOLDER}/{FACTS}, as an import leaves it, found none (a training run keeps weights "
-        "only). Give --like (in Python: like=), the Hugging Face folder that the training started from."
+        f"{source}: expected {SIDE_FOLDER}/{MANIFEST}, as an import leaves it, found none (a training run keeps only "
+        "weights). Give --like (in Python: like=), the Hugging Face folder that the training started from."
     )
 
 
-def _read_facts(folder: Path) -> Like:
-    path = folder / FACTS
-    facts = load_json_object(path)
-    tensors, experts, dtype = facts.get("tensors"), facts.get("experts"), facts.get("dtype")
+def _read_manifest(folder: Path) -> ExportTemplate:
+    path = folder / MANIFEST
+    manifest = load_json_object(path)
+    tensors, experts, dtype = manifest.get("tensors"), manifest.get("experts"), manifest.get("dtype")
     result = {}
-    for name, fact in tensors.items() if isinstance(tensors, dict) else ():
-        spec = _read_fact(fact)
+    for name, entry in tensors.items() if isinstance(tensors, dict) else ():
+        spec = _read_entry(entry)
         if spec is None:
-            raise VLBridgeError(f"{path}: {name}: expected a file, dtype and shape, found {fact!r:.80}. Import again.")
-        if not is_file_name(fact[0], ".safetensors"):
-            raise VLBridgeError(f"{path}: {name}: expected a plain safetensors name, found {fact[0]!r}. Import again.")
-        result[name] = (fact[0], spec)
+            raise VLBridgeError(f"{path}: {name}: expected a file, dtype and shape, found {entry!r:.80}. Import again.")
+        if not is_file_name(entry[0], ".safetensors"):
+            raise VLBridgeError(f"{path}: {name}: expected a plain safetensors name, found {entry[0]!r}. Import again.")
+        result[name] = (entry[0], spec)
     if not result:
         raise VLBridgeError(f"{path}: tensors: expected names with their files, found {tensors!r:.80}. Import again.")
     if experts is not None and not isinstance(experts, str):
         raise VLBridgeError(f"{path}: experts: expected a form or null, found {experts!r:.80}. Import again.")
     if dtype is not None and _read_dtype(dtype) is None:
         raise VLBridgeError(f"{path}: dtype: expected one or null, found {dtype!r:.80}. Import again.")
-    return Like(folder, result, experts, dtype=_read_dtype(dtype))
+    return ExportTemplate(folder, result, experts, dtype=_read_dtype(dtype))
 
 
-def _read_fact(fact: object) -> TensorSpec | None:
-    if not isinstance(fact, list) or [type(item) for item in fact] != [str, str, list]:
+def _read_entry(entry: object) -> TensorSpec | None:
+    if not isinstance(entry, list) or [type(item) for item in entry] != [str, str, list]:
         return None
-    dtype = _read_dtype(fact[1])
-    known = all(type(size) is int and size >= 0 for size in fact[2])
-    return TensorSpec(tuple(fact[2]), dtype) if known and dtype is not None else None
+    dtype = _read_dtype(entry[1])
+    known = all(type(size) is int and size >= 0 for size in entry[2])
+    return TensorSpec(tuple(entry[2]), dtype) if known and dtype is not None else None
 
 
-def _read_dtype(fact: object) -> torch.dtype | None:
-    dtype = getattr(torch, fact.removeprefix("torch."), None) if isinstance(fact, str) else None
+def _read_dtype(name: object) -> torch.dtype | None:
+    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
     return dtype if isinstance(dtype, torch.dtype) else None

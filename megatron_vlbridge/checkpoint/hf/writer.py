@@ -6,14 +6,14 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from megatron_vlbridge.checkpoint.hf.header import encode_header
 from megatron_vlbridge.checkpoint.hf.reader import INDEX, SINGLE
 from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
-from megatron_vlbridge.checkpoint.stream.engine import PART_BYTES, Block, Place, Written
+from megatron_vlbridge.checkpoint.stream.engine import Block
+from megatron_vlbridge.checkpoint.stream.part import PART_BYTES, Part
 from megatron_vlbridge.checkpoint.stream.raw import Filler, as_bytes, write_exactly
 from megatron_vlbridge.weights import Region, TensorSpec
 
@@ -50,42 +50,60 @@ class SafetensorsWriter:
 
     def __init__(self, specs: Mapping[str, TensorSpec], files: Mapping[str, str], fill: Filler) -> None:
         self.specs, self.files, self._fill = specs, files, fill
-        self.block_bytes = 0
-        self._lengths: dict[str, int] = {}
         by_file: dict[str, dict[str, TensorSpec]] = {}
         for name, file in files.items():
             by_file.setdefault(file, {})[name] = specs[name]
-        cut = [self._cut(file, tensors) for file, tensors in by_file.items()]
-        self._parts = [part for turn in zip_longest(*cut) for part in turn if part is not None]
-        self.sizes = [part.nbytes for part in self._parts]
+        # Wider dtypes first keeps every tensor aligned to its own size, as the format's library does.
+        ordered = {
+            file: dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+            for file, tensors in by_file.items()
+        }
+        self._heads = {file: encode_header(tensors) for file, tensors in ordered.items()}
+        cut = [[(file, regions) for regions in self._cut(tensors)] for file, tensors in ordered.items()]
+        ranges = [found for turn in zip_longest(*cut) for found in turn if found is not None]
+        self._regions = [regions for _, regions in ranges]
+        self.sizes = [sum(map(self._nbytes, regions)) for regions in self._regions]
+        self.block_bytes = max((self._nbytes(region) for regions in self._regions for region in regions), default=0)
+        self._parts: list[Part] = []
+        self._lengths = dict.fromkeys(by_file, 0)
+        for index, (file, _) in enumerate(ranges):
+            start = self._lengths[file]
+            length = self.sizes[index] + (0 if start else len(self._heads[file]))
+            self._parts.append(Part(index, file, start, length))
+            self._lengths[file] += length
         self._alone = {file: threading.Lock() for file in by_file}
 
-    def _cut(self, file: str, tensors: Mapping[str, TensorSpec]) -> list[_Range]:
-        """Lay one file out and cut it into parts."""
-        # Wider dtypes first keeps every tensor aligned to its own size, as the format's library does.
-        ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-        part = _Range(file, 0, encode_header(ordered), [])
-        parts = [part]
-        for name, spec in ordered.items():
+    def _cut(self, tensors: Mapping[str, TensorSpec]) -> list[list[Region]]:
+        """The blocks of one file by parts. The first part, which has the header too, may hold no block."""
+        parts: list[list[Region]] = [[]]
+        filled = 0
+        for name, spec in tensors.items():
             for region in row_blocks(Region.whole(name, spec.shape), spec.dtype.itemsize):
-                nbytes = region.volume * spec.dtype.itemsize
-                if part.regions and part.nbytes + nbytes > PART_BYTES:
-                    part = _Range(file, part.end, b"", [])
-                    parts.append(part)
-                part.regions.append(region)
-                part.nbytes += nbytes
-                self.block_bytes = max(self.block_bytes, nbytes)
-        self._lengths[file] = part.end
+                if parts[-1] and filled + self._nbytes(region) > PART_BYTES:
+                    parts.append([])
+                    filled = 0
+                parts[-1].append(region)
+                filled += self._nbytes(region)
         return parts
 
-    def regions(self, number: int) -> Sequence[Region]:
-        """What one part holds."""
-        return self._parts[number].regions
+    def _nbytes(self, region: Region) -> int:
+        return region.volume * self.specs[region.name].dtype.itemsize
 
-    def place(self, number: int) -> Place:
+    def regions(self, index: int) -> Sequence[Region]:
+        """What one part holds."""
+        return self._regions[index]
+
+    def part(self, index: int) -> Part:
         """A range of a file: its header, if it is the first, and blocks of rows."""
-        part = self._parts[number]
-        return Place(part.file, part.start, f"{part.head!r} {part.regions}")
+        return self._parts[index]
+
+    def contents(self, index: int) -> str:
+        """The header and the regions of a part."""
+        return f"{self._head(index)!r} {self._regions[index]}"
+
+    def _head(self, index: int) -> bytes:
+        part = self._parts[index]
+        return b"" if part.start else self._heads[part.file]
 
     def prepare(self, folder: Path) -> None:
         """Make the files at their full length."""
@@ -93,14 +111,14 @@ class SafetensorsWriter:
             with (folder / file).open("ab") as stream:
                 stream.truncate(length)
 
-    def write(self, number: int, folder: Path, block: Block) -> Written:
+    def write(self, index: int, folder: Path, block: Block) -> Part:
         """Write one range of one file."""
-        part = self._parts[number]
-        position = part.start + len(part.head)
+        part, head = self._parts[index], self._head(index)
+        position = part.start + len(head)
         handle = os.open(folder / part.file, os.O_WRONLY)
         try:
-            write_exactly(handle, part.start, part.head)
-            for region in part.regions:
+            write_exactly(handle, part.start, head)
+            for region in self._regions[index]:
                 held = block.take(region.shape, self.specs[region.name].dtype)
                 self._fill(region, held)
                 with self._alone[part.file]:  # the kernel's own lock spins
@@ -108,27 +126,11 @@ class SafetensorsWriter:
                 position += held.nbytes
         finally:
             os.close(handle)
-        return Written(part.file, part.start, position - part.start)
+        return part
 
-    def finish(self, folder: Path, _written: Sequence[Written]) -> None:
+    def finish(self, folder: Path, _written: Sequence[Part]) -> None:
         """Write the index, as the Hub has it."""
         if len(self._lengths) > 1:
             total = sum(spec.nbytes for spec in self.specs.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.files.items()))}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-@dataclass
-class _Range:
-    """Neighbouring blocks of one file; the first range begins with the header."""
-
-    file: str
-    start: int
-    head: bytes
-    regions: list[Region]
-    nbytes: int = 0
-
-    @property
-    def end(self) -> int:
-        """The byte behind it."""
-        return self.start + len(self.head) + self.nbytes

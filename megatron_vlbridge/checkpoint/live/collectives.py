@@ -18,7 +18,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def gather[T](mine: T) -> list[T]:
-    """What each rank gives, on all ranks. Small things only: it is pickled."""
+    """What each rank passes, in the order of the ranks, on all of them. It is pickled: for small values only."""
     _, size = rank_and_size()
     everyone = [mine] * size
     if size > 1:
@@ -28,7 +28,7 @@ def gather[T](mine: T) -> list[T]:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Ranks leave this block together: what one raises, all raise, so that none waits for it for ever."""
+    """Raise on all ranks what one raises in this block, so that none waits for it forever. Collective at its end."""
     failure: VLBridgeError | OSError | None = None
     try:
         yield

@@ -13,7 +13,7 @@ from megatron_vlbridge.checkpoint.comparison import Difference, Report
 from megatron_vlbridge.checkpoint.formats import TRACKER
 from megatron_vlbridge.checkpoint.stream.engine import digest_range
 from megatron_vlbridge.checkpoint.stream.json_file import MAX_SIZE, load_json_object
-from megatron_vlbridge.checkpoint.stream.staging import Finished
+from megatron_vlbridge.checkpoint.stream.part import Part
 from megatron_vlbridge.errors import VLBridgeError
 
 CHECKSUMS = "vlbridge-checksums.json"
@@ -22,7 +22,7 @@ Range = tuple[int, int, str]
 """First byte, length, SHA-256."""
 
 
-def write_checksums(folder: Path, finished: Sequence[Finished], origin: Mapping[str, Any]) -> None:
+def write_checksums(folder: Path, finished: Sequence[Part], origin: Mapping[str, Any]) -> None:
     """Note the checksums of all files below: the parts' own, and those of the small files now.
 
     `origin` (see `staged_folder`) is noted beside them: what the result was made from.
