@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from megatron_vlbridge.checkpoint.stream.checksums import read_origin, write_checksums
-from megatron_vlbridge.checkpoint.stream.engine import Options, Writer, digest_range, run
+from megatron_vlbridge.checkpoint.stream.digest import digest_range
+from megatron_vlbridge.checkpoint.stream.engine import Options, Writer, run
 from megatron_vlbridge.checkpoint.stream.origin import current, first_difference
 from megatron_vlbridge.checkpoint.stream.staging import (
     Staging,
@@ -209,7 +210,7 @@ def _fingerprint(paths: Iterable[Path]) -> dict[str, dict[str, int | str]]:
         status = path.stat()
         result[path.name] = {
             "size": status.st_size,
-            "first bytes": digest_range(path, 0, _HEAD_BYTES),
+            "first bytes": digest_range(path, 0, _HEAD_BYTES, "sha256").value,
             "modified": status.st_mtime_ns,
             # It cannot be set back. The inode number would add nothing, and some network mounts assign a new one.
             "changed (content, rights or links)": status.st_ctime_ns,

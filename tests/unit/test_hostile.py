@@ -730,7 +730,7 @@ def test_damaged_checksums_are_refused_or_found_to_differ(change, sound, tmp_pat
     folder = tmp_path / "damaged"
     shutil.copytree(sound["megatron"].folder, folder)
     os.mkfifo(folder / "pipe")
-    edit_json(folder / CHECKSUMS, lambda checksums: checksums["sha256"].update(change))
+    edit_json(folder / CHECKSUMS, lambda checksums: checksums["blake3"].update(change))
     message, report = attempt(verify_checksums, folder)
     name = next(iter(change))
     if message is None:

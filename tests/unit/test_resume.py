@@ -1,6 +1,7 @@
 """Interrupted runs: what is finished is continued to the same bytes, and never under changed conditions."""
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +29,8 @@ from megatron_vlbridge.checkpoint.hf.reader import INDEX
 from megatron_vlbridge.checkpoint.import_plan import plan_import
 from megatron_vlbridge.checkpoint.stream import engine, staging
 from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
-from megatron_vlbridge.checkpoint.stream.engine import Options, Progress, digest_range
+from megatron_vlbridge.checkpoint.stream.digest import digest_range
+from megatron_vlbridge.checkpoint.stream.engine import Options, Progress
 from megatron_vlbridge.checkpoint.stream.part import Part
 from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
 from megatron_vlbridge.errors import UsageError, VLBridgeError
@@ -351,7 +354,7 @@ def test_a_part_that_lies_elsewhere_is_written_again(change, source, tmp_path):
             stream.write(bytes(part["length"]))
         moved.append(part | change(part))
     for part in moved:
-        part["sha256"] = digest_range(work / "result" / part["file"], part["start"], part["length"])
+        part["blake3"] = digest_range(work / "result" / part["file"], part["start"], part["length"]).value
     (work / "journal.jsonl").write_text("\n".join([first, *map(json.dumps, moved)]) + "\n")
     export_checkpoint(tmp_path / "megatron", tmp_path / "back", resume=True)
     assert files_of(tmp_path / "back") == expected
@@ -741,8 +744,15 @@ def test_a_source_that_ends_early_while_it_is_read_is_named_and_the_work_kept(so
     assert not (tmp_path / "megatron").exists()
 
 
+def with_sha256(part: dict[str, Any], result: Path) -> dict[str, Any]:
+    """A line of the journal as earlier versions wrote it."""
+    content = (result / part["file"]).read_bytes()[part["start"] : part["start"] + part["length"]]
+    keys = ("number", "file", "start", "length")
+    return {key: part[key] for key in keys} | {"sha256": hashlib.sha256(content).hexdigest(), "places": part["places"]}
+
+
 def test_work_of_an_earlier_version_is_continued_and_its_result_recognised(source, tmp_path):
-    """It called the option `--leave-out`."""
+    """It called the option `--leave-out`, and its checksums were SHA-256."""
     test_convert.rewrite(source, lambda found: found.update({"rotary.x": torch.zeros(3)}))
     options = {"ignore": ["rotary.*"]}
     expected = files_of(import_checkpoint(source, tmp_path / "straight", **options))
@@ -752,7 +762,14 @@ def test_work_of_an_earlier_version_is_continued_and_its_result_recognised(sourc
     for path in (journal, manifest):
         assert '"--ignore"' in path.read_text()
         path.write_text(rename(path.read_text()))
-    import_checkpoint(source, tmp_path / "megatron", resume=True, **options)
+    origin, *parts = journal.read_text().splitlines()
+    old = [with_sha256(json.loads(part), work / "result") for part in parts]
+    journal.write_text("\n".join([origin, *map(json.dumps, old)]) + "\n")
+    damaged = work / "result" / old[-1]["file"]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    seen: list[Progress] = []
+    import_checkpoint(source, tmp_path / "megatron", resume=True, options=Options(report=seen.append), **options)
+    assert seen[-1].resumed > 0
     assert files_of(tmp_path / "megatron") == expected
     import_checkpoint(source, tmp_path / "straight", resume=True, **options)
     with pytest.raises(VLBridgeError, match=r"found that of another: --ignore \['rotary\.x'\] where it was \['rotary"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from megatron_vlbridge.checkpoint.stream.digest import ALGORITHM, digest_range
 from megatron_vlbridge.checkpoint.stream.part import Part
 from megatron_vlbridge.checkpoint.stream.raw import SPAN_BYTES
 from megatron_vlbridge.checkpoint.stream.staging import Staging, sync
@@ -26,7 +26,6 @@ DEFAULT_MEMORY = 2**30
 
 _BASE_BYTES = 448 * 2**20  # torch itself (310 MiB), tables of names and regions (60 MiB for 235B), journal
 _SYNCERS = 2  # threads beyond the workers, so that some fill blocks while others wait for the disk
-_HASHED_AT_ONCE = 2**20
 
 
 class Writer(Protocol):
@@ -175,7 +174,7 @@ class _Run:
         kept = self.staging.finished.get(index)
         if kept is not None and self._is_in_place(kept) and self._is_intact(kept):
             self._report(index, resumed=True)
-            return kept
+            return self._with_present_digest(kept)
         block = self.blocks.get()
         try:
             written = self.writer.write(index, self.staging.folder, block)
@@ -196,7 +195,15 @@ class _Run:
 
     def _is_intact(self, part: Part) -> bool:
         path = self.staging.folder / part.file
-        return path.is_file() and digest_range(path, part.start, part.length) == part.sha256
+        assert part.digest is not None
+        return path.is_file() and digest_range(path, part.start, part.length, part.digest.algorithm) == part.digest
+
+    def _with_present_digest(self, part: Part) -> Part:
+        """An intact part; its digest may be one that an earlier version computed otherwise."""
+        assert part.digest is not None
+        if part.digest.algorithm == ALGORITHM:
+            return part
+        return replace(part, digest=digest_range(self.staging.folder / part.file, part.start, part.length))
 
     def _report(self, index: int, *, resumed: bool = False) -> None:
         with self.lock:
@@ -211,16 +218,4 @@ def flush(part: Part, folder: Path) -> Part:
     """Bring a part that was written to the disk, and give it with the checksum of what is there."""
     path = folder / part.file
     sync(path)
-    return replace(part, sha256=digest_range(path, part.start, part.length))
-
-
-def digest_range(path: Path, start: int, length: int) -> str:
-    """SHA-256 of a range of a file, of what is there of it where the file is shorter."""
-    digest = hashlib.sha256()
-    held = memoryview(bytearray(min(length, _HASHED_AT_ONCE)))
-    with path.open("rb", buffering=0) as stream:
-        stream.seek(start)
-        while length and (count := stream.readinto(held[: min(length, len(held))])):
-            digest.update(held[:count])
-            length -= count
-    return digest.hexdigest()
+    return replace(part, digest=digest_range(path, part.start, part.length))
