@@ -30,7 +30,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_vlbridge.checkpoint.safetensors import INDEX, encode_header, plan_shards
+from megatron_vlbridge.checkpoint.hf.header import encode_header
+from megatron_vlbridge.checkpoint.hf.reader import INDEX
+from megatron_vlbridge.checkpoint.hf.writer import plan_shards
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import ExpertForm, find
 from megatron_vlbridge.weights import TensorSpec
@@ -69,8 +71,9 @@ done = True
 watcher.join()
 print(json.dumps([seconds, peak - start]))
 """
-CONVERT = "from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_import\n"
-CONVERT += "from megatron_vlbridge.checkpoint.engine import Options"
+CONVERT = "from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint\n"
+CONVERT += "from megatron_vlbridge.checkpoint.import_plan import plan_import\n"
+CONVERT += "from megatron_vlbridge.checkpoint.stream.engine import Options"
 TRANSFORMERS = "import torch\nfrom transformers import AutoModelForImageTextToText as Auto"
 
 

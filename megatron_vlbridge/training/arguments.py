@@ -14,7 +14,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_vlbridge.backends import cpu_runtime
-from megatron_vlbridge.checkpoint.hub import find_folder
+from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.errors import VLBridgeError

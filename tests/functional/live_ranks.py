@@ -21,9 +21,7 @@ from megatron.training.global_vars import set_args
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_vlbridge.checkpoint.live import load_hf_weights
-from megatron_vlbridge.checkpoint.live_export import export_hf_weights
-from megatron_vlbridge.checkpoint.live_save import save_hf
+from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights, save_hf
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import ExpertForm
 from megatron_vlbridge.training.batch import read_pack
@@ -47,10 +45,10 @@ def export_in_all_modes(layout: Layout, folder: Path, experts: ExpertForm | None
     }
 
 
-def export_without(layout: Layout, folder: Path, leave_out: list[str]) -> Named:
+def export_without(layout: Layout, folder: Path, ignore: list[str]) -> Named:
     """Of a model that was filled from a folder which holds further tensors."""
     chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY, load=False)
-    load_hf_weights(chunks, folder, leave_out=leave_out)
+    load_hf_weights(chunks, folder, ignore=ignore)
     return list(export_hf_weights(chunks))
 
 

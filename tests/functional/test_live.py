@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_vlbridge.checkpoint.checksums import CHECKSUMS, verify_checksums
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS, verify_checksums
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import ExpertForm, find
@@ -228,10 +228,10 @@ def test_tensors_that_are_no_part_of_the_model_are_left_out(pool: Pool, wild: di
     (tmp_path / "config.json").write_bytes((wild["untied"] / "config.json").read_bytes())
     save_file({**expected, "rotary.frequencies": torch.ones(3)}, tmp_path / "model.safetensors")
     layout = Layout(tp=2, world=2)
-    for result in pool.run(live_ranks.export_without, layout, folder=tmp_path, leave_out=["rotary.*"]):
+    for result in pool.run(live_ranks.export_without, layout, folder=tmp_path, ignore=["rotary.*"]):
         assert same(dict(result), expected)
     with pytest.raises(AssertionError, match=r"extra Hugging Face tensors[\s\S]*rotary.frequencies"):
-        pool.run(live_ranks.export_without, layout, folder=tmp_path, leave_out=[])
+        pool.run(live_ranks.export_without, layout, folder=tmp_path, ignore=[])
 
 
 def test_bfloat16(pool: Pool, bfloat16: Path) -> None:

@@ -18,7 +18,7 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.console import ShortLog, argument_warnings, summary
 from megatron_vlbridge.training.failure import describe
 from megatron_vlbridge.training.trackers import check_trackers
-from megatron_vlbridge.weights.plan import MisfitError
+from megatron_vlbridge.weights.plan import MismatchError
 from tests import reference
 from tests.unit.test_log_lines import EXPERTS
 
@@ -151,7 +151,7 @@ def test_a_report_needs_neither_stdout_nor_the_error_file_of_another_launcher(tm
 
 def test_a_refusal_is_described_by_its_text_alone() -> None:
     assert describe(VLBridgeError("a.jsonl, line 3: no answer")) == "Error: a.jsonl, line 3: no answer"
-    assert describe(MisfitError("the tensors differ", {"a": ["b"]})) == "Error: the tensors differ"
+    assert describe(MismatchError("the tensors differ", {"a": ["b"]})) == "Error: the tensors differ"
 
 
 def test_a_refusal_in_a_data_loaders_process_is_described_by_its_text_alone() -> None:

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_vlbridge.checkpoint.safetensors import INDEX
+from megatron_vlbridge.checkpoint.hf.reader import INDEX
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import find
@@ -330,7 +330,7 @@ def test_a_tied_head_that_differs_is_refused(tied, tmp_path):
         found[HEAD][3, 5] += 1
 
     rewrite(tied, change)
-    refuse(tied, tmp_path / "megatron", "lm_head.weight: expected the numbers of")
+    refuse(tied, tmp_path / "megatron", "lm_head.weight: expected the values of")
 
 
 def refuse(source: Path, target: Path, reason: str) -> None:

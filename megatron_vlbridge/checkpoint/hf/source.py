@@ -1,4 +1,4 @@
-"""What of a Hugging Face folder a model is made of, after a look at everything that headers do not tell."""
+"""The tensors of a Hugging Face folder that make the model, after all checks that headers alone do not allow."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.dtypes import check_dtypes
-from megatron_vlbridge.checkpoint.extras import left_out
 from megatron_vlbridge.checkpoint.formats import reject_megatron
-from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder, row_blocks
+from megatron_vlbridge.checkpoint.hf.ignored import ignored_tensors
+from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
+from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
 from megatron_vlbridge.config import Config, read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family
@@ -20,10 +21,10 @@ from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
 
 
 @dataclass(frozen=True)
-class Source:
+class HfSource:
     """A Hugging Face folder and the rules for it; a `Plan` is still to prove that the two fit.
 
-    `tensors` are those to be moved: without the ones that are `left` out, and without a stored head that is tied.
+    `tensors` are those to be moved: without the `ignored` ones, and without a stored head that is tied.
     """
 
     weights: SafetensorsFolder
@@ -31,14 +32,14 @@ class Source:
     family: Family
     table: RuleTable
     tensors: dict[str, TensorSpec]
-    left: list[str]
+    ignored: list[str]
 
 
-def open_source(folder: Path, *, experts: str | None = None, leave_out: Sequence[str] = ()) -> Source:
-    """Read headers and scales of a folder; `experts` and `leave_out` are those of `import_checkpoint`.
+def open_source(folder: Path, *, experts: str | None = None, ignore: Sequence[str] = ()) -> HfSource:
+    """Read headers and scales of a folder; `experts` and `ignore` are those of `import_checkpoint`.
 
-    Raises VLBridgeError, naming file and tensor, for damaged files, numbers that are no weights, scales that are none,
-    a tied head that is another, and patterns that fit nothing or the model's own tensors.
+    Raises VLBridgeError, naming file and tensor, for damaged files, tensors that are not weights, invalid scales, a
+    tied head with other values, and patterns that match nothing or the model's own tensors.
     """
     reject_megatron(folder)
     config = read_config(folder)
@@ -46,17 +47,17 @@ def open_source(folder: Path, *, experts: str | None = None, leave_out: Sequence
     weights = SafetensorsFolder(folder)
     check_scales(config, weights)
     table = family.table_for(config, weights.table, experts)
-    left = left_out(folder, weights.table, {*table.hf_shapes, family.head}, leave_out)
-    hf = {name: spec for name, spec in weights.table.items() if name not in left}
+    ignored = ignored_tensors(folder, weights.table, {*table.hf_shapes, family.head}, ignore)
+    hf = {name: spec for name, spec in weights.table.items() if name not in ignored}
     check_dtypes(folder, {name: spec for name, spec in hf.items() if name in table.hf_shapes})
     if config.tie_word_embeddings and family.head in hf:
         check_tied_head(weights, family)
         del hf[family.head]
-    return Source(weights, config, family, table, hf, left)
+    return HfSource(weights, config, family, table, hf, ignored)
 
 
 def check_scales(config: Config, weights: SafetensorsFolder) -> None:
-    """Refuse scales of 8-bit weights that are no scales, and a config that says otherwise than the tensors."""
+    """Reject invalid scales of 8-bit weights, and a config that disagrees with the tensors about FP8."""
     weights.check_scales()
     if config.fp8 != bool(weights.scaled):
         found = f"{weights.scaled[0]} in FP8" if weights.scaled else "no such tensor"
@@ -68,7 +69,7 @@ def check_scales(config: Config, weights: SafetensorsFolder) -> None:
 
 
 def check_tied_head(weights: SafetensorsFolder, family: Family) -> None:
-    """Refuse a stored output head that is not the embedding, bit for bit, although the config says they are one."""
+    """Reject a stored output head that is not the embedding, bit for bit, although the config says they are tied."""
     head, embedding = weights.table[family.head], weights.table.get(family.embedding)
     same = head == embedding and all(
         torch.equal(
@@ -79,6 +80,6 @@ def check_tied_head(weights: SafetensorsFolder, family: Family) -> None:
     )
     if not same:
         raise VLBridgeError(
-            f"{weights.folder}: {family.head}: expected the numbers of {family.embedding}, as tie_word_embeddings is "
+            f"{weights.folder}: {family.head}: expected the values of {family.embedding}, as tie_word_embeddings is "
             f"true, found others ({head}; {embedding}). Set tie_word_embeddings to false if the head is its own."
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vlbridge.checkpoint.raw import Stored, split
+from megatron_vlbridge.checkpoint.stream.raw import Stored, split
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import TensorSpec
 from megatron_vlbridge.weights.regions import Shape

@@ -12,37 +12,26 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vlbridge.checkpoint.stream.origin import current, first_difference
+from megatron_vlbridge.checkpoint.stream.part import Part
 from megatron_vlbridge.errors import VLBridgeError
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A part that is on the disk: its range of a file in the result, the SHA-256 of it, and the places of entries."""
-
-    number: int
-    file: str
-    start: int
-    length: int
-    sha256: str
-    places: tuple[tuple[int, int], ...] = ()
 
 
 class Staging:
     """The work folder of one run: `folder` is the result to be, `finished` what an earlier run has done."""
 
-    def __init__(self, work: Path, finished: Mapping[int, Finished]) -> None:
+    def __init__(self, work: Path, finished: Mapping[int, Part]) -> None:
         self.folder, self.finished = work / "result", dict(finished)
         self._journal = work / "journal.jsonl"
 
-    def note(self, part: Finished) -> None:
+    def note(self, part: Part) -> None:
         """Append a finished part to the journal."""
         with self._journal.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(part)) + "\n")
-        self.finished[part.number] = part
+            stream.write(json.dumps(part.as_json()) + "\n")
+        self.finished[part.index] = part
 
 
 @contextmanager
@@ -85,7 +74,7 @@ def staged_folder(target: Path, origin: Mapping[str, Any], *, resume: bool = Fal
         raise VLBridgeError(text) from error
 
 
-def earlier_work(target: Path, origin: Mapping[str, Any], *, resume: bool = False) -> dict[int, Finished]:
+def earlier_work(target: Path, origin: Mapping[str, Any], *, resume: bool = False) -> dict[int, Part]:
     """The finished parts that `staged_folder` would begin with; writes nothing.
 
     Raises VLBridgeError where it would: the target exists, another run writes it, its place cannot be written, an
@@ -187,7 +176,7 @@ def _begin(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) ->
         if not finished:
             shutil.rmtree(work / "result", ignore_errors=True)
         (work / "result").mkdir(exist_ok=True)  # a run may have been killed just after it had put its result in place
-        lines = [json.dumps(origin), *(json.dumps(asdict(part)) for part in finished.values())]
+        lines = [json.dumps(origin), *(json.dumps(part.as_json()) for part in finished.values())]
         fresh = work / "journal.new"
         fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")  # without the line that a kill may have torn
         fresh.replace(journal)
@@ -198,7 +187,7 @@ def _begin(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) ->
     return Staging(work, finished)
 
 
-def _continued(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) -> dict[int, Finished]:
+def _continued(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) -> dict[int, Part]:
     """What an interrupted run has finished; refuses it where it is not to be, or cannot be, continued."""
     before, finished = _read_journal(work / "journal.jsonl")
     if finished and not resume:
@@ -215,34 +204,19 @@ def _continued(target: Path, work: Path, origin: Mapping[str, Any], resume: bool
     return finished
 
 
-def _read_journal(path: Path) -> tuple[Any, dict[int, Finished]]:
+def _read_journal(path: Path) -> tuple[Any, dict[int, Part]]:
     """Origin and finished parts; whatever follows a line that a kill has torn counts as not done."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    finished: dict[int, Finished] = {}
+    finished: dict[int, Part] = {}
     try:
-        origin = json.loads(lines[0]) if lines else None
+        origin = current(json.loads(lines[0])) if lines else None
         for line in lines[1:]:
-            entry = json.loads(line)
-            entry["places"] = tuple((start, length) for start, length in entry["places"])
-            finished[entry["number"]] = Finished(**entry)
+            part = Part.from_json(json.loads(line))
+            finished[part.index] = part
     except (json.JSONDecodeError, TypeError, KeyError, ValueError):
         if not finished:
             return None, {}
     return origin, finished
-
-
-def first_difference(before: Any, now: Any, where: str = "") -> str:
-    """The first place in which two JSON values differ, in words. Options have the names of the command line."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*now, *(key for key in before if key not in now)]:
-            if before.get(key) != now.get(key):
-                inner = f"{where}.{key}" if where not in ("", "options") else str(key)
-                return first_difference(before.get(key), now.get(key), inner)
-    return f"{where or 'origin'} {_in_words(now)} where it was {_in_words(before)}"
-
-
-def _in_words(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r:.120}"
 
 
 def sync_tree(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A live, sharded model seen as a Megatron checkpoint, whose numbers are fetched from the ranks that hold them."""
+"""A live, sharded model read as a Megatron checkpoint: values are fetched from the ranks that hold them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,9 @@ from typing import Any
 
 import torch
 
-from megatron_vlbridge.checkpoint.raw import check_fits, may_overflow
-from megatron_vlbridge.checkpoint.shards import (
-    Model,
-    Shard,
-    check_complete,
-    gather,
-    modules_of,
-    rank_and_size,
-    shards_of,
-    together,
-)
+from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks, rank_and_size
+from megatron_vlbridge.checkpoint.live.shards import Model, Shard, check_complete, modules_of, shards_of
+from megatron_vlbridge.checkpoint.stream.raw import check_fits, may_overflow
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
 from megatron_vlbridge.weights.regions import RegionIndex, check_exact_cover
@@ -33,25 +25,33 @@ _Entry = tuple[Region, torch.dtype]
 
 
 @dataclass(frozen=True)
+class _Holder:
+    """The shard `index` of one rank."""
+
+    rank: int
+    index: int
+
+
+@dataclass(frozen=True)
 class _Segment:
-    """What one rank holds of the region `wanted`: the numbers at `place`, which are `source` in its shard `number`."""
+    """What one rank holds of the region `wanted`: the values at `place`, which are `source` in its shard `index`."""
 
     wanted: Region
     place: Region
-    number: int
+    index: int
     source: Region
     dtype: torch.dtype
-    start: int  # bytes from the begin of what the rank sends
+    start: int  # bytes from the start of what the rank sends
 
 
 class LiveWeights:
     """The weights of a live, sharded model; `table` are its full Megatron tensors, without rows of padding.
 
-    Making one and every `fetch` is collective: all ranks do it in the same order. `dtype` converts all weights, by the
-    rank that holds them. `options` must be the same on all ranks, or all of them refuse.
+    The constructor and every `fetch` are collective: all ranks call them in the same order. `dtype` converts all
+    weights, on the rank that holds them. `options` must be the same on all ranks.
 
-    Raises VLBridgeError, on all ranks, where the model does not fit the rules, some of its weights are on no rank or on
-    two, or numbers are too large for `dtype`.
+    Raises VLBridgeError, on all ranks, where the options differ, the model does not match the rules, some of its
+    weights are on no rank or on two, or values are too large for `dtype`.
     """
 
     folder = Path(_SOURCE)
@@ -63,13 +63,13 @@ class LiveWeights:
         self._shards: list[Shard] = []
         for module in model if isinstance(model, Sequence) else [model]:
             _finish_param_sync(module)
-        with together():
+        with raise_on_all_ranks():
             for module in modules_of(model):
                 self._shards += [x for x in shards_of(module, rules, _SOURCE) if x.main and x.known is not None]
-            if dtype is not None:  # now, as later a rank that gives up would leave others waiting
+            if dtype is not None:  # before any communication, in which a rank that fails would leave others waiting
                 self._check_all_fit(dtype)
-        self.device = self._shards[0].numbers.device if self._shards else _default_device()
-        mine = [(known, dtype or x.numbers.dtype) for x in self._shards if (known := x.known) is not None]
+        self.device = self._shards[0].values.device if self._shards else _default_device()
+        mine = [(known, dtype or x.values.dtype) for x in self._shards if (known := x.known) is not None]
         everyone: list[tuple[Any, list[_Entry]]] = gather((options, mine))
         for rank, (theirs, _) in enumerate(everyone):
             if theirs != everyone[0][0]:
@@ -81,19 +81,22 @@ class LiveWeights:
         _check_held(rules, held)
         self._dtypes = {region.name: dtype for entries in held for region, dtype in entries}
         self.table = {name: TensorSpec(shape, self._dtypes[name]) for name, shape in rules.megatron_shapes.items()}
-        self._index = RegionIndex(
-            (region, Region.whole(f"{rank}/{number}", region.shape), False)
-            for rank, entries in enumerate(held)
-            for number, (region, _) in enumerate(entries)
-        )
+        self._holders: dict[str, _Holder] = {}  # by the name that a shard has in the index of regions
+        links = []
+        for rank, entries in enumerate(held):
+            for index, (region, _) in enumerate(entries):
+                name = str(len(self._holders))
+                self._holders[name] = _Holder(rank, index)
+                links.append((region, Region.whole(name, region.shape), False))
+        self._index = RegionIndex(links)
 
     def _check_all_fit(self, dtype: torch.dtype) -> None:
         for shard in self._shards:
-            if may_overflow(shard.numbers.dtype, dtype):
-                check_fits(f"{_SOURCE}: {shard.known}", shard.known_numbers, dtype)
+            if may_overflow(shard.values.dtype, dtype):
+                check_fits(f"{_SOURCE}: {shard.known}", shard.known_values, dtype)
 
     def fetch(self, regions: Iterable[Region], receiver: int | None = None) -> None:
-        """Bring the numbers of some regions to one rank, or to all where `receiver` is None, for `read_into` there.
+        """Bring the values of some regions to one rank, or to all where `receiver` is None, for `read_into` there.
 
         Holds as many bytes as the regions have until `release`, and on a rank that sends, meanwhile, what it sends.
         What a rank holds itself is not copied.
@@ -102,35 +105,35 @@ class LiveWeights:
         for region in dict.fromkeys(regions):
             self._add(region, by_owner)
         for owner in sorted(by_owner):
-            for segment, numbers in self._bring(owner, by_owner[owner], receiver):
-                self._found[segment.wanted].append((segment.place, numbers))
+            for segment, values in self._bring(owner, by_owner[owner], receiver):
+                self._found[segment.wanted].append((segment.place, values))
 
     def release(self) -> None:
         """Forget what was fetched."""
         self._found.clear()
 
     def read_into(self, region: Region, out: torch.Tensor) -> None:
-        """Put numbers of the regions that were fetched into a tensor of the region's shape, converted to its dtype."""
+        """Copy values of the regions that were fetched into a tensor of the region's shape, converted to its dtype."""
         known = self._found.get(region)
         if known is None:  # a part of one
             known = [segment for other, found in self._found.items() if other.name == region.name for segment in found]
         covered = 0
-        for place, numbers in known:
+        for place, values in known:
             common = place.intersection(region)
             if common is not None:
-                out[common.within(region).slices].copy_(numbers[common.within(place).slices])
+                out[common.within(region).slices].copy_(values[common.within(place).slices])
                 covered += common.volume
         assert covered == out.numel(), f"{region} was not fetched"
 
     def _add(self, region: Region, by_owner: dict[int, list[_Segment]]) -> None:
         dtype = self._dtypes[region.name]
         for piece in self._index.pieces(region):
-            owner, number = map(int, piece.source.name.split("/"))
-            before = by_owner[owner]
+            holder = self._holders[piece.source.name]
+            before = by_owner[holder.rank]
             start = _end(before[-1]) if before else 0
             corner = tuple(a + b for a, b in zip(region.offset, piece.target.offset, strict=True))
             place = Region(region.name, corner, piece.target.shape)
-            before.append(_Segment(region, place, number, piece.source, dtype, start))
+            before.append(_Segment(region, place, holder.index, piece.source, dtype, start))
 
     def _bring(
         self, owner: int, segments: Sequence[_Segment], receiver: int | None
@@ -154,7 +157,7 @@ class LiveWeights:
                 yield segment, self._own(segment) if owns or packed is None else _part(packed, segment)
 
     def _own(self, segment: _Segment) -> torch.Tensor:
-        return self._shards[segment.number].known_numbers[segment.source.slices]
+        return self._shards[segment.index].known_values[segment.source.slices]
 
 
 def _finish_param_sync(module: Any) -> None:
@@ -169,7 +172,7 @@ def _default_device() -> torch.device:
 
 
 def _check_held(rules: RuleTable, held: Sequence[Sequence[_Entry]]) -> None:
-    """Every number on one rank, and one dtype for each tensor."""
+    """Reject weights that are not on exactly one rank, or have several dtypes."""
     check_complete(rules, (region for entries in held for region, _ in entries), _SOURCE)
     regions: dict[str, list[Region]] = defaultdict(list)
     dtypes: dict[str, torch.dtype] = {}
@@ -199,5 +202,5 @@ def _end(segment: _Segment) -> int:
 
 
 def _part(packed: torch.Tensor, segment: _Segment) -> torch.Tensor:
-    """The numbers of one segment in what its rank sends."""
+    """The values of one segment in what its rank sends."""
     return packed[segment.start :][: _nbytes(segment)].view(segment.dtype).view(segment.source.shape)

@@ -10,9 +10,9 @@ import torch
 
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.dtypes import as_dtype
-from megatron_vlbridge.checkpoint.live_weights import LiveWeights
-from megatron_vlbridge.checkpoint.raw import gather_into
-from megatron_vlbridge.checkpoint.shards import Model, modules_of
+from megatron_vlbridge.checkpoint.live.shards import Model, modules_of
+from megatron_vlbridge.checkpoint.live.weights import LiveWeights
+from megatron_vlbridge.checkpoint.stream.raw import gather_into
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Piece, Region, RuleTable, SingleExperts, TensorSpec
@@ -43,8 +43,8 @@ def export_hf_weights(
     a rank holds two buckets at the most. A bucket is sent when its first tensor is asked for: ranks that stop earlier
     than others leave these waiting, unless `ranks` is `"all"` and every rank stops after the same tensor.
 
-    Raises VLBridgeError, on all ranks and before the first tensor, where an argument is not fit or differs between the
-    ranks, the ranks do not hold every weight exactly once, or a number is too large for `dtype`.
+    Raises VLBridgeError, on all ranks and before the first tensor, where an argument is invalid or differs between the
+    ranks, the ranks do not hold every weight exactly once, or a value is too large for `dtype`.
 
     Example: `for name, tensor in export_hf_weights(model): engine.load_weights([(name, tensor)])`.
     """
@@ -96,10 +96,10 @@ def _stream(weights: LiveWeights, rules: RuleTable, limit: int, ranks: str) -> I
     }
     buckets = fill_buckets(fused_groups(rules), specs, limit)
     # A shared round gives every rank one bucket, so that all have something to work on when it ends.
-    for together in batched(buckets, weights.size if ranks == "shared" else 1):
+    for round_ in batched(buckets, weights.size if ranks == "shared" else 1):
         mine: list[str] = []
-        for number, bucket in enumerate(together):
-            receiver = None if ranks == "all" else number
+        for index, bucket in enumerate(round_):
+            receiver = None if ranks == "all" else index
             weights.fetch((piece.source for name in bucket for piece in pieces[name]), receiver)
             if receiver in (None, weights.rank):
                 mine = bucket

@@ -1,6 +1,6 @@
 """Megatron's `torch_dist` checkpoints: read and written region by region, through torch's distributed checkpoint (DCP).
 
-A folder holds DCP's `.metadata` (a pickle, `dcp_metadata.py`) and `*.distcp` files, and Megatron's `metadata.json`.
+A folder holds DCP's `.metadata` (a pickle, `metadata.py`) and `*.distcp` files, and Megatron's `metadata.json`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_vlbridge.checkpoint.dcp_metadata import read_metadata, shown
-from megatron_vlbridge.checkpoint.formats import (
-    FORMAT,
-    TRACKER,
-    reject_file,
-    reject_hugging_face,
-    reject_other_formats,
-)
-from megatron_vlbridge.checkpoint.raw import Stored, gather_into, span_of
-from megatron_vlbridge.checkpoint.safetensors import MAX_DIMS, MAX_SIZE, is_file_name, load_json_object
+from megatron_vlbridge.checkpoint.formats import FORMAT
+from megatron_vlbridge.checkpoint.stream.json_file import MAX_DIMS, MAX_SIZE, is_file_name, load_json_object
+from megatron_vlbridge.checkpoint.stream.raw import Stored, gather_into, span_of
+from megatron_vlbridge.checkpoint.torch_dist.locate import locate
+from megatron_vlbridge.checkpoint.torch_dist.metadata import read_metadata
+from megatron_vlbridge.checkpoint.torch_dist.unpickler import shown
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families.spellings import strip_wrappers
 from megatron_vlbridge.weights import Region, TensorSpec, mixed_stacks, stack_layers
@@ -42,9 +38,9 @@ class _SafeReader(FileSystemReader):
         return read_metadata(Path(self.path) / ".metadata")
 
     def find(self, index: MetadataIndex) -> tuple[torch.Tensor, int]:
-        """The outside of a stored tensor (shape, dtype, strides; no numbers), and the byte at which its numbers begin.
+        """The shape, dtype and strides of a stored tensor (on `meta`), and the byte at which its values start.
 
-        torch's own loader, which finds the numbers in what torch wrote, is asked for this much alone.
+        torch's own loader is used for this alone: it knows where the values are in a file that torch wrote.
         """
         info = self.storage_data[index]
         with self.fs.create_stream(self.fs.concat_path(self.path, info.relative_path), "rb") as stream:
@@ -55,39 +51,15 @@ class _SafeReader(FileSystemReader):
         return tensor, info.offset + start
 
 
-def locate(folder: str | Path) -> Path:
-    """The folder of one saved iteration: `folder` itself, or the one that its tracker file names."""
-    folder = Path(folder)
-    reject_file(folder)
-    reject_other_formats(folder)
-    if (folder / ".metadata").is_file():
-        return folder
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        reject_hugging_face(folder)
-        raise VLBridgeError(
-            f"{folder}: expected a torch_dist checkpoint (.metadata) or {TRACKER}, found neither. "
-            "Give the folder that Megatron saved to, or one iteration in it."
-        )
-    text = tracker.read_text(errors="replace").strip()
-    if text != "release" and not re.fullmatch("[0-9]{1,18}", text):
-        raise VLBridgeError(f"{tracker}: expected an iteration or 'release', found {text!r:.60}. Name one by hand.")
-    found = folder / ("release" if text == "release" else f"iter_{int(text):07}")
-    reject_other_formats(found)
-    if not (found / ".metadata").is_file():
-        raise VLBridgeError(f"{tracker}: it names {found.name}, expected .metadata there, found none. Copy it again.")
-    return found
-
-
 class TorchDistFolder:
-    """The weights of a `torch_dist` checkpoint; optimizer state and other entries are passed over.
+    """The weights of a `torch_dist` checkpoint; optimizer state and other entries are skipped.
 
     `table` maps canonical names (layers stacked, whether stored stacked or one by one; without the prefix that a
     wrapper such as DistributedDataParallel puts before all of them) to shape and dtype. `folder` is the iteration's
     folder. Opening reads metadata only.
 
-    Raises VLBridgeError, naming file and tensor, for a folder that is none, metadata that asks for foreign classes, a
-    file that is missing or truncated, and chunks that leave gaps or overlap.
+    Raises VLBridgeError, naming file and tensor, for a folder of another kind, metadata that asks for foreign classes,
+    a file that is missing or truncated, and chunks that leave gaps or overlap.
 
     Example: `TorchDistFolder("run").read(Region("language_model.decoder.final_layernorm.weight", (0,), (8,)))`.
     """
@@ -104,7 +76,8 @@ class TorchDistFolder:
         self._reader = _SafeReader(self.folder)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._chunks: dict[str, _Chunk] = {}
+        self._chunks: dict[str, _Chunk] = {}  # by the name that a chunk has in the index of regions
+        self._places: set[tuple[str, Shape]] = set()
         stored = self._stored_tensors(metadata)
         self._wrapper = strip_wrappers(list(stored), _WRAPPERS)
         self._mixed = mixed_stacks(name.removeprefix(self._wrapper) for name in stored)
@@ -121,13 +94,13 @@ class TorchDistFolder:
         self._frames: dict[tuple[Shape, torch.dtype, int], _Frame] = {}
 
     def read(self, region: Region) -> torch.Tensor:
-        """The numbers of a region, whatever the grid of chunks."""
+        """The values of a region, whatever the grid of chunks."""
         result = torch.empty(region.shape, dtype=self.table[region.name].dtype)
         self.read_into(region, result)
         return result
 
     def read_into(self, region: Region, out: torch.Tensor) -> None:
-        """Put the numbers of a region into a tensor of its shape, converted to the tensor's dtype."""
+        """Copy the values of a region into a tensor of its shape, converted to the tensor's dtype."""
         gather_into(out, self._index.pieces(region), self._read_chunk)
 
     def _read_chunk(self, region: Region, out: torch.Tensor) -> None:
@@ -137,16 +110,16 @@ class TorchDistFolder:
             if region.name not in self._found:
                 self._found[region.name] = self._find(chunk)
             self._found[region.name].read_into(region.offset, out)
-        # What torch's loader raises for bytes that it did not write is no closed list.
+        # torch's loader may raise anything for bytes that it did not write.
         except Exception as error:
             found = f"{error}" or type(error).__name__
-            text = f"expected the numbers of {chunk.name} at {list(chunk.offset)}, found: {found}"
+            text = f"expected the values of {chunk.name} at {list(chunk.offset)}, found: {found}"
             raise VLBridgeError(f"{self.folder / chunk.file}: {text}. Copy the file again.") from error
 
     def _find(self, chunk: _Chunk) -> Stored:
-        """Where the numbers of a chunk begin in its file.
+        """Where the values of a chunk start in its file.
 
-        torch's loader takes milliseconds. It is not asked about a chunk that differs from an earlier one in its numbers
+        torch's loader takes milliseconds. It is not called for a chunk that differs from an earlier one in its values
         alone, as its answer would be the same.
         """
         kind = (chunk.shape, chunk.dtype, chunk.length)
@@ -162,7 +135,7 @@ class TorchDistFolder:
         return Stored(self.folder / chunk.file, chunk.start + frame.start, spec, frame.strides)
 
     def _around(self, chunk: _Chunk, start: int) -> tuple[bytes, bytes]:
-        """What a chunk holds before and behind its numbers."""
+        """What a chunk holds before and after its values."""
         with (self.folder / chunk.file).open("rb", buffering=0) as stream:
             stream.seek(chunk.start)
             before = stream.read(start)
@@ -170,7 +143,7 @@ class TorchDistFolder:
             return before, stream.read(chunk.length - start - chunk.nbytes)
 
     def _ask_torch(self, chunk: _Chunk) -> Stored:
-        """Where the numbers begin, as torch's loader says."""
+        """Where the values start, according to torch's loader."""
         tensor, start = self._reader.find(MetadataIndex(chunk.name, chunk.offset))
         found, expected = TensorSpec(tuple(tensor.shape), tensor.dtype), TensorSpec(chunk.shape, chunk.dtype)
         if found != expected:
@@ -179,7 +152,7 @@ class TorchDistFolder:
         first = start + int(tensor.storage_offset()) * tensor.itemsize
         end = first + span_of(chunk.shape, strides) * tensor.itemsize
         if tensor.numel() and not chunk.start <= first < end <= chunk.start + chunk.length:
-            raise ValueError(f"numbers from byte {first} to {end}, outside of the chunk")
+            raise ValueError(f"values from byte {first} to {end}, outside of the chunk")
         return Stored(self.folder / chunk.file, first, expected, strides)
 
     @property
@@ -189,7 +162,7 @@ class TorchDistFolder:
         return (self.folder / ".metadata", *(self.folder / name for name in names))
 
     def _canonical(self, region: Region) -> Region:
-        """Where the table has a region of a stored tensor."""
+        """The place of a stored tensor's region in the table."""
         name = region.name.removeprefix(self._wrapper)
         return stack_layers(Region(name, region.offset, region.shape), self._mixed)
 
@@ -235,13 +208,13 @@ class TorchDistFolder:
                 f"{path}: expected {noted.nbytes} bytes of {name} within {noted.length} at {noted.start}, "
                 f"found a file of {size} bytes. It is truncated: copy it again."
             )
-        key = f"{name} {noted.offset}"
-        if key in self._chunks:
+        if (name, noted.offset) in self._places:
             raise self._error(name, f"expected one chunk at {list(noted.offset)}, found two")
-        self._chunks[key] = noted
+        self._places.add((name, noted.offset))
+        self._chunks[str(len(self._chunks))] = noted
 
     def _make_table(self, stored: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-        """Canonical tensors with their shapes and dtypes; every number is in one chunk."""
+        """Canonical tensors with their shapes and dtypes; every value is in one chunk."""
         dtypes: dict[str, set[torch.dtype]] = {}
         shapes = self._index.shapes
         for name, spec in stored.items():
@@ -280,7 +253,7 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Frame:
-    """What torch's loader found in a chunk, counted from its first byte, and all that lies around the numbers there."""
+    """Where torch's loader found the values in a chunk, counted from its first byte, and all bytes around them."""
 
     start: int
     strides: Shape

@@ -1,9 +1,8 @@
-"""What the ranks of a live, sharded model hold, by the model's own description, and whether that is everything."""
+"""What the ranks of a live, sharded model hold, by its `sharded_state_dict`, and whether that is complete."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +21,22 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's numbers of a region of a canonical Megatron tensor, in the model's own memory.
+    """This rank's values of a region of a canonical Megatron tensor, in the model's own memory.
 
-    `known` is the part that Hugging Face has too, None where all of it pads the vocabulary. Of the ranks that hold the
-    same region one is the `main` one.
+    `known` is the part that the Hugging Face checkpoint has too, None where all of it pads the vocabulary. One of the
+    ranks that hold the same region is the `main` one.
     """
 
     region: Region
     known: Region | None
-    numbers: torch.Tensor
+    values: torch.Tensor
     main: bool
 
     @property
-    def known_numbers(self) -> torch.Tensor:
-        """The numbers of `known`."""
+    def known_values(self) -> torch.Tensor:
+        """The values of `known`."""
         assert self.known is not None
-        return self.numbers[self.known.within(self.region).slices]
+        return self.values[self.known.within(self.region).slices]
 
 
 def modules_of(model: Model) -> list[Any]:
@@ -59,7 +58,7 @@ def shards_of(module: Any, table: RuleTable, source: str) -> list[Shard]:
 
 
 def _sharded_tensors(value: object) -> Iterator[ShardedTensor]:
-    """Every tensor shard in a sharded state dict; factories, such as that of gate and up, are asked for theirs."""
+    """Every tensor shard in a sharded state dict, also those that factories build, such as that of gate and up."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     if isinstance(value, ShardedTensor):
@@ -94,7 +93,7 @@ def _shard(tensor: ShardedTensor, table: RuleTable, source: str) -> Shard:
 
 
 def check_complete(table: RuleTable, held: Iterable[Region], source: str) -> None:
-    """Refuse a model of whose weights some are on no rank: `held` are the regions of all main shards, of all ranks."""
+    """Reject a model with weights that are on no rank: `held` are the regions of all main shards, of all ranks."""
     by_name: dict[str, list[Region]] = {name: [] for name in table.megatron_shapes}
     for region in held:
         by_name[region.name].append(region)
@@ -110,14 +109,14 @@ def check_complete(table: RuleTable, held: Iterable[Region], source: str) -> Non
 
 def _holes(table: RuleTable, name: str, regions: Iterable[Region]) -> list[Region]:
     """What of a tensor none of these regions covers."""
-    left = [Region.whole(name, table.megatron_shapes[name])]
+    holes = [Region.whole(name, table.megatron_shapes[name])]
     for region in sorted(regions, key=lambda region: region.offset):
-        left = [rest for hole in left for rest in _without(hole, region)]
-    return left
+        holes = [rest for hole in holes for rest in _without(hole, region)]
+    return holes
 
 
 def _without(hole: Region, region: Region) -> Iterator[Region]:
-    """The rest of `hole`, cut in rectangles: what lies before and behind `region` in the first dim, then the next."""
+    """The rest of `hole`, cut in rectangles: what lies before and after `region` in the first dim, then the next."""
     common = hole.intersection(region)
     if common is None:
         yield hole
@@ -136,35 +135,3 @@ def _describe(table: RuleTable, hole: Region) -> str:
     names = dict.fromkeys(piece.source.name for piece in table.hf_sources(hole))
     shown = ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
     return f"{hole} ({shown})"
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process among all; the only one where torch.distributed is not in use."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def gather[T](mine: T) -> list[T]:
-    """What each rank gives, on all ranks. Small things only: it is pickled."""
-    _, size = rank_and_size()
-    everyone = [mine] * size
-    if size > 1:
-        torch.distributed.all_gather_object(everyone, mine)
-    return everyone
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Ranks leave this block together: what one raises, all raise, so that none waits for it for ever."""
-    failure: VLBridgeError | OSError | None = None
-    try:
-        yield
-    except (VLBridgeError, OSError) as error:
-        failure = error
-    texts = gather(None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for rank, text in enumerate(texts):
-        if text is not None:
-            raise VLBridgeError(f"rank {rank}: {text}")

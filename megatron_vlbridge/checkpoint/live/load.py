@@ -10,18 +10,11 @@ from typing import Any
 import torch
 
 from megatron_vlbridge.checkpoint.config_differences import config_differences
-from megatron_vlbridge.checkpoint.hub import find_folder
-from megatron_vlbridge.checkpoint.raw import gather_into
-from megatron_vlbridge.checkpoint.shards import (
-    Model,
-    Shard,
-    check_complete,
-    gather,
-    modules_of,
-    shards_of,
-    together,
-)
-from megatron_vlbridge.checkpoint.source import Source, open_source
+from megatron_vlbridge.checkpoint.hf.hub import find_folder
+from megatron_vlbridge.checkpoint.hf.source import HfSource, open_source
+from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks
+from megatron_vlbridge.checkpoint.live.shards import Model, Shard, check_complete, modules_of, shards_of
+from megatron_vlbridge.checkpoint.stream.raw import gather_into
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Plan, TensorSpec
@@ -29,7 +22,12 @@ from megatron_vlbridge.weights import Plan, TensorSpec
 
 @torch.no_grad()
 def load_hf_weights(
-    model: Model, folder: str | Path, *, experts: str | None = None, leave_out: Sequence[str] = ()
+    model: Model,
+    folder: str | Path,
+    *,
+    experts: str | None = None,
+    ignore: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
 ) -> None:
     """Copy the weights of a Hugging Face folder (or Hub id) into a model that is already sharded, in place.
 
@@ -37,20 +35,20 @@ def load_hf_weights(
     pipelining, wrapped or not. Its own `sharded_state_dict` says which slice of which tensor each rank holds; only
     those are read (of columns, also what lies between them in the file, up to 4 MiB at once), and converted to the
     dtype of the parameter. Rows that pad the vocabulary become zero. All ranks must call it. `experts` (an
-    `ExpertForm`) says how the folder holds its experts where its tensors do not tell, `leave_out` are patterns
-    (`rotary.*`) for tensors that are no part of the model.
+    `ExpertForm`) says how the folder holds its experts where its tensors do not tell, `ignore` are patterns
+    (`rotary.*`) for tensors that are not part of the model; `leave_out` is its former name.
 
-    Raises VLBridgeError, on all ranks, when the folder does not fit its config or the model's config, a slice has no
-    source, a parameter is not filled or its dtype cannot hold its numbers, or a part of a weight of the folder (an
+    Raises VLBridgeError, on all ranks, when the folder does not match its config or the model's config, a slice has no
+    source, a parameter is not filled or its dtype cannot hold its values, or a part of a weight of the folder (an
     expert, some rows) is on no rank.
 
     Example: `load_hf_weights(get_model(model_provider), "Qwen3-VL-2B-Instruct")`.
     """
     held = []
-    with together():
+    with raise_on_all_ranks():
         folder = find_folder(folder)
-        source = open_source(folder, experts=experts, leave_out=leave_out)
-        _prove(source)
+        source = open_source(folder, experts=experts, ignore=[*ignore, *leave_out])
+        _check_plan(source)
         table = source.table
         for module in modules_of(model):
             check_config(folder, source.config, module)
@@ -62,15 +60,15 @@ def load_hf_weights(
     check_complete(table, [region for regions in gather(held) for region in regions], str(folder))
 
 
-def _prove(source: Source) -> None:
-    """That the rules fit the folder's headers, before the model is touched."""
+def _check_plan(source: HfSource) -> None:
+    """Reject a folder whose headers do not match the rules, before the model is touched."""
     megatron = {name: TensorSpec(shape, torch.float32) for name, shape in source.table.megatron_shapes.items()}
     folder = str(source.weights.folder)
     Plan(source.table, source.tensors, megatron, cast=True, hf_source=folder, megatron_source="the model")
 
 
 def check_config(folder: Path, config: Config, module: Any) -> None:
-    """Refuse a folder whose config is not the one that the model was built from."""
+    """Reject a folder whose config is not the one that the model was built from."""
     lines = [
         f"{name}: expected {expected}, as the model was built, found {found}"
         for name, expected, found in config_differences(module.checkpoint, config)
@@ -82,24 +80,24 @@ def check_config(folder: Path, config: Config, module: Any) -> None:
 
 
 def _check_every_parameter_is_filled(module: torch.nn.Module, shards: Sequence[Shard]) -> None:
-    """Each parameter's memory must be that of its shards, or the copy would go elsewhere."""
-    sizes = {shard.numbers.data_ptr(): shard.numbers.numel() for shard in shards}
-    places = sorted(sizes)
+    """Reject parameters whose memory is not that of their shards: the copy would not reach them."""
+    sizes = {shard.values.data_ptr(): shard.values.numel() for shard in shards}
+    addresses = sorted(sizes)
     for name, parameter in module.named_parameters():
         start = parameter.data_ptr()
-        inside = places[bisect_left(places, start) : bisect_left(places, start + parameter.nbytes)]
-        found = sum(sizes[place] for place in inside)
+        inside = addresses[bisect_left(addresses, start) : bisect_left(addresses, start + parameter.nbytes)]
+        found = sum(sizes[address] for address in inside)
         if found != parameter.numel():
             raise VLBridgeError(
-                f"{name}: expected all {parameter.numel()} numbers in the model's sharded_state_dict, found {found}. "
+                f"{name}: expected all {parameter.numel()} elements in the model's sharded_state_dict, found {found}. "
                 "The module must describe each parameter there, in its own memory."
             )
 
 
-def _fill(shard: Shard, source: Source) -> None:
-    """Copy one shard's numbers into it."""
+def _fill(shard: Shard, source: HfSource) -> None:
+    """Fill one shard."""
     if shard.known != shard.region:
-        shard.numbers.zero_()
+        shard.values.zero_()
     if shard.known is not None:
         pieces = source.table.hf_sources(shard.known)
-        gather_into(shard.known_numbers, pieces, source.weights.read_into, source.tensors)
+        gather_into(shard.known_values, pieces, source.weights.read_into, source.tensors)

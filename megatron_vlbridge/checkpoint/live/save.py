@@ -11,18 +11,20 @@ from pathlib import Path
 import torch
 
 from megatron_vlbridge import families
-from megatron_vlbridge.checkpoint.checksums import write_checksums
 from megatron_vlbridge.checkpoint.conversion import Conversion
-from megatron_vlbridge.checkpoint.convert import plan_export_of
 from megatron_vlbridge.checkpoint.dtypes import as_dtype
-from megatron_vlbridge.checkpoint.engine import Block, Written, digest_range
-from megatron_vlbridge.checkpoint.hub import find_folder
-from megatron_vlbridge.checkpoint.live import check_config
-from megatron_vlbridge.checkpoint.live_weights import LiveWeights
-from megatron_vlbridge.checkpoint.safetensors import SafetensorsWriter
-from megatron_vlbridge.checkpoint.shards import Model, gather, modules_of, rank_and_size, together
-from megatron_vlbridge.checkpoint.side_files import find_like
-from megatron_vlbridge.checkpoint.staging import Finished, staged_folder, sync
+from megatron_vlbridge.checkpoint.export_plan import plan_export_of
+from megatron_vlbridge.checkpoint.hf.hub import find_folder
+from megatron_vlbridge.checkpoint.hf.template import find_template
+from megatron_vlbridge.checkpoint.hf.writer import SafetensorsWriter
+from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks, rank_and_size
+from megatron_vlbridge.checkpoint.live.load import check_config
+from megatron_vlbridge.checkpoint.live.shards import Model, modules_of
+from megatron_vlbridge.checkpoint.live.weights import LiveWeights
+from megatron_vlbridge.checkpoint.stream.checksums import write_checksums
+from megatron_vlbridge.checkpoint.stream.engine import Block, flush
+from megatron_vlbridge.checkpoint.stream.part import Part
+from megatron_vlbridge.checkpoint.stream.staging import staged_folder
 from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family
@@ -50,33 +52,33 @@ def save_hf(
     writes its share, and holds, beside the model, some 600 MiB at the most. The folder appears under its name when it
     is complete.
 
-    Raises VLBridgeError, on all ranks, and leaves nothing under the new name, when the model does not fit `like`, the
-    ranks do not hold every weight exactly once, a number does not fit the dtype that it is to have (`dtype`, or that of
+    Raises VLBridgeError, on all ranks, and leaves nothing under the new name, when the model does not match `like`,
+    the ranks do not hold every weight exactly once, a value does not fit the dtype it is to have (`dtype`, or that of
     one of several in `like`), a file of `like` is damaged, the target exists or is being written, or the disk is full
     or fails.
 
     Example: `save_hf(model, "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
     """
     target, (rank, _) = Path(folder), rank_and_size()
-    with together():
+    with raise_on_all_ranks():
         if rank == 0:  # a Hub id is fetched once
             find_folder(like)
-    with together():
-        source = find_like(target, like)
-        config = read_config(source.folder)
+    with raise_on_all_ranks():
+        template = find_template(target, like)
+        config = read_config(template.folder)
         for module in modules_of(model):
-            check_config(source.folder, config, module)
+            check_config(template.folder, config, module)
         family = families.find(config)
-        rules = family.table_for(config, source.table, experts or source.experts)
+        rules = family.table_for(config, template.table, experts or template.experts)
         wanted = as_dtype(dtype)
     files = {"max_shard_size": max_shard_size, "portable_config": portable_config}
     options = {"folder": str(target), "dtype": str(dtype), "experts": experts, **files}
     weights = LiveWeights(model, rules, wanted, options)
-    with together():
+    with raise_on_all_ranks():
         plan = plan_export_of(
             weights,
             target,
-            source,
+            template,
             dtype=wanted,
             experts=experts,
             max_shard_size=max_shard_size,
@@ -87,7 +89,7 @@ def save_hf(
 
 
 class _Save:
-    """One conversion, whose parts the ranks write in turns."""
+    """One conversion, whose parts the ranks write round-robin."""
 
     def __init__(self, plan: Conversion, weights: LiveWeights, family: Family) -> None:
         assert isinstance(plan.writer, SafetensorsWriter)
@@ -96,67 +98,61 @@ class _Save:
     def run(self) -> None:
         first = self.weights.rank == 0
         with ExitStack() as stack:
-            with together():
+            with raise_on_all_ranks():
                 staging = stack.enter_context(staged_folder(self.plan.target, _ORIGIN)) if first else None
                 if staging is not None:
                     self.plan.check_space(staging)
                     self.writer.prepare(staging.folder)
             folder = gather(None if staging is None else staging.folder)[0]
             assert folder is not None
-            with together():
+            with raise_on_all_ranks():
                 if not folder.is_dir():
                     raise VLBridgeError(
                         f"{folder}: expected the folder that rank 0 has made, found none. "
                         "Save to a file system that all ranks share."
                     )
             finished = self._write(folder)
-            with together():
+            with raise_on_all_ranks():
                 if first:
                     self._finish(folder, finished)
-            with together():
+            with raise_on_all_ranks():
                 stack.close()  # the folder gets its name
 
-    def _write(self, folder: Path) -> list[Finished]:
-        """All parts, by all ranks. One that fails goes on sending, so that the others can end."""
+    def _write(self, folder: Path) -> list[Part]:
+        """All parts, by all ranks. A rank that fails keeps sending, so that the others can finish."""
         block = Block(self.writer.block_bytes, threading.Event())
-        done: list[Finished] = []
+        done: list[Part] = []
         failure: VLBridgeError | OSError | None = None
-        for numbers in batched(range(len(self.writer.sizes)), self.weights.size):
-            for receiver, number in enumerate(numbers):
-                self.weights.fetch(self._sources(number), receiver)
-            if self.weights.rank < len(numbers) and failure is None:
+        for parts in batched(range(len(self.writer.sizes)), self.weights.size):
+            for receiver, index in enumerate(parts):
+                self.weights.fetch(self._sources(index), receiver)
+            if self.weights.rank < len(parts) and failure is None:
                 try:
-                    done.append(self._write_part(numbers[self.weights.rank], folder, block))
+                    written = self.writer.write(parts[self.weights.rank], folder, block)
+                    done.append(flush(written, folder))
                 except (VLBridgeError, OSError) as error:
                     failure = error
             self.weights.release()
-        with together():
+        with raise_on_all_ranks():
             if isinstance(failure, VLBridgeError):
                 raise failure
             if failure is not None:
                 text = f"expected to write it, found: {failure}. Check free space and permissions, and retry."
                 raise VLBridgeError(f"{self.plan.target}: {text}") from failure
-        parts = [part for share in gather(done) for part in share]
-        return sorted(parts, key=lambda part: part.number)
+        finished = [part for share in gather(done) for part in share]
+        return sorted(finished, key=lambda part: part.index)
 
-    def _write_part(self, number: int, folder: Path, block: Block) -> Finished:
-        written = self.writer.write(number, folder, block)
-        path = folder / written.file
-        sync(path)
-        digest = digest_range(path, written.start, written.length)
-        return Finished(number, written.file, written.start, written.length, digest)
-
-    def _sources(self, number: int) -> Iterator[Region]:
-        """What a part takes from the model; a head that is tied is the embedding once more."""
+    def _sources(self, index: int) -> Iterator[Region]:
+        """The regions of the model that a part needs; a tied head is the embedding once more."""
         rules = self.plan.plan.table
-        for region in self.writer.regions(number):
+        for region in self.writer.regions(index):
             if region.name == self.family.head and region.name not in rules.hf_shapes:
                 region = Region(self.family.embedding, region.offset, region.shape)
             if region.name in rules.hf_shapes:
                 yield from (piece.source for piece in rules.megatron_sources(region))
 
-    def _finish(self, folder: Path, finished: list[Finished]) -> None:
-        self.writer.finish(folder, [Written(part.file, part.start, part.length) for part in finished])
+    def _finish(self, folder: Path, finished: list[Part]) -> None:
+        self.writer.finish(folder, finished)
         self.plan.complete(folder)
         self.plan.check(folder)
         write_checksums(folder, finished, _ORIGIN)

@@ -1,4 +1,4 @@
-"""DCP's `.metadata`, a pickle that comes from strangers: few opcodes are read, few classes are made, no code is run."""
+"""The unpickler of DCP's metadata: few opcodes are read, few classes are made, no code is run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
-from pathlib import Path, PosixPath
+from pathlib import PosixPath
 from typing import Any, cast
 
 import torch
@@ -15,12 +15,8 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint import planner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from megatron_vlbridge.checkpoint.safetensors import is_plain
-from megatron_vlbridge.errors import VLBridgeError
-
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 _SHOWN = 60
-_LONGEST = 1000
 
 # Classes that hold plain fields. An object of them is made empty, then given its fields.
 _RECORDS: tuple[type, ...] = (
@@ -43,45 +39,6 @@ _GLOBALS: dict[tuple[str, str], type] = {
 }
 
 
-def read_metadata(path: Path) -> dcp.Metadata:
-    """The metadata of a checkpoint. Its entries have names and its places are a dict; what these hold is not checked.
-
-    Nothing that the file names is called or changed but the classes above, and no more memory is taken than such a
-    file can fill.
-
-    Raises VLBridgeError, naming the file, where it cannot be read or is anything else than such a pickle.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise VLBridgeError(f"{path}: expected a readable file, found: {error}. Copy the folder again.") from error
-    try:
-        metadata = _Unpickler(content).load()
-    # What a broken pickle can end in is no closed list: struct, memory and recursion errors among them.
-    except Exception as error:
-        found = f"{error}" or type(error).__name__
-        raise VLBridgeError(f"{path}: expected DCP's metadata, found: {found}. Do not trust this folder.") from error
-    _check(path, metadata)
-    return cast(dcp.Metadata, metadata)
-
-
-def _check(path: Path, metadata: object) -> None:
-    entries, places = (getattr(metadata, key, None) for key in ("state_dict_metadata", "storage_data"))
-    for what, expected, value in (
-        ("the pickle", dcp.Metadata, metadata),
-        ("state_dict_metadata", dict, entries),
-        ("storage_data", dict, places),
-    ):
-        if not isinstance(value, expected) or value == {}:
-            found = "an empty one" if value == {} else shown(value)
-            text = f"expected a {expected.__name__}, found {found}"
-            raise VLBridgeError(f"{path}: {what}: {text}. Do not trust this folder.")
-    for name in entries or ():
-        if not isinstance(name, str) or not is_plain(name) or len(name) > _LONGEST:
-            text = f"expected names of at most {_LONGEST} printable characters, found {shown(name)}"
-            raise VLBridgeError(f"{path}: state_dict_metadata: {text}. Do not trust this folder.")
-
-
 def shown(value: object) -> str:
     """A value of a pickle for an error message: a few characters, whatever it holds, were it itself."""
     if isinstance(value, tuple) and len(value) <= _SHOWN and all(type(item) is int for item in value):
@@ -91,6 +48,15 @@ def shown(value: object) -> str:
     if type(value) is int and abs(value) >= 2**64:
         return "a huge number"
     return repr(value) if value is None or isinstance(value, bool | int | float | torch.dtype) else type(value).__name__
+
+
+def restricted_loads(content: bytes) -> Any:
+    """The value of a pickle that holds nothing but DCP's metadata.
+
+    Nothing that it names is called or changed but a few classes of plain fields, and no more memory is taken than such
+    a file can fill. What it raises for any other pickle is no closed list.
+    """
+    return _Unpickler(content).load()
 
 
 class _Opcodes(dict[int, Callable[[Any], None]]):

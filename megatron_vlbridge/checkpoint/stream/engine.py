@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
 import torch
 
-from megatron_vlbridge.checkpoint.raw import SPAN_BYTES
-from megatron_vlbridge.checkpoint.staging import Finished, Staging, sync
+from megatron_vlbridge.checkpoint.stream.digest import ALGORITHM, digest_range
+from megatron_vlbridge.checkpoint.stream.part import Part
+from megatron_vlbridge.checkpoint.stream.raw import SPAN_BYTES
+from megatron_vlbridge.checkpoint.stream.staging import Staging, sync
 from megatron_vlbridge.errors import UsageError
 from megatron_vlbridge.weights import TensorSpec
 from megatron_vlbridge.weights.regions import Shape
 
-PART_BYTES = 256 * 2**20
 DEFAULT_MEMORY = 2**30
 
 _BASE_BYTES = 448 * 2**20  # torch itself (310 MiB), tables of names and regions (60 MiB for 235B), journal
 _SYNCERS = 2  # threads beyond the workers, so that some fill blocks while others wait for the disk
-_HASHED_AT_ONCE = 2**20
 
 
 class Writer(Protocol):
@@ -42,40 +41,25 @@ class Writer(Protocol):
         """The largest block of numbers that a part holds at once."""
         ...
 
-    def place(self, number: int) -> Place:
-        """Where one part is to lie, and what it is to hold."""
+    def part(self, index: int) -> Part:
+        """Where one part is to lie."""
+        ...
+
+    def contents(self, index: int) -> str:
+        """In words, which values one part is to hold, in their order."""
         ...
 
     def prepare(self, folder: Path) -> None:
         """Make what the parts are written into; does nothing to what is there from an interrupted run."""
         ...
 
-    def write(self, number: int, folder: Path, block: Block) -> Written:
-        """Write one part, over whatever is there."""
+    def write(self, index: int, folder: Path, block: Block) -> Part:
+        """Write one part, over whatever is there; gives it with its length and entries."""
         ...
 
-    def finish(self, folder: Path, written: Sequence[Written]) -> None:
+    def finish(self, folder: Path, written: Sequence[Part]) -> None:
         """Write what needs all parts: indexes, metadata."""
         ...
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a part is to lie in the result, and in words which numbers it holds, in their order."""
-
-    file: str
-    start: int
-    holds: str
-
-
-@dataclass(frozen=True)
-class Written:
-    """Where a part lies in the result, and the places of its entries where the format asks for them."""
-
-    file: str
-    start: int
-    length: int
-    places: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +128,7 @@ class _StoppedError(Exception):
     """Another worker failed, or the user interrupted."""
 
 
-def run(writer: Writer, staging: Staging, options: Options) -> list[Finished]:
+def run(writer: Writer, staging: Staging, options: Options) -> list[Part]:
     """Write all parts, except those that the staging's journal has in their place, bytes unchanged; then finish.
 
     Raises what a part raises, after all workers have stopped; parts that were finished stay in the journal.
@@ -153,18 +137,18 @@ def run(writer: Writer, staging: Staging, options: Options) -> list[Finished]:
     writer.prepare(staging.folder)
     state = _Run(writer, staging, options, threads)
     with ThreadPoolExecutor(threads + _SYNCERS) as pool:
-        futures = [pool.submit(state.part, number) for number in range(len(writer.sizes))]
+        futures = [pool.submit(state.part, index) for index in range(len(writer.sizes))]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:  # nothing is left to stop unless a part failed or the user interrupted
             state.stop.set()
             pool.shutdown(cancel_futures=True)
     finished = _results(futures)
-    writer.finish(staging.folder, [Written(part.file, part.start, part.length, part.places) for part in finished])
+    writer.finish(staging.folder, finished)
     return finished
 
 
-def _results(futures: Sequence[Future[Finished]]) -> list[Finished]:
+def _results(futures: Sequence[Future[Part]]) -> list[Part]:
     """All results, or the first failure that is a cause and no consequence."""
     errors = [error for future in futures if not future.cancelled() and (error := future.exception()) is not None]
     for error in errors:
@@ -186,52 +170,52 @@ class _Run:
         self.begin = time.monotonic()
         self.done = self.resumed = 0
 
-    def part(self, number: int) -> Finished:
-        kept = self.staging.finished.get(number)
+    def part(self, index: int) -> Part:
+        kept = self.staging.finished.get(index)
         if kept is not None and self._is_in_place(kept) and self._is_intact(kept):
-            self._report(number, resumed=True)
-            return kept
+            self._report(index, resumed=True)
+            return self._with_present_digest(kept)
         block = self.blocks.get()
         try:
-            written = self.writer.write(number, self.staging.folder, block)
+            written = self.writer.write(index, self.staging.folder, block)
         except BaseException:
             self.stop.set()
             raise
         finally:
             self.blocks.put(block)
-        path = self.staging.folder / written.file
-        sync(path)
-        digest = digest_range(path, written.start, written.length)
-        finished = Finished(number, written.file, written.start, written.length, digest, written.places)
+        finished = flush(written, self.staging.folder)
         with self.lock:
             self.staging.note(finished)
-        self._report(number)
+        self._report(index)
         return finished
 
-    def _is_in_place(self, part: Finished) -> bool:
-        place = self.writer.place(part.number)
-        return (part.file, part.start) == (place.file, place.start)
+    def _is_in_place(self, part: Part) -> bool:
+        planned = self.writer.part(part.index)
+        return (part.file, part.start) == (planned.file, planned.start)
 
-    def _is_intact(self, part: Finished) -> bool:
+    def _is_intact(self, part: Part) -> bool:
         path = self.staging.folder / part.file
-        return path.is_file() and digest_range(path, part.start, part.length) == part.sha256
+        assert part.digest is not None
+        return path.is_file() and digest_range(path, part.start, part.length, part.digest.algorithm) == part.digest
 
-    def _report(self, number: int, *, resumed: bool = False) -> None:
+    def _with_present_digest(self, part: Part) -> Part:
+        """An intact part; its digest may be one that an earlier version computed otherwise."""
+        assert part.digest is not None
+        if part.digest.algorithm == ALGORITHM:
+            return part
+        return replace(part, digest=digest_range(self.staging.folder / part.file, part.start, part.length))
+
+    def _report(self, index: int, *, resumed: bool = False) -> None:
         with self.lock:
-            self.done += self.writer.sizes[number]
-            self.resumed += self.writer.sizes[number] if resumed else 0
+            self.done += self.writer.sizes[index]
+            self.resumed += self.writer.sizes[index] if resumed else 0
             if self.options.report is not None:
                 seconds = time.monotonic() - self.begin
                 self.options.report(Progress(self.done, sum(self.writer.sizes), self.resumed, seconds))
 
 
-def digest_range(path: Path, start: int, length: int) -> str:
-    """SHA-256 of a range of a file, of what is there of it where the file is shorter."""
-    digest = hashlib.sha256()
-    held = memoryview(bytearray(min(length, _HASHED_AT_ONCE)))
-    with path.open("rb", buffering=0) as stream:
-        stream.seek(start)
-        while length and (count := stream.readinto(held[: min(length, len(held))])):
-            digest.update(held[:count])
-            length -= count
-    return digest.hexdigest()
+def flush(part: Part, folder: Path) -> Part:
+    """Bring a part that was written to the disk, and give it with the checksum of what is there."""
+    path = folder / part.file
+    sync(path)
+    return replace(part, digest=digest_range(path, part.start, part.length))

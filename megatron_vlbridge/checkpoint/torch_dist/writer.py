@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization
 
-from megatron_vlbridge.checkpoint.engine import PART_BYTES, Block, Place, Written
 from megatron_vlbridge.checkpoint.formats import FORMAT, TRACKER
-from megatron_vlbridge.checkpoint.raw import Filler
-from megatron_vlbridge.checkpoint.safetensors import row_blocks
+from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
+from megatron_vlbridge.checkpoint.stream.engine import Block
+from megatron_vlbridge.checkpoint.stream.part import PART_BYTES, Part
+from megatron_vlbridge.checkpoint.stream.raw import Filler
 from megatron_vlbridge.weights import Region, TensorSpec
 
 _RELEASE = "release"
@@ -31,8 +32,8 @@ _STACKED = re.compile(r"\.layers\.(?!\d)")
 class ReleaseWriter:
     """Writes a checkpoint that Megatron loads as a release: weights alone, iteration 0, at any parallel layout.
 
-    `fill` gives the numbers of a region when they are to be written; one chunk (64 MiB, or one row) is held at a time.
-    To DCP each part is what one rank saves, and becomes one file.
+    `fill` gives the values of a region when they are to be written; one chunk (64 MiB, or one row) is held at a time.
+    Each part is written as DCP writes one rank's share, into one file.
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], fill: Filler) -> None:
@@ -70,34 +71,36 @@ class ReleaseWriter:
         data = TensorWriteData(chunk, TensorProperties(dtype=spec.dtype), torch.Size(spec.shape))
         return WriteItem(MetadataIndex(region.name, torch.Size(region.offset)), WriteItemType.SHARD, tensor_data=data)
 
-    def place(self, number: int) -> Place:
+    def part(self, index: int) -> Part:
         """A file, which DCP names after the part."""
-        plan = self._plans[number]
-        regions = [(item.index.fqn, item.tensor_data and item.tensor_data.chunk) for item in plan.items]
-        return Place(f"{_RELEASE}/{plan.storage_data.prefix}0{DEFAULT_SUFFIX}", 0, str(regions))
+        return Part(index, f"{_RELEASE}/{self._plans[index].storage_data.prefix}0{DEFAULT_SUFFIX}", 0)
+
+    def contents(self, index: int) -> str:
+        """The entries of a part: names and chunks."""
+        return str([(item.index.fqn, item.tensor_data and item.tensor_data.chunk) for item in self._plans[index].items])
 
     def prepare(self, folder: Path) -> None:
         """Make the folder of the iteration."""
         (folder / _RELEASE).mkdir(exist_ok=True)
 
-    def write(self, number: int, folder: Path, block: Block) -> Written:
+    def write(self, index: int, folder: Path, block: Block) -> Part:
         """Write one part as its own file."""
         writer = _Storage(folder / _RELEASE)
-        plan = self._plans[number]
-        # Every part has a checksum of its own; those of torch cost more than the writing and nothing reads them.
+        plan = self._plans[index]
+        # Every part has a checksum of its own; torch's own cost more than the writing, and nothing reads them.
         with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
-            results = writer.write_data(plan, _Source(self._fill, block, self._objects)).wait()
+            results = writer.write_data(plan, _BlockPlanner(self._fill, block, self._objects)).wait()
         infos: dict[MetadataIndex, _StorageInfo] = {result.index: result.storage_data for result in results}
-        places = tuple((infos[item.index].offset, infos[item.index].length) for item in plan.items)
+        entries = tuple((infos[item.index].offset, infos[item.index].length) for item in plan.items)
         path = folder / _RELEASE / infos[plan.items[0].index].relative_path
-        return Written(f"{_RELEASE}/{path.name}", 0, path.stat().st_size, places)
+        return replace(self.part(index), length=path.stat().st_size, entries=entries)
 
-    def finish(self, folder: Path, written: Sequence[Written]) -> None:
-        """Write DCP's metadata, and what tells Megatron of it."""
+    def finish(self, folder: Path, written: Sequence[Part]) -> None:
+        """Write DCP's metadata, and the files by which Megatron finds it."""
         results = []
         for plan, part in zip(self._plans, written, strict=True):
             file = part.file.rpartition("/")[2]
-            for item, (start, length) in zip(plan.items, part.places, strict=True):
+            for item, (start, length) in zip(plan.items, part.entries, strict=True):
                 results.append(WriteResult(item.index, length, _StorageInfo(file, start, length)))
         place = folder / _RELEASE
         _Storage(place).finish(self._metadata, [results])
@@ -109,14 +112,14 @@ class _Storage(FileSystemWriter):
     """DCP's files, without the random id and the path that DCP would note: equal input gives equal bytes."""
 
     def __init__(self, place: Path) -> None:
-        # Flushing is the engine's. Nothing is copied ahead: there is one block of memory, filled anew for each chunk.
+        # The engine flushes. Nothing is copied ahead: there is one block of memory, filled anew for each chunk.
         super().__init__(place, sync_files=False, per_thread_copy_ahead=0)
 
     def storage_meta(self) -> StorageMeta | None:
         return None
 
 
-class _Source(DefaultSavePlanner):
+class _BlockPlanner(DefaultSavePlanner):
     """Fills each chunk only when DCP is about to write it."""
 
     def __init__(self, fill: Filler, block: Block, objects: Mapping[str, object]) -> None:
@@ -152,7 +155,7 @@ def _chunk_grid(name: str, spec: TensorSpec) -> Iterator[Region]:
 
 
 def _common_state() -> dict[str, object]:
-    """What Megatron's loader looks for beside the tensors. Version 3 means the order of rows in qkv of the rules."""
+    """The entries beside the tensors that Megatron's loader needs. Version 3 is the rules' order of rows in qkv."""
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     return {"common_state/shard_0_1": {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}}
 
@@ -160,7 +163,7 @@ def _common_state() -> dict[str, object]:
 def _extra_states(specs: Mapping[str, TensorSpec]) -> dict[str, object]:
     """Transformer Engine's entry for a module without FP8 state, an empty tensor, for each module that may ask for one.
 
-    A model built from Transformer Engine's modules asks for it in Megatron's loader; other models pass it over.
+    A model built from Transformer Engine's modules asks for it in Megatron's loader; other models ignore it.
     """
     modules = {name.rpartition(".")[0]: spec.shape[: _stack_dims(name)] or (1,) for name, spec in specs.items()}
     nothing = torch.empty(0, dtype=torch.uint8)
