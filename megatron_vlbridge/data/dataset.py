@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class PackedConversations(Dataset[dict[str, Tensor]]):
     """A map-style dataset of `num_samples` packs; item i is a pure function of the conversations, the seed and i.
 
-    Each epoch shuffles the conversations and packs them again (`packing.best_fit`), so every conversation occurs once per
-    epoch, together with different ones. Item i has the same tensors (see `packing.build_pack`) in every process,
+    Each epoch shuffles the conversations and packs them again (`packing.best_fit`), so every conversation occurs once
+    per epoch, together with different ones. Item i has the same tensors (see `packing.build_pack`) in every process,
     worker and resumed run.
 
     Each conversation is encoded once when the dataset is created, to determine its length; only the lengths are kept.
