@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.safetensors import INDEX, encode_header, plan_shards
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import ExpertForm, find
 from megatron_vlbridge.weights import TensorSpec
 

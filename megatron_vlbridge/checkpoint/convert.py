@@ -34,9 +34,9 @@ from megatron_vlbridge.checkpoint.side_files import Like, copy_side_files, find_
 from megatron_vlbridge.checkpoint.source import open_source
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
 from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import UsageError, VLBridgeError
-from megatron_vlbridge.families import ExpertForm, Family
+from megatron_vlbridge.families import ExpertForm, Family, read_config
 from megatron_vlbridge.families.experts import find_names
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Plan, Region, TensorSpec

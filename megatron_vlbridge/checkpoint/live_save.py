@@ -23,9 +23,8 @@ from megatron_vlbridge.checkpoint.safetensors import SafetensorsWriter
 from megatron_vlbridge.checkpoint.shards import Model, gather, modules_of, rank_and_size, together
 from megatron_vlbridge.checkpoint.side_files import find_like
 from megatron_vlbridge.checkpoint.staging import Finished, staged_folder, sync
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import Family
+from megatron_vlbridge.families import Family, read_config
 from megatron_vlbridge.weights import Region
 
 _ORIGIN = {"kind": "save"}

@@ -13,9 +13,9 @@ from megatron_vlbridge.checkpoint.dtypes import check_dtypes
 from megatron_vlbridge.checkpoint.extras import left_out
 from megatron_vlbridge.checkpoint.formats import reject_megatron
 from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder, row_blocks
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import Family
+from megatron_vlbridge.families import Family, read_config
 from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
 
 

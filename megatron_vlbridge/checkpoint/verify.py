@@ -22,7 +22,8 @@ from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder, row_bloc
 from megatron_vlbridge.checkpoint.side_files import SIDE_FOLDER
 from megatron_vlbridge.checkpoint.source import check_scales, check_tied_head
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.families import read_config
 from megatron_vlbridge.families.experts import has_single_experts
 from megatron_vlbridge.weights import Plan, Region, RuleTable, TensorSpec
 

@@ -15,9 +15,10 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_vlbridge.backends import cpu_runtime
 from megatron_vlbridge.checkpoint.hub import find_folder
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.training import console
 from megatron_vlbridge.training.guards import check_layout

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_export
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import ExpertForm
 from tests.closeness import assert_close_in_norm, relative_error
 from tests.hf4.logits import load, logits

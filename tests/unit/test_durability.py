@@ -13,13 +13,13 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import load_file
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint import safetensors, torch_dist_writer
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.live_save import save_hf
 from megatron_vlbridge.checkpoint.safetensors import SafetensorsWriter
 from megatron_vlbridge.checkpoint.staging import Staging
 from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import find
 from tests import reference
