@@ -75,6 +75,16 @@ class TextConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
+    def num_experts(self) -> int:
+        """Of each layer that has experts; 0 where none has."""
+        return self.moe.num_experts if self.moe else 0
+
+    @property
+    def moe_intermediate_size(self) -> int:
+        """That of an expert; 0 where there are none."""
+        return self.moe.moe_intermediate_size if self.moe else 0
+
+    @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """What each decoder layer is made of."""
         linear = self.linear_attention.layer_types if self.linear_attention else ("full_attention",) * self.num_layers
