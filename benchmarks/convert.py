@@ -30,10 +30,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.hf.header import encode_header
 from megatron_vlbridge.checkpoint.hf.reader import INDEX
 from megatron_vlbridge.checkpoint.hf.writer import plan_shards
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import ExpertForm, find
 from megatron_vlbridge.weights import TensorSpec
 

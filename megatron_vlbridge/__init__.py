@@ -6,7 +6,7 @@ Every layout that is offered has been proved equal to transformers on CPU proces
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from megatron_vlbridge.checkpoint.inspect import inspect
     from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights, save_hf
     from megatron_vlbridge.checkpoint.verify import verify
+    from megatron_vlbridge.families import read_config
     from megatron_vlbridge.layout.batch_layout import BatchLayout
     from megatron_vlbridge.model.vlm import Qwen3VLModel
     from megatron_vlbridge.training.pretrain import model_provider
@@ -29,6 +30,7 @@ _HOMES = {
     "inspect": "checkpoint.inspect",
     "load_hf_weights": "checkpoint.live",
     "model_provider": "training.pretrain",
+    "read_config": "families",
     "save_hf": "checkpoint.live",
     "verify": "checkpoint.verify",
     "vlm_step": "training.step",

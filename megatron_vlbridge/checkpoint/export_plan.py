@@ -22,9 +22,9 @@ from megatron_vlbridge.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, Safetens
 from megatron_vlbridge.checkpoint.stream.json_file import load_json_object
 from megatron_vlbridge.checkpoint.stream.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import UsageError, VLBridgeError
-from megatron_vlbridge.families import ExpertForm, Family
+from megatron_vlbridge.families import ExpertForm, Family, read_config
 from megatron_vlbridge.families.experts import find_names
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Plan, Region, TensorSpec

@@ -23,7 +23,8 @@ from megatron_vlbridge.checkpoint.hf.source import check_scales, check_tied_head
 from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
 from megatron_vlbridge.checkpoint.stream.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.families import read_config
 from megatron_vlbridge.families.experts import has_single_experts
 from megatron_vlbridge.weights import Plan, Region, RuleTable, TensorSpec
 

@@ -65,8 +65,7 @@ def has_single_experts(hf: Iterable[str], layers: str) -> bool:
 
 def moe_layers(config: Config) -> list[int]:
     """The decoder layers, counted from 0, that have experts."""
-    moe = config.text.moe
-    return [layer for layer in range(config.text.num_layers) if moe and moe.is_moe_layer(layer)]
+    return [layer for layer, kind in enumerate(config.text.layer_kinds) if kind.experts]
 
 
 def expert_rules(config: Config, form: ExpertForm, hf: str, megatron: str, layer: int | None) -> list[Rule]:

@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
 
-from megatron_vlbridge.config import Config
+from megatron_vlbridge.config import Config, ConfigFormat
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families.experts import ExpertForm, find_form, has_single_experts, moe_layers
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Rule, RuleTable, TensorSpec
 
 
+def combinations(*choices: Sequence[str]) -> frozenset[frozenset[str]]:
+    """Every set of parallel dimensions with one of each of the choices.
+
+    Example: `combinations(("", "tp", "tp sp"), ("", "pp"))` holds six, among them `{"tp", "sp", "pp"}`.
+    """
+    return frozenset(frozenset(" ".join(names).split()) for names in product(*choices))
+
+
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its rules, and the HF names of the two ends that `tie_word_embeddings` makes one.
+    """One architecture: all that tells it from another.
 
-    `layers` is the HF name of the decoder layers, and `expert_form` how the Hub holds their experts.
+    `config` is the format of its `config.json`, `rules` makes its rules from a `Config` and the layouts of the
+    decoder's and of the MTP layer's experts. `embedding` and `head` are the HF names of the two ends that
+    `tie_word_embeddings` makes one, `layers` that of the decoder layers; `expert_form` is how the Hub holds their
+    experts.
+
+    `language_fields` and `vision_fields` give the fields of Megatron's `TransformerConfig` that a checkpoint decides.
+
+    `combinations` are the sets of parallel dimensions that the tests run together (`tests/functional/matrix.py`), with
+    any data-parallel size; `tp`, `sp`, `pp`, `vpp`, `cp`, `ep` and `etp` (expert tensor parallel) stand for a size
+    above one. `mtp_settings` are the only values of some settings that are verified with an MTP layer.
     """
 
-    architecture: str
+    config: ConfigFormat
     rules: Callable[[Config, ExpertForm, ExpertForm], list[Rule]]
     embedding: str
     head: str
     layers: str
+    language_fields: Callable[[Config], dict[str, Any]]
+    vision_fields: Callable[[Config], dict[str, Any]]
+    combinations: frozenset[frozenset[str]]
+    mtp_settings: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     expert_form: ExpertForm = ExpertForm.FUSED_IN_OUT
+
+    @property
+    def architecture(self) -> str:
+        """Its name in `config.json`."""
+        return self.config.architecture
+
+    @property
+    def dimensions(self) -> frozenset[str]:
+        """The parallel dimensions that some verified combination has."""
+        return frozenset().union(*self.combinations)
 
     def find_expert_form(
         self, config: Config, hf: Mapping[str, TensorSpec] | None = None, asked: str | None = None
@@ -50,13 +83,13 @@ class Family:
     ) -> RuleTable:
         """The rule table of a checkpoint with the HF tensors `hf`, or with experts in the form that the user `asked`.
 
-        A prediction layer may hold its experts in another form than the decoder. Where its names say that each expert
+        An MTP layer may hold its experts in another form than the decoder. Where its names say that each expert
         has tensors of its own it keeps them, whatever was asked.
 
         Raises VLBridgeError as `find_expert_form` does.
         """
         hf, experts = hf or {}, self.find_expert_form(config, hf, asked)
-        if config.text.moe is None or not config.text.num_mtp_layers:
+        if not (config.text.num_mtp_layers and config.text.mtp_layer_kind.experts):
             return self.table(config, experts)
         if has_single_experts(hf, MTP_LAYERS):
             return self.table(config, experts, ExpertForm.PER_EXPERT)
@@ -67,7 +100,7 @@ class Family:
     ) -> RuleTable:
         """The rule table of a checkpoint with this config, whose experts are in this form (default: the Hub's).
 
-        `mtp_experts` is the form of the prediction layer's experts (default: that of the others).
+        `mtp_experts` is the form of the MTP layer's experts (default: that of the others).
         """
         experts = experts or self.expert_form
         return RuleTable(self.rules(config, experts, mtp_experts or experts))

@@ -166,7 +166,7 @@ def _embedding_ranks(layout: Layout, folder: Path | None) -> Callable[[list[int]
     """Which ranks hold the embedding, where it may be others than Megatron's default, as `pretrain` says it."""
     import torch
 
-    from megatron_vlbridge.config import read_config
+    from megatron_vlbridge import read_config
     from megatron_vlbridge.model.mtp import embedding_ranks
     from megatron_vlbridge.model.transformer_config import language_config
 

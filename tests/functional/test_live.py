@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS, verify_checksums
 from megatron_vlbridge.checkpoint.verify import verify
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import ExpertForm, find
 from tests import mtp_reference, reference
 from tests.functional import live_ranks, ranks

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.hf.header import encode_header
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import find
 from megatron_vlbridge.weights import TensorSpec
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertForm
 from tests import reference

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.live import load_hf_weights
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertForm
 from megatron_vlbridge.model.transformer_config import language_config

@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.export_plan import plan_export
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import ExpertForm
 from tests.closeness import assert_close_in_norm, relative_error
 from tests.hf4.logits import load, logits

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import import_checkpoint
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertForm
 from tests import reference

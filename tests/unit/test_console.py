@@ -13,7 +13,7 @@ import pytest
 from torch._utils import ExceptionWrapper
 from transformers import Qwen3VLForConditionalGeneration
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.console import ShortLog, argument_warnings, summary
 from megatron_vlbridge.training.failure import describe

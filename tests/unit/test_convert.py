@@ -13,10 +13,10 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.hf.reader import INDEX
 from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import find
 from megatron_vlbridge.weights import TensorSpec

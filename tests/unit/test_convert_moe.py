@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.export_plan import plan_export
 from megatron_vlbridge.checkpoint.verify import verify
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import ExpertForm, find
 from tests.closeness import assert_close_in_norm

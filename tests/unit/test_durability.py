@@ -13,6 +13,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import load_file
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.hf import writer as hf_writer
 from megatron_vlbridge.checkpoint.hf.writer import SafetensorsWriter
@@ -20,7 +21,6 @@ from megatron_vlbridge.checkpoint.live import save_hf
 from megatron_vlbridge.checkpoint.stream.staging import Staging
 from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
 from megatron_vlbridge.checkpoint.torch_dist.writer import ReleaseWriter
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import find
 from tests import reference

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.config_differences import config_differences
 from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.checkpoint.live.export import fill_buckets, fused_groups
 from megatron_vlbridge.checkpoint.live.shards import check_complete
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import ExpertForm, find
 from megatron_vlbridge.weights import Copy, Region, RuleTable, TensorSpec

@@ -155,7 +155,7 @@ def count(regions, shape) -> torch.Tensor:
 def test_an_unsupported_architecture_is_refused_by_name():
     from pathlib import Path
 
-    from megatron_vlbridge.config import read_config
+    from megatron_vlbridge import read_config
 
     config = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3.5-27B.json")
     with pytest.raises(VLBridgeError, match="Qwen3_5ForConditionalGeneration") as caught:
@@ -167,7 +167,7 @@ def test_an_unsupported_architecture_is_refused_by_name():
 def test_published_sizes_have_the_published_number_of_parameters(name):
     from pathlib import Path
 
-    from megatron_vlbridge.config import read_config
+    from megatron_vlbridge import read_config
 
     config = read_config(Path(__file__).parents[1] / "data" / "configs" / f"{name}.json")
     table = find(config).table(config)

@@ -357,7 +357,7 @@ def test_verify_compares_extra_tensors_too(source, tmp_path):
 def test_a_wrapped_megatron_checkpoint_is_exported(prefix, source, tmp_path):
     from torch.distributed.checkpoint import FileSystemWriter, save
 
-    from megatron_vlbridge.config import read_config
+    from megatron_vlbridge import read_config
     from megatron_vlbridge.families import find
 
     config = read_config(source)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vlbridge.config import Config, MoeConfig, TextConfig, VisionConfig, read_config
+from megatron_vlbridge import read_config
+from megatron_vlbridge.config import Config, MoeConfig, TextConfig, VisionConfig
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import ExpertForm, find
 from megatron_vlbridge.weights import Move, Plan, Region, RuleTable, SingleExperts, TensorSpec

@@ -14,9 +14,9 @@ from megatron_vlbridge.checkpoint.formats import reject_megatron
 from megatron_vlbridge.checkpoint.hf.ignored import ignored_tensors
 from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
 from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import Family
+from megatron_vlbridge.families import Family, read_config
 from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
 
 

@@ -25,9 +25,8 @@ from megatron_vlbridge.checkpoint.stream.checksums import write_checksums
 from megatron_vlbridge.checkpoint.stream.engine import Block, flush
 from megatron_vlbridge.checkpoint.stream.part import Part
 from megatron_vlbridge.checkpoint.stream.staging import staged_folder
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import Family
+from megatron_vlbridge.families import Family, read_config
 from megatron_vlbridge.weights import Region
 
 _ORIGIN = {"kind": "save"}

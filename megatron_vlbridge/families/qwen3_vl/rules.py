@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from megatron_vlbridge.config import Config, TextConfig, VisionConfig
 from megatron_vlbridge.families.experts import ExpertForm
-from megatron_vlbridge.families.family import Family
 from megatron_vlbridge.families.mtp import mtp_rules
 from megatron_vlbridge.weights import Copy, GateUp, GroupedQkv, Rule, VisionQkv
 
 _HF_TEXT, _TEXT = "model.language_model", "language_model"
 _HF_VISION, _VISION = "model.visual", "vision_model"
 HF_LAYERS, LAYERS = f"{_HF_TEXT}.layers", f"{_TEXT}.decoder.layers"
+EMBEDDING = f"{_HF_TEXT}.embed_tokens.weight"
 
 
 def rules(config: Config, _experts: ExpertForm, _mtp_experts: ExpertForm) -> list[Rule]:
@@ -28,7 +28,7 @@ def rules(config: Config, _experts: ExpertForm, _mtp_experts: ExpertForm) -> lis
 def embedding_rules(config: Config) -> list[Rule]:
     """Both ends of the language model. Where the embeddings are tied, neither side has an output head."""
     hidden, vocabulary = config.text.hidden_size, (config.text.vocab_size, config.text.hidden_size)
-    embedding = f"{_HF_TEXT}.embed_tokens.weight", f"{_TEXT}.embedding.word_embeddings.weight"
+    embedding = EMBEDDING, f"{_TEXT}.embedding.word_embeddings.weight"
     result: list[Rule] = [
         Copy(*embedding, vocabulary, padded_rows=True),
         Copy(f"{_HF_TEXT}.norm.weight", f"{_TEXT}.decoder.final_layernorm.weight", (hidden,)),
@@ -122,12 +122,3 @@ def _linear(hf: str, to: str, rows: int, columns: int, layer: int | None = None)
         Copy(f"{hf}.weight", f"{to}.weight", (rows, columns), layer),
         Copy(f"{hf}.bias", f"{to}.bias", (rows,), layer),
     ]
-
-
-FAMILY = Family(
-    architecture="Qwen3VLForConditionalGeneration",
-    rules=rules,
-    embedding=f"{_HF_TEXT}.embed_tokens.weight",
-    head="lm_head.weight",
-    layers=HF_LAYERS,
-)

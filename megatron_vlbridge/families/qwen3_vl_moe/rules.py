@@ -6,10 +6,16 @@ The norm before the experts stays a tensor of its own, `pre_mlp_layernorm`, as n
 from __future__ import annotations
 
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.families import qwen3_vl
 from megatron_vlbridge.families.experts import ExpertForm, expert_rules, moe_layers
-from megatron_vlbridge.families.family import Family
 from megatron_vlbridge.families.mtp import mtp_rules
+from megatron_vlbridge.families.qwen3_vl.rules import (
+    HF_LAYERS,
+    LAYERS,
+    attention_rules,
+    embedding_rules,
+    mlp_rules,
+    vision_rules,
+)
 from megatron_vlbridge.weights import Copy, Rule
 
 
@@ -22,21 +28,21 @@ def rules(config: Config, experts: ExpertForm, mtp_experts: ExpertForm) -> list[
     """
     text, with_experts = config.text, moe_layers(config)
     stacked = len(with_experts) in (0, text.num_layers)
-    result = qwen3_vl.embedding_rules(config)
+    result = embedding_rules(config)
     for layer in range(text.num_layers):
-        hf = f"{qwen3_vl.HF_LAYERS}.{layer}"
-        to = qwen3_vl.LAYERS if stacked else f"{qwen3_vl.LAYERS}.{layer}"
+        hf = f"{HF_LAYERS}.{layer}"
+        to = LAYERS if stacked else f"{LAYERS}.{layer}"
         index = layer if stacked else None
-        result += qwen3_vl.attention_rules(text, hf, to, index)
+        result += attention_rules(text, hf, to, index)
         if layer in with_experts:
             result += _sparse_rules(config, experts, hf, to, index)
         else:
-            result += qwen3_vl.mlp_rules(text, hf, to, index)
+            result += mlp_rules(text, hf, to, index)
 
     def mtp_layer(hf: str, to: str) -> list[Rule]:
-        return qwen3_vl.attention_rules(text, hf, to, None) + _sparse_rules(config, mtp_experts, hf, to, None)
+        return attention_rules(text, hf, to, None) + _sparse_rules(config, mtp_experts, hf, to, None)
 
-    return result + mtp_rules(config, mtp_layer) + qwen3_vl.vision_rules(config.vision)
+    return result + mtp_rules(config, mtp_layer) + vision_rules(config.vision)
 
 
 def _sparse_rules(config: Config, experts: ExpertForm, hf: str, to: str, layer: int | None) -> list[Rule]:
@@ -46,12 +52,3 @@ def _sparse_rules(config: Config, experts: ExpertForm, hf: str, to: str, layer: 
         Copy(*norm, (config.text.hidden_size,), layer),
         *expert_rules(config, experts, f"{hf}.mlp", f"{to}.mlp", layer),
     ]
-
-
-FAMILY = Family(
-    architecture="Qwen3VLMoeForConditionalGeneration",
-    rules=rules,
-    embedding=qwen3_vl.FAMILY.embedding,
-    head=qwen3_vl.FAMILY.head,
-    layers=qwen3_vl.HF_LAYERS,
-)
