@@ -1,5 +1,6 @@
 """Transformer Engine's kernels; attention takes packs (THD) through `PackedSegments`."""
 
+import importlib.util
 import os
 from typing import Any
 
@@ -67,6 +68,11 @@ def faults(config: TransformerConfig) -> list[str]:
         for name, what in _VARIABLES.items()
         if (value := os.environ.get(name, "0")) not in ("", "0")
     ]
+    if _prefers_flash_attention(config):
+        found.append(
+            "attention by flash-attention, which is installed and which Transformer Engine prefers before sm90: "
+            f"attention_backend={config.attention_backend.name}, proved: fused (use --attention-backend fused)"
+        )
     deterministic = {
         "deterministic_mode=True": config.deterministic_mode,
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0": os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0",
@@ -81,6 +87,17 @@ def faults(config: TransformerConfig) -> list[str]:
             "Leave --deterministic-mode out"
         )
     return found
+
+
+def _prefers_flash_attention(config: TransformerConfig) -> bool:
+    """Source: the end of `get_attention_backend`; versions 3 and 4 of flash-attention need sm90."""
+    return (
+        config.attention_backend == AttnBackend.auto
+        and config.params_dtype in (torch.bfloat16, torch.float16)
+        and importlib.util.find_spec("flash_attn") is not None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() < (9, 0)
+    )
 
 
 def without_extra_states(entries: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlbridge import read_config
+from megatron_vlbridge.backends import te
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.transformer_config import language_config, vision_config
 from megatron_vlbridge.training import guards, settings
@@ -289,6 +290,20 @@ def test_variables_that_choose_unproved_kernels_are_refused(on_transformer_engin
     monkeypatch.setenv(name, "1")
     with pytest.raises(VLBridgeError, match=f"{name}=1 in the environment, proved: not set"):
         guards.check_layout(proved(), CHECKPOINT)
+
+
+def test_flash_attention_is_refused_where_transformer_engine_would_prefer_it(on_transformer_engine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    guards.check_layout(proved(), CHECKPOINT)
+    monkeypatch.setattr(te.importlib.util, "find_spec", lambda name: name if name == "flash_attn" else None)
+    with pytest.raises(VLBridgeError, match="attention_backend=auto, proved: fused"):
+        guards.check_layout(proved(), CHECKPOINT)
+    guards.check_layout(proved(attention_backend=AttnBackend.fused), CHECKPOINT)
+    fp32 = language_config(CHECKPOINT, params_dtype=torch.float32)
+    guards.check_layout(fp32, CHECKPOINT)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    guards.check_layout(proved(), CHECKPOINT)
 
 
 def test_weights_in_more_shards_than_tensor_parallel_ranks_are_refused():
