@@ -24,8 +24,8 @@ from megatron_vlbridge.checkpoint.stream.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import UsageError, VLBridgeError
-from megatron_vlbridge.families import ExpertForm, Family, read_config
-from megatron_vlbridge.families.experts import find_names
+from megatron_vlbridge.families import ExpertLayout, Family, read_config
+from megatron_vlbridge.families.experts import detect_layout_by_names
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Plan, Region, TensorSpec
 
@@ -124,7 +124,7 @@ def plan_export_of(
     target = Path(hf_folder)
     config = read_config(template.folder)
     family = families.find(config)
-    form = family.find_expert_form(config, template.table, experts or template.experts)
+    form = family.find_expert_layout(config, template.table, experts or template.experts)
     table = family.table_for(config, template.table, experts or template.experts)
     check_dtypes(weights.folder, weights.table)
     wanted = as_dtype(dtype)
@@ -198,8 +198,8 @@ def _hf_filler(plan: Plan, embedding: str, weights: MegatronWeights, others: Map
     return fill
 
 
-def _form_notes(form: ExpertForm, family: Family) -> Iterator[str]:
-    hub = family.expert_form
+def _form_notes(form: ExpertLayout, family: Family) -> Iterator[str]:
+    hub = family.expert_layout
     if form is not hub:
         yield f"experts are written as {form}; the Hub's form of them is {hub}: --experts {hub}"
 
@@ -225,8 +225,8 @@ def _config_notes(like: Path, config: Config, portable: bool) -> Iterator[str]:
 def _own_names(template: ExportTemplate, config: Config, family: Family) -> Iterable[str]:
     """The names of the model's tensors in the template, whose experts may have another form than the export's."""
     forms = (
-        find_names(config, template.tensors, family.layers),
-        find_names(config, template.tensors, MTP_LAYERS, [0]),
+        detect_layout_by_names(config, template.tensors, family.layers),
+        detect_layout_by_names(config, template.tensors, MTP_LAYERS, [0]),
     )
     return family.table(config, *forms).hf_shapes
 

@@ -77,7 +77,7 @@ def verify(
     Optimizer state is skipped, and so are tensors of Hugging Face folders that match the patterns `ignore`, such as an
     import ignored (`leave_out` is its former name). Where a config is known on both sides, its architecture and sizes
     are compared.
-    `experts` (an `ExpertForm`) is the form of fused experts in Hugging Face folders, where their shapes do not tell.
+    `experts` (an `ExpertLayout`) is the form of fused experts in Hugging Face folders, where their shapes do not tell.
 
     Raises VLBridgeError where a folder is damaged or does not fit its own config.
 

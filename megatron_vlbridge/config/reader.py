@@ -46,13 +46,13 @@ def read_config_file(
 def _read_json_object(file: Path) -> dict[str, Any]:
     try:
         if file.exists() and not file.is_file():
-            raise OSError("no regular file")  # reading a pipe or device may never end
+            raise OSError("not a regular file")  # reading a pipe or device may never end
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise VLBridgeError(
             f"{file}: expected a config.json, found no such file. Give a checkpoint's folder."
         ) from error
-    # ValueError is bytes that are no text, text that is no JSON, or an integer of thousands of digits.
+    # ValueError is bytes that are not text, text that is not JSON, or an integer of thousands of digits.
     except (OSError, ValueError, RecursionError) as error:
         raise VLBridgeError(f"{file}: expected a JSON file, found: {error}. Fetch the file again.") from error
     if not isinstance(values, dict):
@@ -84,7 +84,7 @@ def _read_tie(top: Section) -> bool:
     """Only the top level counts, as in transformers, which writes either value beside it into `text_config`."""
     nested = top.section("text_config").value("tie_word_embeddings")
     if top.value("tie_word_embeddings") is None and nested is True:
-        remedy = "transformers reads only the top level (false when absent): say there which of the two is meant."
+        remedy = "transformers reads only the top level (false when absent): state there which of the two is meant."
         raise top.fail("tie_word_embeddings", None, "the value that text_config has, true", remedy)
     return top.boolean("tie_word_embeddings", False)
 
@@ -100,7 +100,7 @@ def _read_dtype(top: Section) -> str:
 def _read_fp8(top: Section) -> bool:
     """Whether weights are quantised, which must be to FP8 in blocks of 128 x 128.
 
-    Which modules are not (`modules_to_not_convert`) is not asked: the tensors' own dtypes say it.
+    Which modules are not (`modules_to_not_convert`) is not read: the dtypes of the tensors tell.
     """
     if top.value("quantization_config") is None:
         return False

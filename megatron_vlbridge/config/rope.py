@@ -20,7 +20,7 @@ def read_rope(text: Section) -> tuple[float, tuple[int, int, int], float]:
 
 
 def rope_section(part: Section) -> Section:
-    """What `rope_parameters` and `rope_scaling` of a part say together; what stands beside them must agree."""
+    """`rope_parameters` and `rope_scaling` of a part, merged; they and the keys beside them must agree."""
     new, old = part.section("rope_parameters", required=False), part.section("rope_scaling", required=False)
     for key, value in old.values.items():
         if key in new.values and new.values[key] != value:

@@ -1,4 +1,4 @@
-"""What a checkpoint is: frozen dataclasses, and nothing of how a file spells them."""
+"""What a checkpoint is: frozen dataclasses, whatever the keys of the file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TextConfig:
     """The language model. `intermediate_size` is that of dense MLPs, 0 where a family has none.
 
     `num_mtp_layers` is the number of MTP layers after the decoder, which predict the token after the next one (0 or 1).
-    `pad_token_id`: the token whose embedding gets no gradient where it stands in the input.
+    `pad_token_id`: the token whose embedding gets no gradient where it is in the input.
     """
 
     vocab_size: int
@@ -131,7 +131,7 @@ class VisionConfig:
 class Config:
     """A vision-language checkpoint: its architecture, its two parts and what joins them.
 
-    `fp8`: weights are stored in 8 bits, with a scale for each block of 128 x 128; `dtype` is what they stand for.
+    `fp8`: weights are stored in 8 bits, with a scale for each block of 128 x 128, and represent values of `dtype`.
     """
 
     architecture: str

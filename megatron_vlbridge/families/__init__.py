@@ -7,14 +7,14 @@ from pathlib import Path
 from megatron_vlbridge.config import Config, read_config_file
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
-from megatron_vlbridge.families.experts import ExpertForm
+from megatron_vlbridge.families.experts import ExpertLayout
 from megatron_vlbridge.families.family import Family
 
 FAMILIES = (qwen3_vl.FAMILY, qwen3_vl_moe.FAMILY)
 # Model types of which only the config.json can be read.
 READABLE = (qwen3_5.CONFIG, qwen3_5_moe.CONFIG)
 
-__all__ = ["FAMILIES", "READABLE", "ExpertForm", "Family", "find", "read_config"]
+__all__ = ["FAMILIES", "READABLE", "ExpertLayout", "Family", "find", "read_config"]
 
 
 def read_config(path: str | Path) -> Config:

@@ -22,7 +22,7 @@ from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
 from megatron_vlbridge.cli.arguments import DTYPES, EXPERTS, size
 from megatron_vlbridge.cli.parser import COMMANDS, parse
 from megatron_vlbridge.cli.progress import Meter
-from megatron_vlbridge.families import ExpertForm
+from megatron_vlbridge.families import ExpertLayout
 from tests import reference
 from tests.unit import test_convert, test_convert_moe
 
@@ -286,7 +286,7 @@ def test_what_was_probably_meant_is_named(line: str, meant: str, capsys: pytest.
 
 
 def test_the_forms_of_experts_are_those_of_the_rules() -> None:
-    assert tuple(ExpertForm) == EXPERTS
+    assert tuple(ExpertLayout) == EXPERTS
 
 
 @pytest.mark.parametrize(("short", "name"), DTYPES.items())

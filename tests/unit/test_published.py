@@ -17,7 +17,7 @@ from megatron_vlbridge.checkpoint.import_plan import plan_import
 from megatron_vlbridge.checkpoint.inspect import inspect
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families.spellings import PARTS, hub_names
+from megatron_vlbridge.families.aliases import PARTS, hub_names
 from tests.unit import test_convert, test_convert_moe
 from tests.unit.test_convert import NORM, assert_same_bits, rewrite, tensors, training_run
 
@@ -127,7 +127,7 @@ def test_the_plan_and_the_inspection_say_which_names_are_read_as_which(source, t
 )
 def test_two_spellings_of_one_part_are_refused(name, other, source, tmp_path):
     rewrite(source, lambda found: found.update({other: found[name].clone()}))
-    with pytest.raises(VLBridgeError, match=r"one beginning for all names") as caught:
+    with pytest.raises(VLBridgeError, match="one prefix for all names") as caught:
         import_checkpoint(source, tmp_path / "megatron")
     assert other in str(caught.value)
     assert str(source) in str(caught.value)

@@ -13,7 +13,7 @@ from megatron_vlbridge.checkpoint.hf.header import read_header
 from megatron_vlbridge.checkpoint.stream.json_file import is_file_name, load_json_object
 from megatron_vlbridge.checkpoint.stream.raw import Stored
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families.spellings import hub_names
+from megatron_vlbridge.families.aliases import hub_names
 from megatron_vlbridge.weights import Region
 
 INDEX = "model.safetensors.index.json"

@@ -22,7 +22,7 @@ from megatron_vlbridge.checkpoint.torch_dist.locate import locate
 from megatron_vlbridge.checkpoint.torch_dist.metadata import read_metadata
 from megatron_vlbridge.checkpoint.torch_dist.unpickler import shown
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families.spellings import strip_wrappers
+from megatron_vlbridge.families.aliases import strip_wrappers
 from megatron_vlbridge.weights import Region, TensorSpec, mixed_stacks, stack_layers
 from megatron_vlbridge.weights.regions import RegionIndex, Shape, check_exact_cover
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_vlbridge.config import Config, TextConfig, VisionConfig
-from megatron_vlbridge.families.experts import ExpertForm
+from megatron_vlbridge.families.experts import ExpertLayout
 from megatron_vlbridge.families.mtp import mtp_rules
 from megatron_vlbridge.weights import Copy, GateUp, GroupedQkv, Rule, VisionQkv
 
@@ -13,7 +13,7 @@ HF_LAYERS, LAYERS = f"{_HF_TEXT}.layers", f"{_TEXT}.decoder.layers"
 EMBEDDING = f"{_HF_TEXT}.embed_tokens.weight"
 
 
-def rules(config: Config, _experts: ExpertForm, _mtp_experts: ExpertForm) -> list[Rule]:
+def rules(config: Config, _experts: ExpertLayout, _mtp_experts: ExpertLayout) -> list[Rule]:
     """All rules of a dense Qwen3-VL checkpoint."""
 
     def layer_rules(hf: str, to: str, layer: int | None = None) -> list[Rule]:
@@ -102,8 +102,8 @@ def _vision_ends(vision: VisionConfig) -> list[Rule]:
         ),
         *_merger(vision, "merger", vision.hidden_size),
     ]
-    for number in range(len(vision.deepstack_visual_indexes)):
-        result += _merger(vision, f"deepstack_merger_list.{number}", vision.hidden_size * vision.merge_area)
+    for level in range(len(vision.deepstack_visual_indexes)):
+        result += _merger(vision, f"deepstack_merger_list.{level}", vision.hidden_size * vision.merge_area)
     return result
 
 

@@ -6,7 +6,7 @@ The norm before the experts stays a tensor of its own, `pre_mlp_layernorm`, as n
 from __future__ import annotations
 
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.families.experts import ExpertForm, expert_rules, moe_layers
+from megatron_vlbridge.families.experts import ExpertLayout, expert_rules, moe_layers
 from megatron_vlbridge.families.mtp import mtp_rules
 from megatron_vlbridge.families.qwen3_vl.rules import (
     HF_LAYERS,
@@ -19,10 +19,10 @@ from megatron_vlbridge.families.qwen3_vl.rules import (
 from megatron_vlbridge.weights import Copy, Rule
 
 
-def rules(config: Config, experts: ExpertForm, mtp_experts: ExpertForm) -> list[Rule]:
-    """All rules of a Qwen3-VL-MoE checkpoint, whose experts HF holds in the form `experts`.
+def rules(config: Config, experts: ExpertLayout, mtp_experts: ExpertLayout) -> list[Rule]:
+    """All rules of a Qwen3-VL-MoE checkpoint, whose experts HF holds in the layout `experts`.
 
-    Those of the prediction layer, which always has experts, have a form of their own, `mtp_experts`. Where
+    Those of the MTP layer, which always has experts, have a layout of their own, `mtp_experts`. Where
     some layers have experts and others a dense MLP, Megatron's names of the layers are `layers.0`, `layers.1` and so
     on, otherwise the layers are stacked.
     """
@@ -45,7 +45,7 @@ def rules(config: Config, experts: ExpertForm, mtp_experts: ExpertForm) -> list[
     return result + mtp_rules(config, mtp_layer) + vision_rules(config.vision)
 
 
-def _sparse_rules(config: Config, experts: ExpertForm, hf: str, to: str, layer: int | None) -> list[Rule]:
+def _sparse_rules(config: Config, experts: ExpertLayout, hf: str, to: str, layer: int | None) -> list[Rule]:
     """The router and the experts of a decoder layer and the norm before them."""
     norm = f"{hf}.post_attention_layernorm.weight", f"{to}.pre_mlp_layernorm.weight"
     return [

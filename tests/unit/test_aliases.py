@@ -1,6 +1,6 @@
 """Names of wrapped models: a wrapper counts only where every tensor has it."""
 
-from megatron_vlbridge.families.spellings import hub_names, strip_wrappers
+from megatron_vlbridge.families.aliases import hub_names, strip_wrappers
 
 WRAPPED = ["module.model.visual.pos_embed.weight", "module.lm_head.weight"]
 

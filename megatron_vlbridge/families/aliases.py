@@ -14,7 +14,7 @@ from megatron_vlbridge.errors import VLBridgeError
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the model: the prefix of its names on the Hub, those in other places, and the words that follow."""
+    """One part of the model: the prefix of its names on the Hub, its prefixes elsewhere, and the words that follow."""
 
     hub: str
     others: tuple[str, ...]
@@ -31,7 +31,7 @@ PARTS = (
     Part("lm_head.", ("language_model.lm_head.", "model.lm_head."), ("weight",)),
 )
 WRAPPERS = ("module.",)
-"""What a wrapper around the whole model puts before every name."""
+"""The prefix that a wrapper around the whole model adds to every name."""
 
 
 def strip_wrappers(names: Sequence[str], wrappers: Sequence[str] = WRAPPERS) -> str:
@@ -43,11 +43,11 @@ def strip_wrappers(names: Sequence[str], wrappers: Sequence[str] = WRAPPERS) -> 
 
 
 def hub_names(names: Iterable[str], source: str) -> tuple[dict[str, str], list[str]]:
-    """Name -> the Hub's name for it, and in words which prefixes differ from the Hub's.
+    """Name -> the Hub's name for it, and notes on the prefixes that differ from the Hub's.
 
     A name that belongs to no part stays as it is. `source` names the folder in errors.
 
-    Raises VLBridgeError, naming two tensors, where one part's names begin in two ways: it is not known which are meant.
+    Raises VLBridgeError, naming two tensors, where the names of one part have two prefixes.
 
     Example: `hub_names(["visual.pos_embed.weight"], "old")[0]` is
     `{"visual.pos_embed.weight": "model.visual.pos_embed.weight"}`.
@@ -63,8 +63,8 @@ def hub_names(names: Iterable[str], source: str) -> tuple[dict[str, str], list[s
             known, other = first.setdefault(part, (prefix, name))
             if known != prefix:
                 raise VLBridgeError(
-                    f"{source}: expected one beginning for all names of {part.hub}*, found {other} and {name}. "
-                    "Two checkpoints lie in one folder: remove the files of one."
+                    f"{source}: expected one prefix for all names of {part.hub}*, found {other} and {name}. "
+                    "The folder holds two checkpoints: remove the files of one."
                 )
             inner = part.hub + inner.removeprefix(prefix)
         result[name] = inner
