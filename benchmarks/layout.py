@@ -117,7 +117,7 @@ def maximum_load(work: list[int], ranks: int) -> tuple[int, float]:
     begin = time.process_time()
     shares = share_out(work, ranks)
     took = (time.process_time() - begin) * 1e3
-    return max(sum(work[number] for number in mine) for mine in shares), took
+    return max(sum(work[frame] for frame in frames) for frames in shares), took
 
 
 def measure_balance(hidden_size: int = 1024) -> bool:
