@@ -65,7 +65,7 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
         # Also ends a progress line on the terminal.
         print(end="", flush=True)
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    # Under other launchers the variable may be set, but nobody prints the file.
+    # Other launchers may set the variable, but do not print the file.
     if file and "TORCHELASTIC_RUN_ID" in os.environ:
         _report_to_torchrun(Path(file), text, rejected=isinstance(error, VLBridgeError))
     else:
@@ -93,7 +93,7 @@ def _report_to_torchrun(file: Path, text: str, *, rejected: bool) -> None:
     file.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
     if not rejected:
         time.sleep(SECONDS_FOR_CRASHED_RANK)
-    # attempt_0/reported beside attempt_0/<local rank>/error.json
+    # attempt_0/reported next to attempt_0/<local rank>/error.json
     if _first_to_report(file.parent.parent / "reported"):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     else:

@@ -1,4 +1,4 @@
-"""Reading configs, rules, layouts and converting checkpoints loads neither Megatron nor transformers."""
+"""Reading configs, rules and layouts and converting checkpoints imports neither Megatron nor transformers."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ import pytest
 import megatron_vlbridge
 
 PACKAGES = ["config", "families", "weights", "layout", "checkpoint"]
-# Imports a package and then every module in it; says which unwanted ones were loaded.
+# Imports a package and every module in it; prints which unwanted modules were imported.
 CODE = """
 import importlib, json, pkgutil, sys
 package = importlib.import_module("megatron_vlbridge." + sys.argv[1])
