@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all that a newcomer needs; both set up .venv first.
+# New users need only `make demo` and `make test`; both set up .venv first.
 PY := .venv/bin/python
 DEMO_ARGS ?=
 LAYOUT_ARGS ?=
@@ -8,16 +8,16 @@ LAYOUT_ARGS ?=
 help:
 	@echo "make demo        digits -> HF checkpoint -> Megatron -> training -> HF -> answers, in demo-out/ (DEMO_ARGS=...)"
 	@echo "make test        lint, types, unit and functional tests"
-	@echo "make test-random  unit tests with random values, examples and order; prints its seed, SEED=... repeats it;"
-	@echo "                 EXAMPLES=5000 runs so many examples of each property, and the properties alone"
+	@echo "make test-random  unit tests with random values, examples and order; prints its seed, SEED=... repeats a run;"
+	@echo "                 EXAMPLES=5000 runs only the property tests, with this many examples of each"
 	@echo "make test-long   the functional tests that take minutes or gigabytes of disk"
-	@echo "make test-layouts  every layout in its variants, all random batches; writes docs/layouts.md but for LAYOUT_ARGS=--check"
-	@echo "make test-hf4    what transformers 4.57 saves and loads, in .venv-hf4"
+	@echo "make test-layouts  every layout in all variants, all random batches; writes docs/layouts.md unless LAYOUT_ARGS=--check"
+	@echo "make test-hf4    checkpoints saved and loaded by transformers 4.57, in .venv-hf4"
 	@echo "make test-versions  a selection of the tests with the oldest and the newest supported versions; two venvs of 5 GB"
 	@echo "make test-te     the Transformer Engine backend without a GPU, its compiled extension replaced; in .venv-te"
-	@echo "make lint        ruff and mypy alone        make format      let ruff reformat and fix"
-	@echo "make unit        unit tests alone           make functional  functional tests alone"
-	@echo "make clean       remove what was generated  make clean-venv  remove the venvs too"
+	@echo "make lint        ruff and mypy              make format      reformat and fix with ruff"
+	@echo "make unit        unit tests                 make functional  functional tests"
+	@echo "make clean       remove generated files     make clean-venv  also remove the venvs"
 
 setup:
 	@ci/setup.sh
@@ -25,13 +25,13 @@ setup:
 demo: setup
 	$(PY) -m megatron_vlbridge.demo $(DEMO_ARGS)
 
-# The stages are lines of one recipe, cheapest first: the first that fails ends it, also under `make -j` and `make -k`.
+# The stages are lines of one recipe, cheapest first: it stops at the first failure, also with `make -j` and `make -k`.
 test: setup
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory functional
 
-# `make test` is the same each time. This is not, but for the same SEED.
+# `make test` is deterministic. This is deterministic only for a given SEED.
 test-random: setup
 	@seed=$${SEED:-$$(date +%s)}; echo "make test-random SEED=$$seed"; \
 	PYTHONHASHSEED=$$((seed % 4294967296)) $(PY) -m pytest tests/unit --hypothesis-seed=$$seed -n logical \

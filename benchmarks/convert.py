@@ -1,18 +1,18 @@
-"""Import and export of checkpoints of real shapes beside `cp` + `sync` of the same bytes, and beside transformers.
+"""Import and export of checkpoints with real shapes, compared with `cp` + `sync` of the same bytes and transformers.
 
-    python benchmarks/convert.py --folder /some/disk             # all parts: 60 GB of disk, some 8 minutes
+    python benchmarks/convert.py --folder /some/disk             # all parts: 60 GB of disk, about 8 minutes
     python benchmarks/convert.py 2B transformers --folder /some/disk
 
 Prints the tables of docs/convert.md. Parts:
 
-    2B, 8B        there and back, random bits in the shapes of tests/data/configs
-    experts       the same with 128 experts a layer: 30B-A3B, by default with 3 of its 48 layers
+    2B, 8B        import and export of random bits in the shapes of tests/data/configs
+    experts       the same with 128 experts per layer: 30B-A3B, by default with 3 of its 48 layers
     transformers  `from_pretrained` and `save_pretrained` of 2B
-    235B          planning its import from headers, fused and with one tensor for each expert; the files are sparse
+    235B          the plan of an import from headers, fused and with one tensor per expert; the files are sparse
 
-Each step runs in a process of its own with its source dropped from the page cache and ends with `sync`; importing torch
-is not counted. `cp` runs before and after each step, the ratio is to their mean. Memory is the peak of RssAnon above
-that of the bare interpreter, torch's own included. Exit code 1 if the way there and back changed a byte.
+Each step runs in its own process with its source dropped from the page cache, and ends with `sync`; importing torch is
+not included. `cp` runs before and after each step, and the ratio is to their mean. Memory is the peak of RssAnon above
+that of the bare interpreter, including torch. Exit code 1 if import and export changed a byte.
 """
 
 import argparse
@@ -30,9 +30,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_vlbridge.checkpoint.safetensors import INDEX, encode_header, plan_shards
-from megatron_vlbridge.config import read_config
-from megatron_vlbridge.families import ExpertForm, find
+from megatron_vlbridge import read_config
+from megatron_vlbridge.checkpoint.hf.header import encode_header
+from megatron_vlbridge.checkpoint.hf.reader import INDEX
+from megatron_vlbridge.checkpoint.hf.writer import plan_shards
+from megatron_vlbridge.families import ExpertLayout, find
 from megatron_vlbridge.weights import TensorSpec
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "data" / "configs"
@@ -44,9 +46,9 @@ PARTS = {
     "transformers": "Qwen3-VL-2B-Instruct",
     "235B": "Qwen3-VL-235B-A22B-Instruct",
 }
-COPIES = 3  # source, result and the way back, or a copy, stand on the disk at once
+COPIES = 3  # source, result, and the export or a copy, are on the disk at the same time
 
-# A step in its own process: samples memory while it runs, prints seconds and bytes.
+# A step in its own process: samples the memory while it runs, prints seconds and bytes.
 STEP = """
 import json, os, re, threading, time
 from pathlib import Path
@@ -69,13 +71,14 @@ done = True
 watcher.join()
 print(json.dumps([seconds, peak - start]))
 """
-CONVERT = "from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_import\n"
-CONVERT += "from megatron_vlbridge.checkpoint.engine import Options"
+CONVERT = "from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint\n"
+CONVERT += "from megatron_vlbridge.checkpoint.import_plan import plan_import\n"
+CONVERT += "from megatron_vlbridge.checkpoint.stream.engine import Options"
 TRANSFORMERS = "import torch\nfrom transformers import AutoModelForImageTextToText as Auto"
 
 
-def describe(folder: Path, name: str, layers: int | None, form: ExpertForm | None = None) -> dict[str, TensorSpec]:
-    """Write the config of a model, with fewer layers where asked; gives its tensors in bfloat16."""
+def describe(folder: Path, name: str, layers: int | None, form: ExpertLayout | None = None) -> dict[str, TensorSpec]:
+    """Write the config of a model, optionally with fewer layers; returns its tensors in bfloat16."""
     values = json.loads((CONFIGS / f"{name}.json").read_text())
     if layers is not None:
         values["text_config"]["num_hidden_layers"] = layers
@@ -86,8 +89,8 @@ def describe(folder: Path, name: str, layers: int | None, form: ExpertForm | Non
     return {key: TensorSpec(shape, torch.bfloat16) for key, shape in shapes.items()}
 
 
-def cut(specs: dict[str, TensorSpec], folder: Path) -> dict[str, list[str]]:
-    """File -> its tensors; writes the index where there are several."""
+def shard(specs: dict[str, TensorSpec], folder: Path) -> dict[str, list[str]]:
+    """Map each file to its tensors; writes the index if there are several files."""
     files = plan_shards(specs, SHARD_BYTES)
     if len(set(files.values())) > 1:
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
@@ -95,9 +98,9 @@ def cut(specs: dict[str, TensorSpec], folder: Path) -> dict[str, list[str]]:
 
 
 def make_random(folder: Path, specs: dict[str, TensorSpec]) -> int:
-    """Random bits; gives their bytes."""
+    """Write random bits; returns their number of bytes."""
     random = torch.Generator().manual_seed(0)
-    for file, keys in cut(specs, folder).items():
+    for file, keys in shard(specs, folder).items():
         tensors = {}
         for key in keys:
             bits = torch.empty(-(-specs[key].nbytes // 8), dtype=torch.int64).random_(generator=random)
@@ -107,8 +110,8 @@ def make_random(folder: Path, specs: dict[str, TensorSpec]) -> int:
 
 
 def make_sparse(folder: Path, specs: dict[str, TensorSpec]) -> int:
-    """Headers before holes; gives the bytes that they speak of."""
-    for file, keys in cut(specs, folder).items():
+    """Write headers and sparse data; returns the number of bytes described by the headers."""
+    for file, keys in shard(specs, folder).items():
         tensors = {key: specs[key] for key in keys}
         header = encode_header(tensors)
         with (folder / file).open("wb") as stream:
@@ -117,8 +120,8 @@ def make_sparse(folder: Path, specs: dict[str, TensorSpec]) -> int:
     return sum(spec.nbytes for spec in specs.values())
 
 
-def forget(folder: Path) -> None:
-    """Drop the files from the page cache, so that each step reads them from the disk."""
+def drop_from_cache(folder: Path) -> None:
+    """Drop the files from the page cache, so that each step reads them from disk."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -128,8 +131,8 @@ def forget(folder: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds that `cp` and `sync` take."""
-    forget(source)
+    """The seconds that `cp` and `sync` take."""
+    drop_from_cache(source)
     begin = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
     os.sync()
@@ -139,8 +142,8 @@ def copy(source: Path, target: Path) -> float:
 
 
 def step(source: Path, imports: str, work: str) -> tuple[float, int]:
-    """Seconds and bytes of one piece of work that reads `source`."""
-    forget(source)
+    """The seconds and the peak memory of one step that reads `source`."""
+    drop_from_cache(source)
     command = [sys.executable, "-c", STEP.format(imports=imports, work=work)]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds, peak = json.loads(out.splitlines()[-1])
@@ -151,14 +154,14 @@ def row(*cells: str) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def measured(what: str, nbytes: int, result: tuple[float, int], copies: tuple[float, float]) -> None:
+def print_row(what: str, nbytes: int, result: tuple[float, int], copies: tuple[float, float]) -> None:
     (seconds, peak), mean = result, sum(copies) / 2
-    beside = f"{copies[0]:.1f}, {copies[1]:.1f} s"
+    copy_times = f"{copies[0]:.1f}, {copies[1]:.1f} s"
     load = f"{os.getloadavg()[0]:.0f}"
-    row(what, f"{nbytes / 1e9:.2f} GB", f"{seconds:.1f} s", beside, f"{seconds / mean:.2f}", mebibytes(peak), load)
+    row(what, f"{nbytes / 1e9:.2f} GB", f"{seconds:.1f} s", copy_times, f"{seconds / mean:.2f}", mebibytes(peak), load)
 
 
-def titled(part: str, layers: int | None) -> str:
+def title_of(part: str, layers: int | None) -> str:
     return PARTS[part] + (f", {layers} layers" if layers is not None else "")
 
 
@@ -167,61 +170,63 @@ def mebibytes(nbytes: int) -> str:
 
 
 @contextmanager
-def workplace(folder: str | None, needed: int) -> Iterator[Path]:
-    """A folder that is removed at the end, on a disk that has room."""
+def temporary_folder(folder: str | None, needed: int) -> Iterator[Path]:
+    """A temporary folder on a disk with enough free space."""
     work = Path(tempfile.mkdtemp(prefix="benchmark-convert-", dir=folder))
     try:
         free = shutil.disk_usage(work).free
         if free < needed:
-            sys.exit(f"{work.parent}: expected {needed / 1e9:.0f} GB free, found {free / 1e9:.0f}. Take another disk.")
+            sys.exit(f"{work.parent}: expected {needed / 1e9:.0f} GB free, found {free / 1e9:.0f} GB; use another disk")
         yield work
     finally:
         shutil.rmtree(work)
 
 
-def there_and_back(part: str, args: argparse.Namespace) -> bool:
-    """Import and export; gives whether the files are the same."""
+def round_trip(part: str, args: argparse.Namespace) -> bool:
+    """Import and export; returns whether the files are identical."""
     layers = args.layers if args.layers is not None else 3 if part == "experts" else None
-    with workplace(args.folder, 0) as work:
+    with temporary_folder(args.folder, 0) as work:
         specs = describe(work / "hf", PARTS[part], layers)
-    with workplace(args.folder, COPIES * sum(spec.nbytes for spec in specs.values())) as work:
+    with temporary_folder(args.folder, COPIES * sum(spec.nbytes for spec in specs.values())) as work:
         source, megatron, back, spare = (work / name for name in ("hf", "megatron", "back", "spare"))
         nbytes = make_random(source, describe(source, PARTS[part], layers))
-        title = titled(part, layers)
+        title = title_of(part, layers)
         options = f"options=Options(workers={args.workers}, memory={args.memory})"
         before = copy(source, spare)
         result = step(source, CONVERT, f"import_checkpoint({str(source)!r}, {str(megatron)!r}, {options})")
         between = copy(source, spare)
-        measured(f"{title}: import", nbytes, result, (before, between))
+        print_row(f"{title}: import", nbytes, result, (before, between))
         result = step(megatron, CONVERT, f"export_checkpoint({str(megatron)!r}, {str(back)!r}, {options})")
         shutil.rmtree(megatron)
         same = all(files_are_equal(path, back / path.name) for path in source.glob("*.safetensors"))
         shutil.rmtree(back)
-        measured(f"{title}: export" + ("" if same else " (DIFFERENT)"), nbytes, result, (between, copy(source, spare)))
+        print_row(f"{title}: export" + ("" if same else " (DIFFERENT)"), nbytes, result, (between, copy(source, spare)))
     return same
 
 
 def through_transformers(args: argparse.Namespace) -> bool:
-    """Load and save."""
-    with workplace(args.folder, 0) as work:
+    """Load and save with transformers."""
+    with temporary_folder(args.folder, 0) as work:
         source, spare = work / "hf", work / "spare"
         nbytes = make_random(source, describe(source, PARTS["transformers"], args.layers))
         before = copy(source, spare)
         load = f"Auto.from_pretrained({str(source)!r}, dtype=torch.bfloat16).save_pretrained({str(spare)!r})"
         result = step(source, TRANSFORMERS, load)
         shutil.rmtree(spare)
-        measured(f"{titled('transformers', args.layers)}: transformers", nbytes, result, (before, copy(source, spare)))
+        print_row(
+            f"{title_of('transformers', args.layers)}: transformers", nbytes, result, (before, copy(source, spare))
+        )
     return True
 
 
 def plan_large(args: argparse.Namespace) -> bool:
-    """Plan the import of files that hold headers alone."""
-    for form in (ExpertForm.FUSED_IN_OUT, ExpertForm.PER_EXPERT):
-        with workplace(args.folder, 0) as work:
+    """Plan the import of files with headers and sparse data."""
+    for form in (ExpertLayout.FUSED_IN_OUT, ExpertLayout.PER_EXPERT):
+        with temporary_folder(args.folder, 0) as work:
             specs = describe(work / "hf", PARTS["235B"], args.layers, form)
             nbytes = make_sparse(work / "hf", specs)
             seconds, peak = step(work / "hf", CONVERT, f"plan_import({str(work / 'hf')!r}, {str(work / 'spare')!r})")
-        title = f"{titled('235B', args.layers)}: plan, {form}, {len(specs)} tensors"
+        title = f"{title_of('235B', args.layers)}: plan, {form}, {len(specs)} tensors"
         row(title, f"{nbytes / 1e9:.2f} GB", f"{seconds:.1f} s", "", "", mebibytes(peak), f"{os.getloadavg()[0]:.0f}")
     return True
 
@@ -233,7 +238,9 @@ def files_are_equal(a: Path, b: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all", metavar="PART")
-    parser.add_argument("--folder", help="where to work; needs three times the size of the largest checkpoint")
+    parser.add_argument(
+        "--folder", help="folder for temporary files; needs three times the size of the largest checkpoint"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers of the language models")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--memory", type=int, default=2**30, help="bytes")
@@ -242,7 +249,7 @@ def main() -> int:
     row("", "bytes", "time", "`cp` + `sync`", "ratio", "peak memory", "load")
     row(*["---"] * 7)
     others = {"transformers": through_transformers, "235B": plan_large}
-    good = [others[part](args) if part in others else there_and_back(part, args) for part in args.parts or PARTS]
+    good = [others[part](args) if part in others else round_trip(part, args) for part in args.parts or PARTS]
     return 0 if all(good) else 1
 
 

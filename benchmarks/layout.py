@@ -1,12 +1,12 @@
-"""A pack's layout with all its indices, and how evenly the tower's frames are shared out.
+"""The time to build the layout and all indices of a pack, and the load balance of the vision tower's frames.
 
     python benchmarks/layout.py
 
-For a pack of 128k tokens in 200 segments, half of the tokens of pictures, everything that tells where a token lives is
-built with cold caches, on one thread, as in a data loader's worker: the layout, `sources`, a rank's zigzag index and
-vision rows, the order of the gathered pack, `cu_seqlens`. Then frames are shared out over ranks: the largest load over
-the mean, beside the optimum or, where the optimum is not known, what no way of sharing out whole frames can go below.
-Exit code 1 if a pack takes 5 ms or more, or shares are above an optimum that is known.
+For a pack of 128k tokens in 200 segments, half of them image tokens, all indices are built with cold caches, on one
+thread, as in a data loader worker: the layout, its gather index, the zigzag and vision token indices of a rank, the
+order of the gathered pack, `cu_seqlens`. Then frames are partitioned over ranks: the maximum load over the mean,
+compared with the optimum or, where the optimum is not known, with a lower bound for whole frames. Exit code 1 if a pack
+takes 5 ms or more, or a maximum load is above a known optimum.
 """
 
 import random
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.backends.packed import packed_segments
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.layout.balance import frame_work, least_load, share_out
 from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.layout.frames import Frames
@@ -30,21 +30,21 @@ TOKENS, SEGMENTS = 131_072, 200
 LIMIT_MS = 5.0
 ROUNDS = 31
 CONFIG = Path(__file__).parents[1] / "tests" / "data" / "configs" / "Qwen3-VL-2B-Instruct.json"
-FOUR_PICTURES = (4096, 64, 64, 64)
-# Frames and ranks of the random mixes; of those up to `SMALL` all ways are gone through.
+FOUR_IMAGES = (4096, 64, 64, 64)
+# Frames and ranks of the random mixes; up to `SMALL` frames, all partitions are searched.
 MIXES = ((8, 2), (8, 4), (12, 4), (20, 4), (24, 8), (40, 8), (64, 8), (256, 8))
 SMALL = 24
 DRAWS = 20
 
 
 def make_lengths() -> list[int]:
-    """From some 30 to 1300 tokens, leaving room for the padding of 8 context-parallel ranks."""
+    """From about 30 to 1300 tokens, with space for the padding of 8 context-parallel ranks."""
     draws = torch.rand(SEGMENTS, generator=torch.Generator().manual_seed(0)) * 1200 + 30
     return (draws / draws.sum() * (TOKENS - 16 * SEGMENTS)).long().tolist()
 
 
 def indices(lengths: list[int], vision_rows: torch.Tensor, cp_size: int) -> None:
-    """Everything with which the last rank takes or finds its tokens."""
+    """Build all indices of the last rank."""
     layout = BatchLayout.packed(lengths, TOKENS).context_parallel(cp_size, cp_size - 1)
     taken_rows(vision_rows, layout.sources, TOKENS)
     order = None
@@ -55,7 +55,7 @@ def indices(lengths: list[int], vision_rows: torch.Tensor, cp_size: int) -> None
 
 
 def median_ms(call: Callable[[], object]) -> float:
-    """Of the processor's time, which other programs on the machine do not lengthen."""
+    """The median CPU time, which does not include other processes on the machine."""
     times = []
     for _ in range(ROUNDS):
         zigzag_index.cache_clear()
@@ -86,56 +86,56 @@ def measure_layouts() -> bool:
         cut = median_ms(lambda size=cp_size: pack.context_parallel(size, size - 1, config))
         good &= built < LIMIT_MS
         print(f"CP={cp_size}   all indices {built:.2f} ms, {built / LIMIT_MS:.2f} of the limit", end="   ")
-        print(f"the pack's tensors cut with them {cut:.2f} ms")
+        print(f"sharding the pack's tensors {cut:.2f} ms")
     return good
 
 
 def make_mix(generator: random.Random, frames: int) -> list[int]:
-    """Patches of pictures of all shapes and of videos, whose frames are alike."""
+    """The numbers of patches of images of all shapes and of videos, whose frames have equal sizes."""
     patches: list[int] = []
     while len(patches) < frames:
-        alike = generator.choice((1, 1, generator.randint(2, 8)))
-        patches += [4 * generator.randint(2, 32) * generator.randint(2, 32)] * alike
+        repeats = generator.choice((1, 1, generator.randint(2, 8)))
+        patches += [4 * generator.randint(2, 32) * generator.randint(2, 32)] * repeats
     return patches[:frames]
 
 
 def is_optimum(load: int, work: list[int], ranks: int) -> bool:
-    """Whether every way of sharing out has a load as large as `load`; ways of equal loads are one."""
-    ways = {(0,) * ranks}
+    """Whether no partition has a maximum load below `load`; partitions with the same loads are merged."""
+    partitions = {(0,) * ranks}
     for size in sorted(work, reverse=True):
-        ways = {
-            tuple(sorted((*way[:rank], way[rank] + size, *way[rank + 1 :])))
-            for way in ways
+        partitions = {
+            tuple(sorted((*loads[:rank], loads[rank] + size, *loads[rank + 1 :])))
+            for loads in partitions
             for rank in range(ranks)
-            if way[rank] + size < load
+            if loads[rank] + size < load
         }
-    return not ways
+    return not partitions
 
 
-def share(work: list[int], ranks: int) -> tuple[int, float]:
-    """The largest load, and how long it took in ms."""
+def maximum_load(work: list[int], ranks: int) -> tuple[int, float]:
+    """The maximum load of the partition, and the time to compute it in ms."""
     begin = time.process_time()
     shares = share_out(work, ranks)
     took = (time.process_time() - begin) * 1e3
-    return max(sum(work[number] for number in mine) for mine in shares), took
+    return max(sum(work[frame] for frame in frames) for frames in shares), took
 
 
 def measure_balance(hidden_size: int = 1024) -> bool:
     good = True
-    print("\nLargest load over the mean: one picture of 4096 patches and three of 64")
-    work = [frame_work(patches, hidden_size) for patches in FOUR_PICTURES]
+    print("\nMaximum load over the mean: one image of 4096 patches and three of 64")
+    work = [frame_work(patches, hidden_size) for patches in FOUR_IMAGES]
     for ranks in (2, 4):
-        found, _ = share(work, ranks)
+        found, _ = maximum_load(work, ranks)
         optimal = is_optimum(found, work, ranks)
         good &= optimal
         print(f"{ranks} ranks   {found / (sum(work) / ranks):.4f}   the optimum: {optimal}")
-    print(f"\nRandom mixes of pictures and videos, {DRAWS} each: largest load over the mean, middle and worst")
+    print(f"\nRandom mixes of images and videos, {DRAWS} each: maximum load over the mean, median and worst")
     generator = random.Random(0)
     for frames, ranks in MIXES:
         ratios, gaps, times, optimal_ones = [], [], [], 0
         for _ in range(DRAWS):
             work = [frame_work(patches, hidden_size) for patches in make_mix(generator, frames)]
-            found, took = share(work, ranks)
+            found, took = maximum_load(work, ranks)
             ratios.append(found / (sum(work) / ranks))
             gaps.append(found / least_load(work, ranks))
             times.append(took)

@@ -1,10 +1,11 @@
-"""MRoPE indices of a 32k-token pack with images and videos: this project's against transformers' `get_rope_index`.
+"""MRoPE position ids of a 32k-token pack with images and videos, compared with transformers' `get_rope_index`.
 
     python benchmarks/positions.py
 
-Both get the same tokens and grids. transformers is called per segment, as its function knows no packs, and is given
-its token types for free; ours checks its input besides. Both run on one thread, as in a data loader's worker. Prints
-the medians and their ratio; exit code 1 if the indices differ or the ratio is below 20.
+Both get the same tokens and grids. transformers is called once per segment, as its function does not support packs, and
+its token types are computed outside the measurement; our function also validates its input. Both run on one thread, as
+in a data loader worker. Prints the medians and their ratio; exit code 1 if the position ids differ or the ratio is
+below 20.
 """
 
 import statistics
@@ -66,7 +67,7 @@ def make_pack(seed: int = 0) -> list[Segment]:
 
 
 def reference_model() -> Qwen3VLModel:
-    """A tiny model: `get_rope_index` is a method, and reads only the merge size."""
+    """A tiny model: `get_rope_index` is a method, but reads only the merge size."""
     text = {
         "vocab_size": 128,
         "hidden_size": 16,

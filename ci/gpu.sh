@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Runs the checks that need a GPU: kernels and the whole model against their references, then the speed table.
+# Runs the tests that need a GPU: kernels and the whole model against their references, then the speed table.
 #
 #   ci/gpu.sh                    with python3
 #   PYTHON=/a/python ci/gpu.sh   with this one
 #   ci/gpu.sh --layers 8         further arguments are those of the speed table (tests/gpu/speed.py)
 #
-# It needs torch, Transformer Engine with its compiled extension, and what `pip install .` and pytest bring.
+# It needs torch, Transformer Engine with its compiled extension, the dependencies of this package, and pytest.
 #
-# Exit codes: 0 all passed, 3 there is no GPU and nothing was run, anything else a failure. See docs/gpu.md.
+# Exit codes: 0 all passed, 3 no GPU and nothing was run, anything else a failure. See docs/gpu.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
 
-# Transformer Engine multiplies fp32 as TF32 unless told otherwise, and fp32 is compared at 1e-5.
+# By default Transformer Engine uses TF32 for fp32 matrix products; the fp32 tolerance is 1e-5.
 export NVIDIA_TF32_OVERRIDE=0
 
 "$python" - <<'END'
@@ -31,7 +31,7 @@ try:
     for name in ("transformer_engine.pytorch", "megatron.core", "transformers", "pytest"):
         importlib.import_module(name)
 except ImportError as error:
-    sys.exit(f"{sys.executable} cannot import what the checks need: {error}")
+    sys.exit(f"{sys.executable} cannot import a required package: {error}")
 versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", "transformers")]
 versions.append(f"transformer_engine {importlib.metadata.version('transformer_engine')}")
 print(datetime.date.today(), "|", torch.cuda.device_count(), "x", torch.cuda.get_device_name(), "|", ", ".join(versions))

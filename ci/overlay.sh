@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Makes a venv that sees the packages of .venv through a link and has further ones on top. Instant when nothing has
-# changed.
+# Creates a venv with the packages of .venv, through a .pth file, and other packages on top. Does nothing if up to date.
 #
-#   ci/overlay.sh VENV CONSTRAINTS ARGUMENT...   the arguments are pip install's
+#   ci/overlay.sh VENV CONSTRAINTS ARGUMENT...   arguments of pip install
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=$1 constraints=$2
 shift 2
-stamp=$venv/.installed # a copy of everything that the installation depended on
+stamp=$venv/.installed # a copy of all inputs of the installation
 log=$venv/install.log
 
 fingerprint() {
@@ -24,14 +23,14 @@ fingerprint() {
 }
 if [[ -f $stamp ]] && fingerprint "$@" | cmp -s - "$stamp"; then exit 0; fi
 
-echo "Making $venv (log: $log)"
+echo "Creating $venv (log: $log)"
 rm -rf "$venv"
 .venv/bin/python -m venv "$venv"
 purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
 echo "import site; site.addsitedir('$(.venv/bin/python -c "$purelib")')" >"$("$venv/bin/python" -c "$purelib")/venv.pth"
 if ! PIP_CONSTRAINT=$constraints "$venv/bin/python" -m pip --disable-pip-version-check --no-input install \
     --progress-bar off "$@" >"$log" 2>&1 </dev/null; then
-    echo "The installation failed. The end of $log:" >&2
+    echo "The installation failed. Last lines of $log:" >&2
     tail -n 15 "$log" >&2
     exit 1
 fi

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Makes .venv in the project's root, with the pinned packages of ci/constraints.txt. Instant when nothing has changed.
+# Creates .venv in the root of the project, with the packages pinned in ci/constraints.txt. Does nothing if up to date.
 #
-#   ci/setup.sh                    find a Python >= 3.12 by itself
-#   PYTHON=/a/python ci/setup.sh   make .venv from this one (an existing .venv is kept: `make clean-venv` first)
+#   ci/setup.sh                    find a Python >= 3.12
+#   PYTHON=/a/python ci/setup.sh   use this Python (an existing .venv is kept: run `make clean-venv` first)
 #   ci/setup.sh VENV CONSTRAINTS VERSIONS
-#                                  another venv, other pins and other Pythons (ci/versions.sh)
+#                                  another venv, constraints file and list of Python versions (ci/versions.sh)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=${1:-.venv}
 constraints=${2:-ci/constraints.txt}
 versions=${3:-3.12 3.13}
-stamp=$venv/.installed       # a copy of everything that the installation depended on
-unfinished=$venv/.unfinished # stands while an installation runs: a venv that still has it cannot be trusted
+stamp=$venv/.installed       # a copy of all inputs of the installation
+unfinished=$venv/.unfinished # exists while an installation runs: a venv that still has it is incomplete
 log=$venv/install.log
 
 probe='
@@ -26,8 +26,8 @@ print(sys.executable)
 '
 
 rejected=""
-# A command's existence proves nothing (pyenv's shims exist for versions that are not active): run it.
-# Answers in $found.
+# The command may exist without working (pyenv has shims for inactive versions), so run it.
+# Returns the executable in $found.
 try() {
     local out
     if out=$("$1" -c "$probe" 2>&1 </dev/null); then
@@ -58,7 +58,7 @@ try_uv() {
     path=$(uv python find --no-project "$1" 2>/dev/null </dev/null) && try "$path"
 }
 
-# The oldest fitting version first: prebuilt packages reach new versions of Python late.
+# The oldest version first, as new Python versions may lack prebuilt packages.
 find_python() {
     local version
     if [[ -n ${PYTHON:-} ]]; then
@@ -70,23 +70,23 @@ find_python() {
     done
     if try_on_path python3 || try_on_path python; then return 0; fi
     if type -P uv >/dev/null; then
-        echo "No Python ${versions// / or } found; asking uv to install one ..."
+        echo "No Python ${versions// / or } found; installing one with uv ..."
         if uv python install "${versions%% *}" </dev/null && try_uv "${versions%% *}"; then return 0; fi
     fi
     return 1
 }
 
-say_what_to_install() {
+print_instructions() {
     {
-        echo "No suitable Python was found. Needed: CPython ${versions// / or } (64 bits) with its venv and ensurepip modules."
-        if [[ -n $rejected ]]; then printf 'Tried, and rejected:\n%s' "$rejected"; fi
+        echo "No suitable Python was found. Required: 64-bit CPython ${versions// / or } with the venv and ensurepip modules."
+        if [[ -n $rejected ]]; then printf 'Tried and rejected:\n%s' "$rejected"; fi
         echo "Install one, then run the same command again:"
         echo "  Debian, Ubuntu:  sudo apt-get install python3.12 python3.12-venv   (or python3.13 python3.13-venv)"
         echo "  Fedora:          sudo dnf install python3.12"
         echo "  macOS:           brew install python@3.12"
         echo "  with pyenv:      pyenv install 3.12"
         echo "  with uv:         uv python install 3.12"
-        echo "Or name one that you have: PYTHON=/path/to/python make test"
+        echo "Or use an existing one: PYTHON=/path/to/python make test"
     } >&2
 }
 
@@ -95,49 +95,49 @@ fingerprint() {
     cat pyproject.toml "$constraints"
 }
 
-# The scripts in a venv hold absolute paths: one that was moved or copied must be made anew.
+# The scripts in a venv contain absolute paths, so a moved or copied venv is not usable.
 venv_is_usable() {
     [[ -x $venv/bin/python && ! -e $unfinished ]] &&
         grep -qF "$(pwd -P)/$venv" "$venv/bin/activate" &&
         "$venv/bin/python" -c "$probe"$'\n''import pip' >/dev/null 2>&1
 }
 
-# The constraints hold for what pip builds from source too. Its name for that is new: older versions obey the first one.
+# The constraints also apply to builds from source. New versions of pip use PIP_BUILD_CONSTRAINT there.
 install() {
     PIP_CONSTRAINT=$constraints PIP_BUILD_CONSTRAINT=$constraints \
         "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --progress-bar off --editable ".[dev]"
 }
 
-# Of pip's pages, the few lines that show a person where the minutes go: the large downloads, and the last step.
+# Print only the slow steps from the output of pip: the large downloads and the last step.
 show_progress() {
     awk '/^ *(Downloading|Using cached) .*\([0-9.]+ [MG]B\)/ {
              size = $(NF-1); sub(/\(/, "", size)
              if (size + 0 >= 100 || $NF ~ /^G/) {
                  name = $(NF-2); sub(/.*\//, "", name); sub(/-(cp|py)[0-9].*/, "", name)
-                 print "  fetched " name " (" size " " $NF; fflush() } }
-         /^Installing collected packages/ { print "  unpacking " gsub(/,/, "") + 1 " packages ..."; fflush() }'
+                 print "  downloaded " name " (" size " " $NF; fflush() } }
+         /^Installing collected packages/ { print "  installing " gsub(/,/, "") + 1 " packages ..."; fflush() }'
 }
 
 if venv_is_usable; then
     if fingerprint | cmp -s - "$stamp"; then exit 0; fi
 else
     if ! find_python; then
-        say_what_to_install
+        print_instructions
         exit 1
     fi
-    echo "Making $venv with $found ($("$found" -V))"
+    echo "Creating $venv with $found ($("$found" -V))"
     rm -rf "$venv"
     mkdir "$venv"
     : >"$unfinished"
     "$found" -m venv "$venv"
 fi
 
-echo "Installing the packages of $constraints (the first time: about 5 GB, some minutes; log: $log)"
+echo "Installing the packages of $constraints (about 5 GB and a few minutes the first time; log: $log)"
 : >"$unfinished"
 rm -f "$stamp"
 if ! install 2>&1 </dev/null | tee "$log" | show_progress; then
     {
-        echo "The installation failed. The end of $log:"
+        echo "The installation failed. Last lines of $log:"
         tail -n 15 "$log"
     } >&2
     exit 1

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Makes .venv-hf4: .venv with transformers 4.57 on top. Instant when nothing has changed.
+# Creates .venv-hf4: the packages of .venv with transformers 4.57 on top. Does nothing if up to date.
 set -euo pipefail
 exec "$(dirname "${BASH_SOURCE[0]}")/overlay.sh" .venv-hf4 ci/constraints-hf4.txt transformers

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv-te: .venv with Transformer Engine's Python on top, and what this imports. Its compiled extension and
-# kernels are not installed: the tests bring a stand-in. Instant when nothing has changed.
+# Creates .venv-te: the packages of .venv with the Python part of Transformer Engine and its dependencies on top. The
+# compiled extension with the kernels is not installed: the tests replace it. Does nothing if up to date.
 set -euo pipefail
 exec "$(dirname "${BASH_SOURCE[0]}")/overlay.sh" .venv-te ci/constraints-te.txt --no-deps --only-binary :all: \
     transformer_engine ml_dtypes onnx onnx-ir onnxscript protobuf

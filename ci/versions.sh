@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a selection of the tests with the oldest and the newest versions that pyproject.toml admits, each in a venv of
-# its own (5 GB, some minutes the first time): .venv-oldest, .venv-newest.
+# Runs a selection of the tests with the oldest and the newest versions that pyproject.toml allows, each in its own venv
+# (5 GB and a few minutes the first time): .venv-oldest, .venv-newest.
 #
 #   ci/versions.sh           both
 #   ci/versions.sh oldest    one of them
@@ -28,7 +28,7 @@ for name in "${ends[@]}"; do
 done
 for name in "${ends[@]}"; do
     venv=.venv-$name
-    # A PYTHON that was chosen for .venv may be another version.
+    # PYTHON was chosen for .venv and may be another version.
     PYTHON='' ci/setup.sh "$venv" "ci/constraints-$name.txt" "${python[$name]}"
     "$venv/bin/python" - <<'PY'
 import platform

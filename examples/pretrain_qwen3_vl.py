@@ -1,4 +1,4 @@
-"""Train Qwen3-VL with Megatron's own pretrain, on GPUs or on CPU processes.
+"""Train Qwen3-VL with Megatron's `pretrain`, on GPUs or on CPU processes.
 
 From a Hugging Face folder or Hub id:
 
@@ -7,15 +7,15 @@ From a Hugging Face folder or Hub id:
         --micro-batch-size 1 --global-batch-size 64 --train-iters 1000 --lr 1e-5 --bf16 --save out
 
 From an imported Megatron checkpoint: `--hf-folder DIR/hf --pretrained-checkpoint DIR` instead of the first two
-arguments. On CPU: add `--cpu`. Megatron's whole log: `--verbose`. All other arguments are Megatron's; the architecture
-is read from --hf-folder.
+arguments. On the CPU: add `--cpu`. Megatron's full log: `--verbose`. All other arguments are Megatron's; the
+architecture is read from --hf-folder.
 """
 
 import sys
 
 from megatron_vlbridge.training import console
 
-# First, since imports can fail and warn too.
+# First, since imports can also fail and warn.
 console.start()
 
 from megatron_vlbridge.backends import cpu_runtime
@@ -25,7 +25,7 @@ if "--cpu" in sys.argv:
 
 from transformers import AutoProcessor
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.errors import VLBridgeError
@@ -33,10 +33,10 @@ from megatron_vlbridge.training.pretrain import parse_arguments, run
 
 
 def main() -> None:
-    """Parse, build the datasets when Megatron asks for them, train."""
+    """Parse the arguments and train."""
     args = parse_arguments()
     if args.conversations is None:
-        raise VLBridgeError("--conversations is missing: a file of JSON lines, each {'messages': [...]}")
+        raise VLBridgeError("--conversations is missing: a JSON Lines file of {'messages': [...]}")
     processor = AutoProcessor.from_pretrained(args.hf_folder)
     config = read_config(args.hf_folder)
 

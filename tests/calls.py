@@ -1,4 +1,4 @@
-"""Calls of Python functions as a clock that does not depend on the machine."""
+"""Count Python function calls, as a measure of time that does not depend on the machine."""
 
 import itertools
 import sys
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def at_each_call(do: Callable[[int], None]) -> Iterator[None]:
-    """In the block, call `do` with the number of each call of a function, in any thread, before it begins."""
+    """Within the block, call `do` with the running count before each function call, in any thread."""
     calls, monitoring = itertools.count(1), sys.monitoring
     tool, event = monitoring.PROFILER_ID, monitoring.events.PY_START
     monitoring.use_tool_id(tool, __name__)
@@ -23,7 +23,7 @@ def at_each_call(do: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def count_calls() -> Iterator[list[int]]:
-    """The one number in the list is how many functions were called in the block so far."""
+    """The only element of the list is the number of function calls in the block so far."""
     count = [0]
     with at_each_call(lambda number: count.__setitem__(0, number)):
         yield count

@@ -1,6 +1,6 @@
-"""How far a result is from its reference: the norm of the difference over the norm of the reference, per tensor.
+"""The relative error of a result: the norm of the difference over the norm of the reference, per tensor.
 
-A bound per element would claim nothing: where sums cancel, one element is as inexact as the terms of its sum are large.
+A bound per element would be meaningless: if the terms of a sum cancel, the error of the element depends on their size.
 """
 
 import math
@@ -13,11 +13,11 @@ FP32 = 1e-5
 
 
 def relative_error(found: Any, expected: Any, scale: float | None = None) -> float:
-    """Norm of the difference over that of `expected` (tensors, lists or numbers), both taken in fp64.
+    """The norm of the difference over the norm of `expected` (tensors, lists or numbers), both in fp64.
 
-    Where `expected` is zero, only zero is right. `scale` replaces the norm of a reference that is zero but for rounding
-    because its terms cancel, such as the gradient of a query that sees one key: it is the `norm` of the tensors that
-    are computed with it.
+    If `expected` is zero, only zero matches. `scale` replaces the norm of a reference that is zero up to rounding
+    because its terms cancel, such as the gradient of a query that attends to one key: the `norm` of the tensors that it
+    is computed from.
     """
     found, expected = (torch.as_tensor(x).detach().cpu().double() for x in (found, expected))
     assert found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
@@ -27,7 +27,7 @@ def relative_error(found: Any, expected: Any, scale: float | None = None) -> flo
 
 
 def assert_close_in_norm(found: Any, expected: Any, bound: float = FP32, scale: float | None = None) -> None:
-    """The relative error is below `bound`; of what is not a number, nothing is."""
+    """Assert that the relative error is below `bound`; it never is for NaN."""
     error = relative_error(found, expected, scale)
     assert error < bound, f"relative error {error:.2e}, expected less than {bound:.0e}"
 

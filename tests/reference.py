@@ -37,10 +37,10 @@ def write_checkpoint(
     text_fields: Mapping[str, object] | None = None,
     vision_fields: Mapping[str, object] | None = None,
 ) -> Path:
-    """A tiny random fp32 checkpoint of Qwen3-VL, as transformers saves it, in several shards.
+    """Write a tiny random fp32 checkpoint of Qwen3-VL with transformers, in several shards.
 
-    Dense, or with `experts` (fields of the text config beside the number and size of experts). `text_fields` and
-    `vision_fields` replace fields of both parts.
+    Dense, or with `experts` (fields of the text config in addition to the number and size of experts). `text_fields`
+    and `vision_fields` override fields of the text and vision config.
     """
     import transformers
 
@@ -91,7 +91,7 @@ def write_checkpoint(
     torch.manual_seed(seed)
     model = make_model(config).float()
     for parameter in model.parameters():
-        # Norms stay near one and biases near zero, but none is trivial: a mix-up of two tensors must show.
+        # Norms stay near one and biases near zero, but none is trivial, so that swapped tensors are detected.
         parameter.data += 0.06 * torch.randn_like(parameter)
     model.save_pretrained(folder, max_shard_size=shard)
     return folder
@@ -100,7 +100,7 @@ def write_checkpoint(
 def conversation(kind: str, seed: int, *, merge_size: int = 2, patch_dim: int = PATCH_DIM) -> Conversation:
     """A random conversation of a `kind`: text, image, images, video or mixed.
 
-    Grids grow with `merge_size`, so that the tokens are the same.
+    Grids scale with `merge_size`, so that the tokens are the same.
     """
     random = torch.Generator().manual_seed(seed)
     media = {
@@ -135,7 +135,7 @@ def conversation(kind: str, seed: int, *, merge_size: int = 2, patch_dim: int = 
 
 
 def pack(conversations: Sequence[Conversation], total: int, filler: int = 0) -> dict[str, torch.Tensor]:
-    """The pack that a dataset would give: the conversations one behind the other, padded to `total` tokens."""
+    """The pack as from a dataset: the concatenated conversations, padded to `total` tokens."""
 
     def row(tensors: list[torch.Tensor], fill: int) -> torch.Tensor:
         joined = torch.cat(tensors)
@@ -155,7 +155,7 @@ def pack(conversations: Sequence[Conversation], total: int, filler: int = 0) -> 
 
 
 def padded_batch(conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
-    """The batch `[B, S]` of these conversations, the first padded at the left, the next at the right, and so on."""
+    """The batch `[B, S]` of these conversations, padded alternately on the left and on the right."""
     width = max(len(c.tokens) for c in conversations) + 1
     batch = {
         "input_ids": torch.full((len(conversations), width), 5),
@@ -163,9 +163,9 @@ def padded_batch(conversations: Sequence[Conversation]) -> dict[str, torch.Tenso
         "labels": torch.full((len(conversations), width), -100),
     }
     for row, c in enumerate(conversations):
-        place = slice(0, len(c.tokens)) if row % 2 else slice(width - len(c.tokens), width)
-        batch["input_ids"][row, place], batch["labels"][row, place] = c.tokens, c.labels
-        batch["attention_mask"][row, place] = 1
+        span = slice(0, len(c.tokens)) if row % 2 else slice(width - len(c.tokens), width)
+        batch["input_ids"][row, span], batch["labels"][row, span] = c.tokens, c.labels
+        batch["attention_mask"][row, span] = 1
     joined = pack(conversations, width * len(conversations))
     media = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
     return batch | {key: joined[key] for key in media}
@@ -173,10 +173,10 @@ def padded_batch(conversations: Sequence[Conversation]) -> dict[str, torch.Tenso
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers gives.
+    """The results of transformers.
 
-    Of each conversation the logits `[S, V]`, the token losses `[S]` and the tower's output `[levels, N, H]` of its
-    images and its videos; of the mean loss over all supervised tokens the gradient of every parameter.
+    For each conversation the logits `[S, V]`, the token losses `[S]` and the output `[levels, N, H]` of the vision
+    tower for its images and its videos; the gradient of every parameter for the mean loss over all supervised tokens.
     """
 
     logits: list[torch.Tensor]
@@ -186,19 +186,19 @@ class Reference:
     vision: list[dict[str, torch.Tensor]]
 
 
-_KNOWN: dict[tuple[Path, bytes], Reference] = {}
+_CACHE: dict[tuple[Path, bytes], Reference] = {}
 
 
 def run_transformers(folder: Path, conversations: Sequence[Conversation]) -> Reference:
-    """Forward and backward of each conversation alone; run once for the same checkpoint and conversations."""
+    """Forward and backward of each conversation separately; cached by checkpoint and conversations."""
     key = folder, digest(conversations)
-    if key not in _KNOWN:
-        _KNOWN[key] = _run_transformers(folder, conversations)
-    return _KNOWN[key]
+    if key not in _CACHE:
+        _CACHE[key] = _run_transformers(folder, conversations)
+    return _CACHE[key]
 
 
 def digest(conversations: Sequence[Conversation]) -> bytes:
-    """What tells these conversations from others."""
+    """A hash of the conversations."""
     parts = (x.numpy().tobytes() for c in conversations for x in vars(c).values())
     return hashlib.sha256(b"".join(parts)).digest()
 

@@ -1,1 +1,1 @@
-"""From conversations and pictures to packs of tokens; and the small real data that ships with the project."""
+"""Conversations, images and videos to packs of tokens; and the small real data set of the demo."""

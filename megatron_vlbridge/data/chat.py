@@ -1,4 +1,4 @@
-"""One conversation becomes tokens, the mask of the tokens to learn (see `turns`), and patches."""
+"""Encode a conversation as tokens, a loss mask (see `turns`) and patches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from megatron_vlbridge.data.messages import check_conversation, message_name, me
 from megatron_vlbridge.data.turns import (
     TURN_END,
     TURN_START,
-    UnlearnedTurn,
-    learned_mask,
+    ExcludedTurn,
     match_turns,
     render,
     split_turns,
+    supervised_mask,
 )
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
@@ -33,12 +33,12 @@ class Sample:
 
     Attributes:
         input_ids: int64 `[L]`.
-        loss_mask: bool `[L]`, True for a token that the model shall learn to say (not shifted).
-        pixel_values: float32 `[P, patch_dim]`, the patches of all images in order; 0 rows where there is none.
+        loss_mask: bool `[L]`, True for a supervised token (not shifted).
+        pixel_values: float32 `[P, patch_dim]`, the patches of all images in order; 0 rows without images.
         image_grid_thw: int64 `[n, 3]`, in patches.
         pixel_values_videos: float32 `[P, patch_dim]`.
         video_grid_thw: int64 `[m, 3]`.
-        unlearned: the assistant's messages without loss, as the chat template changes their text.
+        excluded_turns: the assistant turns excluded from the loss, with the reasons.
     """
 
     input_ids: Tensor
@@ -47,7 +47,7 @@ class Sample:
     image_grid_thw: Tensor
     pixel_values_videos: Tensor
     video_grid_thw: Tensor
-    unlearned: tuple[UnlearnedTurn, ...] = ()
+    excluded_turns: tuple[ExcludedTurn, ...] = ()
 
 
 def encode_conversation(
@@ -60,17 +60,17 @@ def encode_conversation(
     """Encode a conversation in the Hugging Face messages format with a Qwen3-VL processor.
 
     A message is `{"role": "system" | "user" | "assistant", "content": ...}`; the content is a string or a list of
-    `{"type": "text", "text": str}` and, in the user's messages, `{"type": "image", "image": path or PIL image}` and
-    `{"type": "video", "video": frames, "fps": float}` (see `media.load_video`). There are no other keys.
+    `{"type": "text", "text": str}` and, in user messages, `{"type": "image", "image": path or PIL image}` and
+    `{"type": "video", "video": frames, "fps": float}` (see `media.load_video`). Other keys are rejected.
 
-    The loss covers what an assistant says, byte for byte, and its closing `<|im_end|>`. A turn of which the chat
-    template makes something else (a thinking model's template drops the reasoning of earlier turns, for instance) is
-    not learned, and listed in `Sample.unlearned`. `media` says how images and frames are read.
+    The loss covers the assistant content, byte for byte, and its closing `<|im_end|>`. A turn that the chat template
+    modifies (the template of a thinking model drops the reasoning of earlier turns, for example) is excluded from the
+    loss and listed in `Sample.excluded_turns`. `media` sets how images and frames are read.
 
     Raises:
-        VLBridgeError: a message is not of this form; a text holds a special token; the chat template changes what a
-            system or user says; placeholders, grids, patches and media do not fit each other; no token would be
-            learned (unless `allow_no_loss`). Messages and their parts are named by their index, from 0.
+        VLBridgeError: a message does not have this format; a text contains a special token; the chat template modifies
+            system or user content; placeholders, grids, patches and media do not match; there is no supervised token
+            (unless `allow_no_loss`). Errors name messages and parts by index, from 0.
 
     Example:
         >>> sample = encode_conversation([
@@ -88,9 +88,9 @@ def encode_conversation(
     turns = match_turns(split_turns(text), messages, _placeholders(processor))
     encoded = _run_processor(text, images, videos, processor)
     ids = encoded["input_ids"][0]
-    loss_mask, unlearned = learned_mask(ids, turns, messages, processor)
+    loss_mask, excluded = supervised_mask(ids, turns, messages, processor)
     if not allow_no_loss and not loss_mask.any():
-        raise _nothing_to_learn(messages, unlearned)
+        raise _no_supervised_token(messages, excluded)
     empty = torch.zeros(0, _patch_dim(processor)), torch.zeros(0, 3, dtype=torch.int64)
     sample = Sample(
         ids,
@@ -99,81 +99,81 @@ def encode_conversation(
         encoded.get("image_grid_thw", empty[1]),
         encoded.get("pixel_values_videos", empty[0]),
         encoded.get("video_grid_thw", empty[1]),
-        unlearned,
+        excluded,
     )
     _check_media(sample, len(images), len(videos), processor)
     return sample
 
 
 def _load_media[T](messages: Conversation, kind: str, load: Callable[[dict[str, Any]], T]) -> list[T]:
-    """All images or all videos in order; what cannot be loaded is named by message and part."""
+    """Load all images or all videos in order; errors name the message and the part."""
     media: list[T] = []
     for index, message in enumerate(messages):
-        for number, part in enumerate(message_parts(message)):
+        for part_index, part in enumerate(message_parts(message)):
             if part["type"] == kind:
                 try:
                     media.append(load(part))
                 except VLBridgeError as error:
-                    raise VLBridgeError(f"{message_name(messages, index)}, part {number}: {error}") from error
+                    raise VLBridgeError(f"{message_name(messages, index)}, part {part_index}: {error}") from error
     return media
 
 
 def _check_special_tokens(messages: Conversation, special_tokens: Sequence[str]) -> None:
     for index, message in enumerate(messages):
-        # Joined, as the template joins them: a special token may come about where two texts meet.
+        # Concatenated as by the template: two parts can form a special token together.
         text = message_text(message, {"image": "\n", "video": "\n"})
         found = [token for token in special_tokens if token in text]
         if found:
             raise VLBridgeError(
-                f"{message_name(messages, index)}: the text holds {', '.join(map(repr, found))}, which would be read "
-                "as structure; remove special tokens from the text"
+                f"{message_name(messages, index)}: the text contains the special tokens {', '.join(map(repr, found))}; "
+                "remove them"
             )
 
 
 def _run_processor(
     text: str, images: list[Image.Image], videos: list[Video], processor: ProcessorMixin
 ) -> dict[str, Tensor]:
-    """The processor's own result for one conversation, as tensors with a leading axis of 1 where it adds one."""
+    """Run the processor on one conversation; tokens have a batch dimension of 1."""
     media: dict[str, Any] = {}
     if images:
         media["images"] = images
     if videos:
-        few = processor.video_processor.temporal_patch_size
-        for number, video in enumerate(videos):
-            if len(video.frames) < few:
-                raise VLBridgeError(f"video {number}: expected at least {few} frames, found {len(video.frames)}")
+        minimum = processor.video_processor.temporal_patch_size
+        for index, video in enumerate(videos):
+            if len(video.frames) < minimum:
+                raise VLBridgeError(f"video {index}: expected at least {minimum} frames, found {len(video.frames)}")
         media["videos"] = [video.frames for video in videos]
         media["video_metadata"] = [video.metadata for video in videos]
         media["do_sample_frames"] = False
     try:
         return processor(text=[text], return_tensors="pt", **media)
     except ValueError as error:
-        raise VLBridgeError(f"the processor refuses {len(images)} images and {len(videos)} videos: {error}") from error
+        raise VLBridgeError(f"the processor rejects {len(images)} images and {len(videos)} videos: {error}") from error
 
 
-def _nothing_to_learn(messages: Conversation, unlearned: Sequence[UnlearnedTurn]) -> VLBridgeError:
-    if not unlearned:
+def _no_supervised_token(messages: Conversation, excluded: Sequence[ExcludedTurn]) -> VLBridgeError:
+    if not excluded:
         roles = ", ".join(message["role"] for message in messages)
         return VLBridgeError(
-            f"no token to learn: none of the {len(messages)} messages has the role 'assistant' (roles: {roles})"
+            f"no supervised token: none of the {len(messages)} messages has the role 'assistant' (roles: {roles})"
         )
-    first = unlearned[0]
+    first = excluded[0]
     return VLBridgeError(
-        "no token to learn: the chat template changes what the assistant says; "
+        "no supervised token: every assistant turn is excluded from the loss; "
         f"{message_name(messages, first.message)}: {first.reason}"
     )
 
 
 def _check_media(sample: Sample, num_images: int, num_videos: int, processor: ProcessorMixin) -> None:
-    """Media given, grids, patch rows and placeholders must all agree."""
-    for kind, given, grid, pixels in (
+    """Check that media, grids, patches and placeholders match."""
+    for kind, count, grid, pixels in (
         ("image", num_images, sample.image_grid_thw, sample.pixel_values),
         ("video", num_videos, sample.video_grid_thw, sample.pixel_values_videos),
     ):
         rows, width = int(grid.prod(1).sum()), _patch_dim(processor)
-        if len(grid) != given or tuple(pixels.shape) != (rows, width):
+        if len(grid) != count or tuple(pixels.shape) != (rows, width):
             raise VLBridgeError(
-                f"{given} {kind}s in the messages: expected as many grids and patches [{rows}, {width}], "
+                f"{count} {kind}s in the messages: expected {count} grids and patches [{rows}, {width}], "
                 f"found {len(grid)} grids {grid.tolist()} and patches {list(pixels.shape)}"
             )
     check_vision_tokens(
@@ -190,21 +190,21 @@ def _check_media(sample: Sample, num_images: int, num_videos: int, processor: Pr
 
 
 def _special_tokens(processor: ProcessorMixin) -> list[str]:
-    """The tokens that no text may hold."""
+    """The tokens that must not occur in a text."""
     tokenizer = processor.tokenizer
     missing = [token for token in (TURN_START, TURN_END) if token not in tokenizer.get_added_vocab()]
     if missing:
-        raise VLBridgeError(f"tokenizer: expected the special token {missing[0]} of a Qwen chat, found none")
+        raise VLBridgeError(f"tokenizer: expected the special token {missing[0]} of the Qwen chat format, found none")
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return list(dict.fromkeys([*special, TURN_START, TURN_END, processor.image_token, processor.video_token]))
 
 
 def _placeholders(processor: ProcessorMixin) -> dict[str, str]:
-    """What stands for an image and for a video in the text before the processor expands it."""
+    """The placeholder of an image and of a video in the text, before the processor expands it."""
     image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
     return {"image": image, "video": processor.video_token}
 
 
 def _patch_dim(processor: ProcessorMixin) -> int:
-    images = processor.image_processor
-    return len(images.image_mean) * images.temporal_patch_size * images.patch_size**2
+    image_processor = processor.image_processor
+    return len(image_processor.image_mean) * image_processor.temporal_patch_size * image_processor.patch_size**2

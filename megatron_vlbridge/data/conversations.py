@@ -1,4 +1,4 @@
-"""Conversations from a file of JSON lines."""
+"""Read conversations from a JSON Lines file."""
 
 import json
 import math
@@ -13,38 +13,38 @@ from megatron_vlbridge.data.messages import MEDIA_FORM, check_conversation, chec
 from megatron_vlbridge.errors import VLBridgeError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# How other formats mark the place of an image in a text, as in `<image>`, `<image_1>`, `<|video_2|>`, `<img>`. After a
-# backtick it is code.
+# Media placeholders of other formats, such as `<image>`, `<image_1>`, `<|video_2|>`, `<img>`. After a backtick the tag
+# is code.
 MEDIA_TAG = re.compile(r"(?<!`)<\|?(image|video|audio|img)(?:[ _-]?\d+)?\|?>")
-# What names a file between a tag and its closing tag, as in `<video>a.mp4</video>`.
+# A file name between a tag and its closing tag, as in `<video>a.mp4</video>`.
 SOURCE = re.compile(r"[^<>]*\.\w+\s*|\s*[^\s<>]*/[^\s<>]*\s*")
 
 
-class LocatedConversation(list[Message]):
-    """A conversation that knows where it was read: `place` is, say, "train.jsonl, line 7"."""
+class FileConversation(list[Message]):
+    """A conversation read from a file, with its location for error messages, e.g. "train.jsonl, line 7"."""
 
-    def __init__(self, messages: Iterable[Message], place: str) -> None:
+    def __init__(self, messages: Iterable[Message], location: str) -> None:
         super().__init__(messages)
-        self.place = place
+        self.location = location
 
 
 def read_conversations(path: str | Path, *, split: str = "", literal_tags: bool = False) -> list[Conversation]:
-    """The conversations of a JSONL file: on each line `{"messages": [...]}`, as `chat.encode_conversation` takes them.
+    """Read a JSONL file with `{"messages": [...]}` on each line, in the format of `chat.encode_conversation`.
 
-    Paths of images and of frames are relative to the file's folder. Blank lines and a byte order mark are skipped.
-    Every conversation keeps its place, file and line, for the errors of those that encode it.
+    Paths of images and frames are relative to the folder of the file. Blank lines and a byte order mark are skipped.
+    Every conversation keeps its file and line, so that errors raised when it is encoded can name them.
 
     Args:
         path: the file, in UTF-8.
-        split: what errors name beside the file, as in "train" or "validation".
-        literal_tags: take `<image>` and the like in texts literally. Without it they are refused: in files converted
-            from other formats they stand for media that are named elsewhere, and the text would be trained on instead.
-            A tag after a backtick, and markup between a tag and its closing tag (`<video>...</video>`, but not
-            `<video>a.mp4</video>`), are always taken literally.
+        split: named in errors next to the file, such as "train" or "validation".
+        literal_tags: treat `<image>` and similar tags in texts as plain text. By default they are rejected: in files
+            converted from other formats they are placeholders for media listed elsewhere, and the model would be
+            trained on the tag. A tag after a backtick, and markup between a tag and its closing tag
+            (`<video>...</video>`, but not `<video>a.mp4</video>`), are always plain text.
 
     Raises:
-        VLBridgeError: the file is missing, not UTF-8 or has no conversation; a line is not of this form, has a key
-            that is not known or one key twice. File and line (from 1) are named, message and part (from 0).
+        VLBridgeError: the file is missing, not UTF-8 or has no conversation; a line does not have this format, has an
+            unknown key or a duplicate key. The error names file and line (from 1), message and part (from 0).
 
     Example line::
 
@@ -60,32 +60,36 @@ def read_conversations(path: str | Path, *, split: str = "", literal_tags: bool 
             for number, line in enumerate(file, 1):
                 content = (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).removesuffix(b"\n")
                 if content.strip():
-                    place = f"{name}, line {number}"
-                    conversations.append(_read_line(content, place, path.parent, literal_tags))
+                    location = f"{name}, line {number}"
+                    conversations.append(_read_line(content, location, path.parent, literal_tags))
     except OSError as error:
-        raise VLBridgeError(f"{name}: no file that can be read ({error.strerror})") from error
+        raise VLBridgeError(f"{name}: cannot read the file ({error.strerror})") from error
     if not conversations:
         raise VLBridgeError(f"{name}: expected at least one conversation, found none")
     return conversations
 
 
-def _read_line(line: bytes, place: str, folder: Path, literal_tags: bool) -> LocatedConversation:
+def _read_line(line: bytes, location: str, folder: Path, literal_tags: bool) -> FileConversation:
     try:
-        messages = _messages(_parsed(line))
+        messages = _messages(_parse_json(line))
         check_conversation(messages)
         if not literal_tags:
             _check_tags(messages)
     except VLBridgeError as error:
-        raise VLBridgeError(f"{place}: {error}") from error
-    resolved = [{**message, "content": _resolved(message["content"], folder)} for message in messages]
-    return LocatedConversation(resolved, place)
+        raise VLBridgeError(f"{location}: {error}") from error
+    resolved = [{**message, "content": _resolve_paths(message["content"], folder)} for message in messages]
+    return FileConversation(resolved, location)
 
 
-def _parsed(line: bytes) -> Any:
-    """The value of a line. Python's parser keeps the last of two equal keys and reads NaN; both are refused here."""
+def _parse_json(line: bytes) -> Any:
+    """Parse a line. Python's parser keeps the last of duplicate keys and accepts NaN; both are errors here."""
     try:
         return json.loads(
-            line.decode(), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite, parse_int=_integer
+            line.decode(),
+            object_pairs_hook=_object,
+            parse_constant=_reject_constant,
+            parse_float=_finite,
+            parse_int=_integer,
         )
     except UnicodeDecodeError as error:
         raise VLBridgeError(f"expected UTF-8 text, found {error.reason} at byte {error.start}") from error
@@ -95,29 +99,29 @@ def _parsed(line: bytes) -> Any:
             f"(column {error.colno}: {error.msg})"
         ) from error
     except RecursionError:
-        raise VLBridgeError("expected one JSON object on the line, found too many levels of nesting") from None
+        raise VLBridgeError("expected one JSON object on the line, found too many nesting levels") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise VLBridgeError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        raise VLBridgeError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
     return value
 
 
-def _refuse(constant: str) -> None:
+def _reject_constant(constant: str) -> None:
     raise VLBridgeError(f"{constant} is not a JSON value")
 
 
 def _finite(digits: str) -> float:
     if math.isinf(float(digits)):
-        raise VLBridgeError(f"{digits[:80]} is too large for a number")
+        raise VLBridgeError(f"{digits[:80]} is too large")
     return float(digits)
 
 
 def _integer(digits: str) -> int:
-    _finite(digits)  # Python reads no integer of more than 4300 digits
+    _finite(digits)  # Python parses integers of at most 4300 digits
     return int(digits)
 
 
@@ -136,32 +140,32 @@ def _check_tags(messages: Conversation) -> None:
     for index, message in enumerate(messages):
         text = "".join(part["text"] for part in message_parts(message) if part["type"] == "text")
         for tag in MEDIA_TAG.finditer(text):
-            if _stands_for_media(tag):
+            if _is_placeholder(tag):
                 raise VLBridgeError(
-                    f"{message_name(messages, index)}: the text holds {tag[0]!r}, which would be trained on as text; "
-                    f"expected {MEDIA_FORM}; if it is meant as text: --literal-tags, or read_conversations(..., "
-                    "literal_tags=True)"
+                    f"{message_name(messages, index)}: the text contains {tag[0]!r}, which would be trained on as "
+                    f"text; expected {MEDIA_FORM}; if it is plain text, use --literal-tags or "
+                    "read_conversations(..., literal_tags=True)"
                 )
 
 
-def _stands_for_media(tag: re.Match[str]) -> bool:
-    """Whether a tag is no markup: `<img>` never has content, and what closes has markup in it, not a file's name."""
+def _is_placeholder(tag: re.Match[str]) -> bool:
+    """Whether a tag is a media placeholder: `<img>`, a tag that is not closed, or one around a file name."""
     end = tag.string.find(f"</{tag[1]}>", tag.end())
     return tag[1] == "img" or end < 0 or SOURCE.fullmatch(tag.string, tag.end(), end) is not None
 
 
-def _resolved(content: Any, folder: Path) -> Any:
-    """The content with its paths made independent of the working directory."""
+def _resolve_paths(content: Any, folder: Path) -> Any:
+    """The content with its paths joined to the folder of the file."""
     if isinstance(content, str):
         return content
     return [
-        {key: _resolved_path(value, folder) if key in ("image", "video") else value for key, value in part.items()}
+        {key: _resolve_path(value, folder) if key in ("image", "video") else value for key, value in part.items()}
         for part in content
     ]
 
 
-def _resolved_path(value: Any, folder: Path) -> Any:
-    """Lists item by item. What is no path stays as it is, for `media` to refuse it under its own name."""
+def _resolve_path(value: Any, folder: Path) -> Any:
+    """Resolve a path or a list of paths. Other values stay unchanged: `media` rejects them by name."""
     if isinstance(value, list):
-        return [_resolved_path(item, folder) for item in value]
+        return [_resolve_path(item, folder) for item in value]
     return str(folder / value) if isinstance(value, str) and not is_url(value) else value

@@ -1,6 +1,7 @@
-"""Conversations as an endless, resumable row of packs."""
+"""A map-style dataset of packed conversations."""
 
 import logging
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,10 +12,10 @@ from transformers import ProcessorMixin
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.chat import Sample, encode_conversation
-from megatron_vlbridge.data.conversations import LocatedConversation, read_conversations
+from megatron_vlbridge.data.conversations import FileConversation, read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.media import DEFAULTS, Conversation
-from megatron_vlbridge.data.packing import build_pack, pack
+from megatron_vlbridge.data.packing import best_fit, build_pack
 from megatron_vlbridge.errors import VLBridgeError
 
 __all__ = ["PackedConversations", "check_processor", "read_conversations"]
@@ -25,29 +26,29 @@ logger = logging.getLogger(__name__)
 class PackedConversations(Dataset[dict[str, Tensor]]):
     """A map-style dataset of `num_samples` packs; item i is a pure function of the conversations, the seed and i.
 
-    Every epoch shuffles the conversations anew and packs them (`packing.pack`), so each is seen once an epoch, in
-    changing company. Any process, worker or resumed run that asks for item i gets the same tensors (see
-    `packing.build_pack` for them).
+    Each epoch shuffles the conversations and packs them again (`packing.best_fit`), so every conversation occurs once
+    per epoch, together with different ones. Item i has the same tensors (see `packing.build_pack`) in every process,
+    worker and resumed run.
 
-    Each conversation is encoded once when the dataset is made, to know its true length; only lengths are kept. An
-    item is encoded again when it is asked for, and refused if its length has changed. Assistants' turns without loss
-    (see `chat.encode_conversation`) are counted: `assistant_turns`, `unlearned_turns`, and in words `unlearned_report`,
-    which rank 0 logs as a warning.
+    Each conversation is encoded once when the dataset is created, to determine its length; only the lengths are kept.
+    `__getitem__` encodes it again, and raises an error if its length has changed. Assistant turns excluded from the
+    loss (see `chat.encode_conversation`) are counted in `num_assistant_turns` and `num_excluded_turns`, and
+    `excluded_turns_report` describes them; rank 0 logs it as a warning.
 
     Args:
-        conversations: in the form that `chat.encode_conversation` takes.
-        processor: the checkpoint's own.
-        config: the checkpoint's own; tokens and patches of the processor must fit it.
-        seq_length: tokens of a pack.
-        num_samples: how many packs the dataset has; as many epochs are begun as that needs.
-        seed: of the shuffling.
-        multiple_of: what each conversation's length is padded to inside a pack; 2 * the context-parallel size, if
-            that is not 1. Room is left for the padding; the tensors stay without it.
+        conversations: in the format of `chat.encode_conversation`.
+        processor: of the checkpoint.
+        config: of the checkpoint; the tokens and patches of the processor must match it.
+        seq_length: number of tokens of a pack.
+        num_samples: number of packs, over as many epochs as needed.
+        seed: of the shuffle.
+        multiple_of: length of a conversation in a pack is rounded up to a multiple of this, for context-parallel
+            padding: 2 * the context-parallel size if that is above 1. The space is reserved; the tensors are unpadded.
         media: how images and frames are read.
 
     Raises:
-        VLBridgeError: processor and config do not fit each other; a conversation cannot be encoded or is longer than
-            `seq_length` (it is named by file and line, or else by its index); there is no conversation.
+        VLBridgeError: the processor does not match the config; a conversation cannot be encoded or is longer than
+            `seq_length` (the error names its file and line, or its index); there are no conversations.
 
     Example:
         >>> packs = PackedConversations(read_conversations("train.jsonl"), processor, config,
@@ -78,98 +79,100 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.seed = seed
         self.multiple_of = multiple_of
         self.media = media
-        self.assistant_turns = self.unlearned_turns = 0
-        self._first_unlearned = ""
-        sizes = np.array([self._size(index) for index in range(len(conversations))])
-        self.lengths: list[int] = sizes[:, 0].tolist()
-        self._supervised: list[int] = sizes[:, 1].tolist()
-        self._first_of_epoch = [0]
-        self._packs_of_epoch: tuple[int, list[list[int]]] = (-1, [])
-        if self.unlearned_turns and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
-            logger.warning(self.unlearned_report)
+        self.num_assistant_turns = self.num_excluded_turns = 0
+        self._first_excluded_turn = ""
+        self.lengths: list[int] = []
+        self._supervised: list[int] = []
+        for index in range(len(conversations)):
+            self._measure(index)
+        self._epoch_starts = [0]
+        self._cached_epoch: tuple[int, list[list[int]]] = (-1, [])
+        if self.num_excluded_turns and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            logger.warning(self.excluded_turns_report)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        samples = [self._encode(member) for member in self.members(index)]
+        samples = [self._encode_again(member) for member in self.members(index)]
         return build_pack(samples, self.seq_length, self.processor.tokenizer.pad_token_id)
 
     def members(self, index: int) -> list[int]:
         """The indices of the conversations in pack `index`, in order."""
         if not 0 <= index < self.num_samples:
-            raise IndexError(f"pack {index} of a dataset of {self.num_samples}")
-        while index >= self._first_of_epoch[-1]:
-            epoch = len(self._first_of_epoch) - 1
-            self._first_of_epoch.append(self._first_of_epoch[-1] + len(self.epoch_packs(epoch)))
-        epoch = int(np.searchsorted(self._first_of_epoch, index, side="right")) - 1
-        return self.epoch_packs(epoch)[index - self._first_of_epoch[epoch]]
+            raise IndexError(f"pack {index} is out of range for a dataset of {self.num_samples} packs")
+        while index >= self._epoch_starts[-1]:
+            epoch = len(self._epoch_starts) - 1
+            self._epoch_starts.append(self._epoch_starts[-1] + len(self.epoch_packs(epoch)))
+        epoch = bisect_right(self._epoch_starts, index) - 1
+        return self.epoch_packs(epoch)[index - self._epoch_starts[epoch]]
 
     def epoch_packs(self, epoch: int) -> list[list[int]]:
-        """All packs of an epoch, as indices of conversations."""
-        if self._packs_of_epoch[0] != epoch:
+        """The packs of an epoch, each as a list of conversation indices; the last epoch asked for is cached."""
+        cached_epoch, packs = self._cached_epoch
+        if cached_epoch != epoch:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths)).tolist()
-            packs = pack([self._room(self.lengths[member]) for member in order], self.seq_length)
-            self._packs_of_epoch = epoch, [[order[place] for place in places] for places in packs]
-        return self._packs_of_epoch[1]
+            shuffled = best_fit([self._padded_length(self.lengths[member]) for member in order], self.seq_length)
+            packs = [[order[position] for position in positions] for positions in shuffled]
+            self._cached_epoch = epoch, packs
+        return packs
 
     def supervised_tokens(self, index: int) -> int:
-        """How many labels pack `index` has, without encoding it."""
+        """The number of supervised tokens of pack `index`, without encoding it."""
         return sum(self._supervised[member] for member in self.members(index))
 
     @property
-    def unlearned_report(self) -> str:
-        """How many assistants' turns have no loss, and the first of them; empty where all have."""
-        if not self.unlearned_turns:
+    def excluded_turns_report(self) -> str:
+        """The number of assistant turns excluded from the loss, and the first of them; empty if there are none."""
+        if not self.num_excluded_turns:
             return ""
         return (
-            f"{self.unlearned_turns} of {self.assistant_turns} assistant turns are not learned: the chat template "
-            f"changes their text (first: {self._first_unlearned})"
+            f"{self.num_excluded_turns} of {self.num_assistant_turns} assistant turns are excluded from the loss, as "
+            f"their tokens differ from the message (first: {self._first_excluded_turn})"
         )
 
-    def _room(self, length: int) -> int:
+    def _padded_length(self, length: int) -> int:
         return -(-length // self.multiple_of) * self.multiple_of
 
-    def _size(self, index: int) -> tuple[int, int]:
-        sample = self._encoded(index)
+    def _measure(self, index: int) -> None:
+        """Encode a conversation and record its length, its supervised tokens and its excluded turns."""
+        sample = self._encode(index)
         length = len(sample.input_ids)
-        if self._room(length) > self.seq_length:
+        if self._padded_length(length) > self.seq_length:
             raise VLBridgeError(
-                f"{self._place(index)}: {length} tokens do not fit into a pack of {self.seq_length}; raise the "
-                "sequence length, shorten the conversation or make its images smaller"
+                f"{self._location(index)}: {length} tokens do not fit into a pack of {self.seq_length}; increase the "
+                "sequence length, shorten the conversation or scale its images down"
             )
-        self._count_turns(index, sample)
-        return length, int(sample.loss_mask.sum())
+        self.lengths.append(length)
+        self._supervised.append(int(sample.loss_mask.sum()))
+        self.num_assistant_turns += sum(message["role"] == "assistant" for message in self.conversations[index])
+        self.num_excluded_turns += len(sample.excluded_turns)
+        if sample.excluded_turns and not self._first_excluded_turn:
+            first = sample.excluded_turns[0]
+            self._first_excluded_turn = f"{self._location(index)}, message {first.message}: {first.reason}"
 
-    def _count_turns(self, index: int, sample: Sample) -> None:
-        self.assistant_turns += sum(message["role"] == "assistant" for message in self.conversations[index])
-        self.unlearned_turns += len(sample.unlearned)
-        if sample.unlearned and not self._first_unlearned:
-            first = sample.unlearned[0]
-            self._first_unlearned = f"{self._place(index)}, message {first.message}: {first.reason}"
-
-    def _encode(self, index: int) -> Sample:
-        sample = self._encoded(index)
+    def _encode_again(self, index: int) -> Sample:
+        sample = self._encode(index)
         if len(sample.input_ids) != self.lengths[index]:
             raise VLBridgeError(
-                f"{self._place(index)}: {len(sample.input_ids)} tokens, but {self.lengths[index]} when the dataset "
-                "was made; its images have changed meanwhile"
+                f"{self._location(index)}: {len(sample.input_ids)} tokens, but {self.lengths[index]} when the dataset "
+                "was created; its images have changed since then"
             )
         return sample
 
-    def _encoded(self, index: int) -> Sample:
+    def _encode(self, index: int) -> Sample:
         try:
             return encode_conversation(self.conversations[index], self.processor, media=self.media)
         except VLBridgeError as error:
-            raise VLBridgeError(f"{self._place(index)}: {error}") from error
+            raise VLBridgeError(f"{self._location(index)}: {error}") from error
 
-    def _place(self, index: int) -> str:
+    def _location(self, index: int) -> str:
         conversation = self.conversations[index]
-        return conversation.place if isinstance(conversation, LocatedConversation) else f"conversation {index}"
+        return conversation.location if isinstance(conversation, FileConversation) else f"conversation {index}"
 
 
 def check_processor(processor: ProcessorMixin, config: Config) -> None:
-    """Refuse a processor whose tokens or patches are not those of the checkpoint (VLBridgeError with both values)."""
+    """Check that the tokens and patches of a processor match the checkpoint (VLBridgeError with both values)."""
     vision, tokenizer = config.vision, processor.tokenizer
     pairs = {
         "image token id": (processor.image_token_id, config.image_token_id),
@@ -184,13 +187,14 @@ def check_processor(processor: ProcessorMixin, config: Config) -> None:
     for name, (found, expected) in pairs.items():
         if found != expected:
             raise VLBridgeError(
-                f"processor: {name} {found}, but the config says {expected}; use the checkpoint's own processor"
+                f"processor: {name} {found}, but the config has {expected}; use the processor of the checkpoint"
             )
     if len(tokenizer) > config.text.vocab_size:
         raise VLBridgeError(
-            f"processor: {len(tokenizer)} tokens, but the config's vocabulary has {config.text.vocab_size}"
+            f"processor: {len(tokenizer)} tokens, but the config has a vocabulary of {config.text.vocab_size}; use the "
+            "processor of the checkpoint"
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in (config.image_token_id, config.video_token_id):
         raise VLBridgeError(
-            f"processor: expected a pad token that is no placeholder, found id {tokenizer.pad_token_id}"
+            f"processor: expected a pad token that is not a placeholder, found id {tokenizer.pad_token_id}"
         )

@@ -1,4 +1,4 @@
-"""An image file or a PIL image as RGB. What would lose content on the way is rejected."""
+"""Read an image file or a PIL image as RGB. Images that would lose content in the conversion are rejected."""
 
 import os
 import re
@@ -12,15 +12,15 @@ from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
 from megatron_vlbridge.errors import VLBridgeError
 
-# They have at most 8 bits a channel. Others (I, F, I;16, ...) are clipped by `convert("RGB")`, or it rejects them.
+# At most 8 bits per channel. `convert("RGB")` clips or rejects other modes (I, F, I;16, ...).
 MODES = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA", "RGBA", "RGBa"})
-# What follows the first frame of these is no image of its own: other views or a depth map of the photo, the layers.
-FORMATS_SHOWN_BY_THE_FIRST_FRAME = ("MPO", "PSD")
+# Further frames of these formats are not separate images: other views or a depth map of the photo, or layers.
+FIRST_FRAME_FORMATS = ("MPO", "PSD")
 WHITE = (255, 255, 255)
 URL = re.compile(r"(data|file):|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 _settings_lock = Lock()
-# A child forked while another thread holds the lock would wait for it forever.
+# Otherwise a child forked while another thread holds the lock would deadlock.
 os.register_at_fork(
     before=_settings_lock.acquire, after_in_parent=_settings_lock.release, after_in_child=_settings_lock.release
 )
@@ -31,7 +31,7 @@ class MediaOptions:
     """How images and frames are read.
 
     Attributes:
-        max_image_pixels: a larger image is rejected before it is decoded. The default is Pillow's.
+        max_image_pixels: larger images are rejected before they are decoded. The default is Pillow's.
     """
 
     max_image_pixels: int = 178_956_970
@@ -47,13 +47,13 @@ def is_url(source: object) -> bool:
 
 
 def read_image(source: str | Path | Image.Image, name: str, options: MediaOptions) -> Image.Image:
-    """The RGB image of a file or a PIL image, upright (EXIF orientation applied), transparency composited on white.
+    """Read a file or a PIL image as RGB, with EXIF orientation applied and transparency composited on white.
 
-    `name` says what the image is in an error ("image", "video frame 3").
+    `name` describes the image in errors ("image", "video frame 3").
 
     Raises:
-        VLBridgeError: the source is a URL; there is no such file; it cannot be decoded, or not completely; it has no
-        pixels, more than `max_image_pixels`, more than 8 bits a channel, or several frames.
+        VLBridgeError: the source is a URL; the file does not exist; it cannot be decoded completely; it has no
+        pixels, more than `max_image_pixels`, more than 8 bits per channel, or several frames.
 
     Example:
         >>> read_image(Image.new("LA", (4, 2), (0, 128)), "image", MediaOptions()).getpixel((0, 0))
@@ -62,14 +62,14 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
     where = f"{name}: {_shown(source)}"
     if is_url(source):
         raise VLBridgeError(
-            f"{where} is a URL, which is not supported; download it first and give the path of the file"
+            f"{where} is a URL, which is not supported; download it first and pass the path of the file"
         )
     try:
         with _pillow_settings(options.max_image_pixels):
             source = _by_path_if_lazy_tiff(source)
             if isinstance(source, Image.Image):
                 return _to_rgb(source, options.max_image_pixels)
-            # Given the path, Pillow 13 maps an uncompressed TIFF, and scrambles it if it has to be turned.
+            # Given a path, Pillow 13 memory-maps an uncompressed TIFF and scrambles it if it has to be rotated.
             with Path(source).open("rb") as file, Image.open(file) as opened:
                 return _to_rgb(opened, options.max_image_pixels)
     except VLBridgeError as error:
@@ -79,12 +79,12 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise VLBridgeError(f"{where} {_too_large(options.max_image_pixels, str(error))}") from error
     except Exception as error:
-        # On a damaged file Pillow's decoders raise errors of any type.
+        # On a corrupt file Pillow's decoders raise errors of any type.
         raise VLBridgeError(f"{where} cannot be decoded as an image ({type(error).__name__}: {error})") from error
 
 
 def _by_path_if_lazy_tiff(source: str | Path | Image.Image) -> str | Path | Image.Image:
-    """The path in place of a TIFF image that was opened by it and is not loaded yet."""
+    """The path of a TIFF image that was opened by path and is not loaded yet; any other source unchanged."""
     if isinstance(source, TiffImagePlugin.TiffImageFile) and source.tile and source.filename:
         return Path(os.fsdecode(source.filename))
     return source
@@ -97,16 +97,16 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     if width * height == 0:
         raise VLBridgeError(f"has no pixels ({width} x {height})")
     frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format not in FORMATS_SHOWN_BY_THE_FIRST_FRAME:
+    if frames > 1 and image.format not in FIRST_FRAME_FORMATS:
         raise VLBridgeError(
-            f"has {frames} frames or pages, of which an image would keep one: give them as a video or as several "
-            "images, or save the one that is meant as a file of its own"
+            f"has {frames} frames or pages, of which only one would be used: pass them as a video or as several "
+            "images, or save the intended one to a separate file"
         )
     image.load()
     if image.mode not in MODES:
         raise VLBridgeError(
-            f"has the mode {image.mode}: expected an image of at most 8 bits a channel that Pillow converts to RGB; "
-            "scale its values to 0..255 (others would be clipped) and save it as 8-bit greyscale or RGB"
+            f"has the mode {image.mode}: expected at most 8 bits per channel, in a mode that Pillow converts to RGB; "
+            "scale the values to 0..255 (others would be clipped) and save the image as 8-bit grayscale or RGB"
         )
     upright = ImageOps.exif_transpose(image)
     if upright.has_transparency_data:
@@ -126,7 +126,7 @@ def _too_large(max_pixels: int, found: str) -> str:
 
 @contextmanager
 def _pillow_settings(max_pixels: int) -> Iterator[None]:
-    """Pillow's settings, which are global: the limit of pixels is ours, and a truncated file is an error."""
+    """Set Pillow's global settings while reading: our pixel limit, and an error for a truncated file."""
     with _settings_lock:
         before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False

@@ -1,4 +1,4 @@
-"""Images and videos of a conversation, as the processor takes them."""
+"""Load the images and videos of a conversation as inputs of the processor."""
 
 import math
 from numbers import Real
@@ -22,30 +22,30 @@ DECODE = "decode a video file into frames first"
 
 
 class Video(NamedTuple):
-    """Frames uint8 `[F, 3, H, W]` and their times."""
+    """Frames uint8 `[F, 3, H, W]` and their timestamps."""
 
     frames: Tensor
     metadata: VideoMetadata
 
 
 def load_image(part: dict[str, Any], options: MediaOptions = DEFAULTS) -> Image.Image:
-    """The image of a content part `{"type": "image", "image": path or PIL image}`, in RGB (see `images.read_image`).
+    """Load the image of a part `{"type": "image", "image": path or PIL image}` as RGB (see `images.read_image`).
 
     Raises:
-        VLBridgeError: there is no image, no such file, or it cannot be read as an 8-bit RGB image without loss.
+        VLBridgeError: the image or the file is missing, or it cannot be read as 8-bit RGB without loss.
     """
     return read_image(_source(part.get("image"), "image", " under the key 'image'"), "image", options)
 
 
 def load_video(part: dict[str, Any], options: MediaOptions = DEFAULTS) -> Video:
-    """The frames of a content part `{"type": "video", "video": frames, "fps": frames per second}`.
+    """Load the frames of a content part `{"type": "video", "video": frames, "fps": frames per second}`.
 
-    Frames are a uint8 tensor `[F, 3, H, W]`, or a list of paths or PIL images of one size, read as images are. They
-    are all used: none is left out, and the time of frame k is k / fps. Video files are not decoded here.
+    Frames are a uint8 tensor `[F, 3, H, W]`, or a list of paths or PIL images of the same size, read like images. All
+    frames are used; the timestamp of frame k is k / fps. Video files are not decoded.
 
     Raises:
-        VLBridgeError: the frames are something else, cannot be read (the frame is named by its index) or differ in
-        size, or `fps` is missing or not a positive finite number.
+        VLBridgeError: the frames have another type, cannot be read (the error names the index of the frame) or differ
+        in size, or `fps` is missing or not a positive finite number.
     """
     fps = _frame_rate(part.get("fps"))
     frames = _frames(part.get("video"), options)
@@ -86,7 +86,7 @@ def _source(source: object, name: str, where: str = "") -> str | Path | Image.Im
 def _frame_rate(fps: object) -> float:
     if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < float(fps) < math.inf:
         raise VLBridgeError(
-            f"video: expected under the key 'fps' the frames per second, a positive number, found {fps!r}"
+            f"video: expected the frames per second under the key 'fps', a positive number, found {fps!r}"
         )
     return float(fps)
 
@@ -94,7 +94,7 @@ def _frame_rate(fps: object) -> float:
 def _stack(images: list[Image.Image]) -> Tensor:
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
-        raise VLBridgeError(f"video: expected frames of one size, found (width, height) {sizes}")
+        raise VLBridgeError(f"video: expected frames of the same size, found (width, height) {sizes}")
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
 
 

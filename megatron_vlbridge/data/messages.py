@@ -1,4 +1,4 @@
-"""The form of a conversation: which keys, roles and parts it may have. All else is refused by name."""
+"""The format of a conversation: allowed keys, roles and content parts. Anything else is rejected by name."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,10 +11,10 @@ PART_KEYS = {"text": ("text",), "image": ("image",), "video": ("video", "fps")}
 
 MEDIA_FORM = (
     '{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}]}, '
-    "each image and video as a content part, at its place in the text"
+    "each image and video as a content part, at its position in the text"
 )
 _MEDIA_HINT = f"expected {MEDIA_FORM}"
-_SOURCE_HINT = "the path belongs under the key that is named as the type, 'image' or 'video'"
+_SOURCE_HINT = "write the path under the key named like the type, 'image' or 'video'"
 HINTS = {
     **dict.fromkeys(("images", "videos", "image", "video"), _MEDIA_HINT),
     **dict.fromkeys(("audio", "audios"), "audio is not supported"),
@@ -30,23 +30,23 @@ HINTS = {
 
 
 def check_keys(where: str, found: Iterable[object], expected: Iterable[str]) -> None:
-    """Refuse keys that are not expected, each by name and with what to write instead."""
+    """Reject unexpected keys by name, with what to write instead."""
     expected = tuple(expected)
     unknown = [key for key in found if key not in expected]
     if unknown:
         hints = [HINTS[str(key)] for key in unknown if str(key) in HINTS]
-        remedy = "; ".join(dict.fromkeys(hints)) or "it has no effect here, remove it"
+        remedy = "; ".join(dict.fromkeys(hints)) or "it would have no effect, remove it"
         raise VLBridgeError(
             f"{where}: unknown key {', '.join(map(repr, unknown))} (known: {', '.join(map(repr, expected))}): {remedy}"
         )
 
 
 def check_conversation(messages: object) -> None:
-    """Check the form of all messages and parts, not the media themselves.
+    """Check the format of all messages and parts, but not the media.
 
     Raises:
-        VLBridgeError: something is not of the form that `chat.encode_conversation` describes. Message and part are
-            named by their index, from 0.
+        VLBridgeError: a message does not have the format that `chat.encode_conversation` describes. The error names
+            the message and the part by index, from 0.
     """
     if not isinstance(messages, list | tuple):
         raise VLBridgeError(f"expected a list of messages, found {_brief(messages)}")
@@ -57,20 +57,20 @@ def check_conversation(messages: object) -> None:
 
 
 def message_parts(message: Message) -> list[dict[str, Any]]:
-    """The content parts of a checked message; a string is one text part."""
+    """The content parts of a validated message; a string is one text part."""
     content = message["content"]
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def message_text(message: Message, placeholders: dict[str, str]) -> str:
-    """The texts of a checked message joined as the templates join them, with a placeholder for each image and video."""
+    """The text of a validated message, joined as chat templates do, with a placeholder for each image and video."""
     return "".join(
         part["text"] if part["type"] == "text" else placeholders[part["type"]] for part in message_parts(message)
     )
 
 
 def message_name(messages: Conversation, index: int) -> str:
-    """How errors name a message."""
+    """The name of a message in errors."""
     return f"message {index} ({messages[index]['role']})"
 
 
@@ -85,8 +85,8 @@ def _check_message(index: int, message: object) -> None:
     if isinstance(content, str):
         _check_text(name, content)
     elif isinstance(content, list) and content:
-        for number, part in enumerate(content):
-            _check_part(f"{name}, part {number}", part, role)
+        for part_index, part in enumerate(content):
+            _check_part(f"{name}, part {part_index}", part, role)
     else:
         raise VLBridgeError(
             f"{name}: expected 'content' to be a string or a list of at least one part, found {_brief(content)}"
@@ -101,7 +101,7 @@ def _check_part(name: str, part: object, role: str) -> None:
     if kind == "text":
         _check_text(name, part.get("text"))
     elif role != "user":
-        raise VLBridgeError(f"{name}: expected text, found {kind}: images and videos belong in the user's messages")
+        raise VLBridgeError(f"{name}: expected text, found {kind}: only user messages may contain images and videos")
 
 
 def _check_text(name: str, text: object) -> None:
@@ -111,8 +111,7 @@ def _check_text(name: str, text: object) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise VLBridgeError(
-            f"{name}: expected Unicode text, found half of a surrogate pair, {text[error.start]!a}, at character "
-            f"{error.start}"
+            f"{name}: expected Unicode text, found a lone surrogate, {text[error.start]!a}, at character {error.start}"
         ) from None
 
 

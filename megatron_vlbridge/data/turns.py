@@ -1,10 +1,10 @@
-r"""What a conversation's loss covers, read from the turns that the chat template wrote.
+r"""The loss mask of a conversation, derived from the turns that the chat template rendered.
 
-A turn is `<|im_start|>`, the role and a line break, content, `<|im_end|>`. At inference a model starts to speak after
-the template's generation prompt: `<|im_start|>assistant\n`, and for thinking models also `<think>\n` or
-`<think>\n\n</think>\n\n`. So of an assistant's turn the tokens after the longest such prompt are learned, and only if
-they decode to exactly what the message says. Templates change messages (they drop the reasoning of earlier turns, add
-an empty one, strip white space); a turn that was changed is not learned.
+A turn is `<|im_start|>`, the role, a newline, the content and `<|im_end|>`. At inference the model generates after the
+generation prompt of the template: `<|im_start|>assistant\n`, for thinking models followed by `<think>\n` or
+`<think>\n\n</think>\n\n`. In an assistant turn the supervised tokens are therefore those after the longest matching
+generation prompt, and only if they decode to exactly the content of the message. Templates modify messages (they drop
+the reasoning of earlier turns, add an empty one, strip whitespace); a modified turn is excluded from the loss.
 """
 
 import unicodedata
@@ -23,20 +23,20 @@ from megatron_vlbridge.errors import VLBridgeError
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 HEADER = f"{TURN_START}assistant\n"
-SHOWN = 60  # characters of a text that errors show
+MAX_EXCERPT = 60  # characters of a text in an error
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn as the template wrote it: the text between its header and its end."""
+    """A rendered turn: its role, and the text between its header and its end token."""
 
     role: str
     content: str
 
 
 @dataclass(frozen=True)
-class UnlearnedTurn:
-    """An assistant's message that has no loss, by its index, and why."""
+class ExcludedTurn:
+    """An assistant turn that is excluded from the loss: the index of its message, and the reason."""
 
     message: int
     reason: str
@@ -44,27 +44,27 @@ class UnlearnedTurn:
 
 @dataclass(frozen=True)
 class GenerationPrompt:
-    """What stands before the first token that the model says: text and token ids."""
+    """The text and token ids after which the model generates an assistant turn."""
 
     text: str
     ids: list[int]
 
     @property
-    def given(self) -> str:
-        r"""What the model need not say itself, as `<think>\n`, where a message begins with it."""
+    def prefix(self) -> str:
+        r"""The start of the assistant content that the prompt already contains, such as `<think>\n`."""
         return self.text.removeprefix(HEADER)
 
 
 def render(messages: Conversation, processor: ProcessorMixin, **variables: Any) -> str:
-    """The conversation as the processor's chat template writes it (VLBridgeError where the template refuses it)."""
+    """Apply the processor's chat template to the conversation (VLBridgeError if the template raises an error)."""
     try:
         return processor.apply_chat_template(messages, tokenize=False, **variables)
     except (TemplateError, TypeError, ValueError) as error:
-        raise VLBridgeError(f"the chat template refuses the conversation: {error}") from error
+        raise VLBridgeError(f"the chat template rejects the conversation: {error}") from error
 
 
 def split_turns(text: str) -> list[Turn]:
-    r"""The turns of a rendered conversation, with nothing but white space between them.
+    r"""Split a rendered conversation into its turns; only whitespace is allowed between them.
 
     Example:
         >>> split_turns("<|im_start|>user\nWho?<|im_end|>\n")
@@ -75,49 +75,50 @@ def split_turns(text: str) -> list[Turn]:
     between = before
     for index, piece in enumerate(pieces):
         if between.strip():
-            raise _foreign_text(f"before turn {index}", between)
+            raise _text_outside_turns(f"before turn {index}", between)
         turn, end, between = piece.partition(TURN_END)
-        role, line_break, content = turn.partition("\n")
-        if not end or not line_break:
+        role, newline, content = turn.partition("\n")
+        if not end or not newline:
             raise VLBridgeError(
-                f"turn {index}: expected a role, a line break, content and {TURN_END}, found {piece[:SHOWN]!r}; the "
-                "chat template does not have the Qwen form"
+                f"turn {index}: expected a role, a newline, content and {TURN_END}, found {piece[:MAX_EXCERPT]!r}; the "
+                "chat template does not have the Qwen format"
             )
         turns.append(Turn(role, content))
     if between.strip():
-        raise _foreign_text("after the last turn", between)
+        raise _text_outside_turns("after the last turn", between)
     return turns
 
 
 def match_turns(turns: Sequence[Turn], messages: Conversation, placeholders: dict[str, str]) -> list[Turn]:
-    """The turn of each message, after a check that the template has kept what system and users say.
+    """The turn of each message, after checking that the template kept the system and user content.
 
-    The template may begin with a system prompt of its own. It may add to the texts and strip white space from their
-    ends, as the published templates do. What it does to the assistants' texts is left to `learned_mask`.
+    The template may start with its own system prompt. It may add to the texts and strip whitespace from their ends, as
+    the published templates do. Assistant content is checked by `supervised_mask`.
 
     Raises:
-        VLBridgeError: a message has no turn or a turn no message; a text was changed, or an image or video left out.
+        VLBridgeError: messages and turns do not match one to one; a text was modified, or an image or video dropped.
     """
     roles, found = [message["role"] for message in messages], [turn.role for turn in turns]
     added = 1 if found[:1] == ["system"] and roles[0] != "system" else 0
     if found[added:] != roles:
         raise VLBridgeError(
             f"expected one turn for each of the {len(messages)} messages ({', '.join(roles)}), but the chat template "
-            f"made {len(turns)} ({', '.join(found) or 'none'})"
+            f"rendered {len(turns)} ({', '.join(found) or 'none'})"
         )
-    own = list(turns[added:])
-    for index, (message, turn) in enumerate(zip(messages, own, strict=True)):
+    matched = list(turns[added:])
+    for index, (message, turn) in enumerate(zip(messages, matched, strict=True)):
         expected = message_text(message, placeholders).strip()
         if message["role"] != "assistant" and not _is_kept(expected, turn.content, placeholders):
             raise VLBridgeError(
                 f"{message_name(messages, index)}: the chat template changes the text: "
                 f"{_difference(expected, turn.content)}"
             )
-    return own
+    return matched
 
 
 def _is_kept(expected: str, found: str, placeholders: dict[str, str]) -> bool:
-    return expected in found and all(expected.count(mark) == found.count(mark) for mark in placeholders.values())
+    counts_match = all(expected.count(mark) == found.count(mark) for mark in placeholders.values())
+    return expected in found and counts_match
 
 
 def generation_prompts(processor: ProcessorMixin) -> list[GenerationPrompt]:
@@ -139,10 +140,10 @@ def generation_prompts(processor: ProcessorMixin) -> list[GenerationPrompt]:
     return sorted(found, key=lambda prompt: len(prompt.ids), reverse=True)
 
 
-def learned_mask(
+def supervised_mask(
     ids: Tensor, turns: Sequence[Turn], messages: Conversation, processor: ProcessorMixin
-) -> tuple[Tensor, tuple[UnlearnedTurn, ...]]:
-    """Bool `[L]`, True for a token to learn: what an assistant says and its `<|im_end|>`; and the turns left out.
+) -> tuple[Tensor, tuple[ExcludedTurn, ...]]:
+    """Bool `[L]`, True for supervised tokens: assistant content and its `<|im_end|>`; and the turns without loss.
 
     Args:
         ids: int64 `[L]`, the tokens of the rendered conversation, placeholders expanded.
@@ -151,29 +152,29 @@ def learned_mask(
         processor: with the chat template and the tokenizer.
     """
     prompts, tokens = generation_prompts(processor), ids.tolist()
-    unlearned: list[UnlearnedTurn] = []
-    prompted: list[tuple[int, GenerationPrompt, slice]] = []
+    excluded: list[ExcludedTurn] = []
+    candidates: list[tuple[int, GenerationPrompt, slice]] = []
     for index, (start, end) in enumerate(_turn_spans(ids, len(messages), processor.tokenizer)):
         if messages[index]["role"] == "assistant":
             prompt = next((one for one in prompts if tokens[start : start + len(one.ids)] == one.ids), None)
             if prompt:
-                prompted.append((index, prompt, slice(start + len(prompt.ids), end + 1)))
+                candidates.append((index, prompt, slice(start + len(prompt.ids), end + 1)))
             else:
-                reason = _why_not_prompted(message_text(messages[index], {}), turns[index], prompts)
-                unlearned.append(UnlearnedTurn(index, reason))
+                reason = _prompt_mismatch(message_text(messages[index], {}), turns[index], prompts)
+                excluded.append(ExcludedTurn(index, reason))
     mask = torch.zeros_like(ids, dtype=torch.bool)
-    spoken = _spoken([tokens[span] for _, _, span in prompted], processor.tokenizer)
-    for (index, prompt, span), said in zip(prompted, spoken, strict=True):
+    decoded = _decode_turns([tokens[span] for _, _, span in candidates], processor.tokenizer)
+    for (index, prompt, span), found in zip(candidates, decoded, strict=True):
         text = message_text(messages[index], {})
-        if said in (text, text.removeprefix(prompt.given)):
+        if found in (text, text.removeprefix(prompt.prefix)):
             mask[span] = True
         else:
-            unlearned.append(UnlearnedTurn(index, _difference(text, said)))
-    return mask, tuple(sorted(unlearned, key=lambda turn: turn.message))
+            excluded.append(ExcludedTurn(index, _difference(text, found)))
+    return mask, tuple(sorted(excluded, key=lambda turn: turn.message))
 
 
 def _turn_spans(ids: Tensor, count: int, tokenizer: Any) -> list[tuple[int, int]]:
-    """First and last token of the last `count` turns."""
+    """Index of the first and the last token of each of the last `count` turns."""
     starts, ends = (
         (ids == tokenizer.convert_tokens_to_ids(token)).nonzero().flatten().tolist() for token in (TURN_START, TURN_END)
     )
@@ -185,43 +186,43 @@ def _turn_spans(ids: Tensor, count: int, tokenizer: Any) -> list[tuple[int, int]
     return list(zip(starts, ends, strict=True))[-count:]
 
 
-def _spoken(pieces: list[list[int]], tokenizer: Any) -> list[str]:
-    """The text of each piece without its `<|im_end|>`. Decoding all at once is several times as fast as each."""
-    text = tokenizer.decode([token for piece in pieces for token in piece], clean_up_tokenization_spaces=False)
+def _decode_turns(spans: list[list[int]], tokenizer: Any) -> list[str]:
+    """The text of each span without its `<|im_end|>`. One call is several times faster than one for each span."""
+    text = tokenizer.decode([token for span in spans for token in span], clean_up_tokenization_spaces=False)
     return text.split(TURN_END)[:-1]
 
 
-def _why_not_prompted(text: str, turn: Turn, prompts: Sequence[GenerationPrompt]) -> str:
-    """Why the tokens of a turn begin with no generation prompt."""
+def _prompt_mismatch(text: str, turn: Turn, prompts: Sequence[GenerationPrompt]) -> str:
+    """Why the tokens of a turn start with none of the generation prompts."""
     if turn.content != text:
         return _difference(text, turn.content)
-    written = next((prompt.text for prompt in prompts if f"{HEADER}{text}".startswith(prompt.text)), None)
-    if written:
+    prompt = next((prompt.text for prompt in prompts if f"{HEADER}{text}".startswith(prompt.text)), None)
+    if prompt:
         return (
-            f"the tokenizer joins the line break at the end of the generation prompt {written!r} with what follows, "
-            f"{f'{HEADER}{text}'.removeprefix(written)[:SHOWN]!r}, which a model can never generate so"
+            f"the tokenizer merges the newline at the end of the generation prompt {prompt!r} with the text after it, "
+            f"{f'{HEADER}{text}'.removeprefix(prompt)[:MAX_EXCERPT]!r}, a token that the model can never generate here"
         )
-    return f"{text[:SHOWN]!r} follows none of the template's generation prompts, {[p.text for p in prompts]}"
+    return f"{text[:MAX_EXCERPT]!r} starts with none of the template's generation prompts, {[p.text for p in prompts]}"
 
 
 def _difference(expected: str, found: str) -> str:
-    """Both texts, from shortly before the place where they begin to differ."""
+    """Excerpts of both texts, starting shortly before the first difference."""
     pairs = enumerate(zip(expected, found, strict=False))
     first = next((index for index, (one, other) in pairs if one != other), min(len(expected), len(found)))
-    start = max(0, first - SHOWN // 3)
-    shown = _excerpt(expected, start), _excerpt(found, start)
+    start = max(0, first - MAX_EXCERPT // 3)
+    excerpts = _excerpt(expected, start), _excerpt(found, start)
     composed = unicodedata.normalize("NFC", expected)
     if composed.endswith(found) and not expected.endswith(found):
-        return f"expected {shown[0]!a}, found {shown[1]!a}: the tokenizer composes characters, write the text in NFC"
-    return f"expected {shown[0]!r}, found {shown[1]!r}"
+        return (
+            f"expected {excerpts[0]!a}, found {excerpts[1]!a}: the tokenizer normalizes to NFC, write the text in NFC"
+        )
+    return f"expected {excerpts[0]!r}, found {excerpts[1]!r}"
 
 
 def _excerpt(text: str, start: int) -> str:
-    end = start + SHOWN
+    end = start + MAX_EXCERPT
     return f"{'...' if start else ''}{text[start:end]}{'...' if text[end:] else ''}"
 
 
-def _foreign_text(where: str, text: str) -> VLBridgeError:
-    return VLBridgeError(
-        f"the chat template writes {text[:SHOWN]!r} {where}, outside of all turns; expected white space there"
-    )
+def _text_outside_turns(where: str, text: str) -> VLBridgeError:
+    return VLBridgeError(f"the chat template adds {text[:MAX_EXCERPT]!r} {where}; expected only whitespace there")

@@ -1,4 +1,4 @@
-"""A micro-batch on every rank that needs it, with what each pipeline stage needs of it."""
+"""Read a micro-batch and distribute it to the ranks, with the parts that each pipeline stage needs."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,7 +13,7 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.model.inputs import Media, PackedInputs
 
-# The keys of a pack; a data loader puts an axis of one micro-batch before each of them.
+# The keys of a pack; a data loader adds a leading dimension of 1.
 PACK_KEYS = (
     "tokens",
     "labels",
@@ -36,13 +36,14 @@ def next_inputs(
     post_process: bool,
     sequence_parallel: bool = False,
 ) -> PackedInputs:
-    """The next pack, for one pipeline stage, the same on all ranks of its tensor-parallel group.
+    """The inputs of the next pack for one pipeline stage, identical on all ranks of its tensor-parallel group.
 
-    The group's first rank reads `data_iterator`; the others may have none, as Megatron's loaders leave it. The first
-    stage gets the patches, the last the labels, every stage tokens' positions and the layout.
+    The first rank of the group reads `data_iterator` and broadcasts; on the others it may be None, as with Megatron's
+    data loaders. The first stage gets the patches, the last stage the labels, every stage the position ids and the
+    layout.
 
     Raises:
-        VLBridgeError: on every rank of the group, where the pack is not fit; likewise whatever the iterator raises.
+        VLBridgeError: the pack is invalid; raised on every rank of the group, like any exception of the iterator.
     """
     inputs: PackedInputs | None = None
     failure: Exception | None = None
@@ -51,7 +52,7 @@ def next_inputs(
             inputs = read_pack(_next(data_iterator), config)
             inputs = inputs.context_parallel(pg_collection.cp.size(), pg_collection.cp.rank(), config)
             inputs = _for_stage(inputs, pre_process, post_process)
-        except Exception as error:  # noqa: BLE001  the other ranks wait for this one: they must hear of anything
+        except Exception as error:  # noqa: BLE001  the other ranks wait for the broadcast: they must receive any failure
             failure = error
     device = torch.device(torch.cuda.current_device())
     if pg_collection.tp.size() > 1:
@@ -60,39 +61,40 @@ def next_inputs(
         raise failure
     assert inputs is not None
     if sequence_parallel:
-        # Before the move: the number of rows is known without asking the device.
+        # Before the copy to the device, so that the number of rows is known without a synchronization.
         inputs = inputs.sequence_parallel(pg_collection.tp.size(), pg_collection.tp.rank())
     return inputs.to(device)
 
 
 def read_pack(batch: Mapping[str, Any], config: Config) -> PackedInputs:
-    """A data loader's micro-batch (every tensor with a leading axis of 1) as the model's inputs.
+    """Convert a micro-batch of a data loader (all tensors with a leading dimension of 1) to model inputs.
 
     Raises:
-        VLBridgeError: where a key is missing or unknown, the micro-batch is not one pack, or its parts do not fit.
+        VLBridgeError: a key is missing or unknown, the micro-batch is not one pack, or its tensors do not match.
     """
     missing, unknown = [key for key in PACK_KEYS if key not in batch], sorted(set(batch) - set(PACK_KEYS))
     if missing or unknown:
-        raise VLBridgeError(f"a micro-batch has the keys {list(PACK_KEYS)}; missing: {missing}, unknown: {unknown}")
-    _refuse_other_than_tensors(batch)
+        raise VLBridgeError(f"micro-batch: expected the keys {list(PACK_KEYS)}; missing: {missing}, unknown: {unknown}")
+    _check_tensors(batch)
     shapes = {key: list(batch[key].shape) for key in PACK_KEYS}
     if any(shape[:1] != [1] for shape in shapes.values()):
         raise VLBridgeError(
-            f"a micro-batch is one pack, so every tensor has a leading axis of 1; found {shapes}. "
-            "Use --micro-batch-size 1 and a longer --seq-length"
+            f"micro-batch: expected one pack, every tensor with a leading dimension of 1; found {shapes}. "
+            "Use --micro-batch-size 1 and a larger --seq-length"
         )
     pack = {key: batch[key][0] for key in PACK_KEYS}
     if pack["labels"].shape != pack["tokens"].shape:
         raise VLBridgeError(
-            f"labels {list(pack['labels'].shape)} and tokens {list(pack['tokens'].shape)} differ in shape"
+            f"expected labels and tokens of the same shape, found labels {list(pack['labels'].shape)} and tokens "
+            f"{list(pack['tokens'].shape)}"
         )
     layout = BatchLayout.packed(pack["segment_lengths"].tolist(), pack["tokens"].shape[0])
     media = Media(**{key: pack[key] for key in PACK_KEYS[3:]})
     return PackedInputs.from_pack(layout, pack["tokens"][None], media, config, pack["labels"][None])
 
 
-def _refuse_other_than_tensors(batch: Mapping[str, Any]) -> None:
-    """Patches are floating-point tensors, everything else integers; patches and grids are tables."""
+def _check_tensors(batch: Mapping[str, Any]) -> None:
+    """Patches must be floating-point tensors, all others integer; patches and grids have 3 dims, all others 2."""
     for key in PACK_KEYS:
         value, patches = batch[key], key.startswith("pixel_values")
         dimensions = 3 if patches or key.endswith("_grid_thw") else 2
@@ -103,20 +105,20 @@ def _refuse_other_than_tensors(batch: Mapping[str, Any]) -> None:
         else:
             continue
         kind = "float32" if patches else "int64"
-        raise VLBridgeError(f"{key} of a micro-batch: expected a {kind} tensor of {dimensions} dims, found {found}")
+        raise VLBridgeError(f"micro-batch, {key}: expected a {kind} tensor with {dimensions} dims, found {found}")
 
 
 def _next(data_iterator: Iterator[Mapping[str, Any]] | None) -> Mapping[str, Any]:
     if data_iterator is None:
         raise VLBridgeError(
-            "the first rank of a tensor-parallel group has no data iterator; "
-            "Megatron gives it one when the dataset provider returns a dataset on that rank"
+            "the first rank of the tensor-parallel group has no data iterator; the dataset provider must return a "
+            "dataset on that rank"
         )
     return next(data_iterator)
 
 
 def _no_patches(inputs: PackedInputs) -> torch.Tensor:
-    # A slice would keep all of them in memory, and take them along where it is pickled.
+    # A slice would keep the whole storage alive, and pickle it.
     return inputs.patches.new_empty(0, *inputs.patches.shape[1:])
 
 
@@ -131,7 +133,7 @@ def _for_stage(inputs: PackedInputs, pre_process: bool, post_process: bool) -> P
 def _broadcast(
     inputs: PackedInputs | None, failure: Exception | None, group: dist.ProcessGroup, device: torch.device
 ) -> tuple[PackedInputs | None, Exception | None]:
-    """The first rank's inputs or failure, on all ranks of `group`: patches as a tensor, all else in a header."""
+    """Broadcast the inputs or the failure of the first rank of `group`: patches as a tensor, the rest in a header."""
     source = dist.get_process_group_ranks(group)[0]
     header: list[Any] = [failure, None, None]
     if inputs is not None:

@@ -1,6 +1,6 @@
-"""What a training run prints: a few lines of its own instead of Megatron's log, unless `--verbose` asks for that.
+"""The output of a training run: a short log instead of Megatron's, which `--verbose` prints.
 
-Imports nothing but the standard library at module level: `start` comes before Megatron is imported.
+Imports no Megatron at module level: `start` is called before Megatron is imported.
 """
 
 import argparse
@@ -22,28 +22,27 @@ from megatron_vlbridge.training.failure import report_failures
 from megatron_vlbridge.training.log_lines import Iteration, read_event, read_iteration
 
 _ERASE = "\r\x1b[2K"
-# Packages whose warnings are about themselves: what they were built without, what they will rename.
+# Packages whose warnings concern their own build options and deprecations.
 _LIBRARIES = r"(megatron|torch|torchvision|transformers|transformer_engine|apex|modelopt)(\.|$)"
 _LOG_LEVELS = {
     "megatron": logging.WARNING,
-    # These warn at every start, evaluation or checkpoint, whatever the arguments.
+    # These warn at every start, evaluation or checkpoint, regardless of the arguments.
     "megatron.core.rerun_state_machine": logging.ERROR,
-    "megatron.core.models.gpt.gpt_model": logging.ERROR,
     "megatron.core.dist_checkpointing.strategies.torch": logging.ERROR,
     "torch.utils.cpp_extension": logging.ERROR,
 }
-# Functions of Megatron that print what their caller gives them, and W&B's, which records what is printed.
-_PRINTERS = frozenset({"print_rank_0", "print_rank_last"})
-_RECORDER = "wandb."
+# Megatron functions that print a message of their caller, and the package that wraps `sys.stdout.write`.
+_PRINT_FUNCTIONS = frozenset({"print_rank_0", "print_rank_last"})
+_STDOUT_WRAPPER = "wandb."
 
 _short_log: "ShortLog | None" = None
 
 
 def start() -> None:
-    """Call first in a training script, before any other import: reports failures once, and keeps the log short.
+    """Report failures once and shorten the log. Call it first in a training script, before any other import.
 
-    With `--verbose` among the script's arguments Megatron's log stays as it is. Calling it again does nothing. What the
-    script itself prints is not touched.
+    With `--verbose` among the script's arguments Megatron's log is not changed. A second call does nothing. The output
+    of the script itself is not changed.
 
     Example:
         >>> from megatron_vlbridge.training import console
@@ -63,9 +62,9 @@ def start() -> None:
 
 
 class ShortLog:
-    """Stands for `stream` as `sys.stdout`: what Megatron prints becomes a few lines, all else passes unchanged.
+    """A replacement for `sys.stdout` that shortens Megatron's log and passes all other output to `stream`.
 
-    An iteration is one line; on a terminal it replaces the one before. `seq_length` is called for the tokens of a pack.
+    An iteration is one line; on a terminal it overwrites the previous one. `seq_length` returns the tokens per pack.
     """
 
     def __init__(self, stream: TextIO, seq_length: Callable[[], int]) -> None:
@@ -80,7 +79,7 @@ class ShortLog:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As for any stream."""
+        """As in `TextIO.write`."""
         if not _is_megatron(sys._getframe(1)):
             self.end_line()
             return self._stream.write(text)
@@ -90,17 +89,17 @@ class ShortLog:
         return len(text)
 
     def show(self, line: str) -> None:
-        """Print what is to be seen of one line of Megatron's log."""
+        """Print the short form of one line of Megatron's log, if it has one."""
         if (iteration := read_iteration(line)) is not None:
             self._show_iteration(iteration)
         elif (event := read_event(line)) is not None:
             self.end_line()
-            # Another rank may be rewriting a line of this terminal.
+            # Another rank may be overwriting a line of this terminal.
             self._stream.write(f"{_ERASE if self._terminal else ''}{event}\n")
             self._stream.flush()
 
     def end_line(self) -> None:
-        """Leave the line that is being rewritten as it stands, and begin the next."""
+        """Keep the line that is being overwritten, and start the next one."""
         if self._rewriting:
             self._rewriting = False
             self._stream.write("\n")
@@ -109,7 +108,7 @@ class ShortLog:
     def _show_iteration(self, iteration: Iteration) -> None:
         text = iteration.text(self._seq_length(), self._seconds_left(iteration))
         if self._terminal:
-            # A line that is wrapped cannot be erased.
+            # A wrapped line cannot be erased.
             text = text[: shutil.get_terminal_size().columns - 1]
             self._stream.write(_ERASE + text)
             self._rewriting = True
@@ -120,26 +119,26 @@ class ShortLog:
         self._stream.flush()
 
     def _seconds_left(self, iteration: Iteration) -> float | None:
-        """From the time since the first line, evaluations and checkpoints included."""
+        """Estimated from the time since the first line, including evaluations and checkpoints."""
         now = time.monotonic()
         if self._first is None:
             self._first = iteration.number, now
-        number, then = self._first
-        if iteration.number <= number:
+        first, begin = self._first
+        if iteration.number <= first:
             return None
-        return (now - then) / (iteration.number - number) * (iteration.last - iteration.number)
+        return (now - begin) / (iteration.number - first) * (iteration.last - iteration.number)
 
 
 def begin(args: argparse.Namespace, config: Config) -> None:
-    """Print on the first rank what is about to be trained; nothing with `--verbose`."""
-    # W&B has taken the place of the first call's hook when Megatron set it up.
+    """Print a summary of the run on the first rank; nothing with `--verbose`."""
+    # Again, since W&B replaces the exception hook when Megatron initializes it.
     report_failures()
     if _short_log is not None:
         note("\n".join(summary(args, config)))
 
 
 def summary(args: argparse.Namespace, config: Config) -> list[str]:
-    """What is about to be trained, in four lines; `args` are Megatron's, validated."""
+    """Four lines about the run; `args` are Megatron's validated arguments."""
     tokens = args.seq_length * args.global_batch_size
     length = f"{args.train_iters:,} iterations" if args.train_iters else f"{args.train_samples:,} packs"
     return [
@@ -151,7 +150,7 @@ def summary(args: argparse.Namespace, config: Config) -> list[str]:
 
 
 def note(text: str) -> None:
-    """Print a line on the first rank alone.
+    """Print a line on the first rank only.
 
     Example:
         >>> note("data     48 conversations")
@@ -163,7 +162,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def argument_warnings() -> Iterator[None]:
-    """Print on the first rank what Megatron warns of the arguments, such as one that it switches off."""
+    """Print Megatron's warnings about the arguments on the first rank, such as one that it disables."""
     with warnings.catch_warnings(record=True) as found:
         warnings.filterwarnings("always", module=r"megatron\.(training|core\.transformer)\.")
         yield
@@ -172,8 +171,10 @@ def argument_warnings() -> Iterator[None]:
 
 
 def _is_megatron(frame: FrameType | None) -> bool:
-    """Whether code of Megatron prints, on its own behalf."""
-    while frame is not None and (frame.f_code.co_name in _PRINTERS or _module(frame).startswith(_RECORDER)):
+    """Whether the output comes from Megatron's own code."""
+    while frame is not None and (
+        frame.f_code.co_name in _PRINT_FUNCTIONS or _module(frame).startswith(_STDOUT_WRAPPER)
+    ):
         frame = frame.f_back
     return frame is not None and _module(frame).startswith("megatron.")
 
@@ -214,7 +215,7 @@ def _weights(args: argparse.Namespace) -> str:
     from megatron_vlbridge.training.start import loads_checkpoint
 
     if loads_checkpoint(args):
-        return f"of the checkpoint in {args.load} (resumed)"
+        return f"from the checkpoint in {args.load} (resumed)"
     if args.pretrained_checkpoint:
-        return f"of the checkpoint in {args.pretrained_checkpoint}"
-    return f"of {args.hf_folder}" if args.hf_weights else "random"
+        return f"from the checkpoint in {args.pretrained_checkpoint}"
+    return f"from {args.hf_folder}" if args.hf_weights else "random"

@@ -1,4 +1,4 @@
-"""Datasets before the model: what is wrong with the data ends a run before weights are made or read."""
+"""Build the datasets before the model, so that invalid data end a run before weights are initialized or loaded."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -8,19 +8,19 @@ from megatron.core import parallel_state
 from megatron.training import get_args
 from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 
-from megatron_vlbridge.checkpoint.shards import gather
+from megatron_vlbridge.checkpoint.live.collectives import gather
 from megatron_vlbridge.errors import VLBridgeError
 
 _NAMES = ("training", "validation", "test")
 
 
-class DatasetsFirst:
-    """A Megatron dataset provider whose datasets can be built before Megatron asks for them.
+class EagerDatasetProvider:
+    """A Megatron dataset provider whose datasets can be built before Megatron requests them.
 
     Args:
-        provider: `provider(train_valid_test_num_samples)` -> three datasets, `None` where there is none; with virtual
-            pipeline stages also `vp_stage`. As for Megatron, it is called on the first rank of each tensor-parallel
-            group, or on all ranks if it has the attribute `is_distributed`.
+        provider: `provider(train_valid_test_num_samples)` -> three datasets, each of which may be `None`; with virtual
+            pipeline stages it also takes `vp_stage`. As in Megatron, it is called on the first rank of each
+            tensor-parallel group, or on all ranks if it has the attribute `is_distributed`.
     """
 
     def __init__(self, provider: Callable[..., Any]) -> None:
@@ -29,31 +29,31 @@ class DatasetsFirst:
         self._datasets: dict[int | None, Any] | None = None
 
     def build(self) -> None:
-        """Build all datasets, once; process groups and Megatron's global arguments exist.
+        """Build all datasets, once; needs the process groups and Megatron's global arguments.
 
         Raises:
-            VLBridgeError: on all ranks alike, where the provider fails on one, or its datasets are too small.
+            VLBridgeError: the provider fails on any rank, or its datasets are too small; the same error on all ranks.
         """
         args = get_args()
         if self._datasets is not None or args.phase_transition_iterations:
-            # How many samples a phase has depends on the checkpoint, which is loaded into the model.
+            # The number of samples of a phase depends on the checkpoint, which is loaded after the model is built.
             return
         self._datasets, failure, cause = {}, None, None
         try:
             if self.is_distributed or parallel_state.get_tensor_model_parallel_rank() == 0:
                 self._build(args)
-        except Exception as error:  # noqa: BLE001  the other ranks wait for this one: they must hear of anything
+        except Exception as error:  # noqa: BLE001  the other ranks wait for the gather: they must receive any failure
             cause = error
-            failure = str(error) if isinstance(error, VLBridgeError) else _described(error)
+            failure = str(error) if isinstance(error, VLBridgeError) else _describe(error)
         failures = [text for text in gather(failure) if text is not None]
         if failures:
             raise VLBridgeError(failures[0]) from cause
-        # Megatron evaluates where the first rank says so.
+        # Megatron decides on the first rank whether to evaluate.
         if not gather(self._has_validation())[0]:
             args.eval_iters = 0
 
     def __call__(self, train_valid_test_num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
-        """Megatron's call, from the ranks on which the datasets were built."""
+        """Called by Megatron on the ranks on which the datasets were built."""
         if self._datasets:
             return self._datasets.pop(vp_stage)
         return self._call(train_valid_test_num_samples, vp_stage)
@@ -61,7 +61,7 @@ class DatasetsFirst:
     def _build(self, args: Any) -> None:
         chunks = args.virtual_pipeline_model_parallel_size
         if chunks and "vp_stage" not in inspect.signature(self.provider).parameters:
-            raise VLBridgeError("virtual pipeline stages want a dataset provider with an argument vp_stage")
+            raise VLBridgeError("virtual pipeline stages need a dataset provider with an argument vp_stage")
         counts = _num_samples(args)
         for stage in range(chunks) if chunks else [None]:
             datasets = self._call(counts, stage)
@@ -78,9 +78,9 @@ class DatasetsFirst:
 
 
 def _num_samples(args: Any) -> Sequence[int]:
-    """What Megatron will ask for."""
+    """The numbers of samples that Megatron will request."""
     given = args.train_iters
-    # Where a run is given in samples, Megatron derives the iterations only after it built the model.
+    # With --train-samples, Megatron derives the iterations only after building the model.
     update_train_iters(args)
     counts: Sequence[int] = get_train_valid_test_num_samples()
     args.train_iters = given
@@ -88,21 +88,23 @@ def _num_samples(args: Any) -> Sequence[int]:
 
 
 def _check(datasets: Any, counts: Sequence[int | None], args: Any) -> None:
-    """Refuse datasets with which Megatron would not train, or stop before the end."""
+    """Reject datasets with which Megatron would not train, or would stop early."""
     train, validation, test = datasets
     if train is None and not args.skip_train:
-        raise VLBridgeError("the dataset provider gave no training dataset, expected (training, validation, test)")
+        raise VLBridgeError("the dataset provider returned no training dataset, expected (training, validation, test)")
     if validation is None and test is not None and args.eval_iters:
-        raise VLBridgeError("the dataset provider gave a test dataset without a validation dataset; give both or none")
+        raise VLBridgeError(
+            "the dataset provider returned a test dataset without a validation dataset; return both or neither"
+        )
     if args.dataloader_type != "single":
         return
     for name, dataset, count in zip(_NAMES, (train, validation, test), counts, strict=True):
         if count is not None and hasattr(dataset, "__len__") and len(dataset) < count:
             raise VLBridgeError(
-                f"the {name} dataset has {len(dataset)} packs, expected at least {count}, the number that the provider "
-                "was called with (iterations x global batch size)"
+                f"the {name} dataset has {len(dataset)} packs, expected at least {count}, the number of samples passed "
+                "to the dataset provider (iterations x global batch size)"
             )
 
 
-def _described(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"the dataset provider failed with {type(error).__name__}: {error}"

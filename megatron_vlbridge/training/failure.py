@@ -1,6 +1,6 @@
-"""One report of a failed training script, however many of its ranks fail.
+"""Report the failure of a training script once, for any number of failing ranks.
 
-Imports nothing but the standard library and this project's error type: it is in place before anything can fail.
+Imports only the standard library and this project's error type, so that it is installed before anything can fail.
 """
 
 import json
@@ -16,39 +16,39 @@ from types import TracebackType
 
 from megatron_vlbridge.errors import VLBridgeError
 
-# How long the other ranks of a node leave the report to the first, which may be slower to find the same fault.
+# How long the other ranks of a node wait for the first rank to report the same error, which it may find later.
 SECONDS_FOR_FIRST_RANK = 5.0
-# How long a rank leaves the report to one that crashed, which may be why this one lost its connection.
+# How long a rank waits for one that crashed to report, as a lost connection may be the result of that crash.
 SECONDS_FOR_CRASHED_RANK = 1.0
-# How long a rank that does not report waits to be ended by its launcher.
-SECONDS_TO_BE_ENDED = 60.0
+# How long a rank that does not report waits until its launcher terminates it.
+SECONDS_UNTIL_TERMINATED = 60.0
 _POLL_SECONDS = 0.05
 
 
 def report_failures() -> None:
-    """From now on, an uncaught exception is reported once for all ranks; calling it again does nothing.
+    """Install an exception hook that reports an uncaught exception once for all ranks; a second call does nothing.
 
-    A VLBridgeError is its text alone, any other exception a traceback that names the rank. Under torchrun the text is
-    the last part of torchrun's own report, otherwise the last lines of stderr. The exit code is 1.
+    The report of a VLBridgeError is its message, that of any other exception a traceback with the rank. Under torchrun
+    it is the last part of torchrun's own report, otherwise the last lines of stderr. The exit code is 1.
 
     Example:
         >>> report_failures()  # first in a script, since imports can fail too
     """
-    # A process that this one spawns runs the script's first lines too; its parent reports what becomes of it.
+    # A spawned process also runs the first lines of the script; its parent reports its failure.
     if sys.excepthook is not _report and multiprocessing.parent_process() is None:
         sys.excepthook = _report
 
 
 def describe(error: BaseException) -> str:
-    """The text that a person reads about `error`."""
+    """The report of an error."""
     if isinstance(error, VLBridgeError):
-        return f"Error: {_own_text(error)}"
+        return f"Error: {_message(error)}"
     trace = "".join(traceback.format_exception(error)).rstrip()
     return f"Unexpected error on rank {os.environ.get('RANK', '0')}:\n{trace}"
 
 
-def _own_text(error: VLBridgeError) -> str:
-    """Without the traceback that a data loader's worker process puts around it."""
+def _message(error: VLBridgeError) -> str:
+    """The message without the traceback that the worker process of a data loader adds."""
     text = str(error)
     if not text.startswith("Caught "):
         return text
@@ -60,48 +60,48 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     if issubclass(kind, KeyboardInterrupt):
         return
     text = describe(error)
-    # The report does not depend on stdout, whose reader may be gone or whose disk may be full.
+    # Continue if stdout fails: its pipe may be closed or its disk full.
     with suppress(OSError, ValueError):
-        # Ends a line that is being rewritten, too.
+        # Also ends a progress line on the terminal.
         print(end="", flush=True)
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    # Under other launchers a person may have set the file, which nobody prints.
+    # Other launchers may set the variable, but do not print the file.
     if file and "TORCHELASTIC_RUN_ID" in os.environ:
-        _report_to_torchrun(Path(file), text, refused=isinstance(error, VLBridgeError))
+        _report_to_torchrun(Path(file), text, rejected=isinstance(error, VLBridgeError))
     else:
         _print(text)
-    # W&B learns from a call of sys.exit that the run failed.
+    # W&B hooks sys.exit to mark the run as failed.
     sys.exit(1)
 
 
 def _print(text: str) -> None:
     if os.environ.get("RANK", "0") != "0":
-        # Another launcher: it ends this rank once the first has failed.
+        # Another launcher terminates this rank once the first one has failed.
         time.sleep(SECONDS_FOR_FIRST_RANK)
-    # Not sys.stderr: torch.distributed marks what an excepthook writes there, line by line, with the rank.
+    # Not sys.stderr: torch.distributed prefixes each line that an excepthook writes there with the rank.
     print(text, file=sys.__stderr__, flush=True)
 
 
-def _report_to_torchrun(file: Path, text: str, *, refused: bool) -> None:
-    """Write the file that torchrun shows of the rank that fails first, and see to it that only one rank fails.
+def _report_to_torchrun(file: Path, text: str, *, rejected: bool) -> None:
+    """Write the error file, which torchrun prints for the rank that fails first, and let only one rank fail.
 
     Source of the format: torch/distributed/elastic/multiprocessing/errors (torch 2.13).
     """
-    # First, since torchrun lists every rank that a signal ended as a failure of its own.
+    # First, since torchrun lists every rank terminated by a signal as a separate failure.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     extra = {"py_callstack": f"\n{text}", "timestamp": str(int(time.time()))}
     file.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
-    if not refused:
+    if not rejected:
         time.sleep(SECONDS_FOR_CRASHED_RANK)
-    # attempt_0/reported beside attempt_0/<local rank>/error.json
+    # attempt_0/reported next to attempt_0/<local rank>/error.json
     if _first_to_report(file.parent.parent / "reported"):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     else:
-        time.sleep(SECONDS_TO_BE_ENDED)
+        time.sleep(SECONDS_UNTIL_TERMINATED)
 
 
 def _first_to_report(claim: Path) -> bool:
-    """Whether this rank reports for its node: local rank 0, or another one where that has not failed in time."""
+    """Whether this rank reports for its node: local rank 0, or another rank if local rank 0 does not fail in time."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         end = time.monotonic() + SECONDS_FOR_FIRST_RANK
         while time.monotonic() < end and not claim.exists():

@@ -1,4 +1,4 @@
-"""Megatron's log, line by line, in the few words of a short log. Written for Megatron-Core 0.19."""
+"""Parse Megatron's log, line by line, for the short log. Written for Megatron-Core 0.19."""
 
 import re
 from dataclasses import dataclass
@@ -7,22 +7,23 @@ _ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+) \|(.*)")
 _VALIDATION = re.compile(r"\bvalidation(\S*) loss at (.+?) \|(.*)")
 _SAVED = re.compile(r"\bsuccessfully saved (?:local )?checkpoint from iteration\s+(\d+)(?: to (.+) \[)?")
 _LOADED = re.compile(r"\bsuccessfully loaded checkpoint from (.+) \[.*\] at iteration (\d+)")
-# Lines of Megatron that are shown as they are: warnings, and why it stops.
+# Lines that are printed unchanged: warnings, and why Megatron stops.
 _IMPORTANT = re.compile(
     r"\b(warning|error|exception|fail(ed|ure)?|invalid|could not|unable|exiting|terminat\w+|skipping|ignored|nan)\b",
     re.IGNORECASE,
 )
-# Except arguments, whose values may hold such a word, and what is said at every start.
+# Except arguments, whose values may contain such a word, and lines printed at every start.
 _UNIMPORTANT = re.compile(r"^  \w+ \.* |one_logger package is required|could not find the metadata file")
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """What Megatron logs of an iteration; losses are means since the last line, in nats a token.
+    """Megatron's log line of an iteration; losses are means since the previous line, in nats per token.
 
     Attributes:
-        losses: by Megatron's name, in its order; one that is not a number is missing, as in Megatron's line.
-        skipped: iterations since the last line whose gradients were not finite.
+        losses: by Megatron's names, in its order; a NaN loss is missing, as in Megatron's line.
+        skipped: iterations since the previous line whose gradients were not finite.
+        nan: iterations since the previous line whose loss was not finite.
     """
 
     number: int
@@ -36,7 +37,7 @@ class Iteration:
     nan: int
 
     def text(self, seq_length: int, seconds_left: float | None) -> str:
-        """One line for a person.
+        """Format as one line.
 
         Example:
             >>> iteration.text(4096, 3725.0)
@@ -60,7 +61,7 @@ class Iteration:
 
 
 def read_iteration(line: str) -> Iteration | None:
-    """The iteration that a line of Megatron's log is about, if any.
+    """Parse the iteration in a line of Megatron's log, if any.
 
     Example:
         >>> read_iteration(" [...] iteration       3/     400 | ... | lm loss: 2.5E+00 | loss scale: 1.0 |").losses
@@ -73,7 +74,7 @@ def read_iteration(line: str) -> Iteration | None:
     if "elapsed time per iteration (ms)" not in fields:
         return None
     names = list(fields)
-    # Megatron writes the losses between these two, under the names that the loss function gave them.
+    # Megatron writes the losses between these two fields, under the names from the loss function.
     losses = names[names.index("global batch size") + 1 : names.index("loss scale")]
     return Iteration(
         number=int(found[1]),
@@ -89,7 +90,7 @@ def read_iteration(line: str) -> Iteration | None:
 
 
 def read_event(line: str) -> str | None:
-    """What a short log says for another line of Megatron's, or None where it says nothing.
+    """The line of the short log for another line of Megatron's log, or None.
 
     Example:
         >>> read_event(" validation loss at iteration 20 | lm loss value: 1.0E+00 | lm loss PPL: 2.7E+00 | ")
@@ -109,7 +110,7 @@ def read_event(line: str) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a person.
+    """Format seconds.
 
     Example:
         >>> duration(7.25), duration(125), duration(3725)
@@ -124,5 +125,5 @@ def duration(seconds: float) -> str:
 
 
 def _digits(value: float) -> str:
-    """All digits that Megatron writes (`{:.6E}`)."""
+    """All digits that Megatron logs (`{:.6E}`)."""
     return f"{value:#.7g}"

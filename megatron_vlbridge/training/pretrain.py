@@ -19,14 +19,14 @@ from megatron.training.initialize import initialize_megatron
 
 from megatron_vlbridge.backends import cpu_runtime
 from megatron_vlbridge.checkpoint.live import load_hf_weights
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.mtp import embedding_ranks
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training import console
 from megatron_vlbridge.training.arguments import parse_arguments
-from megatron_vlbridge.training.datasets import DatasetsFirst
+from megatron_vlbridge.training.datasets import EagerDatasetProvider
 from megatron_vlbridge.training.guards import accept, check_layout, check_model
 from megatron_vlbridge.training.start import loading_errors, loads_checkpoint
 from megatron_vlbridge.training.step import vlm_step
@@ -106,7 +106,7 @@ def run(
         megatron.core.datasets.utils.compile_helpers = _nothing
     if cpu_runtime.is_enabled():
         megatron.training.training.initialize_megatron = functools.partial(initialize_megatron, allow_no_cuda=True)
-    datasets = DatasetsFirst(dataset_provider)
+    datasets = EagerDatasetProvider(dataset_provider)
 
     def model_after_datasets(*positional: Any, **named: Any) -> torch.nn.Module:
         datasets.build()

@@ -6,8 +6,9 @@ import functools
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_vlbridge import families
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.model.transformer_config import language_config, language_fields
+from megatron_vlbridge.model.transformer_config import language_config
 
 # Field of TransformerConfig -> the values that the tests prove (tests/functional/), and the words for a person.
 PROVED: dict[str, tuple[tuple[object, ...], str]] = {
@@ -94,11 +95,11 @@ def setting_faults(config: TransformerConfig, checkpoint: Config) -> list[str]:
         for name, (values, words) in PROVED.items()
         if getattr(config, name) not in values
     ]
-    plain = _plain(checkpoint)
+    plain, decided = _plain(checkpoint), families.find(checkpoint).language_fields(checkpoint)
     for name in sorted({field.name for field in dataclasses.fields(config)} - PROVED.keys() - FREE):
         found, default = getattr(config, name), getattr(plain, name)
         if found != default:
-            kind = "the checkpoint's" if name in language_fields(checkpoint) else "the default"
+            kind = "the checkpoint's" if name in decided else "the default"
             faults.append(f"a setting that no test runs: {name}={found!r}, proved: {default!r}, {kind}")
     return faults
 

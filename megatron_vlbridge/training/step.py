@@ -1,4 +1,4 @@
-"""The forward step that a Megatron pretrain script calls."""
+"""The forward step function for Megatron's `pretrain`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -18,13 +18,13 @@ LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[s
 def vlm_step(
     data_iterator: Iterator[Mapping[str, Any]] | None, model: torch.nn.Module
 ) -> tuple[torch.Tensor, LossFunction]:
-    """Megatron's `forward_step_func` for a :class:`Qwen3VLModel`, however Megatron wrapped it.
+    """Megatron's `forward_step_func` for a :class:`Qwen3VLModel`, wrapped by Megatron or not.
 
-    Takes packs (see `training.batch.PACK_KEYS`) from `data_iterator`; gives the stage's output and the loss function
-    that Megatron calls on the last stage.
+    Reads a pack (see `training.batch.PACK_KEYS`) from `data_iterator`. Returns the output of the stage and the loss
+    function, which Megatron calls on the last stage.
 
     Raises:
-        VLBridgeError: at the first call, where the model's layout or a setting is not proved; where a pack is not fit.
+        VLBridgeError: at the first call, the model's layout or a setting is not verified; the pack is invalid.
 
     Example:
         >>> pretrain(config, dataset_provider, ModelType.encoder_or_decoder, vlm_step, model_provider)

@@ -1,4 +1,4 @@
-"""Which cases of a long list `make test` runs."""
+"""Select the cases of a long list that `make test` runs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,5 +9,5 @@ import pytest
 def in_turn(cases: Sequence[tuple[Any, ...]], every: int) -> list[Any]:
     """Each `every`-th case for `make test`, the others for `make test-layouts`."""
     return [
-        pytest.param(*case, marks=[pytest.mark.layouts] if number % every else []) for number, case in enumerate(cases)
+        pytest.param(*case, marks=[pytest.mark.layouts] if index % every else []) for index, case in enumerate(cases)
     ]

@@ -1,4 +1,4 @@
-"""Worker processes that live as long as the test session and run Megatron on the CPU over gloo."""
+"""Worker processes for the whole test session that run Megatron on the CPU over gloo."""
 
 import gc
 import importlib
@@ -20,7 +20,7 @@ PRELOAD = "tests.functional.preload"
 class Layout:
     """A parallel layout; the rest of `world` is data-parallel.
 
-    `stages` is Megatron's pipeline layout string, such as `Ett|ttL`, where the split is not even.
+    `stages` is Megatron's pipeline layout string, such as `Ett|ttL`, for an uneven split.
     """
 
     tp: int = 1
@@ -35,7 +35,7 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        """How many data-parallel ranks are left."""
+        """The data-parallel size."""
         return self.world // (self.tp * self.pp * self.cp)
 
     def __str__(self) -> str:
@@ -47,11 +47,11 @@ class Layout:
 
 
 class Pool:
-    """Runs a function on the ranks of a layout; the function sees an initialised Megatron.
+    """Runs a function on the ranks of a layout, with Megatron initialized.
 
-    Workers are started when first needed and kept; after a failure all are started anew, since a rank that waits for
-    a dead one hangs. After `lifetime` runs too: gloo keeps threads and memory of process groups that are gone.
-    The server from which all workers of a test session fork imports the module `preload`.
+    Workers are started on demand and reused. They are restarted after a failure, since a rank that waits for a dead one
+    hangs, and after `lifetime` runs, since gloo keeps threads and memory of destroyed process groups. The fork server
+    of the workers imports the module `preload`.
     """
 
     def __init__(self, timeout: float = 300.0, lifetime: int = 16, preload: str = PRELOAD) -> None:
@@ -60,7 +60,7 @@ class Pool:
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, function: Callable[..., Any], layout: Layout, **kwargs: Any) -> list[Any]:
-        """`function(layout, **kwargs)` on each rank; its results in the order of the ranks."""
+        """Call `function(layout, **kwargs)` on each rank; returns the results in the order of the ranks."""
         if self._runs == self.lifetime:
             self.close()
         self._runs += 1
@@ -84,15 +84,15 @@ class Pool:
                         raise AssertionError(f"rank {rank} of {layout}:\n{failure}")
                 if time.monotonic() > deadline:
                     self.close()
-                    raise AssertionError(f"{layout}: no answer from ranks {set(range(layout.world)) - set(results)}")
+                    raise AssertionError(f"{layout}: no result from ranks {set(range(layout.world)) - set(results)}")
         return [results[rank] for rank in range(layout.world)]
 
     def close(self) -> None:
-        """End all workers."""
+        """Stop all workers."""
         for _, connection in self._workers:
             connection.close()
         for process, _ in self._workers:
-            # A worker that waits for work leaves by itself; one that waits for a dead rank does not.
+            # An idle worker exits by itself; one that waits for a dead rank does not.
             process.join(timeout=5)
             process.kill()
             process.join()
@@ -110,9 +110,9 @@ class Pool:
 
 
 def _work(connection: Connection, preload: str) -> None:
-    # The server from which this process forked has imported it too, unless that failed: then this tells why.
+    # The fork server has already imported it; if that failed, the import here raises the error.
     importlib.import_module(preload)
-    # To look for garbage among all that is imported would take longer than most runs.
+    # Collecting garbage among all imported objects would take longer than most runs.
     gc.freeze()
     while True:
         try:
@@ -122,7 +122,7 @@ def _work(connection: Connection, preload: str) -> None:
         try:
             result = _on_rank(function, layout, rank, store, kwargs)
             connection.send((None, result))
-        except BaseException:  # noqa: BLE001  whatever it is, the test session must hear of it
+        except BaseException:  # noqa: BLE001  the test session must receive any failure
             connection.send((traceback.format_exc(), None))
 
 
@@ -143,17 +143,17 @@ def _on_rank(function: Callable[..., Any], layout: Layout, rank: int, store: str
             get_embedding_ranks=_embedding_ranks(layout, kwargs.get("folder")),
         )
         model_parallel_cuda_manual_seed(1234)
-        _forget_loss_scales()
+        _reset_loss_scales()
         return function(layout, **kwargs)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        # Models in reference cycles keep their groups, and these their threads.
+        # Models in reference cycles keep their process groups and their threads alive.
         gc.collect()
 
 
-def _forget_loss_scales() -> None:
-    """Megatron's schedules leave the scale of their last micro-batch in these classes; it is not the next run's."""
+def _reset_loss_scales() -> None:
+    """Reset the loss scale of the last micro-batch, which Megatron's schedules keep in these classes."""
     import torch
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
@@ -163,10 +163,10 @@ def _forget_loss_scales() -> None:
 
 
 def _embedding_ranks(layout: Layout, folder: Path | None) -> Callable[[list[int]], list[int]] | None:
-    """Which ranks hold the embedding, where it may be others than Megatron's default, as `pretrain` says it."""
+    """The ranks with a copy of the embedding if they may differ from Megatron's default, as in `pretrain`."""
     import torch
 
-    from megatron_vlbridge.config import read_config
+    from megatron_vlbridge import read_config
     from megatron_vlbridge.model.mtp import embedding_ranks
     from megatron_vlbridge.model.transformer_config import language_config
 

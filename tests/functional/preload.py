@@ -1,19 +1,19 @@
-"""Imported once, by the process from which all workers fork: they start with Megatron in memory."""
+"""Imported once by the fork server of the workers, so that they start with Megatron already imported."""
 
 import logging
 import warnings
 
 from megatron_vlbridge.backends import cpu_runtime
 
-# Megatron and torch warn of what is not installed, Megatron also of the class that every model here is.
+# Megatron and torch warn about missing packages, Megatron also about a deprecated base class of the models.
 warnings.simplefilter("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 cpu_runtime.enable()
 
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402  an export would import it for a second
+import torch._dynamo  # noqa: E402  otherwise an export imports it, which takes a second
 
-# A process that has threads must not fork.
+# A process with threads must not fork.
 torch.set_num_threads(1)
 
 import tests.functional.ranks  # noqa: E402, F401

@@ -1,4 +1,4 @@
-"""What runs inside the workers: single stages, padded batches and training steps with Megatron's options."""
+"""Functions run in the workers: single stages, padded batches and training steps with Megatron's options."""
 
 import pickle
 from collections import Counter
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.batch import next_inputs, read_pack
@@ -25,23 +25,23 @@ Pack = Mapping[str, torch.Tensor]
 
 
 def read_each(layout: Layout, folder: Path, packs: Sequence[Pack]) -> list[str | int]:
-    """Of each pack that this rank reads: the refusal, or the number of its tokens."""
+    """For each pack that this rank reads: the error, or the number of its tokens."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups, first = ProcessGroupCollection.use_mpu_process_groups(), parallel_state.is_pipeline_first_stage()
     iterator = iter([_with_axis(pack) for pack in packs]) if groups.tp.rank() == 0 else None
-    answers: list[str | int] = []
+    results: list[str | int] = []
     for _ in packs:
         try:
             read = next_inputs(iterator, read_config(folder), groups, pre_process=first, post_process=not first)
-            answers.append(read.tokens.numel())
+            results.append(read.tokens.numel())
         except VLBridgeError as error:
-            answers.append(str(error))
-    return answers
+            results.append(str(error))
+    return results
 
 
 def what_a_stage_reads(layout: Layout, folder: Path, pack: Pack) -> dict[str, int]:
-    """How many patches and labels this rank gets of a pack, and the bytes that its group's header has in a pickle."""
+    """The numbers of patches and labels that this rank gets from a pack, and the pickled size of the header."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups, sent, broadcast = ProcessGroupCollection.use_mpu_process_groups(), [], dist.broadcast_object_list
@@ -65,7 +65,7 @@ def what_a_stage_reads(layout: Layout, folder: Path, pack: Pack) -> dict[str, in
 
 
 def build_with_fixed_lengths(layout: Layout, folder: Path, **overrides: Any) -> str:
-    """The refusal of this rank's model, where its stages exchange tensors of one length."""
+    """The error of this rank's model with stages that exchange tensors of one length."""
     config = ranks.build_model(layout, folder, load=False, **overrides).config
     config.variable_seq_lengths = False
     try:
@@ -75,8 +75,8 @@ def build_with_fixed_lengths(layout: Layout, folder: Path, **overrides: Any) -> 
     return ""
 
 
-def run_or_refuse(layout: Layout, folder: Path, packs: Sequence[Pack], **options: Any) -> str:
-    """The refusal of the first stage, given these packs."""
+def run_and_catch(layout: Layout, folder: Path, packs: Sequence[Pack], **options: Any) -> str:
+    """The error of the first stage for these packs, or an empty string."""
     model = ranks.build_model(layout, folder, load=False, **options)
     try:
         for pack in packs if model.pre_process else ():
@@ -87,7 +87,7 @@ def run_or_refuse(layout: Layout, folder: Path, packs: Sequence[Pack], **options
 
 
 def first_stage(layout: Layout, folder: Path, packs: Sequence[Pack]) -> list[torch.Tensor]:
-    """What the first stage gives for each pack, `[T, ...]`: hidden states, or logits where it is the only one."""
+    """The output of the first stage for each pack, `[T, ...]`: hidden states, or logits if it is the only stage."""
     model = ranks.build_model(layout, folder)
     if not model.pre_process:
         return []
@@ -97,22 +97,22 @@ def first_stage(layout: Layout, folder: Path, packs: Sequence[Pack]) -> list[tor
 
 
 def padded(layout: Layout, folder: Path, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The whole model's output of a padded batch; this rank's part of the logits."""
+    """The output of the whole model for a padded batch; this rank's shard of the logits."""
     output: torch.Tensor = ranks.build_model(layout, folder)(**batch)
     return output.detach()
 
 
-def padded_refusals(layout: Layout, folder: Path, calls: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The kind of error and the text that each call of the model gives."""
+def padded_errors(layout: Layout, folder: Path, calls: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The type and message of the error of each call of the model, or an empty string."""
     model = ranks.build_model(layout, folder)
-    answers = []
+    errors = []
     for arguments in calls:
         try:
             model(**arguments)
-            answers.append("")
+            errors.append("")
         except (VLBridgeError, TypeError) as error:
-            answers.append(f"{type(error).__name__}: {error}")
-    return answers
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
 
 
 def train_step(
@@ -124,11 +124,11 @@ def train_step(
     frozen: Sequence[str] = (),
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Forward and backward of one step: loss reports, gradients, and how often each part's first layer ran.
+    """Forward and backward of one step: loss reports, gradients, and how often the first layer of each module ran.
 
-    `before`: packs of an earlier step, in which Megatron's DDP counts the gradients of each parameter; from then on it
-    reduces a parameter's gradients while the backward runs, as soon as there are as many. `frozen`: how names begin
-    that get none.
+    `before`: packs of an earlier step, in which Megatron's DDP counts the gradients of each parameter; in later steps
+    it reduces the gradient of a parameter during backward as soon as that count is reached. `frozen`: prefixes of the
+    names of parameters without gradients.
     """
     model = ranks.build_model(layout, folder, **overrides)
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Every block of code in README.md and docs/*.md is run, or checked as far as it can be."""
+"""Every code block in README.md and docs/*.md is run, or checked as far as possible."""
 
 import os
 import re
@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 import megatron_vlbridge
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.cli import main
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.media import load_video
@@ -32,7 +32,7 @@ from tests.functional.test_own_script import documented_script
 from tests.functional.test_recipe import documented_recipe
 
 README, CHECKPOINTS, TRAINING = "README.md", "docs/checkpoints.md", "docs/training.md"
-# All blocks of this page are pasted into one shell, but for the first, which installs.
+# All blocks of this page are pasted into one shell, except the first one, which installs.
 PASTED = "docs/your-data.md"
 
 COMMANDS = {
@@ -51,7 +51,7 @@ PYTHON = {
     "script": (TRAINING, "import sys"),
     "recipe": (TRAINING, "from megatron_vlbridge import Qwen3VLModel, load_hf_weights, read_config"),
 }
-# Too long for this test, or for a machine with a GPU; see `test_commands_of_the_project_exist`.
+# Too long for this test, or needs a GPU; see `test_commands_of_the_project_exist`.
 PROJECT = {
     "make": (README, "make demo "),
     "install": (PASTED, "make setup"),
@@ -60,9 +60,9 @@ PROJECT = {
     "te": ("docs/gpu.md", "make test-te"),
     "gpu": ("docs/gpu.md", "ci/gpu.sh "),
 }
-# No commands.
+# Not commands.
 OTHER = {
-    "way": (README, "HF checkpoint ──import──>"),
+    "pipeline": (README, "HF checkpoint ──import──>"),
     "folder": (CHECKPOINTS, "MEGATRON_DIR/"),
     "output": (TRAINING, "model    Qwen3VLForConditionalGeneration, "),
     "router loss": (TRAINING, "(sum of token losses "),  # tests/functional/test_router_loss.py
@@ -78,22 +78,22 @@ def block(claim: tuple[str, str]) -> Block:
 
 
 def command(claim: tuple[str, str]) -> list[str]:
-    """The words of a block that is one command."""
+    """The arguments of a block with one command."""
     return shlex.split(block(claim).text.replace("\\\n", ""))
 
 
-def test_each_block_is_claimed_once() -> None:
+def test_each_block_is_covered_once() -> None:
     every = all_blocks()
     assert len(every) > 25
     pasted = [one for one in every if one.page == PASTED][1:]
     for one in every:
         claims = [claim for claim in CLAIMS if one.page == claim[0] and one.first.startswith(claim[1])]
-        assert len(claims) + (one in pasted) == 1, f"{one}\nis in {claims or 'no table of this test'}: run it here"
+        assert len(claims) + (one in pasted) == 1, f"{one}\nis in {claims or 'none of the tables above'}: add it to one"
     for claim in CLAIMS:
         block(claim)
 
 
-def test_blocks_of_all_forms_are_found() -> None:
+def test_fenced_and_indented_blocks_are_found() -> None:
     page = (
         "text\n    no block\n\n    one\n\n      two\n\n```\nthree\n    x\n```\ntext\n\n  ````sh\n```\n````\n\n    four"
     )
@@ -103,7 +103,7 @@ def test_blocks_of_all_forms_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def pasted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder in which docs/your-data.md was pasted, and what came out."""
+    """A folder in which docs/your-data.md was pasted, and the output."""
     folder = tmp_path_factory.mktemp("pasted")
     (folder / "examples").symlink_to(ROOT / "examples")
     page = [one.text for one in all_blocks() if one.page == PASTED]
@@ -117,20 +117,20 @@ def pasted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture
 def workplace(pasted: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with what the pages name: checkpoints, conversations, a finished run."""
+    """A working directory with the files named on the pages: checkpoints, conversations, a finished run."""
     first = pasted[0] / "first-run"
     for name in ("Qwen3-VL-8B-Instruct", "hf"):
         shutil.copytree(first / "hf", tmp_path / name)
     Image.new("RGB", (64, 64), "orange").save(tmp_path / "cat.png")
     for name in ("train.jsonl", "valid.jsonl"):
-        # The page shows one line in two.
+        # The page wraps the line.
         (tmp_path / name).write_text(block(COMMANDS["line"]).text.replace("\n", "") + "\n")
     (tmp_path / "run").symlink_to(first / "trained")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_page_from_start_to_end_gives_a_model_that_answers(pasted: tuple[Path, str]) -> None:
+def test_the_pasted_page_trains_a_model_that_answers(pasted: tuple[Path, str]) -> None:
     folder, output = pasted
     assert ": the same" in output
     losses = [float(loss) for loss in re.findall(r"iteration +\d+/\d+ +loss ([0-9.]+)", output)]
@@ -142,13 +142,13 @@ def test_the_page_from_start_to_end_gives_a_model_that_answers(pasted: tuple[Pat
     assert verify(folder / "first-run" / "trained", folder / "first-run" / "hf-trained").equal
 
 
-def test_a_run_prints_lines_of_the_documented_kinds(pasted: tuple[Path, str]) -> None:
+def test_a_run_prints_the_documented_kinds_of_lines(pasted: tuple[Path, str]) -> None:
     lines = pasted[1].splitlines()
     for line in block(OTHER["output"]).text.splitlines()[:-1]:
         assert any(printed.startswith(f"{line.split()[0]} ") for printed in lines), line
 
 
-def test_an_imported_folder_holds_what_is_documented(pasted: tuple[Path, str]) -> None:
+def test_an_imported_folder_has_the_documented_contents(pasted: tuple[Path, str]) -> None:
     documented = [line.split()[0] for line in block(OTHER["folder"]).text.splitlines()[1:]]
     found = [path.name + "/" * path.is_dir() for path in (pasted[0] / "first-run" / "megatron").iterdir()]
     assert sorted(documented) == sorted(found)
@@ -170,7 +170,7 @@ def test_the_documented_line_is_a_conversation(workplace: Path) -> None:
 
 @contextmanager
 def in_folder(folder: Path, **environment: str) -> Iterator[None]:
-    """Another working directory and environment, in a worker that other tests use too."""
+    """Change the working directory and environment, and restore them, as the worker is shared with other tests."""
     before, where, words = dict(os.environ), Path.cwd(), sys.argv
     os.chdir(folder)
     os.environ.update(environment)
@@ -184,27 +184,27 @@ def in_folder(folder: Path, **environment: str) -> Iterator[None]:
 
 
 def parse(layout: Layout, folder: Path, commands: Sequence[tuple[int, Sequence[str]]]) -> list[str]:
-    """What `parse_arguments` says to each command, on the first of so many processes."""
+    """The result of `parse_arguments` for each command, on the first of `world` processes."""
     from megatron.training.global_vars import unset_global_variables
 
     from megatron_vlbridge.training.pretrain import parse_arguments
 
-    answers = []
+    results = []
     for world, words in commands:
         with in_folder(folder, RANK="0", WORLD_SIZE=str(world)):
             sys.argv = ["pretrain", *words]
             try:
                 parse_arguments()
-                answers.append("accepted")
+                results.append("accepted")
             except VLBridgeError as error:
-                answers.append(str(error))
+                results.append(str(error))
             finally:
                 unset_global_variables()
-    return answers
+    return results
 
 
 def training(words: Sequence[str]) -> tuple[int, list[str]]:
-    """Processes and arguments of a torchrun command; on the CPU, since that is where the test runs."""
+    """The number of processes and the arguments of a torchrun command, with `--cpu`."""
     assert list(words[:2]) == ["torchrun", "--nproc_per_node"]
     assert (ROOT / words[3]).is_file()
     return int(words[2]), [*words[4:], *(["--cpu"] if "--cpu" not in words else [])]
@@ -229,7 +229,7 @@ def training_options(layout: Layout) -> set[str]:
 
 
 def printed(*words: str) -> str:
-    """What a Python program prints, from the project's root; it ends well."""
+    """The output of a Python program that is run in the root of the project and succeeds."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -244,7 +244,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_documented_usage_of_vlbridge_is_that_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documented_usage_of_vlbridge_matches_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     usage = re.split(r"^vlbridge +", block(COMMANDS["usage"]).text, flags=re.MULTILINE)[1:]
     assert len(usage) == 4
     for line in usage:
@@ -280,7 +280,7 @@ def test_the_names_of_the_library_can_be_imported(pool: Pool) -> None:
 
 
 def run_live(layout: Layout, folder: Path, code: str) -> dict[str, torch.Tensor]:
-    """What the engine of the block gets."""
+    """The weights that the engine in the block receives."""
     from megatron_vlbridge import export_hf_weights, load_hf_weights, save_hf
     from tests.functional.ranks import build_model
 
@@ -302,7 +302,7 @@ def test_the_functions_on_live_models_run_as_documented(tmp_path: Path, pool: Po
     assert verify(hf, tmp_path / "trained").equal
 
 
-def test_the_prompt_of_a_video_is_that_of_the_training(pasted: tuple[Path, str]) -> None:
+def test_the_prompt_of_a_video_is_that_of_training(pasted: tuple[Path, str]) -> None:
     data = pasted[0] / "first-run"
     processor = AutoProcessor.from_pretrained(data / "hf")
     conversation = read_conversations(data / "data" / "valid.jsonl")[2]
@@ -313,12 +313,12 @@ def test_the_prompt_of_a_video_is_that_of_the_training(pasted: tuple[Path, str])
     assert prompt.equal(encode_conversation(conversation, processor).input_ids[: len(prompt)])
 
 
-def test_the_lines_for_a_script_of_ones_own_run() -> None:
-    code = block(PYTHON["console"]).text + 'console.note("seen")\n'
-    assert printed("-c", code) == "seen\n"
+def test_the_lines_for_a_custom_script_run() -> None:
+    code = block(PYTHON["console"]).text + 'console.note("printed")\n'
+    assert printed("-c", code) == "printed\n"
 
 
-def test_other_tests_run_the_script_and_the_recipe() -> None:
+def test_the_script_and_the_recipe_are_run_by_other_tests() -> None:
     """tests/functional/test_own_script.py and test_recipe.py."""
     script = [line for line in documented_script().splitlines() if "called: " not in line]
     assert script == block(PYTHON["script"]).text.splitlines()
@@ -352,20 +352,20 @@ def test_anchors_and_files_of_links_exist() -> None:
                 assert anchor in anchors, f"{page.name}: {target}#{anchor}"
 
 
-def test_the_messages_of_the_table_are_real(
+def test_the_messages_in_the_table_exist(
     workplace: Path, pasted: tuple[Path, str], pool: Pool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = (ROOT / PASTED).read_text().split("| message |")[1]
     documented = re.findall(r"^\| `([^`]*)` \|", table, re.MULTILINE)
-    messages = [*refused_runs(pasted[0], pool), *refused_data(workplace), *refused_exports(workplace, capsys)]
-    # A package that is missing, a GPU that is visible: tests/unit/test_console.py, test_cpu_backend.py.
+    messages = [*rejected_runs(pasted[0], pool), *rejected_data(workplace), *rejected_exports(workplace, capsys)]
+    # A missing package, a visible GPU: tests/unit/test_console.py, test_cpu_backend.py.
     messages += ["the package tensorboard is not installed", "visible GPU(s)"]
     for phrase in documented:
         assert any(phrase in message for message in messages), f"{phrase}: not in\n" + "\n".join(messages)
     assert len(documented) == len(messages)
 
 
-def refused_runs(folder: Path, pool: Pool) -> list[str]:
+def rejected_runs(folder: Path, pool: Pool) -> list[str]:
     words = ["--hf-folder", "first-run/hf", "--seq-length", "64", "--lr", "3e-3", "--cpu", "--train-iters", "200"]
     words += ["--global-batch-size", "2"]
     others = [[], ["--random-weights", "--tensor-model-parallel-size", "3"], ["--load", "first-run/trained"]]
@@ -373,22 +373,22 @@ def refused_runs(folder: Path, pool: Pool) -> list[str]:
     return pool.run(parse, Layout(), folder=folder, commands=commands)[0]
 
 
-def refused_data(folder: Path) -> list[str]:
+def rejected_data(folder: Path) -> list[str]:
     processor, config = AutoProcessor.from_pretrained("hf"), read_config("hf")
     line = (folder / "train.jsonl").read_text()
 
-    def refusal(line: str, room: int) -> str:
-        (folder / "wrong.jsonl").write_text(line)
-        sizes = {"seq_length": room, "num_samples": 1, "seed": 0}
-        with pytest.raises(VLBridgeError) as refused:
-            PackedConversations(read_conversations(folder / "wrong.jsonl"), processor, config, **sizes)
-        return str(refused.value)
+    def rejection(line: str, seq_length: int) -> str:
+        (folder / "invalid.jsonl").write_text(line)
+        sizes = {"seq_length": seq_length, "num_samples": 1, "seed": 0}
+        with pytest.raises(VLBridgeError) as rejected:
+            PackedConversations(read_conversations(folder / "invalid.jsonl"), processor, config, **sizes)
+        return str(rejected.value)
 
-    beside = line.replace('{"messages"', '{"images": ["cat.png"], "messages"')
-    return [refusal(beside, 256), refusal(line.replace("cat.png", "dog.png"), 256), refusal(line, 8)]
+    unknown_key = line.replace('{"messages"', '{"images": ["cat.png"], "messages"')
+    return [rejection(unknown_key, 256), rejection(line.replace("cat.png", "dog.png"), 256), rejection(line, 8)]
 
 
-def refused_exports(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def rejected_exports(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     (folder / "old" / "iter_0000001" / "mp_rank_00").mkdir(parents=True)
     (folder / "old" / "latest_checkpointed_iteration.txt").write_text("1")
     found = []

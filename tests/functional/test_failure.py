@@ -1,4 +1,4 @@
-"""What stands on the screen when a script fails, under torchrun and without."""
+"""The output of a failing script, with and without torchrun."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TEXT = "a.jsonl, line 3: no answer\nAdd a message of the assistant"
+TEXT = "a.jsonl, line 3: no assistant message\nAdd one"
 SCRIPT = f"""
 import os, sys, time
 from megatron_vlbridge.training import failure
@@ -24,7 +24,7 @@ raise VLBridgeError({TEXT!r})
 
 
 def output(*command: object) -> list[str]:
-    """The lines that a failing command prints, stdout and stderr as a terminal shows them."""
+    """The lines that a failing command prints to stdout and stderr, in order."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, *map(str, command)],
@@ -40,7 +40,7 @@ def output(*command: object) -> list[str]:
 
 def torchrun(*command: object) -> list[str]:
     lines = output("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *command)
-    # The frame of torchrun's report.
+    # The border of torchrun's report.
     assert set(lines[-1]) == {"="}
     return [line.strip() for line in lines[:-1]]
 
@@ -53,27 +53,27 @@ def script(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("ranks", ["all", "one"])
-def test_torchrun_ends_with_the_text_once_however_many_ranks_refuse(script: Path, ranks: str) -> None:
+def test_torchrun_prints_the_message_once_for_any_number_of_failing_ranks(script: Path, ranks: str) -> None:
     lines = torchrun(script, ranks)
     assert lines[-2:] == f"Error: {TEXT}".splitlines()
-    assert sum("no answer" in line for line in lines) == 1
-    # torchrun's own.
+    assert sum("no assistant message" in line for line in lines) == 1
+    # That of torchrun.
     assert sum("Traceback" in line for line in lines) == 1
 
 
-def test_torchrun_ends_with_the_traceback_of_one_rank(script: Path) -> None:
+def test_torchrun_prints_the_traceback_of_one_rank(script: Path) -> None:
     lines = torchrun(script, "defect")
     assert lines[-1] == "ZeroDivisionError: division by zero"
     assert sum("ZeroDivisionError" in line for line in lines) == 1
     assert sum("Unexpected error on rank" in line for line in lines) == 1
 
 
-def test_without_torchrun_only_the_text_is_printed(script: Path) -> None:
+def test_without_torchrun_only_the_message_is_printed(script: Path) -> None:
     assert output(script, "all") == f"Error: {TEXT}".splitlines()
 
 
-def test_the_example_prints_only_why_it_refuses(tmp_path: Path) -> None:
-    """Its imports print nothing either, nor does Megatron."""
+def test_the_example_prints_only_the_error(tmp_path: Path) -> None:
+    """Its imports and Megatron print nothing."""
     lines = output(ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--hf-folder", tmp_path)
     assert lines[0].startswith("Error: ")
     assert "config.json" in lines[0]

@@ -1,4 +1,4 @@
-"""A pretrain script of one's own: datasets come before the model, and what is refused is refused on all ranks alike."""
+"""A custom pretrain script: datasets are built before the model, and all ranks raise the same error."""
 
 import os
 import re
@@ -22,17 +22,17 @@ RECORDED = {"def my_datasets(": "datasets", "def my_model(": "model", "    def _
 
 
 def documented_script() -> str:
-    """The script of the page, which prints what is called."""
+    """The script in docs/training.md, with a print in each function."""
     lines = PAGE.read_text().split(SECTION)[1].split("```python\n")[1].split("```")[0].splitlines()
     for start, name in RECORDED.items():
-        (number,) = (number for number, line in enumerate(lines) if line.startswith(start))
+        (index,) = (index for index, line in enumerate(lines) if line.startswith(start))
         indent = " " * (len(start) - len(start.lstrip()) + 4)
-        lines.insert(number + 1, f'{indent}print("called: {name}", flush=True)')
+        lines.insert(index + 1, f'{indent}print("called: {name}", flush=True)')
     return "\n".join(lines)
 
 
-def test_the_documented_script_trains_and_is_evaluated_on_the_cpu(tmp_path: Path) -> None:
-    """Without --conversations and --eval-interval; the datasets are asked for once, before the model."""
+def test_the_documented_script_trains_and_evaluates_on_the_cpu(tmp_path: Path) -> None:
+    """Without --conversations and --eval-interval; the datasets are built once, before the model."""
     reference.write_checkpoint(tmp_path / "hf")
     (tmp_path / "script.py").write_text(documented_script())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "script.py"]
@@ -51,14 +51,14 @@ def test_the_documented_script_trains_and_is_evaluated_on_the_cpu(tmp_path: Path
 
 
 def provider(kind: str, rank: int, calls: list[Any]) -> Callable[..., Any]:
-    """Dataset providers of every kind of mistake."""
+    """A dataset provider with one kind of mistake."""
 
     def datasets(counts: Sequence[int], vp_stage: int | None = None) -> Any:
         calls.append(vp_stage)
         train, validation = list(range(counts[0])), list(range(counts[1]))
-        if kind == "refuses" or (kind == "refuses on the second rank" and rank == 1):
+        if kind == "rejects" or (kind == "rejects on the second rank" and rank == 1):
             raise VLBridgeError(f"train.jsonl, line 7, on rank {rank}")
-        if kind == "breaks":
+        if kind == "crashes":
             raise KeyError("line 8")
         return {
             "no training data": (None, validation, None),
@@ -72,8 +72,8 @@ def provider(kind: str, rank: int, calls: list[Any]) -> Callable[..., Any]:
     def without_stage(counts: Sequence[int]) -> Any:
         return datasets(counts)
 
-    chosen = without_stage if kind == "takes no stage" else datasets
-    if kind == "refuses on the second rank":
+    chosen = without_stage if kind == "without vp_stage" else datasets
+    if kind == "rejects on the second rank":
         chosen.is_distributed = True  # type: ignore[attr-defined]
     return chosen
 
@@ -100,10 +100,10 @@ def parsed(layout: Layout, words: Sequence[object]) -> Iterator[Any]:
 
 
 def build_datasets(layout: Layout, folder: Path, kinds: Sequence[str]) -> list[Any]:
-    """Of each kind what `build` raises; or evaluations, calls and the sizes of what Megatron gets afterwards."""
+    """For each kind the error of `build`; or `eval_iters`, the calls, and the sizes of the datasets for Megatron."""
     import torch.distributed as dist
 
-    from megatron_vlbridge.training.datasets import DatasetsFirst
+    from megatron_vlbridge.training.datasets import EagerDatasetProvider
 
     found: list[Any] = []
     sizes = ["--tensor-model-parallel-size", layout.tp, "--pipeline-model-parallel-size", layout.pp]
@@ -111,7 +111,7 @@ def build_datasets(layout: Layout, folder: Path, kinds: Sequence[str]) -> list[A
     with parsed(layout, [*COMPLETE, "--hf-folder", folder, *sizes, "--eval-iters", 3]) as args:
         for kind in kinds:
             args.eval_iters, calls = 3, []
-            datasets = DatasetsFirst(provider(kind, dist.get_rank(), calls))
+            datasets = EagerDatasetProvider(provider(kind, dist.get_rank(), calls))
             try:
                 datasets.build()
             except VLBridgeError as error:
@@ -124,23 +124,23 @@ def build_datasets(layout: Layout, folder: Path, kinds: Sequence[str]) -> list[A
 
 
 def count_samples(layout: Layout, folder: Path, words: Sequence[object]) -> tuple[list[Any], Any, list[Any]]:
-    """What the provider is asked for, the iterations known afterwards, and what Megatron then asks for."""
+    """The sample counts passed to the provider, `train_iters` afterwards, and the counts that Megatron computes."""
     from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 
-    from megatron_vlbridge.training.datasets import DatasetsFirst
+    from megatron_vlbridge.training.datasets import EagerDatasetProvider
 
-    asked: list[Any] = []
+    requested: list[Any] = []
 
     def datasets(counts: Sequence[int]) -> Any:
-        asked.extend(counts)
+        requested.extend(counts)
         return tuple(range(counts[0])), tuple(range(counts[1])), None
 
     others = ["--seq-length", 64, "--lr", 1, "--global-batch-size", 2]
     with parsed(layout, ["--hf-folder", folder, *others, *words]) as args:
-        DatasetsFirst(datasets).build()
-        known = args.train_iters
+        EagerDatasetProvider(datasets).build()
+        iterations = args.train_iters
         update_train_iters(args)
-        return asked, known, list(get_train_valid_test_num_samples())
+        return requested, iterations, list(get_train_valid_test_num_samples())
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def count_samples(layout: Layout, folder: Path, words: Sequence[object]) -> tupl
         (["--train-samples", 9, "--eval-iters", 3], [9, 6, 6], None),
     ],
 )
-def test_the_provider_is_asked_for_what_megatron_would(
+def test_the_provider_gets_the_sample_counts_of_megatron(
     pool: Pool, tmp_path: Path, words: list[object], expected: list[int], iterations: int | None
 ) -> None:
     folder = reference.write_checkpoint(tmp_path)
@@ -159,64 +159,64 @@ def test_the_provider_is_asked_for_what_megatron_would(
     assert found == (expected, iterations, expected)
 
 
-REFUSED = {
-    "refuses": "train.jsonl, line 7, on rank 0",
-    "refuses on the second rank": "train.jsonl, line 7, on rank 1",
-    "breaks": "the dataset provider failed with KeyError: 'line 8'",
+REJECTED = {
+    "rejects": "train.jsonl, line 7, on rank 0",
+    "rejects on the second rank": "train.jsonl, line 7, on rank 1",
+    "crashes": "the dataset provider failed with KeyError: 'line 8'",
     "two datasets": "failed with ValueError: not enough values to unpack",
-    "no training data": "gave no training dataset",
+    "no training data": "returned no training dataset",
     "too short": "the training dataset has 7 packs, expected at least 8",
     "a short validation": "the validation dataset has 5 packs, expected at least 6",
     "test alone": "a test dataset without a validation dataset",
 }
 
 
-def test_all_ranks_refuse_the_data_with_one_text(pool: Pool, tmp_path: Path) -> None:
+def test_all_ranks_reject_the_data_with_the_same_message(pool: Pool, tmp_path: Path) -> None:
     folder = reference.write_checkpoint(tmp_path)
-    kinds = [*REFUSED, "fits", "no validation"]
+    kinds = [*REJECTED, "fits", "no validation"]
     first, second = pool.run(build_datasets, Layout(tp=2, world=2), folder=folder, kinds=kinds)
-    for kind, one, other in zip(REFUSED, first, second, strict=False):
-        assert REFUSED[kind] in one
+    for kind, one, other in zip(REJECTED, first, second, strict=False):
+        assert REJECTED[kind] in one
         assert one == other
     assert first[-2:] == [(3, [None], [8]), (0, [None], [8])]
-    # Only the first rank of a tensor-parallel group builds datasets; all know whether there is an evaluation.
+    # Only the first rank of a tensor-parallel group builds datasets; all ranks know whether to evaluate.
     assert second[-2:] == [(3, [], []), (0, [], [])]
 
 
 def test_each_virtual_stage_gets_its_datasets(pool: Pool, tmp_path: Path) -> None:
     folder = reference.write_checkpoint(tmp_path)
     layout = Layout(pp=2, vpp=2, world=2)
-    for found in pool.run(build_datasets, layout, folder=folder, kinds=["fits", "takes no stage"]):
+    for found in pool.run(build_datasets, layout, folder=folder, kinds=["fits", "without vp_stage"]):
         assert found[0] == (3, [0, 1], [8, 8])
         assert "an argument vp_stage" in found[1]
 
 
 def first_step(layout: Layout, folder: Path) -> str:
-    """What `vlm_step` says to a model that another provider built with a setting that is not proved."""
+    """The error of `vlm_step` for a model of another provider with a setting that is not verified."""
     from megatron_vlbridge.training.step import vlm_step
     from tests.functional.ranks import build_model
 
     model = build_model(layout, folder, load=False)
     model.config.qk_l2_norm = True
-    with pytest.raises(VLBridgeError) as refusal:
+    with pytest.raises(VLBridgeError) as rejection:
         vlm_step(iter([]), model)
     model.config.qk_l2_norm = False
     with pytest.raises(StopIteration):
         vlm_step(iter([]), model)
-    return str(refusal.value)
+    return str(rejection.value)
 
 
 def test_a_model_of_another_provider_is_checked_at_the_first_step(pool: Pool, tmp_path: Path) -> None:
     folder = reference.write_checkpoint(tmp_path)
-    assert "qk_l2_norm=True, proved: " in pool.run(first_step, Layout(), folder=folder)[0]
+    assert "qk_l2_norm=True" in pool.run(first_step, Layout(), folder=folder)[0]
 
 
-def test_a_script_without_a_launcher_is_refused() -> None:
+def test_a_script_without_a_launcher_is_rejected() -> None:
     code = "from megatron_vlbridge.backends import cpu_runtime; cpu_runtime.enable()\n"
     code += "from megatron_vlbridge.training.pretrain import run; run(None, None)"
     environment = {name: value for name, value in os.environ.items() if name != "MASTER_ADDR"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "VLBridgeError: the ranks cannot find each other" in done.stderr
+    assert "MASTER_ADDR is not set" in done.stderr
     assert "torchrun --nproc_per_node 1" in done.stderr

@@ -1,4 +1,4 @@
-"""The recipe of docs/training.md for a model outside a pretrain script, run as it stands there."""
+"""The code in docs/training.md for a model outside a pretrain script, run unchanged."""
 
 import re
 from pathlib import Path
@@ -13,19 +13,19 @@ PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 def documented_recipe() -> str:
-    """The code of the page."""
+    """The code on the page."""
     (code,) = re.findall(r"^A model outside a pretrain script.*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
     return code
 
 
 def run_recipe(layout: Layout, folder: Path, code: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The logits that the code computes, with `batch` as what the processor gives."""
+    """The logits that the code computes, with `batch` as the output of the processor."""
     names: dict[str, Any] = {"folder": folder, "text": "", "image": None, "processor": lambda **_: batch}
     exec(code, names)
     return names["logits"].detach()
 
 
-def test_the_recipe_gives_transformers_logits(pool: Pool, tmp_path: Path) -> None:
+def test_the_recipe_gives_the_logits_of_transformers(pool: Pool, tmp_path: Path) -> None:
     folder = reference.write_checkpoint(tmp_path)
     conversation = reference.conversation("image", 1)
     batch = {

@@ -1,11 +1,11 @@
-"""The model's door and a training step: pictures matter, bad packs stop every rank, options change nothing."""
+"""Model inputs and a training step: images matter, invalid packs raise on every rank, options change no result."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.families import find
 from tests import reference
 from tests.functional import ranks, step_ranks
@@ -25,32 +25,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def conversations(*kinds: str, seed: int = 20) -> list[reference.Conversation]:
-    return [reference.conversation(kind, seed + number) for number, kind in enumerate(kinds)]
+    return [reference.conversation(kind, seed + index) for index, kind in enumerate(kinds)]
 
 
 def pack(*kinds: str, seed: int = 20) -> dict[str, torch.Tensor]:
     return reference.pack(conversations(*kinds, seed=seed), PACK_LENGTH)
 
 
-# Bad packs
+# Invalid packs
 
 
 @pytest.mark.parametrize("layout", [TP2, PP2], ids=str)
-def test_a_bad_pack_is_refused_on_every_rank_alike_and_the_next_one_is_read(
+def test_an_invalid_pack_raises_the_same_error_on_every_rank_and_the_next_one_is_read(
     pool: Pool, folder: Path, layout: Layout
 ) -> None:
     good = pack("image", "text")
-    bad = good | {"image_grid_thw": good["image_grid_thw"] + 2}
-    answers = pool.run(step_ranks.read_each, layout, folder=folder, packs=[bad, good])
-    assert all(answer == answers[0] for answer in answers)
-    assert "image patches" in answers[0][0]
-    assert answers[0][1] == PACK_LENGTH
+    invalid = good | {"image_grid_thw": good["image_grid_thw"] + 2}
+    results = pool.run(step_ranks.read_each, layout, folder=folder, packs=[invalid, good])
+    assert all(result == results[0] for result in results)
+    assert "image patches" in results[0][0]
+    assert results[0][1] == PACK_LENGTH
 
 
-def test_every_kind_of_bad_pack_reaches_all_ranks_of_a_tensor_parallel_group(pool: Pool, folder: Path) -> None:
-    """An error of another type than ours would leave the other ranks waiting."""
+def test_every_kind_of_invalid_pack_raises_on_all_ranks_of_a_tensor_parallel_group(pool: Pool, folder: Path) -> None:
+    """With an exception of another type the other ranks would hang."""
     good = pack("image", "text")
-    bad = {
+    invalid = {
         "labels": good["labels"][1:],
         "image_grid_thw": good["image_grid_thw"][:, 1:],
         "tokens": good["tokens"] + 100,
@@ -58,15 +58,15 @@ def test_every_kind_of_bad_pack_reaches_all_ranks_of_a_tensor_parallel_group(poo
         "images_per_segment": good["images_per_segment"][1:],
         "pixel_values": good["pixel_values"][1:],
     }
-    packs = [good | {key: value} for key, value in bad.items()]
+    packs = [good | {key: value} for key, value in invalid.items()]
     packs.append({key: value for key, value in good.items() if key != "videos_per_segment"})
     first, second = pool.run(step_ranks.read_each, TP2, folder=folder, packs=packs)
     assert first == second
-    assert all(isinstance(answer, str) for answer in first)
+    assert all(isinstance(result, str) for result in first)
 
 
-def test_pixels_reach_the_first_stage_alone_and_labels_the_last(pool: Pool, folder: Path) -> None:
-    """Not hidden in a header either: a slice of no rows would take all of them along."""
+def test_only_the_first_stage_gets_pixels_and_only_the_last_labels(pool: Pool, folder: Path) -> None:
+    """The header has no pixels either: pickling an empty slice would include the whole storage."""
     layout = Layout(tp=2, pp=2, world=4)
     read = pack("images", "video")
     pixels = read["pixel_values"].nbytes + read["pixel_values_videos"].nbytes
@@ -77,49 +77,47 @@ def test_pixels_reach_the_first_stage_alone_and_labels_the_last(pool: Pool, fold
     assert all(0 < rank["header"] < pixels / 2 for rank in found), pixels
 
 
-# Pictures
+# Images
 
 
-def brighter(group: list[reference.Conversation], number: int) -> dict[str, torch.Tensor]:
-    """The group's pack with other pixels in one of its conversations, each of which has images or videos, not both."""
-    kind, key = ("videos", "pixel_values_videos") if len(group[number].videos) else ("images", "pixel_values")
+def brighter(group: list[reference.Conversation], index: int) -> dict[str, torch.Tensor]:
+    """The pack of the group with other pixels in one conversation; each has either images or videos."""
+    kind, key = ("videos", "pixel_values_videos") if len(group[index].videos) else ("images", "pixel_values")
     packed = reference.pack(group, PACK_LENGTH)
-    before = sum(len(getattr(c, kind)) for c in group[:number])
-    packed[key][before : before + len(getattr(group[number], kind))] += 1.0
+    before = sum(len(getattr(c, kind)) for c in group[:index])
+    packed[key][before : before + len(getattr(group[index], kind))] += 1.0
     return packed
 
 
 @pytest.mark.parametrize("layout", [Layout(), PP2, TP2_SP], ids=str)
-def test_pixels_change_the_first_stage_in_their_own_conversation_alone(
-    pool: Pool, folder: Path, layout: Layout
-) -> None:
+def test_pixels_change_the_first_stage_only_in_their_own_conversation(pool: Pool, folder: Path, layout: Layout) -> None:
     group = conversations("image", "video", "text", "image")
-    with_pictures = (0, 1, 3)
-    packs = [reference.pack(group, PACK_LENGTH), *(brighter(group, number) for number in with_pictures)]
+    with_media = (0, 1, 3)
+    packs = [reference.pack(group, PACK_LENGTH), *(brighter(group, index) for index in with_media)]
     by_rank = [r for r in pool.run(step_ranks.first_stage, layout, folder=folder, packs=packs) if r]
     lengths = [len(c.tokens) for c in group]
     lengths.append(PACK_LENGTH - sum(lengths))
     before, *after = (torch.cat(parts, dim=-1).split(lengths) for parts in zip(*by_rank, strict=True))
-    for changed, outputs in zip(with_pictures, after, strict=True):
+    for changed, outputs in zip(with_media, after, strict=True):
         for segment, (old, new) in enumerate(zip(before, outputs, strict=True)):
             assert torch.equal(old, new) == (segment != changed), f"segment {segment}, changed {changed}"
-        picture = group[changed].tokens.tolist().index(reference.VIDEO if changed == 1 else reference.IMAGE)
+        first = group[changed].tokens.tolist().index(reference.VIDEO if changed == 1 else reference.IMAGE)
         same = (before[changed] == outputs[changed]).all(dim=1)
-        assert same[:picture].all()
-        assert not same[picture:].any()
+        assert same[:first].all()
+        assert not same[first:].any()
 
 
 # Padded batches
 
 
 def padded_batch(group: list[reference.Conversation], side: str) -> dict[str, torch.Tensor]:
-    """What a processor gives for these conversations, padded with a placeholder's id on one side."""
+    """The output of a processor for these conversations, padded with a placeholder id on one side."""
     width = max(len(c.tokens) for c in group) + 3
     ids = torch.full((len(group), width), 5)
     mask = torch.zeros_like(ids)
     for row, c in enumerate(group):
-        place = slice(0, len(c.tokens)) if side == "right" else slice(width - len(c.tokens), width)
-        ids[row, place], mask[row, place] = c.tokens, 1
+        span = slice(0, len(c.tokens)) if side == "right" else slice(width - len(c.tokens), width)
+        ids[row, span], mask[row, span] = c.tokens, 1
     kinds = (ids == reference.IMAGE).long() + 2 * (ids == reference.VIDEO).long()
     media = {key: value for key, value in reference.pack(group, 2 * PACK_LENGTH).items() if key in MEDIA}
     return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds} | media
@@ -146,23 +144,24 @@ def test_padded_batch_equals_transformers(pool: Pool, folder: Path, layout: Layo
     labels[:, -1] = -100
     labels[~kept] = -100
     losses = pool.run(step_ranks.padded, layout, folder=folder, batch=batch | {"labels": labels})
-    wanted = torch.nn.functional.cross_entropy(expected.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    per_token = {"reduction": "none", "ignore_index": -100}
+    expected_losses = torch.nn.functional.cross_entropy(expected.transpose(1, 2), labels, **per_token)
     for mine in losses:
-        assert reference.relative_error(mine, wanted) < TOLERANCE
+        assert reference.relative_error(mine, expected_losses) < TOLERANCE
         assert not mine[labels == -100].any()
 
 
-def test_arguments_that_nobody_reads_are_refused(pool: Pool, folder: Path) -> None:
+def test_unused_and_contradicting_arguments_are_rejected(pool: Pool, folder: Path) -> None:
     batch = padded_batch(conversations("image", "text"), "right")
     batch = {key: value for key, value in batch.items() if "video" not in key}
-    misspelt = {("pixel_value" if key == "pixel_values" else key): value for key, value in batch.items()}
-    answers = pool.run(
-        step_ranks.padded_refusals,
+    unknown = {("pixel_value" if key == "pixel_values" else key): value for key, value in batch.items()}
+    errors = pool.run(
+        step_ranks.padded_errors,
         Layout(),
         folder=folder,
         calls=[
             batch,
-            misspelt,
+            unknown,
             {},
             batch | {"inputs": object()},
             batch | {"mm_token_type_ids": batch["mm_token_type_ids"].roll(1, dims=1)},
@@ -172,8 +171,8 @@ def test_arguments_that_nobody_reads_are_refused(pool: Pool, folder: Path) -> No
             batch | {"packed_seq_params": object(), "cu_seqlens": [0, 5]},
         ],
     )[0]
-    for answer, words in zip(
-        answers,
+    for error, start in zip(
+        errors,
         [
             "",
             "TypeError: ",
@@ -182,14 +181,14 @@ def test_arguments_that_nobody_reads_are_refused(pool: Pool, folder: Path) -> No
             "VLBridgeError: mm_token_type_ids",
             "VLBridgeError: ",
             "VLBridgeError: Qwen3VLModel takes either",
-            "VLBridgeError: lengths are those of a packed row",
-            "VLBridgeError: packed_seq_params says where",
+            "VLBridgeError: lengths",
+            "VLBridgeError: packed_seq_params",
         ],
         strict=True,
     ):
-        assert answer.startswith(words)
-        assert bool(answer) == bool(words)
-    assert "'pixel_value'" in answers[1]
+        assert error.startswith(start)
+        assert bool(error) == bool(start)
+    assert "'pixel_value'" in errors[1]
 
 
 # A step
@@ -202,11 +201,11 @@ def gradients_of(folder: Path, results: list[dict]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layout", [DP2, TP2_SP, PP2, Layout(cp=2, world=2)], ids=str)
 @pytest.mark.parametrize("frozen", [(), ("vision_model",)], ids=["trainable-tower", "frozen-tower"])
-@pytest.mark.parametrize("first", ["pictures", "text"])
-def test_overlapped_reduction_over_text_and_pictures_equals_transformers(
+@pytest.mark.parametrize("first", ["images", "text"])
+def test_overlapped_reduction_over_text_and_images_equals_transformers(
     pool: Pool, folder: Path, layout: Layout, frozen: tuple[str, ...], first: str
 ) -> None:
-    """Megatron counts gradients in each rank's last micro-batch: one step ends with text, the other with pictures."""
+    """Megatron counts gradients in the last micro-batch of a rank: one step ends with text, the other with images."""
     groups = [conversations(*kinds, seed=30 + i) for i, kinds in enumerate((("image", "text"), ("mixed",)))]
     groups += [conversations("text", seed=40), conversations("text", "text", seed=50)]
     if first == "text":
@@ -222,7 +221,7 @@ def test_overlapped_reduction_over_text_and_pictures_equals_transformers(
             assert reference.relative_error(found, expected[name]) < TOLERANCE, name
 
 
-def test_text_alone_gives_a_trainable_tower_zero_gradients(pool: Pool, folder: Path) -> None:
+def test_text_only_packs_give_a_trainable_tower_zero_gradients(pool: Pool, folder: Path) -> None:
     packs, before = [pack("text", "text"), pack("text")], [pack("image"), pack("video")]
     results = pool.run(step_ranks.train_step, DP2, folder=folder, packs=packs, before=before)
     gradients = gradients_of(folder, results)
@@ -260,7 +259,7 @@ def test_recomputation_of_several_layers_changes_nothing(
     measure(pool, layout, folder, groups, **options).check()
 
 
-def test_recomputation_really_runs_the_layers_again(pool: Pool, folder: Path) -> None:
+def test_recomputation_runs_the_layers_again(pool: Pool, folder: Path) -> None:
     def calls(**options: object) -> dict[str, int]:
         return pool.run(step_ranks.train_step, Layout(), folder=folder, packs=[pack("image")], **options)[0]["calls"]
 
@@ -278,7 +277,7 @@ HF_NAMES = {TOWER: ".visual.", TOWER_INPUT[0]: ".patch_embed.", TOWER_INPUT[1]: 
 
 @pytest.mark.parametrize("frozen", [(TOWER,), (WORDS,), (WORDS, TOWER), TOWER_INPUT])
 @pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
-def test_recomputation_with_frozen_parts_keeps_the_other_gradients(
+def test_recomputation_with_frozen_modules_keeps_the_other_gradients(
     pool: Pool, folder: Path, options: dict, frozen: tuple[str, ...]
 ) -> None:
     group = conversations("mixed", "text")
@@ -300,15 +299,17 @@ def test_an_uneven_pipeline_split_equals_transformers(pool: Pool, folder: Path) 
     measure(pool, PP2, folder, groups, num_layers_in_first_pipeline_stage=3).check()
 
 
-def test_deepstack_over_several_stages_needs_changing_lengths(pool: Pool, folder: Path) -> None:
-    answers = pool.run(step_ranks.build_with_fixed_lengths, PP2, folder=folder, num_layers_in_first_pipeline_stage=1)
-    assert len(answers) == 2
-    for answer in answers:
-        assert "the first 2 decoder layers take deepstack features and lie on several pipeline stages" in answer
+def test_deepstack_over_several_stages_needs_variable_lengths(pool: Pool, folder: Path) -> None:
+    errors = pool.run(step_ranks.build_with_fixed_lengths, PP2, folder=folder, num_layers_in_first_pipeline_stage=1)
+    assert len(errors) == 2
+    for error in errors:
+        assert "deepstack features" in error
+        assert "several pipeline stages" in error
 
 
-def test_stages_of_fixed_length_refuse_packs_of_another(pool: Pool, folder: Path) -> None:
-    """The next stage would read rows that nobody sent."""
+def test_stages_of_fixed_length_reject_packs_of_another_length(pool: Pool, folder: Path) -> None:
+    """The next stage would read rows that were not sent."""
     pack = reference.pack([reference.conversation("image", 3)], 64)
-    answer = pool.run(step_ranks.run_or_refuse, PP2, folder=folder, packs=[pack], seq_length=96)[0]
-    assert "pack has 64 tokens, but the pipeline stages send each other 96" in answer
+    error = pool.run(step_ranks.run_and_catch, PP2, folder=folder, packs=[pack], seq_length=96)[0]
+    assert "64 tokens" in error
+    assert "96" in error

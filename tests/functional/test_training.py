@@ -1,4 +1,4 @@
-"""The example script under torchrun: layouts follow one loss curve, and a resumed run continues it."""
+"""The example script under torchrun: all layouts have the same loss curve, and a resumed run continues it."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def train(folder: Path, *arguments: object, processes: int = 1) -> list[float]:
     command += [ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--conversations", folder / "train.jsonl"]
     command += ["--seq-length", 256, "--micro-batch-size", 1, "--global-batch-size", 2, "--lr", 1e-3, "--seed", 5]
     command += ["--train-iters", ITERATIONS, "--log-interval", 1, "--num-workers", 0, "--lr-decay-style", "constant"]
-    # The same packs under every layout: context parallelism needs room in them for its padding.
+    # The same packs in every layout: context parallelism needs space for its padding.
     command += ["--pack-multiple-of", 4]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
@@ -54,7 +54,7 @@ def one_process(folder: Path) -> list[float]:
     return losses
 
 
-def test_tensorboard_shows_the_losses_of_the_log(folder: Path, one_process: list[float]) -> None:
+def test_tensorboard_has_the_losses_of_the_log(folder: Path, one_process: list[float]) -> None:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     scalars = events.Scalars("lm loss")
@@ -76,13 +76,15 @@ def assert_same_curve(found: list[float], expected: list[float]) -> None:
     ],
     ids=["tp2", "pp2", "dp2-overlapped", "cp2"],
 )
-def test_layout_follows_one_process(folder: Path, one_process: list[float], processes: int, layout: tuple) -> None:
+def test_a_layout_has_the_loss_curve_of_one_process(
+    folder: Path, one_process: list[float], processes: int, layout: tuple
+) -> None:
     found = train(folder, "--hf-folder", "hf", "--hf-weights", *layout, processes=processes)
     assert_same_curve(found, one_process)
 
 
 @pytest.mark.layouts
-def test_expert_parallel_follows_one_process(tmp_path: Path) -> None:
+def test_expert_parallel_has_the_loss_curve_of_one_process(tmp_path: Path) -> None:
     folder = digits_checkpoint.write(tmp_path, experts=True)
     arguments = ("--hf-folder", "hf", "--hf-weights")
     alone = train(folder, *arguments)
@@ -90,8 +92,8 @@ def test_expert_parallel_follows_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.layouts
-def test_a_prediction_layer_on_a_stage_of_its_own_follows_one_process(tmp_path: Path) -> None:
-    """Copies of the embedding that did not stay equal would leave the curve."""
+def test_an_mtp_layer_on_its_own_stage_has_the_loss_curve_of_one_process(tmp_path: Path) -> None:
+    """The curve would differ if the copies of the embedding did not stay equal."""
     folder = digits_checkpoint.write(tmp_path)
     add_prediction_layer(folder / "hf")
     arguments = ("--hf-folder", "hf", "--hf-weights", "--save")
@@ -116,11 +118,11 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.layouts
-def test_bf16_with_the_distributed_optimizer_stays_near(folder: Path, one_process: list[float]) -> None:
+def test_bf16_with_the_distributed_optimizer_is_close(folder: Path, one_process: list[float]) -> None:
     layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 2)
     precision = ("--bf16", "--use-distributed-optimizer")
     found = train(folder, "--hf-folder", "hf", "--hf-weights", *layout, *precision, processes=4)
-    # Eight bits of mantissa: the losses are the same to a few thousandths, while the curve falls by more than a tenth.
+    # Eight bits of mantissa: the losses agree to a few thousandths, while the curve falls by more than a tenth.
     assert max(abs(a - b) / b for a, b in zip(found, one_process, strict=True)) < 5e-3
     assert one_process[-1] < 0.9 * one_process[0]
 
@@ -143,10 +145,10 @@ def test_resumed_run_continues(folder: Path, one_process: list[float]) -> None:
     assert_same_curve(first + second, one_process)
 
 
-def test_a_longer_schedule_is_refused_before_the_model(folder: Path, one_process: list[float], pool: Pool) -> None:
+def test_a_longer_schedule_is_rejected_before_the_model(folder: Path, one_process: list[float], pool: Pool) -> None:
     """On a checkpoint that a run saved; other values: tests/unit/test_start.py."""
     resumed = ("--hf-folder", folder / "hf", "--load", folder / "whole", "--lr-decay-style", "constant")
     assert said(pool, *resumed, "--train-iters", ITERATIONS) == "accepted"
-    answer = said(pool, *resumed, "--train-iters", 2 * ITERATIONS)
-    assert f"x --global-batch-size: saved {2 * ITERATIONS}, given {4 * ITERATIONS}" in answer
-    assert "--override-opt_param-scheduler" in answer
+    error = said(pool, *resumed, "--train-iters", 2 * ITERATIONS)
+    assert f"saved {2 * ITERATIONS}, given {4 * ITERATIONS}" in error
+    assert "--override-opt_param-scheduler" in error

@@ -1,4 +1,4 @@
-"""Long runs of the example under torchrun: all dimensions together, and what other layouts make of their checkpoint."""
+"""Long runs of the example under torchrun: all dimensions together, resumed in other layouts."""
 
 import os
 import subprocess
@@ -22,17 +22,17 @@ EVERYTHING = (
     ("experts", "processes", "other", "same"),
     [
         (False, 4, ("--tensor-model-parallel-size", 4, "--sequence-parallel"), MORE),
-        # Megatron's optimizer cannot load its state for other experts; before its first step it makes no difference.
+        # Megatron cannot load the optimizer state for another EP size; the first loss does not depend on it.
         (True, 8, ("--expert-model-parallel-size", 4, "--pipeline-model-parallel-size", 2, "--no-load-optim"), 1),
     ],
     ids=["dense-then-tp4", "experts-then-ep4-pp2"],
 )
-def test_all_dimensions_follow_one_process_and_other_layouts_go_on(
+def test_all_dimensions_have_the_loss_curve_of_one_process_and_resume_in_other_layouts(
     tmp_path: Path, experts: bool, processes: int, other: tuple, same: int
 ) -> None:
-    """TP2 x SP x PP2 x CP2 for 20 iterations; then its checkpoint in another layout, which gives the `same` losses."""
+    """TP2 x SP x PP2 x CP2 for 20 iterations; then its checkpoint in another layout: the first `same` losses agree."""
     folder = digits_checkpoint.write(tmp_path, experts=experts)
-    # The last batches are part of one longer run, as Megatron's schedules see it.
+    # For Megatron's schedules, the last batches are part of one longer run.
     start = ("--hf-folder", "hf", "--hf-weights", "--train-iters", ITERATIONS + MORE, "--global-batch-size", 4)
     alone = train(folder, *start)
     assert len(alone) == ITERATIONS + MORE
@@ -45,25 +45,25 @@ def test_all_dimensions_follow_one_process_and_other_layouts_go_on(
 
 
 @pytest.mark.layouts
-def test_virtual_stages_start_from_hugging_face_weights_and_follow_one_process(tmp_path: Path) -> None:
+def test_virtual_stages_with_hugging_face_weights_have_the_loss_curve_of_one_process(tmp_path: Path) -> None:
     folder = digits_checkpoint.write(tmp_path)
     start = ("--hf-folder", "hf", "--hf-weights", "--train-iters", 4)
     stages = ("--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2)
     assert_same_curve(train(folder, *start, *stages, processes=2), train(folder, *start))
 
 
-BAD_PACK = """
+INVALID_PACK = """
 import sys
 from megatron_vlbridge.backends import cpu_runtime
 cpu_runtime.enable()
 from transformers import AutoProcessor
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.training.pretrain import parse_arguments, run
 
 image_token_id = None
 
-class OnePackIsBad(PackedConversations):
+class OneInvalidPack(PackedConversations):
     def __getitem__(self, index):
         pack = super().__getitem__(index)
         if index == 3:
@@ -74,7 +74,7 @@ args = parse_arguments()
 processor, config = AutoProcessor.from_pretrained(args.hf_folder), read_config(args.hf_folder)
 
 def datasets(num_samples, vp_stage=None):
-    return OnePackIsBad(
+    return OneInvalidPack(
         read_conversations(args.conversations), processor, config,
         seq_length=args.seq_length, num_samples=num_samples[0], seed=args.seed, multiple_of=4,
     ), None, None
@@ -83,10 +83,10 @@ run(args, datasets)
 """
 
 
-def test_a_bad_pack_ends_the_whole_run_with_its_reason(tmp_path: Path) -> None:
-    """Stages that wait for the one that refuses the pack do not wait for ever."""
+def test_an_invalid_pack_ends_the_whole_run_with_the_error(tmp_path: Path) -> None:
+    """Stages that wait for the stage with the error do not hang."""
     folder = digits_checkpoint.write(tmp_path)
-    (folder / "script.py").write_text(BAD_PACK)
+    (folder / "script.py").write_text(INVALID_PACK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "script.py"]
     command += ["--cpu", "--conversations", "train.jsonl", "--hf-folder", "hf", "--hf-weights", "--seq-length", "256"]
     command += ["--global-batch-size", "2", "--lr", "1e-3", "--train-iters", "5", "--num-workers", "0"]

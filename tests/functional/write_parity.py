@@ -1,6 +1,6 @@
 """Writes docs/parity.md: python -m tests.functional.write_parity."""
 
-# What imports Megatron is imported inside the functions: the workers import this file too.
+# Modules that import Megatron are imported inside the functions: the workers import this file too.
 import datetime as dt
 import importlib.metadata
 import platform
@@ -43,9 +43,8 @@ def main() -> None:
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("megatron-core", "transformers", "torch")
     )
-    head = (
-        "| input | vision tower | logits | token losses | loss | worst gradient | of |\n|---|---|---|---|---|---|---|"
-    )
+    columns = ("input", "vision tower", "logits", "token losses", "loss", "largest gradient error", "parameter")
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     sections = "\n\n".join(
         f"## {kind.capitalize()} embeddings\n\n{head}\n" + "\n".join(lines) for kind, lines in rows.items()
     )
@@ -53,12 +52,13 @@ def main() -> None:
         f"""# Parity with transformers
 
 A tiny random Qwen3-VL in fp32 (4 decoder layers, 4 vision layers, 2 deepstack levels, grouped-query attention), run by
-this project as one pack and by transformers conversation by conversation. The figures are the norm of the difference
-over the norm of transformers' result: of the tower's output (tokens and deepstack features), of the logits, of the
-token losses and the mean loss, and of the gradient of the parameter where it is largest. Every test asks for less
-than {TOLERANCE:.0e}. The same comparison for every layout stands in [layouts.md](layouts.md).
+this project as one pack and by transformers conversation by conversation. The values are the norm of the difference
+over the norm of transformers' result, for the output of the vision tower (tokens and deepstack features), the logits,
+the token losses, the mean loss, and the gradient of the parameter with the largest error. The tests require less than
+{TOLERANCE:.0e}. The same comparison for every layout is in [layouts.md](layouts.md).
 
-Made by `.venv/bin/python -m tests.functional.write_parity` on {dt.date.today()}, {platform.machine()} CPU, {versions}.
+Measured by `.venv/bin/python -m tests.functional.write_parity` on {dt.date.today()}, {platform.machine()} CPU,
+{versions}.
 
 {sections}
 """

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge import read_config
+from megatron_vlbridge.config import Config
 
 CONFIG = Path(__file__).parents[1] / "data/configs/Qwen3-VL-2B-Instruct.json"
 Grid = tuple[int, int, int]

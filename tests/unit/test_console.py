@@ -13,13 +13,14 @@ import pytest
 from torch._utils import ExceptionWrapper
 from transformers import Qwen3VLForConditionalGeneration
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.console import ShortLog, argument_warnings, summary
 from megatron_vlbridge.training.failure import describe
 from megatron_vlbridge.training.trackers import check_trackers
-from megatron_vlbridge.weights.plan import MisfitError
+from megatron_vlbridge.weights.plan import MismatchError
 from tests import reference
+from tests.errors import rejects
 from tests.unit.test_log_lines import EXPERTS
 
 PRINTS = "def print_rank_0(message):\n    print(message)\n\ndef log(message):\n    print_rank_0(message)\n"
@@ -33,7 +34,7 @@ class Terminal(StringIO):
 
 @pytest.fixture
 def megatron() -> ModuleType:
-    """A module that prints under Megatron's name."""
+    """A module whose name starts with `megatron.`, with functions that print."""
     module = ModuleType("megatron.training.anything")
     exec(PRINTS, module.__dict__)
     return module
@@ -45,7 +46,7 @@ def printed(stream: StringIO, action: Callable[[], None]) -> str:
     return stream.getvalue()
 
 
-def test_what_megatron_prints_is_shortened_and_what_the_script_prints_is_not(megatron: ModuleType) -> None:
+def test_the_output_of_megatron_is_shortened_and_that_of_the_script_is_not(megatron: ModuleType) -> None:
     def action() -> None:
         megatron.log("------------ arguments ------------\n  a ..... 1")
         print("> building my dataset", end=" ")
@@ -62,13 +63,13 @@ def test_what_megatron_prints_is_shortened_and_what_the_script_prints_is_not(meg
     ]
 
 
-def test_a_recorder_between_megatron_and_the_stream_changes_nothing(megatron: ModuleType) -> None:
-    """W&B puts a function of its own in the place of `sys.stdout.write`."""
-    recorder = ModuleType("wandb.sdk.anything")
-    exec("def record(write):\n    return lambda text: write(text)\n", recorder.__dict__)
+def test_a_wrapper_of_stdout_between_megatron_and_the_stream_changes_nothing(megatron: ModuleType) -> None:
+    """W&B replaces `sys.stdout.write`."""
+    wrapper = ModuleType("wandb.sdk.anything")
+    exec("def wrap(write):\n    return lambda text: write(text)\n", wrapper.__dict__)
 
     def action() -> None:
-        sys.stdout.write = recorder.record(sys.stdout.write)  # type: ignore[method-assign]
+        sys.stdout.write = wrapper.wrap(sys.stdout.write)  # type: ignore[method-assign]
         megatron.log("------------ arguments ------------")
         print("the script")
         megatron.log(SAVED)
@@ -76,7 +77,7 @@ def test_a_recorder_between_megatron_and_the_stream_changes_nothing(megatron: Mo
     assert printed(StringIO(), action) == "the script\ncheckpoint saved at iteration 1: out\n"
 
 
-def test_on_a_terminal_an_iteration_replaces_the_one_before(
+def test_on_a_terminal_an_iteration_overwrites_the_previous_one(
     megatron: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
@@ -100,7 +101,7 @@ def test_on_a_terminal_an_iteration_replaces_the_one_before(
 
 
 @pytest.mark.parametrize("verbose", [False, True])
-def test_verbose_leaves_stdout_and_warnings_alone(verbose: bool) -> None:
+def test_verbose_does_not_change_stdout_and_warnings(verbose: bool) -> None:
     code = (
         "import sys, warnings\n"
         "from megatron_vlbridge.training import console\n"
@@ -114,7 +115,7 @@ def test_verbose_leaves_stdout_and_warnings_alone(verbose: bool) -> None:
     assert run.stdout.split() == [str(verbose), str(verbose), "False"]
 
 
-def test_what_megatron_warns_of_the_arguments_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_of_megatron_about_the_arguments_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     module = ModuleType("megatron.training.utils.anything")
     exec("import warnings\ndef warn(text): warnings.warn(text)", module.__dict__)
     with warnings.catch_warnings():
@@ -125,7 +126,7 @@ def test_what_megatron_warns_of_the_arguments_is_printed(capsys: pytest.CaptureF
     assert capsys.readouterr().out == "warning  Disabling --async-save.\n"
 
 
-REFUSING = """
+REJECTING = """
 import os, sys
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.failure import report_failures
@@ -133,7 +134,7 @@ report_failures()
 print("before")
 if "full" in sys.argv:
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-raise VLBridgeError("no answer")
+raise VLBridgeError("no assistant message")
 """
 
 
@@ -141,25 +142,28 @@ raise VLBridgeError("no answer")
 def test_a_report_needs_neither_stdout_nor_the_error_file_of_another_launcher(tmp_path: Path, stdout: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     environment["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "error.json")
-    command = [sys.executable, "-c", REFUSING, stdout]
+    command = [sys.executable, "-c", REJECTING, stdout]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=50)
-    assert run.stderr.startswith("Error: no answer\n")
+    assert run.stderr.startswith("Error: no assistant message\n")
     assert "Traceback" not in run.stderr
     assert run.returncode != 0
     assert not list(tmp_path.iterdir())
 
 
-def test_a_refusal_is_described_by_its_text_alone() -> None:
-    assert describe(VLBridgeError("a.jsonl, line 3: no answer")) == "Error: a.jsonl, line 3: no answer"
-    assert describe(MisfitError("the tensors differ", {"a": ["b"]})) == "Error: the tensors differ"
+def test_the_report_of_our_error_is_its_message() -> None:
+    assert (
+        describe(VLBridgeError("a.jsonl, line 3: no assistant message"))
+        == "Error: a.jsonl, line 3: no assistant message"
+    )
+    assert describe(MismatchError("the tensors differ", {"a": ["b"]})) == "Error: the tensors differ"
 
 
-def test_a_refusal_in_a_data_loaders_process_is_described_by_its_text_alone() -> None:
+def test_the_report_of_our_error_in_a_data_loader_worker_is_its_message() -> None:
     def fail() -> None:
         try:
             raise VLBridgeError("the cause")
         except VLBridgeError as error:
-            raise VLBridgeError("a.jsonl, line 3: no answer\nAdd one") from error
+            raise VLBridgeError("a.jsonl, line 3: no assistant message\nAdd one") from error
 
     try:
         fail()
@@ -167,10 +171,10 @@ def test_a_refusal_in_a_data_loaders_process_is_described_by_its_text_alone() ->
         wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
     with pytest.raises(VLBridgeError, match="Original Traceback") as failure:
         wrapped.reraise()
-    assert describe(failure.value) == "Error: a.jsonl, line 3: no answer\nAdd one"
+    assert describe(failure.value) == "Error: a.jsonl, line 3: no assistant message\nAdd one"
 
 
-def test_another_exception_is_described_with_its_traceback_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_of_another_exception_is_its_traceback_with_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(ZeroDivisionError) as failure:
         1 / 0  # noqa: B018
@@ -201,7 +205,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_summary_counts_the_parameters_as_transformers_does(tmp_path: Path, tied: bool) -> None:
+def test_the_summary_counts_the_parameters_like_transformers(tmp_path: Path, tied: bool) -> None:
     folder = reference.write_checkpoint(tmp_path, tied=tied)
     lines = summary(SimpleNamespace(**ARGUMENTS), read_config(folder))
     count = Qwen3VLForConditionalGeneration.from_pretrained(folder).num_parameters()
@@ -209,7 +213,7 @@ def test_the_summary_counts_the_parameters_as_transformers_does(tmp_path: Path, 
     assert lines[1:] == [
         "layout   TP 2 x SP x DP 4, 8 processes on the CPU",
         "batch    64 packs of 4,096 tokens (262,144), 1,000 iterations",
-        "weights  of hf",
+        "weights  from hf",
     ]
 
 
@@ -219,22 +223,21 @@ TRACKERS = {"tensorboard_dir": None, "wandb_project": "", "wandb_exp_name": "", 
 @pytest.mark.parametrize(
     ("given", "package"), [({"tensorboard_dir": "log"}, "tensorboard"), ({"wandb_project": "p"}, "wandb")]
 )
-def test_a_tracker_without_its_package_is_refused(
+def test_a_tracker_without_its_package_is_rejected(
     given: dict[str, str], package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(VLBridgeError, match=f"pip install 'megatron-vlbridge.{package}.'"):
+    with rejects(f"the package {package} is not installed", f"pip install 'megatron-vlbridge[{package}]'"):
         check_trackers(SimpleNamespace(**{**TRACKERS, **given}))
 
 
-def test_wandb_without_what_megatron_needs_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_the_arguments_that_megatron_needs_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     check_trackers(SimpleNamespace(**TRACKERS))
     for package in ("wandb", "tensorboard"):
         module = ModuleType(package)
         module.__spec__ = SimpleNamespace(origin=f"{package}/__init__.py")  # type: ignore[assignment]
         monkeypatch.setitem(sys.modules, package, module)
-    with pytest.raises(VLBridgeError) as failure:
+    with rejects("--tensorboard-dir", "--wandb-exp-name", "--wandb-save-dir"):
         check_trackers(SimpleNamespace(**{**TRACKERS, "wandb_project": "p"}))
-    assert all(name in str(failure.value) for name in ("--tensorboard-dir", "--wandb-exp-name", "--wandb-save-dir"))
     enough = {"wandb_project": "p", "tensorboard_dir": "log", "wandb_exp_name": "n", "save": "out"}
     check_trackers(SimpleNamespace(**{**TRACKERS, **enough}))

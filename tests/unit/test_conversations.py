@@ -1,4 +1,4 @@
-"""Conversations from JSON lines: everything on a line is honoured or refused, by file and line."""
+"""Conversations from JSON Lines: everything on a line is used or rejected, with file and line."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,9 @@ from PIL import Image
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.tiny_processor import build_processor
-from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.arguments import add_arguments
 from megatron_vlbridge.training.parser import make_parser
+from tests.errors import rejects
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 GOOD = json.dumps({"messages": TALK})
@@ -30,15 +30,15 @@ def test_a_file_is_read_with_its_images(tmp_path: Path, monkeypatch: pytest.Monk
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 24, 3), dtype=np.uint8)
     images = [Image.fromarray(image) for image in pixels]
     (tmp_path / "set").mkdir()
-    for number, image in enumerate(images):
-        image.save(tmp_path / "set" / f"{number}.png")
+    for index, image in enumerate(images):
+        image.save(tmp_path / "set" / f"{index}.png")
 
     def talk(image: Any, frames: list) -> list:
         video = {"type": "video", "video": frames, "fps": 2}
         parts = [{"type": "image", "image": image}, video, {"type": "text", "text": "hello"}]
         return [{"role": "user", "content": parts}, {"role": "assistant", "content": "é seven"}]
 
-    names = [f"{number}.png" for number in range(4)]
+    names = [f"{index}.png" for index in range(4)]
     path = write_lines(tmp_path / "set" / "train.jsonl", json.dumps({"messages": talk(names[0], names)}), GOOD)
     monkeypatch.chdir(tmp_path)
     read = read_conversations(path.relative_to(tmp_path))
@@ -55,11 +55,14 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_counted(tmp_pat
     path.write_bytes(b"\xef\xbb\xbf\r\n" + GOOD.encode() + b"\r\n  \t\r\n\n" + GOOD.encode())
     read = read_conversations(path)
     assert read == [TALK, TALK]
-    assert [conversation.place for conversation in read] == [f"{path}, line 2", f"{path}, line 5"]
-    path.write_bytes(GOOD.replace(", ", ",\r").encode() + b"\n" + GOOD.encode())  # a blank inside of a line
-    assert [conversation.place for conversation in read_conversations(path)] == [f"{path}, line 1", f"{path}, line 2"]
+    assert [conversation.location for conversation in read] == [f"{path}, line 2", f"{path}, line 5"]
+    path.write_bytes(GOOD.replace(", ", ",\r").encode() + b"\n" + GOOD.encode())  # a carriage return within a line
+    assert [conversation.location for conversation in read_conversations(path)] == [
+        f"{path}, line 1",
+        f"{path}, line 2",
+    ]
     path.write_bytes(b"\n\n\n\n" + GOOD.encode() + b"\n\xef\xbb\xbf" + GOOD.encode())
-    with pytest.raises(VLBridgeError, match="line 6: "):
+    with rejects("line 6: "):
         read_conversations(path)
 
 
@@ -80,68 +83,80 @@ def with_part(**keys: Any) -> str:
     return json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, keys]}, TALK[1]]})
 
 
-REFUSED = {
-    "no JSON": ("{", r"one JSON object on the line, found '{' \(column 2: "),
-    "trailing comma": (GOOD[:-1] + ",}", r"one JSON object on the line"),
-    "two objects": (GOOD + GOOD, r"column \d+: Extra data"),
-    "deep": ("[" * 200_000, r"nesting|one JSON object"),
-    "list": ("[]", r'expected {"messages"'),
-    "number": ("3", r"found int '3'"),
-    "null": ("null", r"found NoneType"),
-    "no key": ("{}", r"found the keys \[\]"),
-    "other form": ('{"conversations": [{"from": "human"}]}', r"expected .*'?role.*found the keys \['conversations'\]"),
-    "messages as number": ('{"messages": 3}', r"a list of messages, found int"),
-    "messages null": ('{"messages": null}', r"a list of messages, found nothing"),
-    "no message": ('{"messages": []}', r"at least one message"),
-    "message as text": ('{"messages": ["x"]}', r"message 0: expected an object"),
-    "no content": ('{"messages": [{"role": "user"}]}', r"message 0 \(user\): expected 'content'"),
-    "images": (line(images=["a.png"]), r"unknown key 'images' .*\{\"type\": \"image\", \"image\": \"a.png\"\}"),
-    "videos": (line(videos=[]), r"unknown key 'videos' .*as a content part"),
-    "tools": (line(tools=[]), r"unknown key 'tools' .*tools are not supported"),
-    "system": (line(system="s"), r'unknown key \'system\' .*"role": "system"'),
-    "id": (line(id=3), r"unknown key 'id' .*remove it"),
-    "max_pixels": (with_part(type="image", image="a", max_pixels=9), r"message 0 \(user\), part 1, image: .*'max_pix"),
-    "key twice": (GOOD[:-1] + ', "messages": []}', r"key 'messages' stands twice"),
-    "role twice": ('{"messages": [{"role": "user", "content": "q", "role": "system"}]}', r"key 'role' stands twice"),
-    "NaN": (with_part(type="video", video=[], fps=float("nan")), r"NaN is not a JSON value"),
-    "infinity": (with_part(type="video", video=[], fps=-float("inf")), r"-Infinity is not a JSON value"),
-    "too large": (with_part(type="video", video=[], fps=1.5).replace("1.5", "1e999"), r"1e999 is too large"),
-    "half a pair": (line(messages=[{"role": "user", "content": "\ud800"}]), r"message 0 \(user\): .*surrogate"),
-    "integer too large": (with_part(type="video", video=[], fps=7).replace("7", "7" * 5000), r"7{80} is too large"),
-    "NUL": ('{"messages": "\x00"}', r"one JSON object on the line"),
+REJECTED = {
+    "no JSON": ("{", "one JSON object on the line, found '{' (column 2: "),
+    "trailing comma": (GOOD[:-1] + ",}", "one JSON object on the line"),
+    "two objects": (GOOD + GOOD, "Extra data"),
+    "deep": ("[" * 200_000, "one JSON object on the line"),
+    "list": ("[]", 'expected {"messages"'),
+    "number": ("3", "found int '3'"),
+    "null": ("null", "found NoneType"),
+    "no key": ("{}", "found the keys []"),
+    "other format": ('{"conversations": [{"from": "human"}]}', "found the keys ['conversations']"),
+    "messages as number": ('{"messages": 3}', "a list of messages, found int"),
+    "messages null": ('{"messages": null}', "a list of messages, found nothing"),
+    "no message": ('{"messages": []}', "at least one message"),
+    "message as text": ('{"messages": ["x"]}', "message 0: expected an object"),
+    "no content": ('{"messages": [{"role": "user"}]}', "message 0 (user): expected 'content'"),
+    "images": (line(images=["a.png"]), "the line: unknown key 'images'"),
+    "videos": (line(videos=[]), "the line: unknown key 'videos'"),
+    "tools": (line(tools=[]), "the line: unknown key 'tools'"),
+    "system": (line(system="s"), "the line: unknown key 'system'"),
+    "id": (line(id=3), "the line: unknown key 'id'"),
+    "max_pixels": (with_part(type="image", image="a", max_pixels=9), "message 0 (user), part 1, image: unknown key"),
+    "duplicate key": (GOOD[:-1] + ', "messages": []}', "key 'messages' occurs twice"),
+    "duplicate role": ('{"messages": [{"role": "user", "content": "q", "role": "user"}]}', "key 'role' occurs twice"),
+    "NaN": (with_part(type="video", video=[], fps=float("nan")), "NaN is not a JSON value"),
+    "infinity": (with_part(type="video", video=[], fps=-float("inf")), "-Infinity is not a JSON value"),
+    "too large": (with_part(type="video", video=[], fps=1.5).replace("1.5", "1e999"), "1e999 is too large"),
+    "lone surrogate": (line(messages=[{"role": "user", "content": "\ud800"}]), "found a lone surrogate"),
+    "integer too large": (with_part(type="video", video=[], fps=7).replace("7", "7" * 5000), "777 is too large"),
+    "NUL": ('{"messages": "\x00"}', "one JSON object on the line"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("bad", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_bad_line_is_refused_by_file_line_and_place(tmp_path: Path, bad: str, message: str) -> None:
+@pytest.mark.parametrize(("bad", "problem"), REJECTED.values(), ids=REJECTED.keys())
+def test_a_bad_line_is_rejected_with_file_and_line(tmp_path: Path, bad: str, problem: str) -> None:
     path = write_lines(tmp_path / "train.jsonl", GOOD, "", bad, GOOD)
-    with pytest.raises(VLBridgeError, match=rf"^{path}, line 3: .*{message}"):
+    with rejects(problem, start=f"{path}, line 3: "):
         read_conversations(path)
-    with pytest.raises(VLBridgeError, match=rf"^train data {path}, line 3: "):
+    with rejects(problem, start=f"train data {path}, line 3: "):
         read_conversations(path, split="train")
 
 
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("images", '{"type": "image", "image": "a.png"}'),
+        ("videos", "as a content part"),
+        ("tools", "tools are not supported"),
+        ("system", '"role": "system"'),
+        ("id", "remove it"),
+    ],
+)
+def test_an_unknown_key_of_a_line_is_rejected_with_the_remedy(tmp_path: Path, key: str, remedy: str) -> None:
+    with rejects(f"unknown key '{key}'", remedy):
+        read_conversations(write_lines(tmp_path / "train.jsonl", line(**{key: []})))
+
+
 @pytest.mark.parametrize("tag", ["<image>", "<video>", "<audio>", "<image_1>", "<image 2>", "<|image_1|>", "<|image|>"])
-def test_a_tag_of_another_format_is_refused_unless_it_is_meant(tmp_path: Path, tag: str) -> None:
+def test_a_tag_of_another_format_is_rejected_without_literal_tags(tmp_path: Path, tag: str) -> None:
     for content in (f"{tag}what?", [{"type": "text", "text": tag[:3]}, {"type": "text", "text": f"{tag[3:]}\nwhat?"}]):
         path = write_lines(tmp_path / "train.jsonl", line(messages=[{"role": "user", "content": content}, TALK[1]]))
-        with pytest.raises(
-            VLBridgeError, match=r"line 1: message 0 \(user\): the text holds .*\"type\": \"image\""
-        ) as error:
+        with rejects("line 1: message 0 (user): the text contains", repr(tag), '"type": "image"'):
             read_conversations(path)
-        assert repr(tag) in str(error.value)
         assert read_conversations(path, literal_tags=True)[0][0]["content"] == content
 
 
-def test_the_option_that_the_refusal_of_a_tag_names_is_an_argument(tmp_path: Path) -> None:
+def test_the_option_named_in_the_error_exists(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "train.jsonl", line(messages=[{"role": "user", "content": "<image>"}]))
-    with pytest.raises(VLBridgeError, match="--literal-tags"):
+    with rejects("--literal-tags"):
         read_conversations(path)
     parser = make_parser(add_arguments)
     assert [parser.parse_args(words).literal_tags for words in ([], ["--literal-tags"])] == [False, True]
 
 
-def test_a_path_in_media_tags_is_refused_and_markup_is_not(tmp_path: Path) -> None:
+def test_a_path_in_media_tags_is_rejected_and_markup_is_not(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     for tag, text in {
         "<img>": "<img>a.png</img> what?",
@@ -151,7 +166,7 @@ def test_a_path_in_media_tags_is_refused_and_markup_is_not(tmp_path: Path) -> No
         "<image_00>": "</image><image_00>",
     }.items():
         write_lines(path, line(messages=[{"role": "user", "content": text}]))
-        with pytest.raises(VLBridgeError, match=f"'{tag}'"):
+        with rejects(f"'{tag}'"):
             read_conversations(path)
     texts = [
         "<video>\n<source src='a'></video>",
@@ -168,7 +183,7 @@ def test_a_path_in_media_tags_is_refused_and_markup_is_not(tmp_path: Path) -> No
     assert [message["content"] for message in read_conversations(path)[0]] == texts
 
 
-def test_paths_are_resolved_and_addresses_are_not(tmp_path: Path) -> None:
+def test_paths_are_resolved_and_urls_are_not(tmp_path: Path) -> None:
     sources = {
         "a.png": str(tmp_path / "a.png"),
         "../b:1.png": str(tmp_path / "../b:1.png"),
@@ -180,17 +195,17 @@ def test_paths_are_resolved_and_addresses_are_not(tmp_path: Path) -> None:
     assert [conversation[0]["content"][1]["image"] for conversation in read] == list(sources.values())
 
 
-def test_a_file_that_is_missing_empty_or_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_missing_empty_or_binary_file_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     for missing in (path, tmp_path):
-        with pytest.raises(VLBridgeError, match=rf"^{missing}: no file that can be read"):
+        with rejects(start=f"{missing}: cannot read the file"):
             read_conversations(missing)
     path.write_text("\n \n")
-    with pytest.raises(VLBridgeError, match=r"train.jsonl: expected at least one conversation"):
+    with rejects("train.jsonl: expected at least one conversation"):
         read_conversations(path)
     path.write_bytes(GOOD.encode() + b'\n{"messages": "\xff"}\n')
-    with pytest.raises(VLBridgeError, match=r"train.jsonl, line 2: expected UTF-8 text, found .* at byte 14"):
+    with rejects("train.jsonl, line 2: expected UTF-8 text", "at byte 14"):
         read_conversations(path)
     path.write_bytes(GOOD.encode("utf-16"))
-    with pytest.raises(VLBridgeError, match=r"train.jsonl, line 1: expected UTF-8 text"):
+    with rejects("train.jsonl, line 1: expected UTF-8 text"):
         read_conversations(path)

@@ -12,8 +12,8 @@ import torch
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.backends import te
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.transformer_config import language_config, vision_config
 from megatron_vlbridge.training import guards, settings

@@ -1,4 +1,4 @@
-"""Lines that Megatron-Core 0.19.2 wrote in runs of the example, in the words of the short log."""
+"""Log lines of Megatron-Core 0.19.2 from runs of the example, and their short form."""
 
 import math
 
@@ -14,7 +14,7 @@ EXPERTS = (
 )
 
 
-def test_an_iteration_has_the_losses_of_megatrons_line() -> None:
+def test_an_iteration_has_the_losses_of_the_line_of_megatron() -> None:
     found = read_iteration(EXPERTS)
     assert found is not None
     assert (found.number, found.last, found.global_batch_size, found.seconds) == (1, 6, 2, 0.127)
@@ -26,14 +26,14 @@ def test_an_iteration_has_the_losses_of_megatrons_line() -> None:
 
 
 @pytest.mark.parametrize("value", [5.834869, 0.0, 1e-7, 123456.7, 1234567e3, 0.01234567])
-def test_a_loss_keeps_every_digit_of_megatrons(value: float) -> None:
+def test_a_loss_keeps_every_digit_of_megatron(value: float) -> None:
     megatron = f"{value:.6E}"
     found = read_iteration(EXPERTS.replace("5.834869E+00", megatron))
     assert found is not None
     assert float(found.text(256, None).split()[3]) == float(megatron)
 
 
-def test_what_goes_wrong_in_an_iteration_is_shown() -> None:
+def test_skipped_and_nan_iterations_are_shown() -> None:
     line = EXPERTS.replace("skipped iterations:   0", "skipped iterations:   2").replace(
         "loss scale: 1.0", "loss scale: 65536.0"
     )
@@ -45,14 +45,14 @@ def test_what_goes_wrong_in_an_iteration_is_shown() -> None:
     assert "1 with a loss that is not finite" in text
 
 
-def test_a_loss_that_is_not_a_number_is_not_left_out() -> None:
-    """Megatron writes no field for it."""
+def test_a_nan_loss_is_shown() -> None:
+    """Megatron logs no field for it."""
     found = read_iteration(EXPERTS.replace(" lm loss: 5.834869E+00 |", ""))
     assert found is not None
     assert math.isnan(float(found.text(256, None).split()[3]))
 
 
-def test_the_last_iteration_has_no_time_left() -> None:
+def test_the_last_iteration_shows_no_remaining_time() -> None:
     found = read_iteration(EXPERTS.replace("1/ ", "6/ "))
     assert found is not None
     assert "left" not in found.text(256, 0.0)
@@ -114,5 +114,5 @@ def test_other_lines(line: str, text: str | None) -> None:
         (3725, "1 h 02 min"),
     ],
 )
-def test_a_duration_for_a_person(seconds: float, text: str) -> None:
+def test_durations_are_formatted(seconds: float, text: str) -> None:
     assert duration(seconds) == text

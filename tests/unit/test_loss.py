@@ -1,11 +1,11 @@
-"""The loss of a micro-batch: a sum and a number of tokens, never a mean of its own."""
+"""The loss of a micro-batch is a sum and a token count, not a mean."""
 
 import torch
 
 from megatron_vlbridge.training.loss import token_loss
 
 
-def test_masked_tokens_count_neither_in_the_sum_nor_in_the_number():
+def test_masked_tokens_are_neither_in_the_sum_nor_in_the_count():
     mask = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
     losses = torch.tensor([[2.0, 50.0, 3.0, 70.0]], requires_grad=True)
     total, count, report = token_loss(mask, losses)
@@ -18,7 +18,7 @@ def test_masked_tokens_count_neither_in_the_sum_nor_in_the_number():
     assert torch.equal(losses.grad, mask)
 
 
-def test_no_supervised_token_gives_zero_and_zero_gradient():
+def test_without_supervised_tokens_loss_and_gradient_are_zero():
     losses = torch.tensor([[2.0, 50.0]], requires_grad=True)
     total, count, report = token_loss(torch.zeros(1, 2), losses)
     assert (total.item(), count.item()) == (0.0, 0)

@@ -1,4 +1,4 @@
-"""The loss with the published Qwen3-VL tokenizer: what it merges, composes and keeps."""
+"""The loss mask with the published Qwen3-VL tokenizer, which merges newlines and normalizes to NFC."""
 
 import functools
 import unicodedata
@@ -13,7 +13,7 @@ from transformers import Qwen3VLConfig, Qwen3VLProcessor
 
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.tiny_processor import build_processor
-from megatron_vlbridge.errors import VLBridgeError
+from tests.errors import rejects
 from tests.published_tokenizer import build_tokenizer
 
 TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
@@ -69,8 +69,8 @@ def test_it_is_the_published_tokenizer() -> None:
     assert processor.vision_start_token_id == config.vision_start_token_id
 
 
-def test_labels_of_the_instruct_template_are_those_of_the_tokens_offsets() -> None:
-    """Oracle: the places of the answers in the rendered text, found by rendering the messages before each."""
+def test_the_loss_mask_of_the_instruct_template_matches_the_token_offsets() -> None:
+    """Oracle: the character ranges of the answers, found by rendering the messages before each."""
     processor, random = processor_with("qwen3_vl"), np.random.default_rng(1)
     render = functools.partial(processor.apply_chat_template, tokenize=False)
     for _ in range(100):
@@ -85,35 +85,40 @@ def test_labels_of_the_instruct_template_are_those_of_the_tokens_offsets() -> No
             end = len(render(messages[: index + 1])) - len("\n")
             expected |= (offsets[:, 0] >= begin) & (offsets[:, 1] <= end)
         assert torch.equal(sample.loss_mask, expected)
-        assert sample.unlearned == ()
+        assert sample.excluded_turns == ()
 
 
 @pytest.mark.parametrize("template", ["qwen3_vl", "qwen3_5_think", "qwen3_6"])
-def test_thoughts_beside_images(template: str) -> None:
+def test_reasoning_next_to_images(template: str) -> None:
     image = {"type": "image", "image": Image.new("RGB", (64, 96))}
     content = [image, {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": content}, *talk("", "<think>\nhm\n</think>\n\nA cat.")[1:]]
     processor = processor_with(template)
     sample = encode_conversation(messages, processor)
-    given = "" if template == "qwen3_vl" else "<think>\n"
-    said = processor.tokenizer.decode(sample.input_ids[sample.loss_mask])
-    assert given + said == "<think>\nhm\n</think>\n\nA cat.<|im_end|>"
+    prefix = "" if template == "qwen3_vl" else "<think>\n"
+    supervised = processor.tokenizer.decode(sample.input_ids[sample.loss_mask])
+    assert prefix + supervised == "<think>\nhm\n</think>\n\nA cat.<|im_end|>"
     assert int((sample.input_ids == processor.image_token_id).sum()) == 6
 
 
 @pytest.mark.parametrize(
     ("template", "text", "reason"),
     [
-        ("qwen3_vl", "\nA cat.", r"joins the line break .* '\\nA cat.'"),
-        ("qwen3_vl", " \n A cat.", r"joins the line break"),
-        ("qwen3_vl", "cafe\u0301", r"'cafe\\u0301', found 'caf\\xe9': .*in NFC"),
-        ("qwen3_5_think", "A cat. ", r"expected 'A cat. ', found 'A cat.'"),
-        ("qwen3_5_think", "a </think> b", r"expected 'a </think> b', found 'a\\n</think>\\n\\n b'"),
+        ("qwen3_vl", "\nA cat.", "merges the newline"),
+        ("qwen3_vl", " \n A cat.", "merges the newline"),
+        ("qwen3_vl", "cafe\u0301", r"expected 'cafe\u0301', found 'caf\xe9': the tokenizer normalizes to NFC"),
+        ("qwen3_5_think", "A cat. ", "expected 'A cat. ', found 'A cat.'"),
+        ("qwen3_5_think", "a </think> b", r"expected 'a </think> b', found 'a\n</think>\n\n b'"),
     ],
 )
-def test_an_answer_that_would_be_learned_as_another_is_refused(template: str, text: str, reason: str) -> None:
-    with pytest.raises(VLBridgeError, match=rf"no token to learn.*message 1 \(assistant\): .*{reason}"):
+def test_an_answer_that_the_model_cannot_generate_is_rejected(template: str, text: str, reason: str) -> None:
+    with rejects("no supervised token", "message 1 (assistant): ", reason):
         encode_conversation(talk("q", text), processor_with(template))
+
+
+def test_the_text_that_merges_with_the_generation_prompt_is_named() -> None:
+    with rejects("merges the newline", r"'\nA cat.'"):
+        encode_conversation(talk("q", "\nA cat."), processor_with("qwen3_vl"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a test draws depends on nothing but its name: not on other tests, nor on the process it runs in."""
+"""The random values of a test depend only on its name, not on other tests or the process."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ def drawn(folder: Path, hash_seed: int, *tests: str) -> list[str]:
     return sorted(line for line in run.stdout.splitlines() if line.startswith("drawn"))
 
 
-def test_two_runs_draw_the_same_whatever_the_order(tmp_path: Path) -> None:
+def test_two_runs_draw_the_same_values_in_any_order(tmp_path: Path) -> None:
     (tmp_path / "constants.py").write_text(CONSTANTS)
     (tmp_path / "test_file.py").write_text(TESTS)
     names = ["examples", "imports_a_module", "drawn[1]", "drawn[2]", "drawn[3]"]

@@ -1,4 +1,4 @@
-"""What is learned under the published chat templates: byte for byte what the message says, or nothing."""
+"""Under the published chat templates, the supervised tokens are byte for byte the message, or there are none."""
 
 import functools
 from pathlib import Path
@@ -13,19 +13,19 @@ from transformers import Qwen3VLProcessor
 from megatron_vlbridge.data.chat import Sample, encode_conversation
 from megatron_vlbridge.data.tiny_processor import build_processor
 from megatron_vlbridge.data.turns import Turn, split_turns
-from megatron_vlbridge.errors import VLBridgeError
+from tests.errors import rejects
 
 FOLDER = Path(__file__).parents[1] / "data" / "chat_templates"
 TEMPLATES = {file.stem: file.read_text() for file in sorted(FOLDER.glob("*.jinja"))}
 QWEN3_PROMPT = (
     "{{- '<|im_start|>assistant\\n' }}\n    {%- if enable_thinking is defined and enable_thinking is false %}"
 )
-# Its generation prompt always asks for a thought, as that of Qwen3-VL Thinking does.
+# Its generation prompt always starts the reasoning, like that of Qwen3-VL Thinking.
 TEMPLATES["always_thinking"] = TEMPLATES["qwen3"].replace(
     QWEN3_PROMPT, "{{- '<|im_start|>assistant\\n<think>\\n' }}{% if false %}"
 )
-THOUGHT = "<think>\nhm\n</think>\n\n"
-EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+REASONING = "<think>\nhm\n</think>\n\n"
+EMPTY_REASONING = "<think>\n\n</think>\n\n"
 
 
 @functools.cache
@@ -47,18 +47,18 @@ def talk(*texts: str) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
 
 
-def learned(sample: Sample, processor: Qwen3VLProcessor) -> list[str]:
-    """The runs of learned tokens, decoded."""
+def supervised(sample: Sample, processor: Qwen3VLProcessor) -> list[str]:
+    """The runs of supervised tokens, decoded."""
     runs: list[list[int]] = [[]]
-    for token, learn in zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True):
-        if learn:
+    for token, has_loss in zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True):
+        if has_loss:
             runs[-1].append(token)
         elif runs[-1]:
             runs.append([])
     return [processor.tokenizer.decode(run) for run in runs if run]
 
 
-def test_the_template_without_a_thinking_switch_always_asks_for_a_thought() -> None:
+def test_the_generation_prompt_without_a_thinking_switch_always_starts_the_reasoning() -> None:
     for flags in ({}, {"enable_thinking": False}):
         prompt = processor_with("always_thinking").tokenizer.apply_chat_template(
             talk("x"), chat_template=TEMPLATES["always_thinking"], tokenize=False, add_generation_prompt=True, **flags
@@ -66,57 +66,57 @@ def test_the_template_without_a_thinking_switch_always_asks_for_a_thought() -> N
         assert prompt.endswith("<|im_start|>assistant\n<think>\n")
 
 
-# What is learned of each assistant's message; None: not learned.
+# The supervised text of each assistant message; None: excluded from the loss.
 THINKING = ("qwen3_5_think", "qwen3_5_nothink", "qwen3_6")
 CASES: dict[str, tuple[tuple[str, ...], dict[str, list[str | None]]]] = {
     "plain": (
         ("q", "a"),
         {"qwen3_vl": ["a"], "qwen3": ["a"], "qwen3_8": ["a"], **{key: ["a"] for key in THINKING}}
-        | {"always_thinking": [None]},  # an empty thought is added after the prompt
+        | {"always_thinking": [None]},  # empty reasoning is added after the prompt
     ),
     "two plain turns": (
         ("q", "a", "r", "b"),
         {"qwen3_vl": ["a", "b"], "qwen3": ["a", "b"], "qwen3_8": ["a", "b"], **{key: [None, "b"] for key in THINKING}}
         | {"always_thinking": [None, None]},
     ),
-    "a thought": (
-        ("q", f"{THOUGHT}a"),
-        {"qwen3_vl": [f"{THOUGHT}a"], "qwen3": [f"{THOUGHT}a"], "qwen3_8": [f"{THOUGHT}a"]}
+    "reasoning": (
+        ("q", f"{REASONING}a"),
+        {"qwen3_vl": [f"{REASONING}a"], "qwen3": [f"{REASONING}a"], "qwen3_8": [f"{REASONING}a"]}
         | {key: ["hm\n</think>\n\na"] for key in (*THINKING, "always_thinking")},
     ),
-    "two thoughts": (
-        ("q", f"{THOUGHT}a", "r", f"{THOUGHT}b"),
-        {name: [f"{THOUGHT}a", f"{THOUGHT}b"] for name in ("qwen3_vl", "qwen3_8")}
-        | {"qwen3": [None, f"{THOUGHT}b"]}
+    "two turns with reasoning": (
+        ("q", f"{REASONING}a", "r", f"{REASONING}b"),
+        {name: [f"{REASONING}a", f"{REASONING}b"] for name in ("qwen3_vl", "qwen3_8")}
+        | {"qwen3": [None, f"{REASONING}b"]}
         | {key: [None, "hm\n</think>\n\nb"] for key in (*THINKING, "always_thinking")},
     ),
-    "an empty thought": (
-        ("q", f"{EMPTY_THOUGHT}a"),
-        {"qwen3_vl": [f"{EMPTY_THOUGHT}a"], "qwen3_8": [f"{EMPTY_THOUGHT}a"]}
+    "empty reasoning": (
+        ("q", f"{EMPTY_REASONING}a"),
+        {"qwen3_vl": [f"{EMPTY_REASONING}a"], "qwen3_8": [f"{EMPTY_REASONING}a"]}
         | {key: ["a"] for key in ("qwen3", *THINKING)}
-        | {"always_thinking": [None]},  # the line break of the prompt and the next are one token
+        | {"always_thinking": [None]},  # the newline of the prompt merges with the next
     ),
-    "the rest of a thought that the prompt began": (
+    "the rest of the reasoning that the prompt starts": (
         ("q", "hm\n</think>\n\na"),
         {name: ["hm\n</think>\n\na"] for name in ("qwen3_vl", "qwen3_8", *THINKING, "always_thinking")}
         | {"qwen3": [None]},
     ),
-    "a literal end of a thought": (
+    "a literal </think>": (
         ("q", "write </think> last"),
         {name: ["write </think> last"] for name in ("qwen3_vl", "qwen3_8")}
         | {key: [None] for key in ("qwen3", *THINKING, "always_thinking")},
     ),
-    "white space at the end": (
+    "trailing whitespace": (
         ("q", "a \n"),
         {name: ["a \n"] for name in ("qwen3_vl", "qwen3")}
         | {key: [None] for key in ("qwen3_8", *THINKING, "always_thinking")},
     ),
-    "blanks at the start": (
+    "leading spaces": (
         ("q", "  a"),
         {name: ["  a"] for name in ("qwen3_vl", "qwen3")}
         | {key: [None] for key in ("qwen3_8", *THINKING, "always_thinking")},
     ),
-    "nothing": (
+    "empty content": (
         ("q", ""),
         {key: [""] for key in ("qwen3_vl", "qwen3", "qwen3_8", *THINKING)} | {"always_thinking": [None]},
     ),
@@ -125,12 +125,14 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, list[str | None]]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_what_each_template_leaves_to_learn(case: str, name: str) -> None:
+def test_supervised_text_under_each_template(case: str, name: str) -> None:
     texts, expected = CASES[case]
     sample = encode_conversation(talk(*texts), processor_with(name), allow_no_loss=True)
-    assert learned(sample, processor_with(name)) == [f"{text}<|im_end|>" for text in expected[name] if text is not None]
+    assert supervised(sample, processor_with(name)) == [
+        f"{text}<|im_end|>" for text in expected[name] if text is not None
+    ]
     missing = [2 * index + 1 for index, text in enumerate(expected[name]) if text is None]
-    assert [turn.message for turn in sample.unlearned] == missing
+    assert [turn.message for turn in sample.excluded_turns] == missing
 
 
 PIECES = ["<think>", "</think>", "<think>\n", "\n</think>\n\n", "hello", " seven", "\n", "\n\n", " ", "\t", "é", "😀"]
@@ -139,17 +141,17 @@ TEXT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
 
 
 def as_prompted(messages: list, index: int, processor: Qwen3VLProcessor) -> tuple[str, str] | None:
-    """Oracle: what the model has to say at inference to continue the first `index` messages as the conversation does.
+    """Oracle: what the model must generate at inference after the first `index` messages to get this conversation.
 
-    The messages before are rendered with every generation prompt of the template. One of them has to be the beginning
-    of the whole conversation's tokens; the longest counts. Returns what that prompt says in the assistant's place, and
-    what is left to say. None: there is no such prompt.
+    The preceding messages are rendered with every generation prompt of the template. The longest one that is a prefix
+    of the tokens of the whole conversation is used. Returns the assistant content in that prompt, and the remaining
+    text to generate. None: no prompt is a prefix.
     """
     tokenizer = processor.tokenizer
 
-    def render(given: list, **variables: bool) -> str:
+    def render(messages: list, **variables: bool) -> str:
         template = processor.chat_template
-        return tokenizer.apply_chat_template(given, chat_template=template, tokenize=False, **variables)
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **variables)
 
     def tokens(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -162,16 +164,16 @@ def as_prompted(messages: list, index: int, processor: Qwen3VLProcessor) -> tupl
     lengths = [len(prompt) for prompt in prompts if whole[: len(prompt)] == prompt]
     if not lengths:
         return None
-    given = tokenizer.decode(whole[: max(lengths)]).rpartition("<|im_start|>assistant\n")[2]
-    return given, tokenizer.decode(whole[max(lengths) :]).split("<|im_end|>")[0]
+    prefix = tokenizer.decode(whole[: max(lengths)]).rpartition("<|im_start|>assistant\n")[2]
+    return prefix, tokenizer.decode(whole[max(lengths) :]).split("<|im_end|>")[0]
 
 
-# Qwen3.8's thinking switch also changes the system prompt, so that no prompt begins the conversation as it is rendered.
+# Qwen3.8's thinking switch also changes the system prompt, so no prompt is a prefix of the rendered conversation.
 @settings(max_examples=40, deadline=None)
 @given(turns=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), system=st.none() | TEXT)
 @example(turns=[("", "<think>\n<think>\nhello\n</think>\n\n")], system=None)  # templates keep one of the two
 @pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - {"qwen3_8"}))
-def test_what_is_learned_is_what_the_model_has_to_say_at_inference(
+def test_the_supervised_text_is_what_the_model_must_generate_at_inference(
     name: str, turns: list[tuple[str, str]], system: str | None
 ) -> None:
     processor = processor_with(name)
@@ -179,75 +181,73 @@ def test_what_is_learned_is_what_the_model_has_to_say_at_inference(
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
     sample = encode_conversation(messages, processor, allow_no_loss=True)
-    unlearned = {turn.message for turn in sample.unlearned}
+    excluded = {turn.message for turn in sample.excluded_turns}
     expected = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            given, said = as_prompted(messages, index, processor) or ("", None)
-            # A thinking model's prompt may hold the beginning of what the message says.
-            same = said in (message["content"], message["content"].removeprefix(given))
-            assert (index not in unlearned) == same, (message, given, said)
-            expected += [f"{said}<|im_end|>"] if same else []
-    assert learned(sample, processor) == expected
+            prefix, generated = as_prompted(messages, index, processor) or ("", None)
+            # The prompt of a thinking model may contain the start of the message.
+            same = generated in (message["content"], message["content"].removeprefix(prefix))
+            assert (index not in excluded) == same, (message, prefix, generated)
+            expected += [f"{generated}<|im_end|>"] if same else []
+    assert supervised(sample, processor) == expected
 
 
 @settings(max_examples=25, deadline=None)
 @given(texts=st.lists(st.tuples(st.sampled_from(["user", "assistant"]), TEXT), min_size=1, max_size=5))
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_in_any_order_of_roles_a_turn_is_learned_as_it_is_or_listed(name: str, texts: list[tuple[str, str]]) -> None:
+def test_with_any_order_of_roles_a_turn_is_supervised_unchanged_or_excluded(
+    name: str, texts: list[tuple[str, str]]
+) -> None:
     messages = [*talk("q"), *({"role": role, "content": text} for role, text in texts)]
     sample = encode_conversation(messages, processor_with(name), allow_no_loss=True)
-    unlearned = {turn.message for turn in sample.unlearned}
+    excluded = {turn.message for turn in sample.excluded_turns}
     answers = [
         message["content"]
         for index, message in enumerate(messages)
-        if message["role"] == "assistant" and index not in unlearned
+        if message["role"] == "assistant" and index not in excluded
     ]
-    for run, answer in zip(learned(sample, processor_with(name)), answers, strict=True):
+    for run, answer in zip(supervised(sample, processor_with(name)), answers, strict=True):
         assert run.removesuffix("<|im_end|>") in (
             answer,
-            *(answer.removeprefix(p) for p in ("<think>\n", EMPTY_THOUGHT)),
+            *(answer.removeprefix(p) for p in ("<think>\n", EMPTY_REASONING)),
         )
 
 
-def test_a_conversation_of_which_nothing_can_be_learned_is_refused_with_the_difference() -> None:
-    for name, text, shown in (
-        ("always_thinking", "a", r"expected 'a', found '<think>\\n\\n</think>\\n\\na'"),
-        (
-            "qwen3_5_think",
-            "write </think> last",
-            r"expected 'write </think> last', found 'write\\n</think>\\n\\n last'",
-        ),
-        ("qwen3_6", "x" * 100 + " ", r"expected '\.\.\.x{20} ', found '\.\.\.x{20}'"),
+def test_a_conversation_without_supervised_tokens_is_rejected_with_the_difference() -> None:
+    tail = "..." + "x" * 20
+    for name, text, difference in (
+        ("always_thinking", "a", r"expected 'a', found '<think>\n\n</think>\n\na'"),
+        ("qwen3_5_think", "write </think> last", r"expected 'write </think> last', found 'write\n</think>\n\n last'"),
+        ("qwen3_6", "x" * 100 + " ", f"expected '{tail} ', found '{tail}'"),
     ):
-        with pytest.raises(VLBridgeError, match=r"no token to learn.*message 1 \(assistant\): ") as caught:
+        with rejects("no supervised token", f"message 1 (assistant): {difference}"):
             encode_conversation(talk("q", text), processor_with(name))
-        assert caught.match(shown)
 
 
-def test_a_form_that_no_prompt_asks_for_is_not_learned() -> None:
+def test_a_turn_that_starts_with_no_generation_prompt_is_excluded() -> None:
     sample = encode_conversation(talk("q", "a", "r", "b"), processor_with("qwen3_5_think"))
-    assert [turn.message for turn in sample.unlearned] == [1]
-    assert "follows none of the template's generation prompts" in sample.unlearned[0].reason
+    assert [turn.message for turn in sample.excluded_turns] == [1]
+    assert "starts with none of the template's generation prompts" in sample.excluded_turns[0].reason
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_white_space_around_what_the_user_says_may_be_stripped_and_nothing_else(name: str) -> None:
+def test_only_whitespace_around_user_content_may_be_stripped(name: str) -> None:
     for text in (" hello \n", "<think>\nhm\n</think>\n\nhello", "", "x" * 500):
-        encode_conversation([{"role": "system", "content": text}, *talk(text, f"{THOUGHT}a")], processor_with(name))
+        encode_conversation([{"role": "system", "content": text}, *talk(text, f"{REASONING}a")], processor_with(name))
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5_think", "qwen3_6", "qwen3_8"])
-def test_images_keep_their_place_in_the_text(name: str) -> None:
+def test_images_keep_their_position_in_the_text(name: str) -> None:
     image = {"type": "image", "image": Image.new("RGB", (8, 8))}
     content = [{"type": "text", "text": "hello "}, image, {"type": "text", "text": " and "}, image]
-    messages = [{"role": "user", "content": content}, *talk("", f"{THOUGHT}a")[1:]]
+    messages = [{"role": "user", "content": content}, *talk("", f"{REASONING}a")[1:]]
     sample = encode_conversation(messages, processor_with(name))
     pad = "<|vision_start|><|image_pad|><|vision_end|>"
     assert f"user\nhello {pad} and {pad}<|im_end|>" in processor_with(name).tokenizer.decode(sample.input_ids)
 
 
-REFUSED = {
+REJECTED = {
     "system in the middle is dropped": ("qwen3_vl", [*talk("q", "a"), {"role": "system", "content": "s"}], "one turn"),
     "system in the middle": (
         "qwen3_5_think",
@@ -258,17 +258,17 @@ REFUSED = {
     "text parts are dropped": (
         "qwen3",
         [{"role": "user", "content": [{"type": "text", "text": "q"}]}, *talk("", "a")[1:]],
-        r"message 0 \(user\): .*changes the text: expected 'q', found ''",
+        "message 0 (user): the chat template changes the text: expected 'q', found ''",
     ),
 }
 
 
-@pytest.mark.parametrize(("name", "messages", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_template_that_drops_a_message_is_refused(name: str, messages: list, message: str) -> None:
-    with pytest.raises(VLBridgeError, match=message):
+@pytest.mark.parametrize(("name", "messages", "problem"), REJECTED.values(), ids=REJECTED.keys())
+def test_a_template_that_drops_a_message_is_rejected(name: str, messages: list, problem: str) -> None:
+    with rejects(problem):
         encode_conversation(messages, processor_with(name))
 
 
-def test_turns_are_split_at_their_tokens_alone() -> None:
+def test_turns_are_split_only_at_their_special_tokens() -> None:
     text = "<|im_start|>user\nim_end\n\n<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
     assert split_turns(text) == [Turn("user", "im_end\n\n"), Turn("assistant", "")]

@@ -1,4 +1,4 @@
-"""The tokens of a video are those of the form that the model was trained with, whatever the installed transformers."""
+"""The tokens of a video have the format that the model was trained with, for every version of transformers."""
 
 from typing import Any
 
@@ -37,13 +37,12 @@ def talk(*parts: dict[str, Any] | str) -> list[dict[str, Any]]:
 
 
 def block(part: dict[str, Any]) -> str:
-    """A video as text: for each two frames the mean of their times, and placeholders between one pair of tokens."""
+    """A video as text: for every two frames their mean timestamp, and placeholders between start and end tokens."""
     video, fps = part["video"], part["fps"]
     _, _, height, width = video.shape
     last = len(video) - 1
-    times = [
-        (first + min(first + 1, last)) / 2 / fps for first in range(0, len(video), 2)
-    ]  # an odd last one is repeated
+    # The last frame of an odd count is repeated.
+    times = [(first + min(first + 1, last)) / 2 / fps for first in range(0, len(video), 2)]
     tokens = (height // PATCH // MERGE) * (width // PATCH // MERGE)
     return "".join(f"<{time:.1f} seconds>{START}{VIDEO * tokens}{END}" for time in times)
 
@@ -54,7 +53,7 @@ def turns(content: str) -> str:
 
 @pytest.mark.parametrize("fps", [0.3, 1, 2, 7.5, 23.976, 24, 30, 59.94, 240])
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
-def test_a_video_has_one_vision_pair_and_time_for_each_two_frames(
+def test_every_two_frames_of_a_video_have_one_timestamp_and_vision_start_and_end(
     processor: Qwen3VLProcessor, count: int, fps: float
 ) -> None:
     part = video_part(count, fps)
@@ -63,7 +62,7 @@ def test_a_video_has_one_vision_pair_and_time_for_each_two_frames(
     assert sample.input_ids.tolist() == expected
 
 
-def test_images_keep_their_pair_beside_videos(processor: Qwen3VLProcessor) -> None:
+def test_images_next_to_videos_keep_vision_start_and_end(processor: Qwen3VLProcessor) -> None:
     image = {"type": "image", "image": Image.new("RGB", (16, 16))}
     videos = [video_part(4, 2), video_part(3, 2, 16, 24)]
     sample = encode_conversation(talk(videos[0], image, videos[1], videos[0]), processor)
@@ -71,7 +70,7 @@ def test_images_keep_their_pair_beside_videos(processor: Qwen3VLProcessor) -> No
     assert sample.input_ids.tolist() == processor.tokenizer(turns(content))["input_ids"]
 
 
-def test_a_template_that_writes_the_placeholder_alone_gives_the_same_tokens(processor: Qwen3VLProcessor) -> None:
+def test_a_template_with_only_the_placeholder_gives_the_same_tokens(processor: Qwen3VLProcessor) -> None:
     bare = build_processor(["seven"], patch_size=PATCH, merge_size=MERGE, min_pixels=64, max_pixels=64 * 24)
     bare.chat_template = processor.chat_template.replace(f"{START}{VIDEO}{END}", VIDEO)
     assert bare.chat_template != processor.chat_template

@@ -1,4 +1,4 @@
-"""An end to what may never end."""
+"""A timeout for code that may hang."""
 
 import signal
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def limit(seconds: int = 300) -> Iterator[None]:
-    """Raise TimeoutError in the block after so many seconds, also out of a call that blocks.
+    """Raise TimeoutError in the block after the given number of seconds, also from a blocking call.
 
-    No limit to be measured by: what does end takes a thousandth of it, on however busy a machine.
+    Not a performance limit: code that does not hang needs a thousandth of it, even on a busy machine.
     """
 
     def end(*_args: object) -> None:
