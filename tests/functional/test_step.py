@@ -182,7 +182,7 @@ def test_arguments_that_nobody_reads_are_refused(pool: Pool, folder: Path) -> No
             "VLBridgeError: mm_token_type_ids",
             "VLBridgeError: ",
             "VLBridgeError: Qwen3VLModel takes either",
-            "VLBridgeError: lengths are those of a packed row",
+            "VLBridgeError: lengths are those of a packed batch",
             "VLBridgeError: packed_seq_params says where",
         ],
         strict=True,
@@ -304,11 +304,11 @@ def test_deepstack_over_several_stages_needs_changing_lengths(pool: Pool, folder
     answers = pool.run(step_ranks.build_with_fixed_lengths, PP2, folder=folder, num_layers_in_first_pipeline_stage=1)
     assert len(answers) == 2
     for answer in answers:
-        assert "the first 2 decoder layers take deepstack features and lie on several pipeline stages" in answer
+        assert "the first 2 decoder layers add deepstack features and are on several pipeline stages" in answer
 
 
 def test_stages_of_fixed_length_refuse_packs_of_another(pool: Pool, folder: Path) -> None:
     """The next stage would read rows that nobody sent."""
     pack = reference.pack([reference.conversation("image", 3)], 64)
     answer = pool.run(step_ranks.run_or_refuse, PP2, folder=folder, packs=[pack], seq_length=96)[0]
-    assert "pack has 64 tokens, but the pipeline stages send each other 96" in answer
+    assert "pack has 64 tokens, but the pipeline stages exchange 96" in answer

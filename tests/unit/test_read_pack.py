@@ -71,10 +71,12 @@ def test_the_right_pack_passes_with_every_field_right():
         merge_size=2,
     )
     assert torch.equal(inputs.position_ids, expected[:, None])
-    kinds = batch["tokens"][0][inputs.vision_rows].tolist()
+    kinds = batch["tokens"][0][inputs.vision_token_index].tolist()
     image_tokens, video_tokens = len(images) // 4, len(videos) // 4
     assert kinds == [reference.IMAGE] * image_tokens + [reference.VIDEO] * video_tokens
-    assert inputs.vision_rows[:image_tokens].tolist() == sorted(inputs.vision_rows[:image_tokens].tolist())
+    assert inputs.vision_token_index[:image_tokens].tolist() == sorted(
+        inputs.vision_token_index[:image_tokens].tolist()
+    )
 
 
 def _grids(name: str) -> list[tuple[int, ...]]:
@@ -124,7 +126,7 @@ def test_other_than_tensors_of_the_right_kind_are_refused(key):
         (micro_batch(labels=torch.zeros(1, LENGTH - 1).long()), rf"labels \[{LENGTH - 1}\] and tokens \[{LENGTH}\]"),
         (micro_batch(segment_lengths=torch.tensor([[USED, LENGTH]])), rf"do not fit a pack of {LENGTH} tokens"),
         (changed("segment_lengths", 1, 0), "segment 1 of the pack has length 0"),
-        (changed("labels", USED, 5), rf"padding \(from token {USED} of the pack\).*the first is 5 at token {USED}"),
+        (changed("labels", USED, 5), rf"padding have a label, the first is 5 at token {USED} of the pack"),
         (changed("labels", 3, 128), "labels: 1 ids lie outside the vocabulary of 128, the first is 128 at token 3"),
         (changed("labels", 3, -1), "labels: 1 ids lie outside the vocabulary of 128, the first is -1 at token 3"),
         (changed("tokens", 1, 500), "tokens: 1 ids lie outside the vocabulary of 128, the first is 500 at token 1"),
@@ -167,14 +169,17 @@ def test_patches_that_do_not_fit_the_grids_are_refused():
     refused(batch | {"pixel_values_videos": batch["pixel_values_videos"][:, :0]}, r"video patches: .*found .*\[0, 96\]")
 
 
-def test_grids_that_do_not_fit_are_refused():
+def test_invalid_grids_are_rejected():
     batch = micro_batch()
     grids = batch["image_grid_thw"].clone()
     grids[0, 0] = torch.tensor([1, 3, 8])  # 24 patches as before
     refused(batch | {"image_grid_thw": grids}, r"image 0: grid \(1, 3, 8\): .*divisible by the merge size 2, found 3")
     grids[0, 0] = torch.tensor([1, -6, -4])
     refused(batch | {"image_grid_thw": grids}, r"image 0: grid \(1, -6, -4\): expected h to be a positive number")
-    refused(batch | {"image_grid_thw": batch["image_grid_thw"][:, :, 1:]}, r"image grids are int64 \[n, 3\].*\[3, 2\]")
+    refused(
+        batch | {"image_grid_thw": batch["image_grid_thw"][:, :, 1:]},
+        r"image_grid_thw: expected int64 \[n, 3\].*\[3, 2\]",
+    )
     refused(batch | {"image_grid_thw": batch["image_grid_thw"][:, :-1]}, "image patches: the 2 grids")
 
 
@@ -206,6 +211,6 @@ def test_a_padded_batch_becomes_the_pack_of_its_samples(sides):
     found = PackedInputs.from_padded(ids, mask, media, CONFIG, labels, multiple_of=LENGTH)
     expected = read_pack(micro_batch(), CONFIG)
     assert found.layout.lengths == expected.layout.lengths
-    for name in ("position_ids", "patches", "vision_rows", "labels", "loss_mask"):
+    for name in ("position_ids", "patches", "vision_token_index", "labels", "loss_mask"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     assert torch.equal(found.tokens[0, :USED], expected.tokens[0, :USED])
