@@ -1,4 +1,4 @@
-"""Transformer Engine's kernels; attention takes packs (THD) through `PackedSegments`."""
+"""What is special to Transformer Engine: settings its kernels do not support, and checkpoint entries of its modules."""
 
 import importlib.util
 import os
@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
-from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -24,22 +22,6 @@ _VARIABLES = {
     "NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM": "the experts' weights as one grouped tensor",
     "NVTE_PLUGIN": "kernels of a plugin",
 }
-
-
-def spec_provider() -> BackendSpecProvider:
-    """Megatron-Core's Transformer Engine provider.
-
-    Raises:
-        VLBridgeError: where Transformer Engine cannot be imported.
-    """
-    if not HAVE_TE:
-        raise VLBridgeError(
-            "the Transformer Engine backend needs the package transformer-engine, which cannot be imported here. "
-            "Install the extra 'te' on a machine with a GPU, or call cpu_runtime.enable() first to use the CPU backend"
-        )
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-    return TESpecProvider()
 
 
 def check_context_parallel(config: TransformerConfig) -> None:
@@ -101,10 +83,10 @@ def _prefers_flash_attention(config: TransformerConfig) -> bool:
 
 
 def without_extra_states(entries: dict[str, Any]) -> dict[str, Any]:
-    """A model's sharded state dict whose modules keep their extra states to themselves.
+    """A model's sharded state dict whose modules' extra states are neither stored nor loaded.
 
-    Only FP8, which is refused, would put something into them. Megatron's loader fails where a checkpoint lacks the
-    empty ones, as one from the CPU backend does.
+    Only FP8, which is rejected, would use them. Megatron's loader fails where a checkpoint has no such entries, as
+    one from the CPU backend.
 
     Example:
         >>> entries = without_extra_states(model.decoder.sharded_state_dict())

@@ -1,4 +1,4 @@
-"""Where each token of a batch lives: every batch is one row of segments, one behind the other."""
+"""Where each token of a batch lives: every batch is one sequence of consecutive segments."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -6,16 +6,16 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.layout.zigzag import chunks, ramps
+from megatron_vlbridge.layout.zigzag import chunks, concat_aranges
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Segments (conversations) of true `lengths` in one row of `total` tokens; the rest of the row is padding.
+    """Segments (conversations) of true `lengths` in a pack of `total` tokens; the rest is padding.
 
     Under context parallelism each segment is padded at its end to a multiple of 2 * `cp_size`, and this rank holds the
-    tokens that `zigzag_index` gives it. `rows` is set where the batch came as a padded `[B, S]` table: the place of
-    each packed token in the table.
+    tokens that `zigzag_index` gives it. `table_index` is set where the batch came as a padded `[B, S]` table: the place
+    of each packed token in it.
 
     Example:
         >>> BatchLayout.packed([3, 2], total=8).segments
@@ -27,7 +27,7 @@ class BatchLayout:
     cp_size: int = 1
     cp_rank: int = 0
     table: tuple[int, int] | None = None
-    rows: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    table_index: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def packed(cls, lengths: Sequence[int], total: int) -> "BatchLayout":
@@ -65,8 +65,8 @@ class BatchLayout:
         lengths = mask.sum(1).tolist()
         total = -(-sum(lengths) // multiple_of) * multiple_of
         layout = cls.packed(lengths, max(total, 1))
-        rows = mask.flatten().nonzero().flatten()
-        return cls(layout.lengths, layout.total, 1, 0, (attention_mask.shape[0], attention_mask.shape[1]), rows)
+        table_index = mask.flatten().nonzero().flatten()
+        return cls(layout.lengths, layout.total, 1, 0, (attention_mask.shape[0], attention_mask.shape[1]), table_index)
 
     def context_parallel(self, cp_size: int, cp_rank: int) -> "BatchLayout":
         """The same segments, spread over `cp_size` ranks.
@@ -92,25 +92,25 @@ class BatchLayout:
         return tuple(-(-length // (2 * self.cp_size)) * 2 * self.cp_size for length in self.lengths)
 
     @property
-    def sources(self) -> torch.Tensor:
+    def gather_index(self) -> torch.Tensor:
         """Of each token that this rank holds, its place in the pack without padding, -1 where it is padding.
 
-        int64 `[total / cp_size]`, on the CPU. The one index with which everything that has an axis of tokens is taken.
+        int64 `[total / cp_size]`, on the CPU. The one index by which everything with an axis of tokens is gathered.
         """
-        sources = torch.full((self.total // self.cp_size,), -1)
+        index = torch.full((self.total // self.cp_size,), -1)
         if self.cp_size == 1:
             used = sum(self.lengths)
-            sources[:used] = torch.arange(used)
-            return sources
+            index[:used] = torch.arange(used)
+            return index
         lengths = torch.tensor(self.lengths)
         offsets, chunk = chunks(torch.tensor(self.padded_lengths), self.cp_size, self.cp_rank)
         firsts = (lengths.cumsum(0) - lengths)[:, None] + offsets
         held = (lengths[:, None] - offsets).clamp(min=0).minimum(chunk[:, None])
         ends = chunk.repeat_interleave(2).cumsum(0).view(-1, 2)
-        sources[: int(ends[-1, -1])] = ramps(firsts.flatten(), chunk.repeat_interleave(2))
+        index[: int(ends[-1, -1])] = concat_aranges(firsts.flatten(), chunk.repeat_interleave(2))
         missing = chunk[:, None] - held
-        sources[ramps((ends - missing).flatten(), missing.flatten())] = -1
-        return sources
+        index[concat_aranges((ends - missing).flatten(), missing.flatten())] = -1
+        return index
 
     @property
     def padding(self) -> int:
@@ -124,16 +124,30 @@ class BatchLayout:
 
     def pack(self, table: torch.Tensor, fill: float) -> torch.Tensor:
         """`[B, S]` -> `[1, total]`, padding filled with `fill`."""
-        if self.rows is None or table.shape != self.table:
+        if self.table_index is None or table.shape != self.table:
             raise VLBridgeError(f"the layout packs a batch of shape {self.table}, found {tuple(table.shape)}")
         packed = table.new_full((1, self.total), fill)
-        packed[0, : len(self.rows)] = table.flatten()[self.rows.to(table.device)]
+        packed[0, : len(self.table_index)] = table.flatten()[self.table_index.to(table.device)]
         return packed
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """`[1, total, ...]` -> `[B, S, ...]`, zeros where the batch was padded."""
-        if self.rows is None or self.table is None:
+        if self.table_index is None or self.table is None:
             raise VLBridgeError("the batch came as a pack, there is no [B, S] table to unpack it to")
         table = packed.new_zeros((self.table[0] * self.table[1], *packed.shape[2:]))
-        table = table.index_copy(0, self.rows.to(packed.device), packed[0, : len(self.rows)])
+        table = table.index_copy(0, self.table_index.to(packed.device), packed[0, : len(self.table_index)])
         return table.unflatten(0, self.table)
+
+
+def gather(row: torch.Tensor, index: torch.Tensor, fill: float) -> torch.Tensor:
+    """`row` `[..., T]` at `index` `[t]`, a layout's `gather_index`; `fill` where that is -1."""
+    return row[..., index.clamp(min=0)].masked_fill(index < 0, fill)
+
+
+def select(places: torch.Tensor, index: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of `places` `[n]` in a pack of `total` tokens `index` holds: where in it, and the item of `places`."""
+    item = torch.full((total,), -1)
+    item[places] = torch.arange(len(places))
+    mine = gather(item, index, -1)
+    found = (mine >= 0).nonzero().flatten()
+    return found, mine[found]

@@ -1,4 +1,4 @@
-"""Where each patch of a picture or video lies in its frame.
+"""Where each patch of an image or video lies in its frame.
 
 Patches come in the order of transformers' Qwen-VL processors: frame after frame, inside a frame merge block after
 merge block (`merge_size` x `merge_size` patches that become one token), inside a block row by row.
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_vlbridge.errors import VLBridgeError
+
 Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Frames:
-    """The frames of all pictures and videos of a batch, from their `grids` `(frames, height, width)` in patches.
+    """The frames of all images and videos of a batch, from their `grids` `(frames, height, width)` in patches.
 
     Example:
         >>> Frames(((1, 4, 2), (2, 2, 2))).lengths
@@ -30,7 +32,7 @@ class Frames:
         return tuple(height * width for frames, height, width in self.grids for _ in range(frames))
 
     @property
-    def singles(self) -> tuple[Grid, ...]:
+    def split_frames(self) -> tuple[Grid, ...]:
         """Each frame as a grid of its own."""
         return tuple((1, height, width) for frames, height, width in self.grids for _ in range(frames))
 
@@ -68,7 +70,7 @@ class Frames:
         return index, weight
 
     def _per_patch(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For each patch: its number inside its frame, and the height and width of the frame."""
+        """For each patch: its index in its frame, and the height and width of the frame."""
         sizes = torch.tensor(
             [(height * width, height, width) for frames, height, width in self.grids for _ in range(frames)]
         ).T
@@ -83,3 +85,25 @@ def grids_of(grid_thw: torch.Tensor | Sequence[Sequence[int]]) -> tuple[Grid, ..
     """Host integers of a `[n, 3]` grid table (CPU tensor or nested lists)."""
     rows = grid_thw.tolist() if isinstance(grid_thw, torch.Tensor) else grid_thw
     return tuple((int(t), int(h), int(w)) for t, h, w in rows)
+
+
+def check_grids(kind: str, grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
+    """The grids of one kind ("image" or "video") as int64 `[n, 3]` (frames, height, width in patches).
+
+    Raises:
+        VLBridgeError: where they are no integers `[n, 3]`, not positive or not divisible by `merge_size`.
+    """
+    if grid_thw.numel() == 0:
+        return torch.zeros(0, 3, dtype=torch.int64)
+    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
+        raise VLBridgeError(f"{kind}_grid_thw: expected int64 [n, 3], found {grid_thw.dtype} {list(grid_thw.shape)}")
+    grids = grid_thw.to(torch.int64)
+    bad = (grids <= 0) | (grids % torch.tensor([1, merge_size, merge_size]) != 0)
+    if bad.any():
+        item, axis = (int(i) for i in bad.nonzero()[0])
+        rule = "a positive number" + ("" if axis == 0 else f" divisible by the merge size {merge_size}")
+        raise VLBridgeError(
+            f"{kind} {item}: grid {tuple(grids[item].tolist())}: expected {'thw'[axis]} to be {rule}, "
+            f"found {int(grids[item, axis])}"
+        )
+    return grids

@@ -1,8 +1,8 @@
 """MRoPE position indices of a pack: a temporal, a height and a width coordinate for every token.
 
-The rule is that of Qwen3-VL (transformers 5.23, `Qwen3VLModel.get_rope_index`): a text token has the same number in
+The rule is that of Qwen3-VL (transformers 5.23, `Qwen3VLModel.get_rope_index`): a text token has the same index in
 all three rows and the next token has one more; the tokens of an image or of one video frame count their row and
-column from the number where the block begins; the token after the block goes on at that number plus the longer side
+column from the index where the block begins; the token after the block continues at that index plus the longer side
 of the merged grid.
 """
 
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlbridge.errors import VLBridgeError
-
-_AXES = ("t", "h", "w")
+from megatron_vlbridge.layout.frames import check_grids
 
 
 def mrope_positions(
@@ -65,9 +64,9 @@ def check_vision_tokens(
     images_per_segment: Sequence[int] | Tensor | None = None,
     videos_per_segment: Sequence[int] | Tensor | None = None,
 ) -> None:
-    """Refuse a pack whose placeholder tokens and grids do not fit each other; arguments as for `mrope_positions`.
+    """Reject a pack whose placeholder tokens and grids do not match; arguments as for `mrope_positions`.
 
-    Raises VLBridgeError, with the segment, the image or video and all numbers, on: a grid that is not positive or not
+    Raises VLBridgeError, with the segment, the image or video and all counts, on: a grid that is not positive or not
     divisible by `merge_size`; placeholders of a segment that are not those of whole images or videos, or not of as
     many as the counts say; a block with another token inside; placeholders in the padding; segment lengths that are
     not positive or sum to more than the tokens.
@@ -94,7 +93,7 @@ def segment_lengths_checked(segment_lengths: Sequence[int] | Tensor, num_tokens:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Where the images and the video frames of a pack stand; one entry per block, images first, then frames.
+    """Where the images and the video frames of a pack are; one entry per block, images first, then frames.
 
     All fields are int64 `[B]`: `start` is the index of the block's first token in the pack, `segment` its segment, and
     `frames`, `rows`, `cols` its merged grid; the block is `frames * rows * cols` tokens without a gap.
@@ -117,28 +116,10 @@ class _Media:
         # numpy finds them three times faster than torch; the memory is shared.
         self.where = torch.from_numpy(mask.numpy().nonzero()[0])
         self.merge_size = merge_size
-        self.grid = self._grid_checked(grid_thw)
+        self.grid = check_grids(kind, grid_thw, merge_size)
         self.merged = self.grid // torch.tensor([1, merge_size, merge_size])
         # bounds[k] is the number of placeholder tokens before item k.
         self.bounds = torch.cat([torch.zeros(1, dtype=torch.int64), self.merged.prod(1).cumsum(0)])
-
-    def _grid_checked(self, grid_thw: Tensor) -> Tensor:
-        if grid_thw.numel() == 0:
-            return torch.zeros(0, 3, dtype=torch.int64)
-        if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
-            raise VLBridgeError(
-                f"{self.kind}_grid_thw: expected int64 [n, 3], found {grid_thw.dtype} {list(grid_thw.shape)}"
-            )
-        grid = grid_thw.to(torch.int64)
-        bad = (grid <= 0) | (grid % torch.tensor([1, self.merge_size, self.merge_size]) != 0)
-        if bad.any():
-            item, axis = (int(i) for i in bad.nonzero()[0])
-            rule = "a positive number" + ("" if axis == 0 else f" divisible by the merge size {self.merge_size}")
-            raise VLBridgeError(
-                f"{self.kind} {item}: grid {tuple(grid[item].tolist())}: expected {_AXES[axis]} to be {rule}, "
-                f"found {int(grid[item, axis])}"
-            )
-        return grid
 
     def check_segments(self, segment_ends: Tensor) -> None:
         """Every segment must hold the placeholders of whole items, the padding none, and all grids must be used."""
@@ -152,7 +133,7 @@ class _Media:
         item = torch.searchsorted(self.bounds, seen)
         fits = self.bounds[item.clamp(max=len(self.grid))] == seen
         if not fits.all():
-            self._refuse_segment(int((~fits).nonzero()[0, 0]), seen, item)
+            self._reject_segment(int((~fits).nonzero()[0, 0]), seen, item)
         if inside != int(self.bounds[-1]):
             first = int(torch.searchsorted(self.bounds, inside, right=True)) - 1
             raise VLBridgeError(
@@ -160,7 +141,7 @@ class _Media:
                 f"expected the placeholders of {len(self.grid)} {self.kind}s, found those of {first}"
             )
 
-    def _refuse_segment(self, segment: int, seen: Tensor, item: Tensor) -> None:
+    def _reject_segment(self, segment: int, seen: Tensor, item: Tensor) -> None:
         before = int(seen[segment - 1]) if segment else 0
         found = int(seen[segment]) - before
         first = int(torch.searchsorted(self.bounds, before))
@@ -200,7 +181,7 @@ class _Media:
             )
 
     def blocks(self, segment_ends: Tensor) -> _Blocks:
-        """The blocks without a gap: items, or frames of items; VLBridgeError where another token stands inside one."""
+        """The blocks without a gap: items, or frames of items; VLBridgeError where another token is inside one."""
         item = torch.arange(len(self.grid))
         frames, rows, cols = self.merged.unbind(1)
         if self.kind == "video":
@@ -215,9 +196,9 @@ class _Media:
             block = int(gap.nonzero()[0, 0])
             run = self.where[offset[block] : offset[block] + size[block]] - start[block]
             held = int((run == torch.arange(run.numel())).sum())
-            number = int(item[block])
+            index = int(item[block])
             raise VLBridgeError(
-                f"segment {int(segment[block])}: {self.kind} {number} with grid {self._grid_text(number)} "
+                f"segment {int(segment[block])}: {self.kind} {index} with grid {self._grid_text(index)} "
                 f"needs {int(size[block])} placeholder tokens in a row "
                 f"from token {int(start[block])}, found {held}; {self._totals()}"
             )
@@ -259,7 +240,7 @@ def _steps(is_text: Tensor, lengths: Tensor, blocks: _Blocks) -> Tensor:
     size = blocks.frames * blocks.rows * blocks.cols
     side = torch.maximum(blocks.rows, blocks.cols)
     start, end = blocks.start, blocks.start + size
-    # Time and height stand still inside a block, so that entering it has to count here.
+    # Time and height are constant inside a block, so entering it has to count here.
     step[:2].index_add_(1, start, torch.ones(2, start.numel(), dtype=torch.int64))
     step.index_add_(1, end, torch.stack([side - blocks.frames, side - blocks.rows, side - blocks.cols]))
     line_start, line_step = _line_steps(blocks)

@@ -1,7 +1,7 @@
 """Which tokens of a pack a context-parallel rank holds.
 
-Every segment is cut in 2 * cp_size chunks of equal length; rank r holds chunks r and 2 * cp_size - 1 - r, so that under
-causal attention all ranks work the same. Source: Transformer Engine's THD layout (`thd_get_partitioned_indices`).
+Every segment is split into 2 * cp_size chunks of equal length; rank r holds chunks r and 2 * cp_size - 1 - r, so that
+under causal attention all ranks do the same work. Source: Transformer Engine's `thd_get_partitioned_indices`.
 """
 
 from collections.abc import Sequence
@@ -28,20 +28,20 @@ def zigzag_index(segments: tuple[int, ...], cp_size: int, cp_rank: int) -> torch
     offsets, chunk = chunks(lengths, cp_size, cp_rank)
     starts = lengths.cumsum(0) - lengths
     sizes = chunk[:, None].expand(offsets.shape)
-    return ramps((starts[:, None] + offsets).flatten(), sizes.flatten(), sum(segments) // cp_size)
+    return concat_aranges((starts[:, None] + offsets).flatten(), sizes.flatten(), sum(segments) // cp_size)
 
 
 @lru_cache(maxsize=16)
 def pack_order(segments: tuple[int, ...], cp_size: int) -> torch.Tensor:
-    """Where each token of the pack is when the ranks' tokens stand one rank behind the other: int64 `[T]`."""
+    """Where each token of the pack is when the ranks' tokens are concatenated: int64 `[T]`."""
     check_divisible(segments, cp_size)
     lengths = torch.tensor(segments)
     chunk, starts = lengths // (2 * cp_size), (lengths.cumsum(0) - lengths) // cp_size
-    # A rank holds of each segment a chunk of the first half, in rank order, and behind it one of the second half.
+    # Of each segment a rank holds a chunk of the first half, in rank order, and then one of the second half.
     ranks = torch.arange(cp_size) * (sum(segments) // cp_size)
     firsts = torch.cat((starts[:, None] + ranks, (starts + chunk)[:, None] + ranks.flip(0)), dim=1)
     sizes = chunk[:, None].expand(firsts.shape)
-    return ramps(firsts.flatten(), sizes.flatten(), sum(segments))
+    return concat_aranges(firsts.flatten(), sizes.flatten(), sum(segments))
 
 
 def chunks(lengths: torch.Tensor, cp_size: int, cp_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,13 +50,13 @@ def chunks(lengths: torch.Tensor, cp_size: int, cp_rank: int) -> tuple[torch.Ten
     return chunk[:, None] * torch.tensor([cp_rank, 2 * cp_size - 1 - cp_rank]), chunk
 
 
-def ramps(firsts: torch.Tensor, sizes: torch.Tensor, total: int | None = None) -> torch.Tensor:
-    """Runs of `sizes` `[n]` consecutive numbers that begin with `firsts` `[n]`, one behind the other: `[sum(sizes)]`.
+def concat_aranges(firsts: torch.Tensor, sizes: torch.Tensor, total: int | None = None) -> torch.Tensor:
+    """The ranges `firsts[i] .. firsts[i] + sizes[i] - 1`, concatenated: `[sum(sizes)]`.
 
-    On the device of its arguments, which is not asked for their sum where `total` tells it.
+    On the device of its arguments; with `total`, the sum of the sizes, there is no sync.
 
     Example:
-        >>> ramps(torch.tensor([7, 0]), torch.tensor([2, 3]))
+        >>> concat_aranges(torch.tensor([7, 0]), torch.tensor([2, 3]))
         tensor([7, 8, 0, 1, 2])
     """
     before = sizes.cumsum(0) - sizes
@@ -65,10 +65,10 @@ def ramps(firsts: torch.Tensor, sizes: torch.Tensor, total: int | None = None) -
 
 
 def check_divisible(segments: Sequence[int], cp_size: int) -> None:
-    """Refuse segments that context parallelism cannot cut, naming the first (VLBridgeError)."""
-    for number, length in enumerate(segments):
+    """Reject segments that context parallelism cannot split, naming the first (VLBridgeError)."""
+    for segment, length in enumerate(segments):
         if length % (2 * cp_size):
             raise VLBridgeError(
-                f"segment {number} has {length} tokens with its padding, but context parallelism of size {cp_size} "
+                f"segment {segment} has {length} tokens with its padding, but context parallelism of size {cp_size} "
                 f"needs a multiple of {2 * cp_size}; see BatchLayout.context_parallel"
             )

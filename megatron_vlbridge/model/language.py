@@ -7,7 +7,6 @@ import torch
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
@@ -16,35 +15,15 @@ from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model.deepstack import DeepstackLayer, DeepstackSegments, append_features
+from megatron_vlbridge.model.inputs.mtp import MtpInputs
 from megatron_vlbridge.model.mtp import MtpBlock, check_embedding_group, with_mtp_loss
-from megatron_vlbridge.model.mtp_inputs import MtpInputs
 from megatron_vlbridge.model.rope import inverse_frequencies, mrope_axes, rotary_table
 from megatron_vlbridge.model.specs import block_spec, layer_spec
-
-
-class DeepstackLayer(TransformerLayer):
-    """A decoder layer k < `levels` that adds deepstack features of level k to the picture tokens of its output.
-
-    `context` `[rest, n, 1, H]` carries the features of the last `rest` levels through Megatron's block, which hands it
-    from layer to layer and through activation recomputation; `PackedSegments.vision_rows` `[n]` says to which rows they
-    belong. Megatron uses `context` for cross-attention, which this model has not.
-    """
-
-    def __init__(self, *args: Any, levels: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.levels = levels
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Same as Megatron's, see there."""
-        hidden_states, context = super().forward(*args, **kwargs)
-        if context is not None and self.layer_number <= self.levels:
-            features = context[self.layer_number - 1 - self.levels]
-            hidden_states = hidden_states.index_add(0, kwargs["packed_seq_params"].vision_rows, features)
-        return hidden_states, context
 
 
 class LanguageModel(LanguageModule):
@@ -129,22 +108,22 @@ class LanguageModel(LanguageModule):
         self,
         embeddings: torch.Tensor | None,
         position_ids: torch.Tensor,
-        packed: PackedSeqParams,
+        packed: DeepstackSegments,
+        deepstack: torch.Tensor,
         padding_mask: torch.Tensor | None = None,
-        deepstack: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         mtp: MtpInputs | None = None,
     ) -> torch.Tensor:
         """Logits `[1, T, V / tp]`, or the loss `[1, T]` of each of the `labels`; hidden states on earlier stages.
 
         `embeddings` `[s, 1, H]` (first stage only, else what `decoder.set_input_tensor` was given), `position_ids`
-        `[3, 1, T]` (time, row, column), `padding_mask` `[1, s]`. Deepstack features that later stages add follow the
-        hidden states.
+        `[3, 1, T]` (time, row, column), `deepstack` `[levels, n, 1, H]`, `padding_mask` `[1, s]`. On earlier stages
+        the deepstack features of later ones follow the hidden states.
         """
         if self.config.mtp_num_layers and mtp is None:
             raise VLBridgeError(
-                "the prediction layer needs the next token of each token, which these inputs do not have: a row that "
-                "was cut among the context-parallel ranks beforehand is not offered with it. Hand over whole rows"
+                "the MTP layer needs the next token of each token, which these inputs do not have: a pack that was "
+                "split among the context-parallel ranks beforehand is not supported with it. Give whole packs"
             )
         frequencies = inverse_frequencies(self.text.head_dim // 2, self.text.rope_theta, position_ids.device)
         table = rotary_table(position_ids[:, 0], mrope_axes(self.text.mrope_section), frequencies)
@@ -157,10 +136,10 @@ class LanguageModel(LanguageModule):
             padding_mask=padding_mask,
         )
         if mtp is not None and self.mtp_process:
-            hidden_states = self.mtp(self._embed_next(mtp), hidden_states, table, packed, padding_mask)
+            next_words = self.scatter(self.embedding(input_ids=mtp.tokens, position_ids=None))
+            hidden_states = self.mtp(next_words, hidden_states, table, packed, padding_mask)
         if not self.post_process:
-            rest = None if deepstack is None else deepstack[len(self.decoder.layers) :]
-            return hidden_states if rest is None or not len(rest) else torch.cat((hidden_states, rest.flatten(0, 1)))
+            return append_features(hidden_states, deepstack, len(self.decoder.layers))
         if mtp is not None:
             if labels is not None:
                 hidden_states = with_mtp_loss(self, hidden_states, mtp)
@@ -176,12 +155,11 @@ class LanguageModel(LanguageModule):
         output, _ = self.output_layer(hidden_states, weight=tied)
         return output
 
-    def _embed_next(self, mtp: MtpInputs) -> torch.Tensor:
-        """The embedding `[s, 1, H]` of each token's next one; of an image token the placeholder's."""
-        words = self.embedding(input_ids=mtp.tokens, position_ids=None)
+    def scatter(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """`[T, 1, H]` -> this rank's part under sequence parallelism, else unchanged."""
         if not self.config.sequence_parallel:
-            return words
-        return scatter_to_sequence_parallel_region(words, group=self.pg_collection.tp)
+            return embeddings
+        return scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Megatron's loss `[b, s]` of `logits` `[s, b, V / tp]`, without the columns that only pad the vocabulary.

@@ -27,7 +27,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.model.mtp_inputs import MtpInputs
+from megatron_vlbridge.model.inputs.mtp import MtpInputs
 from megatron_vlbridge.model.recompute import recomputable
 from megatron_vlbridge.model.specs import layer_spec
 

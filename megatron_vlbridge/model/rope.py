@@ -1,8 +1,10 @@
-"""Rotary embeddings with several position axes: interleaved MRoPE for text, rows and columns for pictures."""
+"""Rotary embeddings with several position axes (interleaved MRoPE for text, rows and columns for images), applied."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from megatron.core.transformer.attention import SelfAttention
 
 
 def mrope_axes(mrope_section: Sequence[int]) -> list[int]:
@@ -47,3 +49,29 @@ def rotate(heads: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     first, second = heads.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (heads.float() * cos + turned * sin).to(heads.dtype)
+
+
+class RotarySelfAttention(SelfAttention):
+    """Megatron's self-attention, with `rotary_pos_emb` a table of :func:`rotary_table`.
+
+    Megatron-Core's own rotation of a pack syncs with the device for every segment's length, in every layer, and has
+    neither interleaved MRoPE nor image positions. Here the table already holds this rank's tokens.
+    """
+
+    _rotary_table: torch.Tensor | None = None
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Same as Megatron's, see there; `rotary_pos_emb` is the table."""
+        self._rotary_table = kwargs.pop("rotary_pos_emb")
+        try:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        finally:
+            self._rotary_table = None
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Query, key and value after q/k norm and rotation."""
+        query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+        assert self._rotary_table is not None
+        return (rotate(query, self._rotary_table), rotate(key, self._rotary_table), *rest)

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_vlbridge.model.attention import RotarySelfAttention
+from megatron_vlbridge.model.rope import RotarySelfAttention
 from megatron_vlbridge.model.router import PackRouter
 
 # Backends that fuse the norms into the linears name them there; checkpoints use those names for every backend.

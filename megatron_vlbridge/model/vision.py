@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import gelu, pad
 
-from megatron_vlbridge.backends.packed import packed_segments
+from megatron_vlbridge.backends.packed import PackedSegments
 from megatron_vlbridge.config import Config, VisionConfig
 from megatron_vlbridge.layout.frames import Frames
 from megatron_vlbridge.model.recompute import recomputable
@@ -110,7 +110,7 @@ class PatchMergers(torch.nn.ModuleList):
 
 
 class VisionModel(MegatronModule):
-    """Qwen3-VL's vision tower: patches of pictures and videos -> tokens of the language model, and deepstack features.
+    """Qwen3-VL's vision tower: patches of images and videos -> tokens of the language model, and deepstack features.
 
     Args:
         config: the tower's `TransformerConfig` (`model.transformer_config.vision_config`).
@@ -150,27 +150,41 @@ class VisionModel(MegatronModule):
     def forward(self, patches: torch.Tensor, frames: Frames) -> torch.Tensor:
         """`[N, patch_dim]` in the processor's order -> `[1 + deepstack levels, N / merge_area, H]`.
 
-        Row 0 are the image's tokens, row 1 + k what is added after decoder layer k: the features of the k-th of the
+        At 0 are the image's tokens, at 1 + k what is added after decoder layer k: the features of the k-th of the
         deepstack blocks, counted from the tower's input, whatever their order in `deepstack_visual_indexes`.
         """
         device = patches.device
         index, weight = frames.table_weights(int(self.vision.num_position_embeddings**0.5), device)
-        places = (self.pos_embed(index) * weight[..., None]).sum(0)
+        positions = (self.pos_embed(index) * weight[..., None]).sum(0)
         hidden = self.patch_embed(patches)
-        hidden = hidden + places.to(hidden.dtype)
+        hidden = hidden + positions.to(hidden.dtype)
         table = self._rotary_table(frames, device)
 
-        # Under sequence parallelism each rank holds whole merge blocks; what fills up is a frame of its own.
+        # Under sequence parallelism each rank holds whole merge blocks; the padding is a frame of its own.
         shards = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
-        filling = -hidden.shape[0] % (shards * self.vision.merge_area)
-        lengths = (*frames.lengths, filling) if filling else frames.lengths
-        hidden = pad(hidden, (0, 0, 0, filling))[:, None]
-        table = pad(table, (0, 0, 0, 0, 0, filling))
+        padding = -hidden.shape[0] % (shards * self.vision.merge_area)
+        lengths = (*frames.lengths, padding) if padding else frames.lengths
+        hidden = pad(hidden, (0, 0, 0, padding))[:, None]
+        table = pad(table, (0, 0, 0, 0, 0, padding))
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
 
         features = self._run(hidden, table, lengths, device)
         return features[:, : frames.patches // self.vision.merge_area, 0]
+
+    def dummy_batch(self, device: torch.device) -> tuple[torch.Tensor, Frames]:
+        """The patches and frame of the smallest image, all zeros."""
+        side = self.vision.spatial_merge_size
+        return torch.zeros(side**2, self.vision.patch_dim, device=device), Frames(((1, side, side),), side)
+
+    def dummy_forward(self, words: torch.Tensor) -> torch.Tensor | float:
+        """Zero, in the dtype of `words`: of a batch of text too, every parameter gets a gradient.
+
+        Megatron's overlapped gradient reduction waits for each parameter's gradient; without one it fails.
+        """
+        if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in self.parameters()):
+            return 0.0
+        return self(*self.dummy_batch(words.device)).sum().to(words.dtype) * 0.0
 
     def _run(
         self, hidden: torch.Tensor, table: torch.Tensor, lengths: tuple[int, ...], device: torch.device
@@ -180,7 +194,7 @@ class VisionModel(MegatronModule):
             recomputable(hidden, self.decoder),
             attention_mask=None,
             rotary_pos_emb=table,
-            packed_seq_params=packed_segments(lengths, device),
+            packed_seq_params=PackedSegments.from_lengths(lengths, device),
             extract_layer_indices=set(levels),
         )
         last, between = output if levels else (output, [])

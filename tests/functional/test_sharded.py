@@ -141,7 +141,7 @@ def test_a_rank_with_a_bad_row_stops_every_rank_and_the_next_row_is_taken(
     broken = good["input_ids"][1:].clone()
     broken[0, int((broken[0] == reference.IMAGE).nonzero()[0])] = 50
     faults = {
-        "the row has 10 tokens": {"input_ids": good["input_ids"][1:, :10]},
+        "the packed batch has 10 tokens": {"input_ids": good["input_ids"][1:, :10]},
         "int64 \\[1, T\\]": {"input_ids": good["input_ids"]},
         "placeholder tokens": {"input_ids": broken},
         "image patches": {"pixel_values": good["pixel_values"][1:]},
@@ -149,11 +149,11 @@ def test_a_rank_with_a_bad_row_stops_every_rank_and_the_next_row_is_taken(
         "differ in image grids": {"pixel_values": None, "image_grid_thw": None},
         "differ in cu_seqlens": {"cu_seqlens": torch.tensor([0, PACK_LENGTH])},
         "cu_seqlens holds 0": {"cu_seqlens": torch.tensor([4, PACK_LENGTH])},
-        "differ in a whole row": {"input_ids": torch.full((1, PACK_LENGTH), 50)} | dict.fromkeys(MEDIA),
+        "differ in a whole pack": {"input_ids": torch.full((1, PACK_LENGTH), 50)} | dict.fromkeys(MEDIA),
         "has neither attention_mask": {"attention_mask": torch.ones_like(broken)},
         "nor mm_token_type_ids": {"mm_token_type_ids": torch.zeros_like(broken)},
-        "padded \\[B, S\\] batch is not offered under context parallelism": {"cu_seqlens": None},
-        "lengths are those of a packed row": {"cu_seqlens": None, "lengths": torch.tensor([PACK_LENGTH])},
+        "padded \\[B, S\\] batch is not supported under context parallelism": {"cu_seqlens": None},
+        "lengths are those of a packed batch": {"cu_seqlens": None, "lengths": torch.tensor([PACK_LENGTH])},
         "packed_seq_params says where": {"packed_seq_params": PackedSeqParams()},
         "packed_seq_params has no cu_seqlens_q": {"cu_seqlens": None, "packed_seq_params": PackedSeqParams()},
         "takes input_ids": {"input_ids": None},

@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlbridge.backends.cpu import PackedAttention
-from megatron_vlbridge.backends.packed import packed_segments
+from megatron_vlbridge.backends.packed import PackedSegments
 from megatron_vlbridge.layout.zigzag import zigzag_index
 from tests.closeness import relative_error
 
@@ -51,7 +51,7 @@ def attend(
 ) -> list[torch.Tensor]:
     """Output and gradients, on the CPU in fp32."""
     inputs = [x.detach().requires_grad_() for x in qkv]
-    packed = packed_segments(lengths, inputs[0].device)
+    packed = PackedSegments.from_lengths(lengths, inputs[0].device)
     output = module(*inputs, attention_mask=None, attn_mask_type=mask, packed_seq_params=packed)
     output = output.view(len(inputs[0]), -1)
     (output.float() * weight.to(output.device)).sum().backward()

@@ -138,7 +138,7 @@ def places_of_ranks(lengths: list[int], total: int, cp_size: int) -> list[list[i
 )
 def test_sources_equal_a_cut_chunk_by_chunk(lengths, total, cp_size):
     layout = BatchLayout.packed(lengths, total)
-    parts = [layout.context_parallel(cp_size, rank).sources.tolist() for rank in range(cp_size)]
+    parts = [layout.context_parallel(cp_size, rank).gather_index.tolist() for rank in range(cp_size)]
     assert parts == places_of_ranks(lengths, total, cp_size)
 
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlbridge.backends.cpu import CpuSpecProvider, PackedAttention, reference_norm
-from megatron_vlbridge.backends.packed import packed_segments
+from megatron_vlbridge.backends.packed import PackedSegments
 from megatron_vlbridge.errors import VLBridgeError
 from tests.closeness import assert_close_in_norm, norm
 
@@ -64,7 +64,7 @@ def heads_of(tokens: int, groups: int, seed: int = 0) -> list[torch.Tensor]:
 def test_packed_attention_and_its_gradients_equal_a_loop(lengths, groups, causal, scale, seed):
     kind = AttnMaskType.causal if causal else AttnMaskType.no_mask
     qkv = heads_of(sum(lengths), groups, seed)
-    found = attention(scale)(*qkv, None, kind, packed_seq_params=packed_segments(lengths, CPU))
+    found = attention(scale)(*qkv, None, kind, packed_seq_params=PackedSegments.from_lengths(lengths, CPU))
     expected = token_by_token(*qkv, lengths, causal, scale)
     assert found.shape == (sum(lengths), 16)
     assert_close_in_norm(found, expected, 1e-6)
@@ -84,14 +84,14 @@ def test_nothing_leaks_between_segments(kind):
     other = [x.detach().clone() for x in qkv]
     for x in other:
         x[3:6] = torch.randn_like(x[3:6]) * 100
-    packed = packed_segments(lengths, CPU)
+    packed = PackedSegments.from_lengths(lengths, CPU)
     before, after = (attention()(*x, None, kind, packed_seq_params=packed).split(lengths) for x in (qkv, other))
     for segment, (a, b) in enumerate(zip(before, after, strict=True)):
         assert torch.equal(a, b) == (segment != changed)
 
 
 def test_attention_refuses_what_it_cannot_do():
-    qkv, packed = heads_of(4, 2), packed_segments([4], CPU)
+    qkv, packed = heads_of(4, 2), PackedSegments.from_lengths([4], CPU)
     causal = AttnMaskType.causal
     with pytest.raises(VLBridgeError, match="takes a pack"):
         attention()(*qkv, None, causal)
@@ -102,7 +102,7 @@ def test_attention_refuses_what_it_cannot_do():
     with pytest.raises(VLBridgeError, match="padding"):
         attention()(*qkv, None, AttnMaskType.padding, packed_seq_params=packed)
     with pytest.raises(VLBridgeError, match="segments hold 5 tokens, the pack 4"):
-        attention()(*qkv, None, causal, packed_seq_params=packed_segments([4, 1], CPU))
+        attention()(*qkv, None, causal, packed_seq_params=PackedSegments.from_lengths([4, 1], CPU))
     with pytest.raises(VLBridgeError, match=r"attention_dropout must be 0, found 0\.1"):
         attention(attention_dropout=0.1)
 
@@ -150,7 +150,7 @@ def test_other_norms_are_refused(fields):
 
 
 def test_packed_segments_agree_with_their_tensors():
-    packed = packed_segments([3, 1, 2], CPU)
+    packed = PackedSegments.from_lengths([3, 1, 2], CPU)
     assert packed.segments == (3, 1, 2)
     assert packed.qkv_format == "thd"
     for cu_seqlens in (packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.cu_seqlens_q_padded):

@@ -4,10 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vlbridge.layout.batch_layout import BatchLayout
+from megatron_vlbridge.layout.batch_layout import BatchLayout, gather
 from megatron_vlbridge.layout.zigzag import zigzag_index
-from megatron_vlbridge.model.inputs import take
-from megatron_vlbridge.model.mtp_inputs import MtpInputs, next_in_segment
+from megatron_vlbridge.model.inputs.mtp import MtpInputs, next_in_segment
 from tests.closeness import assert_close_in_norm
 
 IGNORED = -100
@@ -70,6 +69,6 @@ def test_a_part_of_the_rolled_pack_is_the_rolled_part(pack, cp):
     layout = BatchLayout.packed(lengths, max(total, tokens.shape[1]) + (-max(total, tokens.shape[1])) % (2 * cp))
     wide = torch.cat((dense, torch.zeros(1, layout.total - dense.shape[1], dtype=torch.int64)), dim=1)
     for rank in range(cp):
-        mine = take(wide, layout.context_parallel(cp, rank).sources, 0)
+        mine = gather(wide, layout.context_parallel(cp, rank).gather_index, 0)
         expected = rolled[:, zigzag_index(tuple(padded), cp, rank)]
         assert torch.equal(mine[:, : expected.shape[1]], expected)

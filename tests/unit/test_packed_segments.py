@@ -5,12 +5,12 @@ from dataclasses import fields
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_vlbridge.backends.packed import packed_segments
+from megatron_vlbridge.backends.packed import PackedSegments
 
 
 def test_kernels_are_told_that_nothing_lies_between_the_segments() -> None:
     """Left open, Transformer Engine compares the bounds with and without padding on the device, in every layer."""
-    packed = packed_segments([4, 2, 6], torch.device("cpu"))
+    packed = PackedSegments.from_lengths([4, 2, 6], torch.device("cpu"))
     assert "pad_between_seqs" in {field.name for field in fields(PackedSeqParams)}
     assert packed.pad_between_seqs is False
     for bounds, padded in (

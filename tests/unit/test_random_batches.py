@@ -10,8 +10,8 @@ import torch
 
 from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.layout.zigzag import pack_order, zigzag_index
-from megatron_vlbridge.model.inputs import PackedInputs
-from megatron_vlbridge.model.sharded import RankRow, Row
+from megatron_vlbridge.model.inputs import PackedInputs, ThdBatch
+from megatron_vlbridge.model.inputs.thd_shard import ThdShard
 from tests.unit.random_batches import CONFIG, FILLER, IMAGE, Batch, Token, cut, random_batch, rows_of, walk
 
 BATCHES, PARTS = 10_000, 10
@@ -28,13 +28,13 @@ def check(found: PackedInputs, expected: list[Token], tp: int, known: bool = Tru
     assert found.loss_mask is not None
     assert found.labels.tolist() == [[max(t.label, 0) for t in expected]]
     assert found.loss_mask.tolist() == [[float(t.label != -100) for t in expected]]
-    rows = found.vision_rows.tolist()
-    features = list(range(len(rows))) if found.feature_rows is None else found.feature_rows.tolist()
+    rows = found.vision_token_index.tolist()
+    features = list(range(len(rows))) if found.vision_embed_index is None else found.vision_embed_index.tolist()
     pictures = {place: t.feature for place, t in enumerate(expected) if t.feature is not None}
     assert dict(zip(rows, features, strict=True)) == pictures
     assert len(rows) == len(pictures)
     if known:
-        assert (found.layout.sources < 0).tolist() == [t.padding for t in expected]
+        assert (found.layout.gather_index < 0).tolist() == [t.padding for t in expected]
     if tp > 1:
         check_sequence_parallel(found, features, pictures, tp)
 
@@ -71,13 +71,13 @@ def check_cut(batch: Batch, known: bool) -> None:
     lengths = batch.lengths if known else None
     parts = [cut(segments, batch.cp, rank) for rank in range(batch.cp)]
     ranks = [
-        RankRow(Row(ids, batch.cu_seqlens, media, labels, lengths), CONFIG, batch.cp, rank)
+        ThdShard(ThdBatch(ids, batch.cu_seqlens, media, labels, lengths), CONFIG, batch.cp, rank)
         for rank, (ids, labels) in enumerate(rows_of(part, PADDING[known]) for part in parts)
     ]
     assert all(rank.sharded == (batch.cp > 1) for rank in ranks)
-    heard = [rank.said for rank in ranks]
+    statuses = [rank.status for rank in ranks]
     for rank in some_ranks(batch):
-        inputs = ranks[rank].inputs(heard)
+        inputs = ranks[rank].inputs(statuses)
         assert inputs.layout.segments == tuple(segment.padded for segment in batch.segments)
         check(inputs, parts[rank], batch.tp, known)
         check_media(inputs, batch)
@@ -96,11 +96,11 @@ def check_whole(batch: Batch, known: bool) -> None:
     """A rank is given the whole padded row, as all others are."""
     segments = walk(batch)
     ids, labels = rows_of(cut(segments, 1, 0), PADDING[known])
-    row = Row(ids, torch.tensor(batch.cu_seqlens), batch.media(), labels, batch.lengths if known else None)
+    row = ThdBatch(ids, torch.tensor(batch.cu_seqlens), batch.media(), labels, batch.lengths if known else None)
     for number in some_ranks(batch, count=1):
-        rank = RankRow(row, CONFIG, batch.cp, number)
+        rank = ThdShard(row, CONFIG, batch.cp, number)
         assert not rank.sharded
-        inputs = rank.inputs([rank.said] * batch.cp)
+        inputs = rank.inputs([rank.status] * batch.cp)
         check(inputs, cut(segments, batch.cp, number), batch.tp, known)
         check_media(inputs, batch)
 

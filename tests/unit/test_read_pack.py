@@ -71,10 +71,12 @@ def test_a_valid_pack_is_read_with_all_fields():
         merge_size=2,
     )
     assert torch.equal(inputs.position_ids, expected[:, None])
-    kinds = batch["tokens"][0][inputs.vision_rows].tolist()
+    kinds = batch["tokens"][0][inputs.vision_token_index].tolist()
     image_tokens, video_tokens = len(images) // 4, len(videos) // 4
     assert kinds == [reference.IMAGE] * image_tokens + [reference.VIDEO] * video_tokens
-    assert inputs.vision_rows[:image_tokens].tolist() == sorted(inputs.vision_rows[:image_tokens].tolist())
+    assert inputs.vision_token_index[:image_tokens].tolist() == sorted(
+        inputs.vision_token_index[:image_tokens].tolist()
+    )
 
 
 def _grids(name: str) -> list[tuple[int, ...]]:
@@ -200,6 +202,6 @@ def test_a_padded_batch_becomes_the_pack_of_its_samples(sides):
     found = PackedInputs.from_padded(ids, mask, media, CONFIG, labels, multiple_of=LENGTH)
     expected = read_pack(micro_batch(), CONFIG)
     assert found.layout.lengths == expected.layout.lengths
-    for name in ("position_ids", "patches", "vision_rows", "labels", "loss_mask"):
+    for name in ("position_ids", "patches", "vision_token_index", "labels", "loss_mask"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     assert torch.equal(found.tokens[0, :USED], expected.tokens[0, :USED])

@@ -33,7 +33,7 @@ def test_index_equals_the_slow_one_and_ranks_share_out_the_pack(chunks: list[int
     assert torch.equal(gathered[pack_order(segments, size)], tokens)
 
 
-def slow_sources(lengths: list[int], total: int, size: int, rank: int) -> list[int]:
+def slow_gather_index(lengths: list[int], total: int, size: int, rank: int) -> list[int]:
     """Write the pack down token by token, padding as -1, and pick what the rank holds."""
     step, row, segments = 2 * size, [], []
     for length in lengths:
@@ -51,16 +51,16 @@ def test_sources_equal_the_slow_ones_and_every_token_is_on_one_rank(lengths: lis
     step = 2 * size
     total = sum(-(-length // step) * step for length in lengths) + spare * step
     layout = BatchLayout.packed(lengths, total)
-    sources = [layout.context_parallel(size, rank).sources for rank in range(size)]
-    assert [source.tolist() for source in sources] == [slow_sources(lengths, total, size, r) for r in range(size)]
-    held = torch.cat(sources)
+    parts = [layout.context_parallel(size, rank).gather_index for rank in range(size)]
+    assert [part.tolist() for part in parts] == [slow_gather_index(lengths, total, size, r) for r in range(size)]
+    held = torch.cat(parts)
     assert sorted(held[held >= 0].tolist()) == list(range(sum(lengths)))
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 9))
 def test_without_context_parallelism_the_pack_stays_as_it_is(lengths: list[int], spare: int) -> None:
     layout = BatchLayout.packed(lengths, sum(lengths) + spare)
-    assert layout.sources.tolist() == [*range(sum(lengths)), *[-1] * spare]
+    assert layout.gather_index.tolist() == [*range(sum(lengths)), *[-1] * spare]
 
 
 def test_a_pack_without_room_for_the_padding_is_refused() -> None:

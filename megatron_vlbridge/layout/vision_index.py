@@ -1,10 +1,10 @@
-"""Which rows of the tower's output, and which positions, belong to a rank that holds only its part of a pack.
+"""Which of the tower's outputs, and which positions, belong to a rank that holds only its part of a pack.
 
-Of each padded segment a context-parallel rank holds chunks r and 2 * cp_size - 1 - r (`zigzag.py`). What it cannot see
-is how many image and video placeholders stand in the other chunks; told these counts, it knows which rows of the
-tower its own placeholders take, and how far the pictures before a token have moved the positions (the rule of
-`positions.py`). A picture whose placeholders are broken by another token would show only on the rank that holds
-that token, so each rank also says after how many placeholders other tokens stand; then all ranks refuse it alike.
+Of each padded segment a context-parallel rank holds chunks r and 2 * cp_size - 1 - r (`zigzag.py`). It cannot see how
+many image and video placeholders the other chunks hold; from these counts follow which of the tower's outputs its own
+placeholders take, and how much the images before a token shift the positions (the rule of `positions.py`). An image
+whose placeholders are interrupted by another token shows only on the rank that holds that token, so each rank also
+reports after how many placeholders it holds other tokens; then all ranks reject it alike.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.layout.frames import Grid
+from megatron_vlbridge.layout.frames import Grid, check_grids
 from megatron_vlbridge.layout.zigzag import check_divisible, zigzag_index
 
 KINDS = ("image", "video")
@@ -23,11 +23,11 @@ KINDS = ("image", "video")
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """What a rank tells the others of its part of a pack.
+    """What a rank reports of its part of a pack.
 
     `placeholders` int64 `[segments, 2, 2]`: of each segment, this rank's first and second chunk, images and videos.
-    `stops` int64 `[n, 3]`: kind (0 image, 1 video), run (2 * segment + 0 or 1), and a number of placeholders of that
-    kind in the run after which another token stands; each once.
+    `stops` int64 `[n, 3]`: kind (0 image, 1 video), run (2 * segment + 0 or 1), and a count of that kind's placeholders
+    in the run after which there is another token; each once.
     """
 
     placeholders: Tensor
@@ -36,15 +36,15 @@ class ShardCounts:
 
 @dataclass(frozen=True)
 class ShardPlaces:
-    """What a rank needs to know of its tokens: all int64.
+    """Positions and image tokens of a rank's part of a pack: all int64.
 
-    `position_ids` `[3, T]`; `vision_rows` `[n]`, the places of its placeholders among its tokens, and `feature_rows`
-    `[n]`, the rows of the tower's output (images first, then videos) that belong there.
+    `position_ids` `[3, T]`; `vision_token_index` `[n]`, the places of its placeholders among its tokens, and
+    `vision_embed_index` `[n]`, the tower's outputs (images first, then videos) that belong there.
     """
 
     position_ids: Tensor
-    vision_rows: Tensor
-    feature_rows: Tensor
+    vision_token_index: Tensor
+    vision_embed_index: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ShardedPack:
     """A pack of padded `segments`, spread over `cp_size` ranks, and the grids of all its images and videos in order.
 
     Raises:
-        VLBridgeError: where a segment cannot be cut, or a grid cannot be.
+        VLBridgeError: where a segment cannot be split, or a grid is invalid.
 
     Example:
         >>> pack = ShardedPack((8,), 2, image_grids=((1, 4, 4),), video_grids=(), merge_size=2)
@@ -73,15 +73,10 @@ class ShardedPack:
     def __post_init__(self) -> None:
         check_divisible(self.segments, self.cp_size)
         for kind, grids in zip(KINDS, (self.image_grids, self.video_grids), strict=True):
-            for number, (frames, height, width) in enumerate(grids):
-                if min(frames, height, width) < 1 or height % self.merge_size or width % self.merge_size:
-                    raise VLBridgeError(
-                        f"{kind} {number}: grid {(frames, height, width)}: expected positive numbers, height and width "
-                        f"divisible by the merge size {self.merge_size}"
-                    )
+            check_grids(kind, torch.tensor(grids, dtype=torch.int64).view(-1, 3), self.merge_size)
 
     def count(self, kinds: Tensor) -> ShardCounts:
-        """What a rank says of its tokens; `kinds` bool `[2, T]`: which are image placeholders, which are videos'.
+        """What a rank reports of its tokens; `kinds` bool `[2, T]`: which are image placeholders, which are videos'.
 
         Raises:
             VLBridgeError: where T is not the length of a rank's part.
@@ -96,7 +91,7 @@ class ShardedPack:
         placeholders = torch.zeros(2 * len(self.segments), 2, dtype=torch.int64).index_add_(0, run, kinds.T.long())
         stops = []
         for kind in range(2):
-            # Runs and counts only grow, so that run and count as one number grow too, and repeats are neighbours.
+            # Runs and counts never decrease, nor do they as one integer, so repeats are adjacent.
             keys = (run * (expected + 1) + within[kind])[~kinds[kind]].unique_consecutive()
             stops.append(torch.stack((torch.full_like(keys, kind), keys // (expected + 1), keys % (expected + 1)), 1))
         return ShardCounts(placeholders.view(-1, 2, 2), torch.cat(stops))
@@ -107,53 +102,53 @@ class ShardedPack:
         images_per_segment: Sequence[int] | None = None,
         videos_per_segment: Sequence[int] | None = None,
     ) -> None:
-        """Refuse placeholders that do not fit the grids; every rank that has all `counts` comes to the same answer.
+        """Reject placeholders that do not match the grids; every rank that has all `counts` gets the same result.
 
         Raises:
-            VLBridgeError: where a segment does not hold the placeholders of whole pictures (as many as
-                `..._per_segment` says, if given), a picture has no placeholders, or another token stands inside one.
+            VLBridgeError: where a segment does not hold the placeholders of whole images (as many as
+                `..._per_segment` says, if given), an image has no placeholders, or another token is inside one.
         """
-        for number, per_segment in enumerate((images_per_segment, videos_per_segment)):
-            by_rank = torch.stack([each.placeholders[:, :, number].sum(1) for each in counts])
-            self._pictures[number].check_segments(by_rank)
+        for kind, per_segment in enumerate((images_per_segment, videos_per_segment)):
+            by_rank = torch.stack([each.placeholders[:, :, kind].sum(1) for each in counts])
+            self._items[kind].check_segments(by_rank)
             if per_segment is not None:
-                self._pictures[number].check_numbers(by_rank, per_segment)
+                self._items[kind].check_counts(by_rank, per_segment)
         stops = torch.cat([each.stops for each in counts])
         rank = torch.arange(len(counts)).repeat_interleave(torch.tensor([len(each.stops) for each in counts]))
-        kind, run, count = stops.unbind(1)
+        of_kind, run, count = stops.unbind(1)
         segment = run // 2
         chunk = torch.where(run % 2 == 0, rank, 2 * self.cp_size - 1 - rank)
-        seen = self._before(counts)[kind, segment, chunk] + count
-        for number, pictures in enumerate(self._pictures):
-            mine = (kind == number).nonzero().flatten()
-            pictures.check_whole(seen[mine], segment[mine], rank[mine], self.cp_size)
+        seen = self._before(counts)[of_kind, segment, chunk] + count
+        for kind, items in enumerate(self._items):
+            mine = (of_kind == kind).nonzero().flatten()
+            items.check_whole(seen[mine], segment[mine], rank[mine], self.cp_size)
 
     def places(self, kinds: Tensor, counts: Sequence[ShardCounts], cp_rank: int) -> ShardPlaces:
-        """Positions and vision rows of `cp_rank`'s tokens, whose `kinds` it counted, once `check` has passed."""
+        """Positions and image tokens of `cp_rank`, whose `kinds` it counted, once `check` has passed."""
         run, within = self._within_runs(kinds)
         segment = run // 2
         before = self._before(counts)
         seen = before[:, :, self._chunks(cp_rank)].flatten(1)[:, run] + within
         lengths = torch.tensor(self.segments)
-        # A token's position is its place in the segment, put right by what pictures add or take.
+        # A token's position is its place in the segment, corrected by what the images before it add.
         start = lengths.cumsum(0) - lengths
         here = zigzag_index(self.segments, self.cp_size, cp_rank) - start[segment]
-        for number, pictures in enumerate(self._pictures):
-            here = here + pictures.drift(seen[number]) - pictures.drift(before[number, :, 0])[segment]
+        for kind, items in enumerate(self._items):
+            here = here + items.drift(seen[kind]) - items.drift(before[kind, :, 0])[segment]
         positions = here.repeat(3, 1)
-        rows = seen[0].clone()
-        for number, pictures in enumerate(self._pictures):
-            where = kinds[number].nonzero().flatten()
-            positions[:, where] += pictures.coordinates(seen[number, where])
-            rows[where] = seen[number, where] + (int(self._pictures[0].bounds[-1]) if number else 0)
+        embeds = seen[0].clone()
+        for kind, items in enumerate(self._items):
+            where = kinds[kind].nonzero().flatten()
+            positions[:, where] += items.coordinates(seen[kind, where])
+            embeds[where] = seen[kind, where] + (int(self._items[0].bounds[-1]) if kind else 0)
         vision = (kinds[0] | kinds[1]).nonzero().flatten()
-        return ShardPlaces(positions, vision, rows[vision])
+        return ShardPlaces(positions, vision, embeds[vision])
 
     @cached_property
-    def _pictures(self) -> tuple["_Pictures", "_Pictures"]:
+    def _items(self) -> tuple["_Items", "_Items"]:
         return (
-            _Pictures("image", self.image_grids, self.merge_size),
-            _Pictures("video", self.video_grids, self.merge_size),
+            _Items("image", self.image_grids, self.merge_size),
+            _Items("video", self.video_grids, self.merge_size),
         )
 
     def _chunks(self, cp_rank: int) -> Tensor:
@@ -161,7 +156,7 @@ class ShardedPack:
         return torch.tensor([cp_rank, 2 * self.cp_size - 1 - cp_rank])
 
     def _within_runs(self, kinds: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each token its run `[T]`, and how many placeholders of each kind stand before it in that run `[2, T]`."""
+        """Of each token its run `[T]`, and how many placeholders of each kind precede it in that run `[2, T]`."""
         sizes = (torch.tensor(self.segments) // (2 * self.cp_size)).repeat_interleave(2)
         run = torch.arange(len(sizes)).repeat_interleave(sizes, output_size=kinds.shape[1])
         before = kinds.long().cumsum(1) - kinds.long()
@@ -174,11 +169,11 @@ class ShardedPack:
         return (chunks.flatten(1).cumsum(1) - chunks.flatten(1)).view(chunks.shape)
 
 
-class _Pictures:
-    """The pictures of one kind; their placeholders in the pack are numbered from 0.
+class _Items:
+    """The images or the videos of a pack; their placeholders are indexed from 0.
 
     A block is what has its placeholders in a row: an image, or one frame of a video. `bounds[k]` and `block_bounds[k]`
-    are the numbers of placeholders before picture and before block k.
+    count the placeholders before item k and before block k.
     """
 
     def __init__(self, kind: str, grids: Sequence[Grid], merge_size: int) -> None:
@@ -198,15 +193,15 @@ class _Pictures:
         """After `seen` placeholders: what the whole blocks among them add to the position, less the placeholders."""
         return self.advance[self._whole_blocks(seen)] - seen
 
-    def coordinates(self, numbers: Tensor) -> Tensor:
-        """Frame, row and column of the placeholders of these numbers: int64 `[3, n]`."""
-        block = self._whole_blocks(numbers)
+    def coordinates(self, index: Tensor) -> Tensor:
+        """Frame, row and column of the placeholders at `index` `[n]`: int64 `[3, n]`."""
+        block = self._whole_blocks(index)
         _, rows, cols = self.merged[block].unbind(1)
-        inside = numbers - self.block_bounds[block]
+        inside = index - self.block_bounds[block]
         return torch.stack((inside // (rows * cols), inside // cols % rows, inside % cols))
 
     def check_segments(self, by_rank: Tensor) -> None:
-        """Refuse `by_rank` `[ranks, segments]` placeholders that are not those of whole pictures, and pictures left."""
+        """Reject `by_rank` `[ranks, segments]` placeholders that are not those of whole items, and unused items."""
         ends = by_rank.sum(0).cumsum(0)
         cut = (~torch.isin(ends, self.bounds)).nonzero().flatten()
         if len(cut):
@@ -217,7 +212,7 @@ class _Pictures:
                 f"{self._found(segment, by_rank)}; the next grids, {list(self.grids[first : first + 3])} from "
                 f"{self.kind} {first} on, make {self._sizes(first)}, and a segment holds whole {self.kind}s. "
                 f"In all {int(ends[-1])} placeholders for {len(self.grids)} {self.kind}s of {int(self.bounds[-1])} "
-                f"tokens. Give every rank all grids of the pack in order, and cut no {self.kind} at a segment's end"
+                f"tokens. Give every rank all grids of the pack in order, and split no {self.kind} at a segment's end"
             )
         if int(ends[-1]) != int(self.bounds[-1]):
             first = int(torch.searchsorted(self.bounds, ends[-1]))
@@ -225,11 +220,11 @@ class _Pictures:
                 f"{self.kind} {first} with grid {self.grids[first]} has no placeholders: the pack's {by_rank.shape[1]} "
                 f"segments hold {int(ends[-1])} {self.kind} placeholder tokens (context-parallel ranks: "
                 f"{by_rank.sum(1).tolist()}), its {len(self.grids)} grids make {int(self.bounds[-1])}. Leave out grids "
-                "and patches of pictures that are not in the pack, and check that no rank got another rank's tokens"
+                "and patches of images that are not in the pack, and check that no rank got another rank's tokens"
             )
 
-    def check_numbers(self, by_rank: Tensor, per_segment: Sequence[int]) -> None:
-        """Refuse segments that do not hold the placeholders of as many pictures as `per_segment` says."""
+    def check_counts(self, by_rank: Tensor, per_segment: Sequence[int]) -> None:
+        """Reject segments that do not hold the placeholders of as many items as `per_segment` says."""
         if len(per_segment) != by_rank.shape[1] or min(per_segment) < 0 or sum(per_segment) != len(self.grids):
             raise VLBridgeError(
                 f"{self.kind}s_per_segment: expected {by_rank.shape[1]} counts >= 0 that sum to {len(self.grids)}, "
@@ -245,18 +240,18 @@ class _Pictures:
             )
 
     def check_whole(self, seen: Tensor, segment: Tensor, rank: Tensor, cp_size: int) -> None:
-        """Refuse `seen` `[n]`: numbers of placeholders in the pack after which a rank's other token breaks a block."""
+        """Reject `seen` `[n]`: counts of placeholders after which a rank's other token interrupts a block."""
         block = self._whole_blocks(seen)
         broken = (self.block_bounds[block] != seen).nonzero().flatten()
         if len(broken):
             first = int(broken[0])
-            number = int(self.item[block[first]])
+            item = int(self.item[block[first]])
             start, end = (int(self.block_bounds[block[first] + i]) for i in (0, 1))
             raise VLBridgeError(
-                f"segment {int(segment[first])}: {self.kind} {number} with grid {self.grids[number]} needs "
+                f"segment {int(segment[first])}: {self.kind} {item} with grid {self.grids[item]} needs "
                 f"{end - start} placeholder tokens in a row, but after {int(seen[first]) - start} of them "
                 f"context-parallel rank {int(rank[first])} holds another token. Each rank r of {cp_size} must hold "
-                f"chunks r and {2 * cp_size - 1} - r of each padded segment, pictures and video frames unbroken"
+                f"chunks r and {2 * cp_size - 1} - r of each padded segment, images and video frames uninterrupted"
             )
 
     def _whole_blocks(self, seen: Tensor) -> Tensor:
@@ -276,5 +271,5 @@ class _Pictures:
 
 
 def _bounds(sizes: Tensor) -> Tensor:
-    """0 and the running sums."""
+    """0, then the cumulative sums."""
     return torch.cat((torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)))

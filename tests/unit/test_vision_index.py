@@ -7,10 +7,10 @@ import torch
 
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.positions import mrope_positions
-from megatron_vlbridge.layout.vision_rows import ShardedPack
+from megatron_vlbridge.layout.vision_index import ShardedPack
 from megatron_vlbridge.layout.zigzag import zigzag_index
-from megatron_vlbridge.model.inputs import Media
-from megatron_vlbridge.model.sharded import RankRow, Row
+from megatron_vlbridge.model.inputs import Media, ThdBatch
+from megatron_vlbridge.model.inputs.thd_shard import ThdShard
 from tests.unit.random_batches import CONFIG, FILLER, IMAGE, VIDEO
 
 WORD = 50
@@ -72,8 +72,8 @@ def test_wherever_chunks_cut_a_picture_each_part_equals_the_whole(
         for rank, part in enumerate(parts):
             found = pack.places(kinds_of(tokens[part]), counts, rank)
             assert torch.equal(found.position_ids, whole[:, part])
-            assert torch.equal(found.vision_rows, (features[part] >= 0).nonzero().flatten())
-            assert torch.equal(found.feature_rows, features[part][features[part] >= 0])
+            assert torch.equal(found.vision_token_index, (features[part] >= 0).nonzero().flatten())
+            assert torch.equal(found.vision_embed_index, features[part][features[part] >= 0])
 
 
 def test_what_travels_is_a_few_numbers_however_long_the_pack() -> None:
@@ -98,34 +98,34 @@ def test_any_other_token_inside_a_picture_is_refused_wherever_it_lies(cp: int) -
             assert f"after {place} of them context-parallel rank" in found
 
 
-def row(**changes: object) -> Row:
+def batch(**changes: object) -> ThdBatch:
     """Rank 1's part of a pack of two segments, cut over two ranks: an image in the second."""
     media = Media(torch.zeros(16, CONFIG.vision.patch_dim), torch.tensor([[1, 4, 4]]))
     ids = [WORD, WORD, WORD, WORD, IMAGE, IMAGE, WORD, WORD]
-    return replace(Row(torch.tensor([ids]), [0, 8, 16], media, torch.tensor([[WORD] * 8])), **changes)
+    return replace(ThdBatch(torch.tensor([ids]), [0, 8, 16], media, torch.tensor([[WORD] * 8])), **changes)
 
 
-def other_row(**changes: object) -> Row:
+def other_batch(**changes: object) -> ThdBatch:
     """Rank 0's part of the same pack."""
     ids = [WORD, WORD, WORD, WORD, IMAGE, IMAGE, WORD, WORD]
-    return replace(row(tokens=torch.tensor([ids])), **changes)
+    return replace(batch(tokens=torch.tensor([ids])), **changes)
 
 
-def both(first: Row, second: Row) -> list[str]:
-    """What each of two ranks answers once both have heard of each other."""
-    ranks = [RankRow(each, CONFIG, 2, rank) for rank, each in enumerate((first, second))]
+def both(first: ThdBatch, second: ThdBatch) -> list[str]:
+    """What each of two ranks answers once both have statuses of each other."""
+    ranks = [ThdShard(each, CONFIG, 2, rank) for rank, each in enumerate((first, second))]
     answers = []
     for rank in ranks:
         try:
-            rank.inputs([each.said for each in ranks])
+            rank.inputs([each.status for each in ranks])
             answers.append("")
         except VLBridgeError as error:
             answers.append(str(error))
     return answers
 
 
-def test_the_right_rows_pass() -> None:
-    assert both(other_row(), row()) == ["", ""]
+def test_matching_batches_pass() -> None:
+    assert both(other_batch(), batch()) == ["", ""]
 
 
 TWO = Media(torch.zeros(32, CONFIG.vision.patch_dim), torch.tensor([[1, 4, 4], [1, 4, 4]]))
@@ -134,7 +134,7 @@ SHORT = torch.tensor([[WORD, WORD, WORD, WORD, IMAGE, WORD, WORD, WORD]])
 EARLY = torch.tensor([[WORD, WORD, IMAGE, IMAGE, WORD, WORD, WORD, WORD]])
 WHOLE = torch.tensor([[WORD] * 10 + [IMAGE] * 4 + [WORD] * 2])
 TEXT = torch.full((1, 8), WORD)
-PER_SEGMENT = replace(row().media, images_per_segment=torch.tensor([1, 0]))
+PER_SEGMENT = replace(batch().media, images_per_segment=torch.tensor([1, 0]))
 TOGETHER = {
     "too few placeholders": ({"tokens": SHORT}, {}, r"segment 1: found 3 image .*ranks: \[1, 2\].*make \[4\]"),
     "none": ({"tokens": TEXT}, {"tokens": TEXT}, r"image 0 with grid \(1, 4, 4\) has no placeholders.*hold 0 image"),
@@ -144,18 +144,22 @@ TOGETHER = {
         {"media": TWO},
         r"image 1 .* has no placeholders.*hold 4 image .*2 grids make 8",
     ),
-    "cut by the end": ({}, {"tokens": EARLY}, r"segment 0: found 2 image .*ranks: \[0, 2\].*cut no image at a segment"),
-    "other grids": ({}, {"media": TWO}, "ranks 0 and 1 of 2 were given different rows: they differ in image grids"),
+    "cut by the end": (
+        {},
+        {"tokens": EARLY},
+        r"segment 0: found 2 image .*ranks: \[0, 2\].*split no image at a segment",
+    ),
+    "other grids": ({}, {"media": TWO}, "ranks 0 and 1 of 2 have different batches: they differ in image grids"),
     "other segments": ({}, {"cu_seqlens": [0, 4, 16]}, "they differ in cu_seqlens"),
-    "whole and part": ({}, {"tokens": WHOLE, "labels": WHOLE}, r"they differ in a whole row or a part"),
+    "whole and part": ({}, {"tokens": WHOLE, "labels": WHOLE}, r"they differ in a whole pack or a part"),
     "labels on one": ({}, {"labels": None}, "they differ in labels or none"),
     "wrong counts": ({"media": PER_SEGMENT}, {"media": PER_SEGMENT}, r"segment 0: found 0 .* 1 images .*make 4"),
 }
 
 
 @pytest.mark.parametrize(("first", "second", "message"), TOGETHER.values(), ids=TOGETHER.keys())
-def test_rows_that_do_not_fit_together_are_refused_on_every_rank_alike(first: dict, second: dict, message: str) -> None:
-    answers = both(other_row(**first), row(**second))
+def test_batches_that_do_not_match_are_rejected_on_every_rank_alike(first: dict, second: dict, message: str) -> None:
+    answers = both(other_batch(**first), batch(**second))
     assert answers[0] == answers[1]
     with pytest.raises(VLBridgeError, match=message):
         raise VLBridgeError(answers[0])
@@ -164,7 +168,7 @@ def test_rows_that_do_not_fit_together_are_refused_on_every_rank_alike(first: di
 ALONE = {
     "neither whole nor part": (
         {"tokens": TEXT[:, :6]},
-        r"the row has 6 tokens, but cu_seqlens ends at 16: expected 16 .*8",
+        r"the packed batch has 6 tokens, but cu_seqlens ends at 16: expected 16 .*8",
     ),
     "no row": ({"tokens": TEXT[0]}, r"int64 \[1, T\], found torch.int64 \[8\]"),
     "a segment that cannot be cut": ({"cu_seqlens": [0, 6, 16]}, "segment 0 has 6 tokens .*needs a multiple of 4"),
@@ -181,7 +185,7 @@ ALONE = {
     "labels of another shape": ({"labels": TEXT[:, :4]}, r"labels: expected int64 \[1, 8\]"),
     "a token outside the vocabulary": ({"tokens": TEXT + 100}, "tokens: 8 ids lie outside the vocabulary of 128"),
     "patches of another grid": (
-        {"media": replace(row().media, pixel_values=torch.zeros(8, CONFIG.vision.patch_dim))},
+        {"media": replace(batch().media, pixel_values=torch.zeros(8, CONFIG.vision.patch_dim))},
         r"image patches: the 1 grids \[\(1, 4, 4\)\] stand for 16 patches",
     ),
     "a grid that cannot be merged": (
@@ -192,16 +196,16 @@ ALONE = {
 
 
 @pytest.mark.parametrize(("changes", "message"), ALONE.values(), ids=ALONE.keys())
-def test_a_row_that_cannot_be_is_refused_with_its_numbers(changes: dict, message: str) -> None:
+def test_an_invalid_batch_is_rejected_with_its_values(changes: dict, message: str) -> None:
     with pytest.raises(VLBridgeError, match=message):
-        RankRow(row(**changes), CONFIG, 2, 1)
+        ThdShard(batch(**changes), CONFIG, 2, 1)
 
 
 def test_padding_of_known_length_may_hold_any_token() -> None:
     """Rank 0 of two holds the first and the last quarter of each segment."""
     tokens = torch.tensor([[WORD, WORD, IMAGE, -1, WORD, WORD, VIDEO, 999]])
-    inputs = RankRow(Row(tokens, [0, 8, 16], lengths=[6, 6]), CONFIG, 2, 0)
-    text = RankRow(Row(TEXT, [0, 8, 16], lengths=[6, 6]), CONFIG, 2, 1)
-    found = inputs.inputs([inputs.said, text.said])
+    inputs = ThdShard(ThdBatch(tokens, [0, 8, 16], lengths=[6, 6]), CONFIG, 2, 0)
+    text = ThdShard(ThdBatch(TEXT, [0, 8, 16], lengths=[6, 6]), CONFIG, 2, 1)
+    found = inputs.inputs([inputs.status, text.status])
     assert found.tokens.tolist() == [[WORD, WORD, FILLER, FILLER, WORD, WORD, FILLER, FILLER]]
     assert found.position_ids[0, 0].tolist() == [0, 1, 6, 7, 0, 1, 6, 7]

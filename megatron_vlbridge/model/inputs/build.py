@@ -1,0 +1,172 @@
+"""What `Qwen3VLModel.forward` is called with, in any of its forms, becomes one pack."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model.inputs.media import Media
+from megatron_vlbridge.model.inputs.pack import PackedInputs
+from megatron_vlbridge.model.inputs.thd import from_thd
+from megatron_vlbridge.model.inputs.thd_batch import Integers, ThdBatch, bounds_of
+from megatron_vlbridge.model.inputs.tokens import placeholders
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """The arguments of a call, as the caller gave them, on any device: see `Qwen3VLModel.forward`."""
+
+    input_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    image_grid_thw: torch.Tensor | None = None
+    pixel_values_videos: torch.Tensor | None = None
+    video_grid_thw: torch.Tensor | None = None
+    mm_token_type_ids: torch.Tensor | None = None
+    cu_seqlens: Integers | None = None
+    lengths: Integers | None = None
+    packed_seq_params: PackedSeqParams | None = None
+
+    def is_empty(self) -> bool:
+        """Whether no argument was given."""
+        return all(getattr(self, field.name) is None for field in fields(self))
+
+    def bounds(self) -> tuple[Integers, Integers | None] | None:
+        """`cu_seqlens` of a packed batch, and its segments' lengths without padding where known; None: not packed."""
+        if self.packed_seq_params is not None:
+            if self.cu_seqlens is not None or self.lengths is not None:
+                raise VLBridgeError("packed_seq_params says where the segments end; leave out cu_seqlens and lengths")
+            return bounds_of(self.packed_seq_params)
+        if self.lengths is not None and self.cu_seqlens is None:
+            raise VLBridgeError("lengths are those of a packed batch's segments, and need cu_seqlens beside them")
+        return None if self.cu_seqlens is None else (self.cu_seqlens, self.lengths)
+
+    def tokens(self) -> torch.Tensor:
+        """`input_ids` on the host."""
+        if self.input_ids is None:
+            raise VLBridgeError("Qwen3VLModel takes input_ids, and what belongs to them, or a pack as `inputs`")
+        return self.input_ids.cpu()
+
+    def media(self, with_patches: bool) -> Media:
+        """Media on the host. Patches, by far the largest part, stay where they are if the stage does not read them."""
+        pixels = (self.pixel_values, self.pixel_values_videos)
+        images, videos = map(_on_host, pixels) if with_patches else pixels
+        return Media(
+            images, _on_host(self.image_grid_thw), videos, _on_host(self.video_grid_thw), patches_wanted=with_patches
+        )
+
+
+def build_inputs(
+    raw: RawBatch,
+    config: TransformerConfig,
+    checkpoint: Config,
+    pg_collection: ProcessGroupCollection,
+    with_patches: bool,
+) -> PackedInputs:
+    """The pack of a call's arguments, on the host, where its lengths and grids are needed.
+
+    Raises:
+        VLBridgeError: where the arguments do not match; with a packed batch on every context-parallel rank alike.
+    """
+    # Under context parallelism a rank must not raise on its own arguments before the others can receive the failure.
+    if config.context_parallel_size == 1 and raw.bounds() is None:
+        inputs = _from_padded(raw, config, checkpoint, with_patches)
+    else:
+        inputs = from_thd(lambda: _thd_batch(raw, config, with_patches), checkpoint, pg_collection.cp)
+    if config.sequence_parallel:
+        # On the host: on a device, the number of image tokens would be a sync.
+        inputs = inputs.sequence_parallel(pg_collection.tp.size(), pg_collection.tp.rank())
+    return inputs
+
+
+def _from_padded(raw: RawBatch, config: TransformerConfig, checkpoint: Config, with_patches: bool) -> PackedInputs:
+    ids, media = raw.tokens(), raw.media(with_patches)
+    if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
+        raise VLBridgeError(
+            "a padded [B, S] batch has as many rows as its conversations have tokens, so pipeline stages exchange "
+            "tensors of varying length; make the model's config with language_config(..., variable_seq_lengths=True)"
+        )
+    if config.expert_model_parallel_size > 1 and config.moe_token_dispatcher_type == "allgather":
+        raise VLBridgeError(
+            "padded [B, S] batches have as many rows as their conversations have tokens, and Megatron's all-gather "
+            "dispatcher needs as many on every expert-parallel rank; use --moe-token-dispatcher-type alltoall"
+        )
+    if raw.mm_token_type_ids is not None:
+        _check_token_types(ids, raw.mm_token_type_ids.cpu(), checkpoint)
+    shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    return PackedInputs.from_padded(
+        ids, _on_host(raw.attention_mask), media, checkpoint, _on_host(raw.labels), multiple_of=shards
+    )
+
+
+def _check_token_types(ids: torch.Tensor, found: torch.Tensor, checkpoint: Config) -> None:
+    images, videos = placeholders(ids, checkpoint)
+    if not torch.equal(images.long() + 2 * videos.long(), found.long()):
+        raise VLBridgeError(
+            "mm_token_type_ids: expected 1 at image placeholders, 2 at video placeholders and 0 elsewhere in "
+            f"input_ids {list(ids.shape)}, found another table {list(found.shape)}"
+        )
+
+
+def _thd_batch(raw: RawBatch, config: TransformerConfig, with_patches: bool) -> ThdBatch:
+    bounds = raw.bounds()
+    ids, media = raw.tokens(), raw.media(with_patches)
+    if bounds is None:
+        raise VLBridgeError(
+            f"a padded [B, S] batch is not supported under context parallelism (size "
+            f"{config.context_parallel_size}): no rank would hold whole rows. Give a packed batch with `cu_seqlens`, "
+            "or a pack as `inputs`"
+        )
+    cu_seqlens, lengths = bounds
+    if raw.attention_mask is not None or raw.mm_token_type_ids is not None:
+        raise VLBridgeError(
+            "a packed batch (cu_seqlens) has neither attention_mask nor mm_token_type_ids: `lengths` says what is "
+            "padding, and the placeholders what is an image"
+        )
+    if lengths is None and (config.moe_aux_loss_coeff or config.moe_z_loss_coeff):
+        raise VLBridgeError(
+            "the losses of the router must not count padding, and cu_seqlens alone does not say which tokens are "
+            "padding; give the segments' true `lengths` beside it. (packed_seq_params whose cu_seqlens_q_padded is "
+            "missing, or the same as cu_seqlens_q, does not say it either: give `cu_seqlens` and `lengths` instead)"
+        )
+    return ThdBatch(ids, cu_seqlens, media, _on_host(raw.labels), lengths)
+
+
+def check_pack(inputs: PackedInputs, config: TransformerConfig, seq_length: int | None) -> None:
+    """Reject a pack whose length the parallel layout does not support; `seq_length`: that of all packs, if fixed.
+
+    Raises:
+        VLBridgeError: naming the length and the one expected.
+    """
+    total, cp_size = inputs.layout.total, inputs.layout.cp_size
+    tokens, tp_size = inputs.tokens.shape[1], config.tensor_model_parallel_size
+    if config.sequence_parallel and tokens % tp_size:
+        raise VLBridgeError(
+            f"sequence parallelism splits the {tokens} tokens that each rank gets of a pack of {total} "
+            f"(context-parallel size {cp_size}) into {tp_size} equal parts; use a sequence length that is a multiple "
+            f"of {tp_size * cp_size}"
+        )
+    fixed = config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths
+    if fixed and seq_length not in (None, total):
+        raise VLBridgeError(
+            f"the pack has {total} tokens, but the pipeline stages exchange {seq_length} (--seq-length); make all "
+            "packs that long"
+        )
+    all_gather = config.expert_model_parallel_size > 1 and config.moe_token_dispatcher_type == "allgather"
+    if all_gather and seq_length != total:
+        expected, remedy = f"{seq_length} (--seq-length)", "make all packs that long"
+        if seq_length is None:
+            expected, remedy = "an unknown length", "give the model `seq_length`, the length of all packs"
+        raise VLBridgeError(
+            f"the pack has {total} tokens, and Megatron's all-gather dispatcher of tokens to experts needs as many on "
+            f"every expert-parallel rank, here {expected}; {remedy}, or use --moe-token-dispatcher-type alltoall"
+        )
+
+
+def _on_host(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.cpu()
