@@ -16,7 +16,7 @@ COMMANDS = {
     "verify": verify_command,
     "inspect": inspect_command,
 }
-_DESCRIPTION = "Qwen-VL checkpoints between Hugging Face and Megatron-Core, bit for bit."
+_DESCRIPTION = "Vision-language checkpoints between Hugging Face and Megatron-Core, bit for bit."
 _EXIT_CODES = """`vlbridge COMMAND --help` shows the options of a command and an example.
 
 exit codes: 0 done, 1 a difference or an invalid input was found,

@@ -194,7 +194,7 @@ def _special_tokens(processor: ProcessorMixin) -> list[str]:
     tokenizer = processor.tokenizer
     missing = [token for token in (TURN_START, TURN_END) if token not in tokenizer.get_added_vocab()]
     if missing:
-        raise VLBridgeError(f"tokenizer: expected the special token {missing[0]} of the Qwen chat format, found none")
+        raise VLBridgeError(f"tokenizer: expected the special token {missing[0]} of the ChatML format, found none")
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return list(dict.fromkeys([*special, TURN_START, TURN_END, processor.image_token, processor.video_token]))
 

@@ -81,7 +81,7 @@ def split_turns(text: str) -> list[Turn]:
         if not end or not newline:
             raise VLBridgeError(
                 f"turn {index}: expected a role, a newline, content and {TURN_END}, found {piece[:MAX_EXCERPT]!r}; the "
-                "chat template does not have the Qwen format"
+                "chat template does not have the ChatML format"
             )
         turns.append(Turn(role, content))
     if between.strip():

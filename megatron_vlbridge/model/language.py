@@ -68,7 +68,9 @@ class LanguageModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if self.mtp_process:
-            self.mtp = MtpBlock(config, backend, pg_collection, vp_stage, experts=checkpoint.text.moe is not None)
+            self.mtp = MtpBlock(
+                config, backend, pg_collection, vp_stage, experts=checkpoint.text.mtp_layer_kind.experts
+            )
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
@@ -187,7 +189,7 @@ def _layer_specs(
     vp_stage: int | None,
 ) -> list[ModuleSpec]:
     """The specs of this stage's decoder layers."""
-    pp_rank, moe = pg_collection.pp.rank(), checkpoint.text.moe
+    pp_rank, kinds = pg_collection.pp.rank(), checkpoint.text.layer_kinds
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     levels = len(checkpoint.vision.deepstack_visual_indexes)
     specs = (
@@ -196,7 +198,7 @@ def _layer_specs(
             config,
             AttnMaskType.causal,
             layer=DeepstackLayer,
-            experts=moe is not None and moe.is_moe_layer(index),
+            experts=kinds[index].experts,
         )
         for index in range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
     )

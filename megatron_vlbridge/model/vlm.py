@@ -47,6 +47,9 @@ class Qwen3VLModel(MegatronModule):
         >>> logits = model(**processor(text=[text], images=[image], return_tensors="pt"))
     """
 
+    layout_checked = False
+    """Whether the guards have accepted the layout of `config`."""
+
     def __init__(
         self,
         config: TransformerConfig,

@@ -1,6 +1,6 @@
-"""The command line of a training run: Megatron's own arguments, and the few that it has not.
+"""The command line of a training run: Megatron's own arguments, and the few that it does not have.
 
-The architecture is read from the Hugging Face folder, so no argument repeats it. Written for Megatron-Core 0.19.
+The architecture is read from the Hugging Face folder. Written for Megatron-Core 0.19.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _RENAMED = {"num_moe_experts": "num_experts", "gated_linear_unit": "swiglu"}
 # Fields that follow from other arguments.
 _DERIVED = ("activation_func", "bias_activation_fusion")
 
-# What Megatron would fuse with kernels that only a GPU has.
+# Megatron would fuse these with kernels that only a GPU has.
 _CPU_ARGUMENTS = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
@@ -49,7 +49,7 @@ _CPU_ARGUMENTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The arguments that Megatron has not."""
+    """The arguments that Megatron does not have."""
     group = parser.add_argument_group("megatron-vlbridge")
     group.add_argument("--hf-folder", help="(required) Hugging Face folder or Hub id: config.json and processor files")
     group.add_argument("--hf-weights", action="store_true", help="start from the weights in --hf-folder")
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--conversations", help="JSON lines of {'messages': [...]}, images by path")
     group.add_argument("--valid-conversations", help="the same, for evaluation")
     limit = MediaOptions().max_image_pixels
-    group.add_argument("--max-image-pixels", type=int, default=limit, help="larger images are refused (%(default)s)")
+    group.add_argument("--max-image-pixels", type=int, default=limit, help="larger images are rejected (%(default)s)")
     group.add_argument("--literal-tags", action="store_true", help="take <image> and the like in texts as text")
     group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
     group.add_argument("--no-vision-balance", action="store_true", help="each context-parallel rank runs all frames")
@@ -76,11 +76,11 @@ def parse_arguments() -> argparse.Namespace:
     whether a checkpoint continues. A Hub id in `hf_folder` becomes the folder that it is in the Hub's cache.
 
     Raises:
-        VLBridgeError: where an argument is unknown, cannot run, contradicts the checkpoint or is not proved.
+        VLBridgeError: where an argument is unknown, cannot run, contradicts the checkpoint or is not verified.
     """
     console.start()
     parser = make_parser(add_arguments)
-    _refuse_unproved(parse_words(parser, sys.argv[1:]))
+    _reject_unverified(parse_words(parser, sys.argv[1:]))
     args = parse_args(add_arguments)
     if args.hf_folder is None:
         raise VLBridgeError("--hf-folder is missing: a Hugging Face folder or Hub id with config.json")
@@ -110,8 +110,8 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def _refuse_unproved(args: argparse.Namespace) -> None:
-    """What `training.guards` does not see, since it is no part of the model's config."""
+def _reject_unverified(args: argparse.Namespace) -> None:
+    """What `training.guards` does not see, since it is not part of the model's config."""
     own_split = "leave it out, or split with --decoder-first-pipeline-num-layers, -last- or a layout"
     remedies = {
         "use_megatron_fsdp": "leave it out (--use-distributed-optimizer spreads the optimizer's state)",
@@ -127,14 +127,14 @@ def _refuse_unproved(args: argparse.Namespace) -> None:
     found = {name: remedy for name, remedy in remedies.items() if getattr(args, name)}
     if args.optimizer not in ("adam", "sgd"):
         # Muon cuts every `linear_qkv.weight` by the language model's heads, the vision tower's too.
-        found[f"optimizer {args.optimizer}"] = "use adam or sgd, which treat every number alike"
+        found[f"optimizer {args.optimizer}"] = "use adam or sgd, which treat all elements alike"
     if args.main_grads_dtype not in ("fp32", torch.float32):
         found[f"main_grads_dtype {args.main_grads_dtype}"] = "use fp32"
     if args.ckpt_format != "torch_dist" and not args.ckpt_convert_format:
         found[f"ckpt_format {args.ckpt_format}"] = "use torch_dist, the format that vlbridge exports"
     for name, remedy in found.items():
         raise VLBridgeError(
-            f"--{name.replace('_', '-')} is not proved equal to transformers, so it is refused; {remedy}"
+            f"--{name.replace('_', '-')} is not verified equal to transformers, so it is rejected; {remedy}"
         )
 
 
@@ -158,7 +158,7 @@ def _set_defaults(args: argparse.Namespace) -> None:
         for name, value in _CPU_ARGUMENTS.items():
             setattr(args, name, value)
     if args.save and args.save_interval is None:
-        # Megatron wants an interval; beside it, a run saves at its end.
+        # Megatron needs an interval; a run also saves at its end.
         args.save_interval = args.train_iters or args.train_samples
 
 

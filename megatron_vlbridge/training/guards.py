@@ -1,37 +1,19 @@
-"""What has been proved equal to the reference may start; everything else is refused."""
-
-import weakref
-from itertools import product
+"""What is verified equal to the reference may start; everything else is rejected."""
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_vlbridge import families
 from megatron_vlbridge.backends import cpu_runtime, te
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.settings import setting_faults
 
-# The parallel dimensions above one that the rows of tests/functional/matrix.py run together; sizes are arithmetic.
-# Each is run with and without recomputation (full, selective), multi-token prediction and tied embeddings.
-_PIPELINES = ("", "pp", "pp vpp")
-_DENSE = ("", "tp", "tp sp")
-_EXPERTS = ("", "ep", "tp sp", "tp sp etp", "tp sp ep", "tp sp ep etp")
-
-_accepted: weakref.WeakSet[Qwen3VLModel] = weakref.WeakSet()
-
-
-def proved_combinations(checkpoint: Config) -> list[frozenset[str]]:
-    """The sets of parallel dimensions that are proved together for this kind of model, with any data-parallel size.
-
-    `tp`, `sp`, `pp`, `vpp`, `cp`, `ep` and `etp` (expert tensor parallel) stand for a size above one.
-    """
-    kinds = _DENSE if checkpoint.text.moe is None else _EXPERTS
-    return [frozenset(" ".join(names).split()) for names in product(kinds, _PIPELINES, ("", "cp"))]
-
 
 def used_dimensions(config: TransformerConfig, checkpoint: Config) -> frozenset[str]:
-    """The parallel dimensions above one in `config`."""
-    experts = 1 if checkpoint.text.moe is None else config.expert_tensor_parallel_size
+    """The parallel dimensions above one in `config`, of those that the model has."""
+    # Megatron's default is the tensor-parallel size, also for a model without experts.
+    etp = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
     sizes = {
         "tp": config.tensor_model_parallel_size,
         "sp": 2 if config.sequence_parallel else 1,
@@ -39,30 +21,29 @@ def used_dimensions(config: TransformerConfig, checkpoint: Config) -> frozenset[
         "vpp": config.virtual_pipeline_model_parallel_size or 1,
         "cp": config.context_parallel_size,
         "ep": config.expert_model_parallel_size,
-        # Megatron's default is the tensor-parallel size.
-        "etp": experts or config.tensor_model_parallel_size,
+        "etp": etp if "etp" in families.find(checkpoint).dimensions else 1,
     }
     return frozenset(name for name, size in sizes.items() if size > 1)
 
 
 def check_combination(config: TransformerConfig, checkpoint: Config) -> None:
-    """Refuse parallel dimensions together that no test runs together for this kind of model.
+    """Reject parallel dimensions together that no test runs together for this family.
 
     Raises:
-        VLBridgeError: naming the combination and the nearest ones that are proved.
+        VLBridgeError: naming the combination and the nearest ones that are verified.
     """
-    used, proved = used_dimensions(config, checkpoint), proved_combinations(checkpoint)
-    if used not in proved:
-        nearest = sorted(proved, key=lambda names: (len(names ^ used), _words(names)))[:3]
+    used, verified = used_dimensions(config, checkpoint), families.find(checkpoint).combinations
+    if used not in verified:
+        nearest = sorted(verified, key=lambda names: (len(names ^ used), _words(names)))[:3]
         raise VLBridgeError(
-            f"{checkpoint.architecture}: the dimensions {_words(used)} together are not proved equal to transformers, "
-            f"so they are refused. The nearest that are: {', '.join(map(_words, nearest))}; each with any "
-            "data-parallel size (docs/layouts.md). To run it all the same: --allow-unproved-combination"
+            f"{checkpoint.architecture}: the dimensions {_words(used)} together are not verified equal to "
+            f"transformers, so they are rejected. The nearest that are: {', '.join(map(_words, nearest))}; each with "
+            "any data-parallel size (docs/layouts.md). To run it all the same: --allow-unproved-combination"
         )
 
 
 def check_cp_comm_type(config: TransformerConfig) -> None:
-    """Refuse an exchange between context-parallel ranks (`cp_comm_type`) that the kernels here do not support.
+    """Reject an exchange between context-parallel ranks (`cp_comm_type`) that the kernels here do not support.
 
     Raises:
         VLBridgeError: naming what the kernels do not support, and what they do.
@@ -89,10 +70,10 @@ def check_cp_comm_type(config: TransformerConfig) -> None:
 
 
 def check_layout(config: TransformerConfig, checkpoint: Config, *, any_combination: bool = False) -> None:
-    """Refuse a layout that no test proves for this family; with `any_combination` only settings, not combinations.
+    """Reject a layout that no test verifies for this family; with `any_combination` only settings, not combinations.
 
     Raises:
-        VLBridgeError: naming every setting that is not proved, and what is.
+        VLBridgeError: naming every setting that is not verified, and the values that are.
     """
     if not any_combination:
         check_combination(config, checkpoint)
@@ -101,24 +82,20 @@ def check_layout(config: TransformerConfig, checkpoint: Config, *, any_combinati
     if not cpu_runtime.is_enabled():
         faults += te.faults(config)
     if config.virtual_pipeline_model_parallel_size and not config.overlap_p2p_comm:
-        faults.append("virtual pipeline stages without overlap_p2p_comm: two stages mistake what they send each other")
+        faults.append("virtual pipeline stages without overlap_p2p_comm: stages may receive each other's messages")
     faults += _mtp_faults(config, checkpoint)
     if faults:
         raise VLBridgeError(
-            f"{checkpoint.architecture}: not proved equal to transformers, so it is refused:\n  " + "\n  ".join(faults)
+            f"{checkpoint.architecture}: not verified equal to transformers, so it is rejected:\n  "
+            + "\n  ".join(faults)
         )
 
 
-def accept(model: Qwen3VLModel) -> None:
-    """Note that :func:`check_layout` has admitted this model's layout."""
-    _accepted.add(model)
-
-
 def check_model(model: Qwen3VLModel, *, any_combination: bool = False) -> None:
-    """:func:`check_layout` of a model that has not been accepted yet: one that another `model_provider` built."""
-    if model not in _accepted:
+    """:func:`check_layout` of a model, once: its layout does not change afterwards."""
+    if not model.layout_checked:
         check_layout(model.config, model.checkpoint, any_combination=any_combination)
-        accept(model)
+        model.layout_checked = True
 
 
 def _words(names: frozenset[str]) -> str:
@@ -129,11 +106,13 @@ def _mtp_faults(config: TransformerConfig, checkpoint: Config) -> list[str]:
     found, expected = config.mtp_num_layers or 0, checkpoint.text.num_mtp_layers
     if found != expected:
         return [f"multi-token prediction: mtp_num_layers={found}, the checkpoint's config says {expected}"]
-    grouped = config.recompute_method == "uniform" and config.recompute_num_layers != 1
-    if found and config.recompute_granularity == "full" and grouped:
-        words = "full recomputation of several layers at once with a prediction layer"
-        return [f"{words}: recompute_num_layers={config.recompute_num_layers!r}, proved: 1"]
-    losses = {name: getattr(config, name) for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")}
-    if found and checkpoint.text.moe is not None and any(losses.values()):
-        return [f"losses of the router with a prediction layer: {losses}, proved: none"]
-    return []
+    if not found:
+        return []
+    verified = dict(families.find(checkpoint).mtp_settings)
+    if config.recompute_granularity == "full" and config.recompute_method == "uniform":
+        verified["recompute_num_layers"] = (1,)
+    return [
+        f"with an MTP layer: {name}={getattr(config, name)!r}, verified: {values[0]!r}"
+        for name, values in verified.items()
+        if getattr(config, name) not in values
+    ]

@@ -1,4 +1,4 @@
-"""The command line: Megatron's arguments and ours, with errors of one line."""
+"""The command line: the arguments of Megatron and of this package, with errors of one line."""
 
 import argparse
 import difflib
@@ -35,7 +35,8 @@ def make_parser(add_arguments: Callable[[argparse.ArgumentParser], object]) -> a
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
         usage="%(prog)s --hf-folder DIR (--hf-weights | --pretrained-checkpoint DIR | --load DIR) [argument ...]",
-        description="Train Qwen3-VL with Megatron-Core. First the arguments of megatron-vlbridge, then Megatron's own.",
+        description="Train a vision-language model with Megatron-Core. First the arguments of megatron-vlbridge, then "
+        "Megatron's own.",
     )
     add_arguments(parser)
     add_megatron_arguments(parser)

@@ -22,7 +22,7 @@ _FIRST, _LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-
 _LAYOUT = "--pipeline-model-parallel-layout"
 _CHUNK_LAYERS, _CHUNKS = "--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"
 
-# What must be at least one where it is given.
+# Arguments that must be at least one where they are given.
 _POSITIVE = (
     *(_TP, _PP, _CP, _EP, _ETP, _FIRST, _LAST, _CHUNK_LAYERS, _CHUNKS),
     *("--seq-length", "--global-batch-size", "--eval-global-batch-size", "--train-iters", "--train-samples"),
@@ -33,13 +33,13 @@ _NAMES = {"--microbatch-group-size-per-virtual-pipeline-stage": "microbatch_grou
 
 
 def check_arguments(args: argparse.Namespace, config: Config) -> None:
-    """Refuse sizes that cannot run; `args` as they are parsed, before Megatron's `validate_args`.
+    """Reject sizes that cannot run; `args` as they are parsed, before Megatron's `validate_args`.
 
     Raises:
-        VLBridgeError: naming each argument with its value, what it contradicts, and values that go.
+        VLBridgeError: naming each argument with its value, what it contradicts, and valid values.
     """
-    _refuse([*_missing(args), *_not_positive(args)])
-    _refuse(
+    _reject([*_missing(args), *_not_positive(args)])
+    _reject(
         [
             *_files(args),
             *_world(args),
@@ -53,7 +53,7 @@ def check_arguments(args: argparse.Namespace, config: Config) -> None:
     )
 
 
-def _refuse(faults: list[str]) -> None:
+def _reject(faults: list[str]) -> None:
     if faults:
         raise VLBridgeError("\n".join(faults))
 
@@ -113,7 +113,7 @@ def _tensor(args: argparse.Namespace, config: Config) -> Iterator[str]:
 
 
 def _indivisible(config: Config, size: int) -> list[str]:
-    """What tensor parallelism of this size cannot cut in equal parts."""
+    """What tensor parallelism of this size does not divide into equal parts."""
     text, vision = config.text, config.vision
     widths = {
         "attention heads": text.num_attention_heads,
@@ -200,7 +200,7 @@ def _parsed(layout: str) -> list[list[LayerType]]:
 
 
 def _stages(args: argparse.Namespace, config: Config) -> Iterator[str]:
-    """Layers in equal parts, but for the first and the last stage where these are given."""
+    """Layers in equal parts, except in the first and the last stage where these are given."""
     layers, size = config.text.num_layers, args.pipeline_model_parallel_size
     ends = {flag: value for flag, value in _ends(args).items() if value is not None}
     rest, stages = layers - sum(ends.values()), size - len(ends)
@@ -218,7 +218,7 @@ def _stages(args: argparse.Namespace, config: Config) -> Iterator[str]:
         return
     if len(ends) == size > 1 and (args.num_virtual_stages_per_pipeline_rank or 1) > 1:
         # Megatron-Core 0.19 divides by the number of stages between them.
-        yield f"{_CHUNKS} with {' and '.join(ends)} wants a stage between the first and the last; leave out {_LAST}"
+        yield f"{_CHUNKS} with {' and '.join(ends)} needs a stage between the first and the last; leave out {_LAST}"
     counts = {f"the {value} layers of {flag}": value for flag, value in ends.items()}
     if stages:
         counts[f"the {rest // stages} layers of a stage"] = rest // stages
@@ -241,13 +241,13 @@ def _virtual_stages(args: argparse.Namespace, config: Config) -> int:
 
 
 def _interleaving(args: argparse.Namespace) -> Iterator[str]:
-    """What virtual stages ask of the pipeline and of the micro-batches."""
+    """What virtual stages require of the pipeline and of the micro-batches."""
     size = args.pipeline_model_parallel_size
     if size == 1:
-        yield f"virtual pipeline stages want {_PP} above 1"
+        yield f"virtual pipeline stages need {_PP} above 1"
         return
     if not args.overlap_p2p_comm:
-        yield "virtual pipeline stages are refused with --no-overlap-p2p-communication; leave it out"
+        yield "virtual pipeline stages are rejected with --no-overlap-p2p-communication; leave it out"
     group = args.microbatch_group_size_per_vp_stage or size
     if group < size:
         yield f"--microbatch-group-size-per-virtual-pipeline-stage {group} is below {_PP} {size}"
@@ -257,7 +257,7 @@ def _interleaving(args: argparse.Namespace) -> Iterator[str]:
         if batch % _dp(args) == 0 and (group > count or 0 < count % group < size):
             yield (
                 f"{flag} {batch} gives {count} micro-batches to each of {_dp(args)} data-parallel ranks; virtual "
-                f"pipeline stages want a multiple of {group}, so a {flag} that is a multiple of {group * _dp(args)}"
+                f"pipeline stages need a multiple of {group}, so a {flag} that is a multiple of {group * _dp(args)}"
             )
 
 
@@ -324,8 +324,8 @@ def _nearest(number: int, unit: int) -> str:
     return _words([n for n in (below, below + unit) if n])
 
 
-def _words(numbers: list[int]) -> str:
-    shown = [str(n) for n in numbers]
+def _words(values: list[int]) -> str:
+    shown = [str(n) for n in values]
     if len(shown) > 10:
         return ", ".join(shown[:10]) + ", ..."
     return " or ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)

@@ -1,4 +1,4 @@
-"""`megatron.training.pretrain` for Qwen3-VL: the model that Megatron builds, and the call. For Megatron-Core 0.19."""
+"""`megatron.training.pretrain`: the model that Megatron builds, and the call. For Megatron-Core 0.19."""
 
 import argparse
 import functools
@@ -27,7 +27,7 @@ from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training import console
 from megatron_vlbridge.training.arguments import parse_arguments
 from megatron_vlbridge.training.datasets import EagerDatasetProvider
-from megatron_vlbridge.training.guards import accept, check_layout, check_model
+from megatron_vlbridge.training.guards import check_layout, check_model
 from megatron_vlbridge.training.start import loading_errors, loads_checkpoint
 from megatron_vlbridge.training.step import vlm_step
 
@@ -63,7 +63,7 @@ def model_provider(
         seq_length=args.seq_length,
         pg_collection=pg_collection,
     )
-    accept(model)
+    model.layout_checked = True
     if args.hf_weights and not loads_checkpoint(args):
         _load_when_complete(model, vp_stage, args)
     return model
@@ -90,7 +90,7 @@ def run(
     `model_provider` is called as Megatron's; it gives a :class:`Qwen3VLModel`.
 
     Raises:
-        VLBridgeError: on all ranks, where the dataset provider fails on one, or a layout is not proved; where no
+        VLBridgeError: on all ranks, where the dataset provider fails on one, or a layout is not verified; where no
             launcher such as torchrun has started the script.
 
     Example:

@@ -1,4 +1,4 @@
-"""Which values of Megatron's settings the tests prove."""
+"""Which values of Megatron's settings the tests verify."""
 
 import dataclasses
 import functools
@@ -10,64 +10,31 @@ from megatron_vlbridge import families
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.model.transformer_config import language_config
 
-# Field of TransformerConfig -> the values that the tests prove (tests/functional/), and the words for a person.
-PROVED: dict[str, tuple[tuple[object, ...], str]] = {
-    "moe_router_load_balancing_type": (("aux_loss", "none"), "another balancing of the experts than by aux_loss"),
-    "moe_router_fusion": ((False,), "fused kernels of the router"),
-    "mlp_chunks_for_training": ((1,), "layers run in chunks, where the router's losses would count padding"),
-    "moe_expert_capacity_factor": ((None,), "tokens dropped by experts"),
-    "moe_input_jitter_eps": ((None,), "a jittered router"),
-    "moe_router_enable_expert_bias": ((False,), "a biased router"),
-    "account_for_embedding_in_pipeline_split": ((False,), "an embedding stage of its own"),
-    "account_for_loss_in_pipeline_split": ((False,), "a loss stage of its own"),
-    "mtp_use_repeated_layer": ((False,), "a prediction layer that is used several times"),
-    "mtp_detach_heads": ((False,), "a prediction layer whose loss does not train the rest"),
-    "moe_token_dispatcher_type": (("allgather", "alltoall"), "another dispatcher of tokens to experts"),
-    # Its gradient is rounded to bf16 (Megatron-Core 0.19, fused_cross_entropy.py), in fp32 runs too: 1e-3 of each.
-    "cross_entropy_loss_fusion": ((False,), "a fused loss"),
-    "recompute_method": ((None, "uniform", "block"), "another way to recompute"),
-    "recompute_modules": ((None, [], ["core_attn"]), "other modules recomputed selectively than core_attn"),
-    "attention_backend": (
-        (AttnBackend.auto, AttnBackend.fused, AttnBackend.unfused),
-        "attention by kernels that no test runs (use --attention-backend auto or fused)",
-    ),
-    "flash_attention_version": ((None,), "a chosen version of flash-attention"),
-    "transformer_impl": (("transformer_engine", "local"), "layers for inference"),
-    "use_te_rng_tracker": ((False,), "Transformer Engine's random states, which serve CUDA graphs"),
-    # Tensor-parallel ranks would be initialised alike.
-    "inference_rng_tracker": ((False,), "random states for inference"),
-    "fp8": ((None,), "fp8"),
-    "fp4": ((None,), "fp4"),
-    "calculate_per_token_loss": (
-        (True,),
-        "a loss averaged by anything but the tokens (use --calculate-per-token-loss)",
-    ),
-    "cpu_offloading": ((False,), "activation offloading"),
-    "fine_grained_activation_offloading": ((False,), "activation offloading"),
-    "cuda_graph_impl": (("none", None), "CUDA graphs"),
-    "enable_cuda_graph": ((False,), "CUDA graphs"),
-    "external_cuda_graph": ((False,), "CUDA graphs"),
-    "tp_comm_overlap": ((False,), "overlapped tensor-parallel communication, whose buffers have one fixed length"),
-    "distribute_saved_activations": ((False,), "recomputation with activations spread over the ranks"),
-    "fp16": ((False,), "fp16 (use --bf16)"),
-    "fp32_residual_connection": ((False,), "a residual stream in fp32"),
-    # What would make it another architecture than the checkpoint's.
-    "multi_latent_attention": ((False,), "multi-latent attention"),
-    "experimental_attention_variant": ((None,), "another attention"),
-    "attention_output_gate": ((False,), "gated attention"),
-    "heterogeneous_block_specs": ((False,), "layers of several kinds"),
-    "apply_residual_connection_post_layernorm": ((False,), "a residual taken after the norm"),
-    "apply_query_key_layer_scaling": ((False,), "attention scaled by layer"),
-    "softmax_scale": ((None,), "another softmax scale"),
-    "softmax_type": (("vanilla",), "another softmax"),
-    "no_rope_freq": ((None,), "layers without rotary embedding"),
-    "qk_l2_norm": ((False,), "L2 norm of queries and keys"),
-    "qk_clip": ((False,), "clipped queries and keys"),
-    "use_mup": ((False,), "maximal update parametrisation"),
+# Fields of TransformerConfig of which the tests verify more values than the one of a plain config.
+VERIFIED: dict[str, tuple[object, ...]] = {
+    "moe_router_load_balancing_type": ("aux_loss", "none"),
+    "moe_token_dispatcher_type": ("allgather", "alltoall"),
+    "recompute_method": (None, "uniform", "block"),
+    "recompute_modules": (None, [], ["core_attn"]),
+    "attention_backend": (AttnBackend.auto, AttnBackend.fused, AttnBackend.unfused),
+    "transformer_impl": ("transformer_engine", "local"),
+    "cuda_graph_impl": ("none", None),
 }
 
-# What says how large, how precise, how initialised, how measured or how overlapped a run is, or is checked elsewhere
-# (guards.py); and what only chooses between kernels of one result. No other setting may leave its default.
+# What an error adds where the name of the field does not show the reason or the remedy.
+NOTES = {
+    "calculate_per_token_loss": "use --calculate-per-token-loss",
+    "fp16": "use --bf16",
+    "attention_backend": "use --attention-backend auto or fused",
+    # Source: fused_cross_entropy.py of Megatron-Core 0.19; 1e-3 of each value.
+    "cross_entropy_loss_fusion": "its gradient is rounded to bf16, in fp32 runs too",
+    "mlp_chunks_for_training": "the losses of the router would count padding",
+    "tp_comm_overlap": "its buffers have one fixed length",
+    "inference_rng_tracker": "tensor-parallel ranks would be initialised alike",
+}
+
+# Sizes, precision, initialisation, measurement and overlap of a run; what is checked elsewhere (guards.py); and choices
+# between kernels with the same result. Any other setting must have its value in a plain config.
 _FREE_NAMES = """
     tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size sequence_parallel
     context_parallel_size cp_comm_type expert_model_parallel_size expert_tensor_parallel_size
@@ -89,18 +56,15 @@ FREE = frozenset(_FREE_NAMES.split())
 
 
 def setting_faults(config: TransformerConfig, checkpoint: Config) -> list[str]:
-    """Every setting in `config` that is neither proved nor free, with what is proved of it, in words for a person."""
-    faults = [
-        f"{words}: {name}={getattr(config, name)!r}, proved: {' or '.join(map(repr, values))}"
-        for name, (values, words) in PROVED.items()
-        if getattr(config, name) not in values
-    ]
+    """Every setting in `config` that is neither verified nor free, as a line with its verified values."""
     plain, decided = _plain(checkpoint), families.find(checkpoint).language_fields(checkpoint)
-    for name in sorted({field.name for field in dataclasses.fields(config)} - PROVED.keys() - FREE):
-        found, default = getattr(config, name), getattr(plain, name)
-        if found != default:
-            kind = "the checkpoint's" if name in decided else "the default"
-            faults.append(f"a setting that no test runs: {name}={found!r}, proved: {default!r}, {kind}")
+    faults = []
+    for name in sorted({field.name for field in dataclasses.fields(config)} - FREE):
+        found, values = getattr(config, name), VERIFIED.get(name, (getattr(plain, name),))
+        if found not in values:
+            kind = ", the checkpoint's" if name in decided else ""
+            note = f" ({NOTES[name]})" if name in NOTES else ""
+            faults.append(f"{name}={found!r}, verified: {' or '.join(map(repr, values))}{kind}{note}")
     return faults
 
 

@@ -40,7 +40,7 @@ _SCHEDULE = {
 
 @contextmanager
 def megatron_errors() -> Iterator[None]:
-    """What Megatron raises because of an argument, as VLBridgeError; an assertion without a message says its line."""
+    """What Megatron raises because of an argument, as VLBridgeError; an assertion without a message gives its line."""
     try:
         yield
     except VLBridgeError:
@@ -71,7 +71,7 @@ def loads_checkpoint(args: argparse.Namespace) -> bool:
 
 
 def check_source(args: argparse.Namespace) -> None:
-    """Refuse a run that does not say which weights it starts from, or names a checkpoint that is not there.
+    """Reject a run that does not state which weights it starts from, or names a checkpoint that does not exist.
 
     `--load` wins where it holds a checkpoint. A folder without one is where a run that is to be resumed will save, so
     the first start needs one of the other sources.
@@ -106,7 +106,7 @@ def check_source(args: argparse.Namespace) -> None:
 
 
 def _check_tensors(checkpoint: Path, hf_folder: str) -> None:
-    """Refuse a checkpoint whose tensors are not those of the model of `--hf-folder`; only headers are read."""
+    """Reject a checkpoint whose tensors are not those of the model of `--hf-folder`; only headers are read."""
     if dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)):
         config = read_config(hf_folder)
         table = families.find(config).table_for(config)
@@ -141,7 +141,7 @@ def _checkpoint(folder: str, step: int | None) -> Path:
 
 
 def check_resumed(args: argparse.Namespace) -> None:
-    """Refuse a checkpoint in `--load` whose optimizer or schedule does not continue with these arguments.
+    """Reject a checkpoint in `--load` whose optimizer or schedule does not continue with these arguments.
 
     Megatron's global arguments are set; they are not changed.
 
@@ -152,7 +152,7 @@ def check_resumed(args: argparse.Namespace) -> None:
         return
     folder = _checkpoint(args.load, args.ckpt_step)
     if folder.name == "release":
-        # Only what a run saved has an optimizer's state, an imported folder has none.
+        # Only the checkpoint of a run has an optimizer's state, an imported folder does not.
         return
     if cpu_runtime.is_enabled() and args.use_distributed_optimizer:
         raise VLBridgeError(
@@ -182,7 +182,7 @@ def schedule(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_schedule(saved: dict[str, Any], given: dict[str, Any], folder: str) -> None:
-    """Refuse a schedule that Megatron would not continue: every value must be the saved one.
+    """Reject a schedule that Megatron would not continue: every value must be the saved one.
 
     Raises:
         VLBridgeError: naming each that differs.

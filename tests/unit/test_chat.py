@@ -185,7 +185,7 @@ def test_an_invalid_conversation_is_rejected(
 CHANGED = "message 0 (user): the chat template changes the text"
 TEMPLATES = {
     "last turn dropped": (CHAT_TEMPLATE.replace("in messages", "in messages[:-1]"), "one turn for each of the 2"),
-    "no end": (CHAT_TEMPLATE.replace("<|im_end|>", ""), "does not have the Qwen format"),
+    "no end": (CHAT_TEMPLATE.replace("<|im_end|>", ""), "does not have the ChatML format"),
     "text between turns": (
         CHAT_TEMPLATE.replace("<|im_end|>\n' }}", "<|im_end|>\n' }}{{ '' if loop.last else 'hello' }}"),
         r"adds '\nhello' before turn 1",

@@ -73,7 +73,7 @@ def refusal(words: str, world: int = 1, config: Config = DENSE, complete: str = 
         (f"{PP} 2 {CHUNK_LAYERS} 4", 2, DENSE, [f"{CHUNK_LAYERS} 4", "14 layers of a stage"]),
         (f"{PP} 4 {FIRST} 5 {LAST} 5 {CHUNKS} 5", 4, DENSE, [f"{CHUNKS} 5", "9 layers of a stage", "1, 3 or 9"]),
         (f"{PP} 4 {FIRST} 4 {LAST} 6 {CHUNKS} 3", 4, DENSE, [f"{CHUNKS} 3", f"the 4 layers of {FIRST}", "1, 2 or 4"]),
-        (f"{PP} 2 {FIRST} 12 {LAST} 16 {CHUNKS} 2", 2, DENSE, ["wants a stage between", f"leave out {LAST}"]),
+        (f"{PP} 2 {FIRST} 12 {LAST} 16 {CHUNKS} 2", 2, DENSE, ["needs a stage between", f"leave out {LAST}"]),
         (f"{CHUNKS} 2", 1, DENSE, [f"want {PP} above 1"]),
         (f"{PP} 2 {CHUNKS} 2 --no-overlap-p2p-communication", 2, DENSE, ["--no-overlap-p2p-communication"]),
         (f"{PP} 2 {CHUNKS} 2 --global-batch-size 7", 2, DENSE, ["7 micro-batches", "multiple of 2"]),

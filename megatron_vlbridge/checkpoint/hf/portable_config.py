@@ -31,8 +31,8 @@ def differences_in_4(raw: Mapping[str, Any], config: Config) -> Iterator[str]:
         "rope_theta": (text.get("rope_theta", _DEFAULT_THETA), config.text.rope_theta),
         "rope_scaling.mrope_section": (section if rope else None, list(config.text.mrope_section)),
     }
-    if config.text.moe is not None:
-        read["num_experts"] = (text.get("num_experts", _DEFAULT_EXPERTS), config.text.moe.num_experts)
+    if config.text.num_experts:
+        read["num_experts"] = (text.get("num_experts", _DEFAULT_EXPERTS), config.text.num_experts)
     for name, (found, meant) in read.items():
         if found != meant:
             yield f"text_config.{name} {json.dumps(found)} instead of {json.dumps(meant)}"
@@ -47,6 +47,6 @@ def make_portable(raw: Mapping[str, Any], config: Config) -> dict[str, Any]:
         "rope_theta": config.text.rope_theta,
         "rope_scaling": {**(text.get("rope_scaling") or {}), **rope},
     }
-    if config.text.moe is not None:
-        text["num_experts"] = config.text.moe.num_experts
+    if config.text.num_experts:
+        text["num_experts"] = config.text.num_experts
     return {**raw, "text_config": text, "tie_word_embeddings": config.tie_word_embeddings}
