@@ -1,1 +1,1 @@
-"""From conversations and pictures to packs of tokens; and the small real data that ships with the project."""
+"""From conversations and pictures to packs of tokens."""

@@ -11,7 +11,7 @@ from transformers import Qwen3VLProcessor
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
 from megatron_vlbridge.data.packing import build_pack, next_token_labels, pack
-from megatron_vlbridge.data.tiny_processor import build_processor
+from megatron_vlbridge.demo.tiny_processor import build_processor
 from megatron_vlbridge.errors import VLBridgeError
 
 
