@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.backends.packed import PackedSegments
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.layout.balance import frame_work, partition
 from megatron_vlbridge.layout.batch_layout import BatchLayout, select
 from megatron_vlbridge.layout.frames import Frames

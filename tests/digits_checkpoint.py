@@ -10,8 +10,8 @@ def write(folder: Path, conversations: int = 48, experts: bool = False) -> Path:
     """Write `folder/hf` (random weights, processor) and `folder/train.jsonl` with its images."""
     import transformers
 
-    from megatron_vlbridge.data import digits
-    from megatron_vlbridge.data.tiny_processor import build_processor
+    from megatron_vlbridge.demo import digits
+    from megatron_vlbridge.demo.tiny_processor import build_processor
 
     processor = build_processor(digits.WORDS, patch_size=8, merge_size=2, min_pixels=32 * 32, max_pixels=32 * 32)
     ids = {
@@ -58,7 +58,7 @@ def write(folder: Path, conversations: int = 48, experts: bool = False) -> Path:
     with (folder / "train.jsonl").open("w") as lines:
         for index in range(conversations):
             shown = scans[2 * index : 2 * index + 1 + index % 2]
-            messages = digits.ask(*shown)
+            messages = digits.conversation_about(*shown)
             for message in messages:
                 if not isinstance(message["content"], str):
                     for position, part in enumerate(message["content"]):

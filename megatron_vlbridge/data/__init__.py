@@ -1,1 +1,1 @@
-"""Conversations, images and videos to packs of tokens; and the small real data set of the demo."""
+"""Conversations, images and videos to packs of tokens."""

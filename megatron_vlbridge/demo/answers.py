@@ -1,4 +1,4 @@
-"""The held-out questions, put to a model; transformers' side of it. Megatron's is in `megatron_side.py`."""
+"""Ask a model the held-out questions; here transformers, and in `ask_megatron.py` Megatron."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin, Qwen3VLForConditionalGeneration
 
-from megatron_vlbridge.data.digits import Conversation, answer, blank, question
+from megatron_vlbridge.demo.digits import Conversation, answer, blank, question
 
 # The longest answer has two words and the end of the turn.
 MAX_NEW_TOKENS = 4
@@ -20,21 +20,21 @@ CONVERSATIONS_AT_ONCE = 64
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What one model makes of n conversations, T tokens together.
+    """What one model answers in n conversations of T tokens in total.
 
     Attributes:
-        said: n answers, generated greedily.
-        said_blind: the same with blanked pictures.
+        texts: n answers, generated greedily.
+        texts_blind: the same with blanked images.
         logits: float32 `[T, V]`, of all tokens of the conversations, the expected answers included.
     """
 
-    said: tuple[str, ...]
-    said_blind: tuple[str, ...]
+    texts: tuple[str, ...]
+    texts_blind: tuple[str, ...]
     logits: Tensor
 
     def save(self, path: Path) -> None:
         """Write to a file that `load` reads."""
-        texts = {"said": json.dumps(self.said), "said_blind": json.dumps(self.said_blind)}
+        texts = {"texts": json.dumps(self.texts), "texts_blind": json.dumps(self.texts_blind)}
         save_file({"logits": self.logits.contiguous()}, path, metadata=texts)
 
     @classmethod
@@ -43,12 +43,12 @@ class Answers:
         with safe_open(path, framework="pt") as file:
             texts = file.metadata()
             return cls(
-                tuple(json.loads(texts["said"])), tuple(json.loads(texts["said_blind"])), file.get_tensor("logits")
+                tuple(json.loads(texts["texts"])), tuple(json.loads(texts["texts_blind"])), file.get_tensor("logits")
             )
 
 
 @torch.inference_mode()
-def in_transformers(folder: Path, conversations: Sequence[Conversation]) -> Answers:
+def ask_transformers(folder: Path, conversations: Sequence[Conversation]) -> Answers:
     """Load a Hugging Face checkpoint as any user of transformers does, and ask it."""
     processor = AutoProcessor.from_pretrained(folder)
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
@@ -57,10 +57,10 @@ def in_transformers(folder: Path, conversations: Sequence[Conversation]) -> Answ
         tokens = model.generate(**batch, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
         return tokens[:, batch["input_ids"].shape[1] :]
 
-    return put(conversations, processor, lambda batch: model(**batch).logits, generate)
+    return ask(conversations, processor, lambda batch: model(**batch).logits, generate)
 
 
-def put(
+def ask(
     conversations: Sequence[Conversation],
     processor: ProcessorMixin,
     forward: Callable[[BatchFeature], Tensor],
@@ -68,11 +68,11 @@ def put(
 ) -> Answers:
     """Ask a model, given as two functions of a batch `[B, S]` padded on the left.
 
-    `forward` gives logits `[B, S, V]`, `generate` the next tokens `[B, n]`, in which nothing counts after the end of
-    the turn.
+    `forward` gives logits `[B, S, V]`, `generate` the next tokens `[B, n]`, which are ignored after the end of the
+    turn.
     """
 
-    def ask(asked: Sequence[Conversation]) -> tuple[str, ...]:
+    def answers(asked: Sequence[Conversation]) -> tuple[str, ...]:
         batches = (_encode([question(one) for one in some], processor, True) for some in _groups(asked))
         return tuple(_text(tokens, processor) for batch in batches for tokens in generate(batch).tolist())
 
@@ -80,17 +80,17 @@ def put(
     for some in _groups(conversations):
         batch = _encode(some, processor, False)
         logits.append(forward(batch)[batch["attention_mask"].bool()])
-    return Answers(ask(conversations), ask([blank(one) for one in conversations]), torch.cat(logits))
+    return Answers(answers(conversations), answers([blank(one) for one in conversations]), torch.cat(logits))
 
 
-def accuracy(said: Sequence[str], conversations: Sequence[Conversation]) -> float:
-    """The share of conversations that were answered in exactly the expected words, 0 to 1."""
-    right = sum(text == answer(one) for text, one in zip(said, conversations, strict=True))
+def accuracy(texts: Sequence[str], conversations: Sequence[Conversation]) -> float:
+    """The fraction of conversations that were answered in exactly the expected words, 0 to 1."""
+    right = sum(text == answer(one) for text, one in zip(texts, conversations, strict=True))
     return right / len(conversations)
 
 
-def pictures(conversation: Conversation) -> list[object]:
-    """The pictures of a conversation, in order."""
+def images_of(conversation: Conversation) -> list[object]:
+    """The images of a conversation, in order."""
     return [part["image"] for message in conversation for part in message["content"] if part["type"] == "image"]
 
 
@@ -102,7 +102,7 @@ def _groups(conversations: Sequence[Conversation]) -> list[Sequence[Conversation
 def _encode(conversations: Sequence[Conversation], processor: ProcessorMixin, prompt: bool) -> BatchFeature:
     return processor(
         text=[processor.apply_chat_template(one, add_generation_prompt=prompt) for one in conversations],
-        images=[picture for one in conversations for picture in pictures(one)],
+        images=[image for one in conversations for image in images_of(one)],
         padding=True,
         padding_side="left",
         return_tensors="pt",

@@ -11,13 +11,13 @@ MARKER = ".megatron-vlbridge-demo"
 
 @dataclass(frozen=True)
 class Folder:
-    """Names inside the folder of results; the properties are its whole content."""
+    """Names inside the folder of results."""
 
     root: Path
 
     @property
     def data(self) -> Path:
-        """Conversations (JSON lines) and their pictures."""
+        """Conversations (JSON lines) and their images."""
         return self.root / "data"
 
     @property
@@ -47,12 +47,12 @@ class Folder:
 
     @property
     def loss(self) -> Path:
-        """The drawing of the loss."""
+        """The plot of the loss."""
         return self.root / "loss.png"
 
     @property
     def answers(self) -> Path:
-        """The drawing of the held-out digits with the answers."""
+        """The plot of the held-out digits with the answers."""
         return self.root / "answers.png"
 
     @property
@@ -60,19 +60,24 @@ class Folder:
         """What was done, and what came out."""
         return self.root / "report.md"
 
+    @property
+    def contents(self) -> tuple[Path, ...]:
+        """All that the demo writes."""
+        checkpoints = (self.hf_start, self.megatron_start, self.megatron_trained, self.hf_trained)
+        return (self.data, *checkpoints, self.logs, self.loss, self.answers, self.report)
+
     def prepare(self) -> None:
-        """Make the folder, or remove what a former run of the demo left in it; nothing else is touched.
+        """Make the folder, or remove what an earlier run of the demo left in it; nothing else is touched.
 
         Raises:
             VLBridgeError: there is something under this name that no demo has written.
         """
         if (self.root / MARKER).is_file():
-            for part in vars(type(self)):
-                if isinstance(getattr(type(self), part), property):
-                    _remove(getattr(self, part))
+            for path in self.contents:
+                _remove(path)
         elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise VLBridgeError(
-                f"{self.root}: expected no such folder, an empty one or the result of a former demo, found something "
+                f"{self.root}: expected no such folder, an empty one or the result of an earlier demo, found something "
                 "else. Nothing was changed. Choose another name with --out."
             )
         self.logs.mkdir(parents=True)

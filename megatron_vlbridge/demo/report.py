@@ -1,4 +1,4 @@
-"""What the demo claims, and the page that tells what it did."""
+"""What the demo claims, and the page that reports what it did."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that came out of the journey. Accuracies 0 to 1; losses in nats per answer token."""
+    """Everything that the run measured. Accuracies 0 to 1; losses in nats per answer token."""
 
     recipe: Recipe
     parameters: int
@@ -78,7 +78,7 @@ class Result:
                 self.logits.absolute <= LOGIT_TOLERANCE and self.logits.relative <= LOGIT_TOLERANCE,
             ),
             Claim(
-                f"With blanked pictures accuracy at most {MOST_BLIND_ACCURACY:.0%}",
+                f"With blanked images accuracy at most {MOST_BLIND_ACCURACY:.0%}",
                 f"{blind:.1%}",
                 blind <= MOST_BLIND_ACCURACY,
             ),
@@ -105,13 +105,13 @@ def report_text(result: Result) -> str:
             "## What was done",
             "",
             f"- **Data**: scikit-learn's handwritten digits as {result.train_conversations:,} conversations to learn "
-            f"from and {result.held_out_conversations:,} about digits it never saw, with one or two pictures.",
+            f"from and {result.held_out_conversations:,} about digits it never saw, with one or two images.",
             f"- **Model**: Qwen3-VL with {result.parameters:,} parameters, random at the start (seed {recipe.seed}).",
             f"- **Training**: {recipe.iterations} iterations of {PACKS_PER_ITERATION} packs of {SEQ_LENGTH} tokens, "
             f"{_layout(recipe)}. Loss {result.losses[0]:.3f} at first, {result.losses[-1]:.5f} at last.",
             f"- **Accuracy** (the whole answer, word for word): {result.accuracy_megatron:.2%} in Megatron, "
             f"{result.accuracy_transformers:.2%} in transformers; {result.other_answers} answers differ. "
-            f"With blanked pictures {result.blind_megatron:.2%} and {result.blind_transformers:.2%}.",
+            f"With blanked images {result.blind_megatron:.2%} and {result.blind_transformers:.2%}.",
             f"- **Logits** of all tokens of the held-out conversations, Megatron against transformers: largest "
             f"difference {result.logits.absolute:.2e}, relative {result.logits.relative:.2e}.",
             "",
@@ -123,7 +123,7 @@ def report_text(result: Result) -> str:
             "",
             "| | |",
             "|---|---|",
-            "| `data/` | the conversations (`train.jsonl`, `held-out.jsonl`) and their pictures |",
+            "| `data/` | the conversations (`train.jsonl`, `held-out.jsonl`) and their images |",
             "| `hf-start/` | the Hugging Face checkpoint at the start, with its processor |",
             "| `megatron-start/` | the same weights as a Megatron checkpoint |",
             "| `megatron-trained/` | what the training saved |",

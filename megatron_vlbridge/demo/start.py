@@ -10,31 +10,31 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from megatron_vlbridge.data.dataset import read_conversations
-from megatron_vlbridge.data.digits import ASK_ONE, ASK_TWO, WORDS, Conversation
 from megatron_vlbridge.data.media import load_image
-from megatron_vlbridge.data.tiny_processor import TEMPORAL_PATCH_SIZE, build_processor
+from megatron_vlbridge.demo.digits import ASK_ONE, ASK_TWO, WORDS, Conversation
+from megatron_vlbridge.demo.tiny_processor import TEMPORAL_PATCH_SIZE, build_processor
 
-PICTURE_SIZE = 32
+IMAGE_SIZE = 32
 PATCH_SIZE, MERGE_SIZE = 8, 2
 # A multiple of 128 times each tensor-parallel size up to 4, so that Megatron adds no rows.
 VOCAB_SIZE = 512
 
 
 def write_conversations(conversations: Sequence[Conversation], path: Path) -> None:
-    """Write conversations with PIL pictures as JSON lines that `read_conversations` reads.
+    """Write conversations with PIL images as JSON lines that `read_conversations` reads.
 
-    Each picture is written once, as PNG, in the folder of the name of `path` without its suffix.
+    Each image is written once, as PNG, in the folder of the name of `path` without its suffix.
     """
     folder = path.with_suffix("")
     folder.mkdir(parents=True)
     names: dict[int, str] = {}
     with path.open("w", encoding="utf-8") as file:
         for conversation in conversations:
-            for part in _pictures(conversation):
-                picture = part["image"]
-                if id(picture) not in names:
-                    names[id(picture)] = f"{folder.name}/{len(names):04d}.png"
-                    picture.save(path.parent / names[id(picture)])
+            for part in _image_parts(conversation):
+                image = part["image"]
+                if id(image) not in names:
+                    names[id(image)] = f"{folder.name}/{len(names):04d}.png"
+                    image.save(path.parent / names[id(image)])
             messages = [
                 {
                     **message,
@@ -46,10 +46,10 @@ def write_conversations(conversations: Sequence[Conversation], path: Path) -> No
 
 
 def load_conversations(path: Path) -> list[Conversation]:
-    """The conversations of a JSON lines file, with PIL pictures in place of paths."""
+    """The conversations of a JSON lines file, with PIL images in place of paths."""
     conversations = read_conversations(path)
     for conversation in conversations:
-        for part in _pictures(conversation):
+        for part in _image_parts(conversation):
             part["image"] = load_image(part)
     return conversations
 
@@ -61,7 +61,7 @@ def write_checkpoint(folder: Path, seed: int) -> int:
     whose deepstack levels enter the first decoder layers, and a head tied to the embedding.
     """
     words = [*WORDS, *re.findall(r"\w+", f"{ASK_ONE} {ASK_TWO}")]
-    pixels = PICTURE_SIZE**2
+    pixels = IMAGE_SIZE**2
     processor = build_processor(
         words, patch_size=PATCH_SIZE, merge_size=MERGE_SIZE, min_pixels=pixels, max_pixels=pixels
     )
@@ -93,7 +93,7 @@ def write_checkpoint(folder: Path, seed: int) -> int:
             "spatial_merge_size": MERGE_SIZE,
             "temporal_patch_size": TEMPORAL_PATCH_SIZE,
             "out_hidden_size": 128,
-            "num_position_embeddings": (PICTURE_SIZE // PATCH_SIZE) ** 2,
+            "num_position_embeddings": (IMAGE_SIZE // PATCH_SIZE) ** 2,
             "deepstack_visual_indexes": [0, 1],
         },
         tie_word_embeddings=True,
@@ -111,7 +111,7 @@ def write_checkpoint(folder: Path, seed: int) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _pictures(conversation: Conversation) -> list[dict[str, Any]]:
+def _image_parts(conversation: Conversation) -> list[dict[str, Any]]:
     return [part for message in conversation for part in message["content"] if part["type"] == "image"]
 
 

@@ -7,14 +7,14 @@ from safetensors.torch import load_file
 from transformers import Qwen3VLForConditionalGeneration
 
 from megatron_vlbridge.demo.folder import Folder
-from megatron_vlbridge.demo.journey import Options, run
+from megatron_vlbridge.demo.pipeline import Options, run
 from megatron_vlbridge.demo.progress import STAGES, Progress
 
 SMALL = Options(iterations=3, train_scans=30, train_pairs=10, held_out_scans=12, held_out_pairs=4)
 
 
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.layouts)], ids=["tp1-pp1", "tp2-pp2"])
-def test_the_whole_journey_gives_equal_models_and_all_files(tmp_path: Path, size: int) -> None:
+def test_the_whole_pipeline_gives_equal_models_and_all_files(tmp_path: Path, size: int) -> None:
     folder = Folder(tmp_path / "out")
     progress = Progress(sys.stdout)
     result = run(replace(SMALL, out=folder.root, tp=size, pp=size), progress)
@@ -29,8 +29,8 @@ def test_the_whole_journey_gives_equal_models_and_all_files(tmp_path: Path, size
     assert len(progress.seconds) == STAGES
     for name in ("data", "hf_start", "megatron_start", "megatron_trained", "hf_trained", "logs"):
         assert any(getattr(folder, name).iterdir())
-    for picture in (folder.loss, folder.answers):
-        assert picture.read_bytes().startswith(b"\x89PNG")
+    for image in (folder.loss, folder.answers):
+        assert image.read_bytes().startswith(b"\x89PNG")
     text = folder.report.read_text(encoding="utf-8")
     assert accurate.found in text
     assert blind.found in text

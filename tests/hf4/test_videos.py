@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen2TokenizerFast, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-from megatron_vlbridge.data.tiny_processor import CHAT_TEMPLATE, TEMPORAL_PATCH_SIZE, VISION_TOKENS
+from megatron_vlbridge.demo.tiny_processor import CHAT_TEMPLATE, TEMPORAL_PATCH_SIZE, VISION_TOKENS
 from tests.hf4.videos import CLIPS, KEYS, SIZES, encoded, processed
 
 ROOT = Path(__file__).parents[2]

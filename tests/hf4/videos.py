@@ -8,7 +8,7 @@ import torch
 from transformers.video_utils import VideoMetadata
 
 from megatron_vlbridge.data.chat import encode_conversation
-from megatron_vlbridge.data.tiny_processor import build_processor
+from megatron_vlbridge.demo.tiny_processor import build_processor
 
 SIZES = {"patch_size": 4, "merge_size": 2, "min_pixels": 64, "max_pixels": 64 * 24}
 # Frames, width, height and frames per second; nothing is resized.

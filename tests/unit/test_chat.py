@@ -12,7 +12,7 @@ from transformers import AutoProcessor, Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
-from megatron_vlbridge.data.tiny_processor import CHAT_TEMPLATE, build_processor
+from megatron_vlbridge.demo.tiny_processor import CHAT_TEMPLATE, build_processor
 from tests.errors import rejects
 
 WORDS = ["hello", "seven", "What", "is", "it", "\n\n", "\n\n\n"]

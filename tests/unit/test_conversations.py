@@ -11,7 +11,7 @@ from PIL import Image
 
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.conversations import read_conversations
-from megatron_vlbridge.data.tiny_processor import build_processor
+from megatron_vlbridge.demo.tiny_processor import build_processor
 from megatron_vlbridge.training.arguments import add_arguments
 from megatron_vlbridge.training.parser import make_parser
 from tests.errors import rejects

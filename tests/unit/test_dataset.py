@@ -19,7 +19,7 @@ from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.packing import next_token_labels
-from megatron_vlbridge.data.tiny_processor import CHAT_TEMPLATE, build_processor
+from megatron_vlbridge.demo.tiny_processor import CHAT_TEMPLATE, build_processor
 from tests.errors import rejects
 
 SEQ_LENGTH = 96

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from megatron_vlbridge.data.dataset import read_conversations
-from megatron_vlbridge.data.digits import conversations, load_scans
 from megatron_vlbridge.demo.answers import Answers, accuracy
+from megatron_vlbridge.demo.digits import conversations, load_scans
 from megatron_vlbridge.demo.folder import Folder
 from megatron_vlbridge.demo.process import follow
 from megatron_vlbridge.demo.progress import Progress
@@ -164,7 +164,14 @@ def test_a_former_result_is_replaced_and_what_others_put_there_is_kept(tmp_path:
     assert list(elsewhere.iterdir()) == [elsewhere / "weights"]
 
 
-def test_conversations_come_back_from_their_files_each_picture_written_once(tmp_path: Path) -> None:
+def test_all_that_the_demo_writes_is_replaced(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    named = [getattr(folder, name) for name, value in vars(Folder).items() if isinstance(value, property)]
+    assert set(folder.contents) == {path for path in named if isinstance(path, Path)}
+    assert len(folder.contents) == 9
+
+
+def test_conversations_come_back_from_their_files_each_image_written_once(tmp_path: Path) -> None:
     original = conversations(load_scans(32)[:6], pairs=4)
     write_conversations(original, tmp_path / "some.jsonl")
     assert len(list((tmp_path / "some").glob("*.png"))) == 6
@@ -185,7 +192,7 @@ def test_answers_come_back_from_their_file(tmp_path: Path) -> None:
     answers = Answers(("seven", 'two "\n'), ("", "ö"), torch.randn(3, 5))
     answers.save(tmp_path / "answers.safetensors")
     found = Answers.load(tmp_path / "answers.safetensors")
-    assert (found.said, found.said_blind) == (answers.said, answers.said_blind)
+    assert (found.texts, found.texts_blind) == (answers.texts, answers.texts_blind)
     assert torch.equal(found.logits, answers.logits)
 
 

@@ -5,18 +5,18 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from megatron_vlbridge.data.digits import (
+from megatron_vlbridge.demo.digits import (
     Conversation,
     Scan,
     answer,
-    ask,
     blank,
+    conversation_about,
     conversations,
     load_scans,
     question,
     split_scans,
 )
-from megatron_vlbridge.data.report import draw_answer_sheet, draw_loss_curve
+from megatron_vlbridge.demo.drawing import draw_answer_sheet, draw_loss_curve
 from megatron_vlbridge.errors import VLBridgeError
 
 WORD_OF = dict(enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
@@ -27,7 +27,7 @@ def scans() -> tuple[Scan, ...]:
     return load_scans(32)
 
 
-def pictures_of(conversation: Conversation) -> list[Image.Image]:
+def images_of(conversation: Conversation) -> list[Image.Image]:
     return [part["image"] for message in conversation for part in message["content"] if part["type"] == "image"]
 
 
@@ -36,12 +36,12 @@ def texts_of(conversation: Conversation) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [8, 32, 64])
-def test_a_picture_is_its_scan_enlarged(size: int) -> None:
+def test_a_image_is_its_scan_enlarged(size: int) -> None:
     bunch = load_digits()
     scans = load_scans(size)
     assert len(scans) == 1797
     for row in (0, 1, 900, 1796):
-        pixels = np.asarray(scans[row].picture)
+        pixels = np.asarray(scans[row].image)
         assert pixels.shape == (size, size, 3)
         assert pixels.dtype == np.uint8
         for y in range(size):
@@ -87,28 +87,28 @@ def test_a_split_that_misses_a_digit_is_refused(scans: tuple[Scan, ...], held_ou
         split_scans(scans, held_out)
 
 
-def test_a_conversation_asks_about_its_pictures_in_order(scans: tuple[Scan, ...]) -> None:
+def test_a_conversation_asks_about_its_images_in_order(scans: tuple[Scan, ...]) -> None:
     first, second = scans[7], scans[2]
-    one, two = ask(first), ask(first, second)
+    one, two = conversation_about(first), conversation_about(first, second)
     assert [message["role"] for message in one] == ["user", "assistant"]
     assert texts_of(one) == ["Which digit is this?", "seven"]
     assert texts_of(two) == ["Which digits are these?", "seven two"]
-    assert pictures_of(two) == [first.picture, second.picture]
+    assert images_of(two) == [first.image, second.image]
     assert answer(two) == "seven two"
     assert texts_of(question(two)) == ["Which digits are these?"]
-    assert pictures_of(question(two)) == pictures_of(two)
+    assert images_of(question(two)) == images_of(two)
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_a_conversation_has_one_picture_or_two(scans: tuple[Scan, ...], count: int) -> None:
-    with pytest.raises(VLBridgeError, match=f"{count} pictures given; expected 1 or 2"):
-        ask(*scans[:count])
+def test_a_conversation_has_one_image_or_two(scans: tuple[Scan, ...], count: int) -> None:
+    with pytest.raises(VLBridgeError, match=f"{count} images given; expected 1 or 2"):
+        conversation_about(*scans[:count])
 
 
 def test_every_scan_is_asked_about_once_alone_and_pairs_are_of_different_scans(scans: tuple[Scan, ...]) -> None:
     made = conversations(scans[:50], pairs=20, seed=1)
-    row_of = {id(scan.picture): scan.index for scan in scans}
-    rows = [[row_of[id(picture)] for picture in pictures_of(conversation)] for conversation in made]
+    row_of = {id(scan.image): scan.index for scan in scans}
+    rows = [[row_of[id(image)] for image in images_of(conversation)] for conversation in made]
     assert sorted(row[0] for row in rows if len(row) == 1) == list(range(50))
     pairs = [row for row in rows if len(row) == 2]
     assert len(pairs) == 20
@@ -128,14 +128,14 @@ def test_pairs_of_a_single_scan_are_refused(scans: tuple[Scan, ...]) -> None:
         conversations(scans[:1], pairs=1)
 
 
-def test_blanked_pictures_tell_nothing_and_the_original_is_kept(scans: tuple[Scan, ...]) -> None:
-    seven, two = ask(scans[7], scans[1]), ask(scans[2], scans[3])
-    before = [picture.tobytes() for picture in pictures_of(seven)]
-    blanked = [picture for conversation in (seven, two) for picture in pictures_of(blank(conversation))]
-    assert len({picture.tobytes() for picture in blanked}) == 1
-    assert all(picture.size == (32, 32) and picture.getcolors() == [(1024, (128, 128, 128))] for picture in blanked)
+def test_blanked_images_tell_nothing_and_the_original_is_kept(scans: tuple[Scan, ...]) -> None:
+    seven, two = conversation_about(scans[7], scans[1]), conversation_about(scans[2], scans[3])
+    before = [image.tobytes() for image in images_of(seven)]
+    blanked = [image for conversation in (seven, two) for image in images_of(blank(conversation))]
+    assert len({image.tobytes() for image in blanked}) == 1
+    assert all(image.size == (32, 32) and image.getcolors() == [(1024, (128, 128, 128))] for image in blanked)
     assert texts_of(blank(seven)) == texts_of(seven)
-    assert [picture.tobytes() for picture in pictures_of(seven)] == before
+    assert [image.tobytes() for image in images_of(seven)] == before
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -174,9 +174,9 @@ def test_a_curve_without_finite_losses_is_refused(tmp_path: Path, losses: list[f
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_sheet_has_every_picture_and_marks_wrong_answers_only(scans: tuple[Scan, ...], tmp_path: Path) -> None:
+def test_the_sheet_has_every_image_and_marks_wrong_answers_only(scans: tuple[Scan, ...], tmp_path: Path) -> None:
     shown = scans[:40]
-    images, words = [scan.picture for scan in shown], [scan.word for scan in shown]
+    images, words = [scan.image for scan in shown], [scan.word for scan in shown]
     draw_answer_sheet(images, words, words, tmp_path / "right.png")
     draw_answer_sheet(images, words, [*words[:-1], "$one$ of\n these many"], tmp_path / "wrong.png")
     right, wrong = pixels_of(tmp_path / "right.png"), pixels_of(tmp_path / "wrong.png")
@@ -186,13 +186,13 @@ def test_the_sheet_has_every_picture_and_marks_wrong_answers_only(scans: tuple[S
     for number in range(40):
         row, column = divmod(number, 18)
         cell = right[75 + row * 106 : 75 + row * 106 + 66, column * 86 + 14 : column * 86 + 72]
-        assert cell.min() == 0, f"picture {number} is missing"
+        assert cell.min() == 0, f"image {number} is missing"
     empty = right[75 + 2 * 106 :, 4 * 86 :]
     assert empty.min() == 255
 
 
 def test_a_sheet_of_unequal_lists_is_refused(scans: tuple[Scan, ...], tmp_path: Path) -> None:
-    with pytest.raises(VLBridgeError, match="1 pictures, 2 expected and 1 given answers"):
-        draw_answer_sheet([scans[0].picture], ["zero", "one"], ["zero"], tmp_path / "sheet.png")
+    with pytest.raises(VLBridgeError, match="1 images, 2 expected and 1 given answers"):
+        draw_answer_sheet([scans[0].image], ["zero", "one"], ["zero"], tmp_path / "sheet.png")
     with pytest.raises(VLBridgeError, match="at least one"):
         draw_answer_sheet([], [], [], tmp_path / "sheet.png")

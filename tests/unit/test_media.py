@@ -23,7 +23,7 @@ from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.media import DEFAULTS, load_image, load_video
-from megatron_vlbridge.data.tiny_processor import build_processor
+from megatron_vlbridge.demo.tiny_processor import build_processor
 from megatron_vlbridge.errors import VLBridgeError
 from tests.errors import rejects
 

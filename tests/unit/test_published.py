@@ -337,7 +337,7 @@ def test_extra_tensors_of_like_are_copied_unchanged(sharded, source, tmp_path):
         assert_same_bits(tensors(back), tensors(source))
         assert verify(back, source).equal
     notes = plan_export(run, tmp_path / "x", like=source).summary()["notes"]
-    copied = f"copied unchanged from {source}, as no part of the model: 3 tensors: "
+    copied = f"copied unchanged from {source}, as not part of the model: 3 tensors: "
     assert [note.startswith(copied) for note in notes].count(True) == 1
 
 

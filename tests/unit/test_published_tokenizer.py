@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLProcessor
 
 from megatron_vlbridge.data.chat import encode_conversation
-from megatron_vlbridge.data.tiny_processor import build_processor
+from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
 from tests.published_tokenizer import build_tokenizer
 

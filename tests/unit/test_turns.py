@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import Qwen3VLProcessor
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
-from megatron_vlbridge.data.tiny_processor import build_processor
 from megatron_vlbridge.data.turns import Turn, split_turns
+from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
 
 FOLDER = Path(__file__).parents[1] / "data" / "chat_templates"

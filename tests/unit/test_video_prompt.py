@@ -9,8 +9,8 @@ from transformers import Qwen3VLConfig, Qwen3VLModel, Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
-from megatron_vlbridge.data.tiny_processor import build_processor
 from megatron_vlbridge.data.video_prompt import without_outer_pair
+from megatron_vlbridge.demo.tiny_processor import build_processor
 from megatron_vlbridge.layout.positions import mrope_positions
 
 START, IMAGE_PAD, VIDEO, END = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"

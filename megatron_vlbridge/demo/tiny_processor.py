@@ -10,8 +10,8 @@ from megatron_vlbridge.errors import VLBridgeError
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 TEMPORAL_PATCH_SIZE = 2
-# A video may hold as many pixels as this many pictures.
-VIDEO_PICTURES = 16
+# A video may hold as many pixels as this many images.
+VIDEO_IMAGES = 16
 
 # What a word is before merging, as in the published Qwen tokenizers: a letter run with one sign before it, single
 # digits, signs with the line breaks after them, line breaks, blanks.
@@ -47,7 +47,7 @@ def build_processor(
     """A `Qwen3VLProcessor` whose tokenizer has one token for each word, with and without a blank before it.
 
     The tokenizer is a byte-level BPE, so any other text is encoded too, in more tokens; `len(processor.tokenizer)` is
-    its vocabulary. A picture is resized to between `min_pixels` and `max_pixels` pixels, sides a multiple of
+    its vocabulary. A image is resized to between `min_pixels` and `max_pixels` pixels, sides a multiple of
     `patch_size * merge_size`. The same arguments give the same processor. It can be saved with `save_pretrained` and
     loaded with `AutoProcessor`.
 
@@ -74,7 +74,7 @@ def build_processor(
         video_processor=Qwen3VLVideoProcessor(
             **sizes,
             **colours,
-            size={"shortest_edge": min_pixels, "longest_edge": VIDEO_PICTURES * max_pixels},
+            size={"shortest_edge": min_pixels, "longest_edge": VIDEO_IMAGES * max_pixels},
             cap_pixels_per_frame=False,
         ),
         tokenizer=_tokenizer(words),

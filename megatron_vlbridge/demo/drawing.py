@@ -1,4 +1,4 @@
-"""Drawings of a training run, as PNG and without a display: its loss curve, and pictures with a model's answers."""
+"""Drawings of a training run, as PNG and without a display: its loss curve, and images with a model's answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ CURVE_INCHES = (10.0, 5.6)
 CELL_INCHES = (0.86, 1.06)
 TITLE_INCHES = 0.75
 SHEET_COLUMNS = 18
-ANSWER_LETTERS = 13  # as many as fit into a cell
+ANSWER_CHARACTERS = 13  # as many as fit into a cell
 INK, FAINT, ACCENT, WRONG = "#1f2933", "#9aa5b1", "#1f6feb", "#d1242f"
 
 
@@ -65,21 +65,21 @@ def draw_answer_sheet(
     answered: Sequence[str],
     path: str | Path,
     *,
-    title: str = "Held-out pictures",
+    title: str = "Held-out images",
 ) -> None:
-    """Draws every picture with the model's answer below it; wrong ones red, with the right one in brackets.
+    """Draws every image with the model's answer below it; wrong ones red, with the right one in brackets.
 
-    The sheet has up to 18 pictures in a row, each in a cell of 86 x 106 pixels, below a headline with the count.
+    The sheet has up to 18 images in a row, each in a cell of 86 x 106 pixels, below a headline with the count.
 
     Raises:
-        VLBridgeError: no picture is given, or the three sequences differ in length.
+        VLBridgeError: no image is given, or the three sequences differ in length.
 
     Example:
-        >>> draw_answer_sheet(pictures, ["seven", "two"], ["seven", "one"], "demo-out/answers.png")  # doctest: +SKIP
+        >>> draw_answer_sheet(images, ["seven", "two"], ["seven", "one"], "demo-out/answers.png")  # doctest: +SKIP
     """
     if not len(images) == len(expected) == len(answered) > 0:
         raise VLBridgeError(
-            f"answer sheet {path}: {len(images)} pictures, {len(expected)} expected and {len(answered)} given answers; "
+            f"answer sheet {path}: {len(images)} images, {len(expected)} expected and {len(answered)} given answers; "
             "expected the same number of each, at least one"
         )
     columns = min(SHEET_COLUMNS, len(images))
@@ -90,23 +90,23 @@ def draw_answer_sheet(
     figure = Figure(figsize=(width, height), dpi=DPI)
     axes = figure.add_axes((0, 0, 1, 1 - TITLE_INCHES / height))
     axes.set_axis_off()
-    for number, (image, right, said) in enumerate(zip(images, expected, answered, strict=True)):
-        _draw_answer(axes, number % columns, number // columns, image, right, said)
-    # imshow changes the limits and the aspect with each picture: set them last. Row 0 is at the top.
+    for number, (image, right, found) in enumerate(zip(images, expected, answered, strict=True)):
+        _draw_answer(axes, number % columns, number // columns, image, right, found)
+    # imshow changes the limits and the aspect with each image: set them last. Row 0 is at the top.
     axes.set(xlim=(0, cells_across), ylim=(rows, 0), aspect="auto")
-    good = sum(right == said for right, said in zip(expected, answered, strict=True))
+    good = sum(right == found for right, found in zip(expected, answered, strict=True))
     headline = f"{title}: {good} of {len(images)} right ({good / len(images):.1%})"
     y = 1 - TITLE_INCHES / 2 / height
     figure.text(0.18 / width, y, headline, color=INK, fontsize=15, fontweight="bold", va="center")
     _save(figure, path)
 
 
-def _draw_answer(axes: Axes, column: int, row: int, image: Image.Image, right: str, said: str) -> None:
-    """One cell of the sheet: the picture in its upper part, the answer below."""
+def _draw_answer(axes: Axes, column: int, row: int, image: Image.Image, right: str, found: str) -> None:
+    """One cell of the sheet: the image in its upper part, the answer below."""
     left, top, wide, high = column + 0.14, row + 0.04, 0.72, 0.72 * CELL_INCHES[0] / CELL_INCHES[1]
     axes.imshow(np.asarray(image.convert("RGB")), extent=(left, left + wide, top + high, top), interpolation="nearest")
-    lines, color = [_shortened(said)], INK
-    if said != right:
+    lines, color = [_shortened(found)], INK
+    if found != right:
         lines, color = [*lines, _shortened(f"({right})")], WRONG
         axes.add_patch(Rectangle((left, top), wide, high, fill=False, edgecolor=WRONG, linewidth=2.5))
     # A model may answer anything, also with the signs that would start a formula.
@@ -117,11 +117,11 @@ def _draw_answer(axes: Axes, column: int, row: int, image: Image.Image, right: s
 def _shortened(text: str) -> str:
     """The text in one line, as long as fits into a cell."""
     line = " ".join(text.split()) or "(nothing)"
-    return line if len(line) <= ANSWER_LETTERS else line[: ANSWER_LETTERS - 1] + "…"
+    return line if len(line) <= ANSWER_CHARACTERS else line[: ANSWER_CHARACTERS - 1] + "…"
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    """Writes the figure beside its place and moves it there, so that no half-written picture has the final name."""
+    """Writes the figure beside its place and moves it there, so that no half-written image has the final name."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".unfinished")

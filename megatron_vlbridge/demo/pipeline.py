@@ -7,14 +7,14 @@ from pathlib import Path
 from PIL import Image
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_vlbridge.data.digits import Conversation, answer, conversations, load_scans, split_scans
-from megatron_vlbridge.data.report import draw_answer_sheet, draw_loss_curve
-from megatron_vlbridge.demo.answers import Answers, accuracy, in_transformers, pictures
+from megatron_vlbridge.demo.answers import Answers, accuracy, ask_transformers, images_of
+from megatron_vlbridge.demo.digits import Conversation, answer, conversations, load_scans, split_scans
+from megatron_vlbridge.demo.drawing import draw_answer_sheet, draw_loss_curve
 from megatron_vlbridge.demo.folder import Folder
 from megatron_vlbridge.demo.process import follow
 from megatron_vlbridge.demo.progress import Progress
 from megatron_vlbridge.demo.report import Difference, Result, report_text
-from megatron_vlbridge.demo.start import PICTURE_SIZE, load_conversations, write_checkpoint, write_conversations
+from megatron_vlbridge.demo.start import IMAGE_SIZE, load_conversations, write_checkpoint, write_conversations
 from megatron_vlbridge.demo.train import Recipe, train
 from megatron_vlbridge.training.log_lines import duration
 
@@ -35,7 +35,7 @@ class Options:
 
 
 def run(options: Options, progress: Progress) -> Result:
-    """The whole journey; leaves its results in `options.out` and gives what the report says.
+    """Run all stages; leaves their results in `options.out` and returns what the report says.
 
     Raises:
         VLBridgeError: a stage failed, or `options.out` holds something else.
@@ -57,23 +57,23 @@ def run(options: Options, progress: Progress) -> Result:
         export_checkpoint(folder.megatron_trained, folder.hf_trained, like=folder.hf_start)
         progress.note(f"{folder.hf_trained}")
     with progress.stage("Digits that it has never seen, in transformers and in Megatron"):
-        there, here = in_transformers(folder.hf_trained, held_out), _in_megatron(folder)
+        transformers, megatron = ask_transformers(folder.hf_trained, held_out), _ask_megatron(folder)
         result = Result(
             recipe=recipe,
             parameters=parameters,
             train_conversations=train_count,
             held_out_conversations=len(held_out),
             losses=losses,
-            accuracy_megatron=accuracy(here.said, held_out),
-            accuracy_transformers=accuracy(there.said, held_out),
-            blind_megatron=accuracy(here.said_blind, held_out),
-            blind_transformers=accuracy(there.said_blind, held_out),
-            other_answers=sum(one != other for one, other in zip(here.said, there.said, strict=True)),
-            logits=Difference.of(here.logits, there.logits),
+            accuracy_megatron=accuracy(megatron.texts, held_out),
+            accuracy_transformers=accuracy(transformers.texts, held_out),
+            blind_megatron=accuracy(megatron.texts_blind, held_out),
+            blind_transformers=accuracy(transformers.texts_blind, held_out),
+            other_answers=sum(one != other for one, other in zip(megatron.texts, transformers.texts, strict=True)),
+            logits=Difference.of(megatron.logits, transformers.logits),
         )
     with progress.stage("Report"):
         draw_loss_curve(losses, folder.loss, title="Qwen3-VL learns to read digits: training loss")
-        _draw_answers(held_out, there.said, folder.answers)
+        _draw_answers(held_out, transformers.texts, folder.answers)
     result = replace(result, seconds=progress.seconds)
     folder.report.write_text(report_text(result), encoding="utf-8")
     _show(result, folder, progress)
@@ -82,28 +82,28 @@ def run(options: Options, progress: Progress) -> Result:
 
 def _write_data(options: Options, folder: Folder, progress: Progress) -> tuple[int, list[Conversation]]:
     """Write both files; the number of conversations to learn from, and the held-out ones as they were written."""
-    known, unseen = split_scans(load_scans(PICTURE_SIZE), options.held_out_scans)
+    known, unseen = split_scans(load_scans(IMAGE_SIZE), options.held_out_scans)
     to_learn = conversations(known[: options.train_scans], options.train_pairs, options.seed)
     to_ask = conversations(unseen, options.held_out_pairs, options.seed)
     for name, some in (("train", to_learn), ("held-out", to_ask)):
         write_conversations(some, folder.data / f"{name}.jsonl")
-        two = sum(len(pictures(one)) > 1 for one in some)
-        progress.note(f"{len(some):,} conversations, {two:,} with two pictures: {folder.data / name}.jsonl")
+        two = sum(len(images_of(one)) > 1 for one in some)
+        progress.note(f"{len(some):,} conversations, {two:,} with two images: {folder.data / name}.jsonl")
     return len(to_learn), load_conversations(folder.data / "held-out.jsonl")
 
 
-def _in_megatron(folder: Folder) -> Answers:
-    """Megatron's answers, in a fresh process: transformers' own are not to share anything with them."""
+def _ask_megatron(folder: Folder) -> Answers:
+    """Megatron's answers, in a fresh process, so that they share nothing with those of transformers."""
     result = folder.logs / "megatron-answers.safetensors"
     places = [folder.megatron_trained, folder.hf_start, folder.data / "held-out.jsonl", result]
-    command = ["-m", "megatron_vlbridge.demo.megatron_side", *map(str, places)]
+    command = ["-m", "megatron_vlbridge.demo.ask_megatron", *map(str, places)]
     follow(command, folder.logs / "megatron-answers.log")
     return Answers.load(result)
 
 
-def _draw_answers(held_out: Sequence[Conversation], said: Sequence[str], path: Path) -> None:
-    single = [(one, text) for one, text in zip(held_out, said, strict=True) if len(pictures(one)) == 1]
-    images = [picture for one, _ in single for picture in pictures(one) if isinstance(picture, Image.Image)]
+def _draw_answers(held_out: Sequence[Conversation], texts: Sequence[str], path: Path) -> None:
+    single = [(one, text) for one, text in zip(held_out, texts, strict=True) if len(images_of(one)) == 1]
+    images = [image for one, _ in single for image in images_of(one) if isinstance(image, Image.Image)]
     draw_answer_sheet(
         images,
         [answer(one) for one, _ in single],

@@ -1,6 +1,6 @@
 """Conversations about real handwritten digits: scikit-learn's `load_digits`, 1,797 scans of 8 x 8 values from 0 to 16.
 
-The scans ship inside scikit-learn, so a small model can learn to read pictures on a machine without a network.
+The scans ship inside scikit-learn, so a small model can learn to read images on a machine without a network.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ type Conversation = list[Message]
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """One handwritten digit: its row in `load_digits`, its value 0..9, and its picture (RGB, square)."""
+    """One handwritten digit: its row in `load_digits`, its value 0..9, and its image (RGB, square)."""
 
     index: int
     digit: int
-    picture: Image.Image
+    image: Image.Image
 
     @property
     def word(self) -> str:
@@ -39,30 +39,30 @@ class Scan:
 
 
 def load_scans(size: int = 32) -> tuple[Scan, ...]:
-    """All 1,797 scans in scikit-learn's order, as 8-bit RGB pictures of `size` x `size` pixels, white ink on black.
+    """All 1,797 scans in scikit-learn's order, as 8-bit RGB images of `size` x `size` pixels, white ink on black.
 
-    Each scan value becomes one square block of equal pixels, so the picture holds the scan's values and nothing else.
+    Each scan value becomes one square block of equal pixels, so the image holds the scan's values and nothing else.
 
     Raises:
         VLBridgeError: `size` is not a positive multiple of 8.
 
     Example:
         >>> scan = load_scans(32)[0]
-        >>> scan.word, scan.picture.size, scan.picture.mode
+        >>> scan.word, scan.image.size, scan.image.mode
         ('zero', (32, 32), 'RGB')
     """
     if size <= 0 or size % SCAN_SIZE:
         raise VLBridgeError(
-            f"digit pictures: size {size} is not a positive multiple of {SCAN_SIZE} (each scan is "
+            f"digit images: size {size} is not a positive multiple of {SCAN_SIZE} (each scan is "
             f"{SCAN_SIZE} x {SCAN_SIZE} values, enlarged to equal blocks); choose e.g. {4 * SCAN_SIZE}"
         )
     values, digits = load_digits(return_X_y=True)
     grays = np.rint(values.reshape(-1, SCAN_SIZE, SCAN_SIZE) * (255 / SCAN_MAX)).astype(np.uint8)
     block = size // SCAN_SIZE
-    pictures = grays.repeat(block, axis=1).repeat(block, axis=2)
+    images = grays.repeat(block, axis=1).repeat(block, axis=2)
     return tuple(
-        Scan(index, int(digit), Image.fromarray(picture).convert("RGB"))
-        for index, (digit, picture) in enumerate(zip(digits, pictures, strict=True))
+        Scan(index, int(digit), Image.fromarray(image).convert("RGB"))
+        for index, (digit, image) in enumerate(zip(digits, images, strict=True))
     )
 
 
@@ -88,23 +88,23 @@ def split_scans(scans: Sequence[Scan], held_out: int = 297, seed: int = 0) -> tu
     return tuple(scans[row] for row in sorted(train)), tuple(scans[row] for row in sorted(rest))
 
 
-def ask(*scans: Scan) -> Conversation:
-    """A conversation about one picture or two, in the Hugging Face messages format.
+def conversation_about(*scans: Scan) -> Conversation:
+    """A conversation about one image or two, in the Hugging Face messages format.
 
     Raises:
         VLBridgeError: neither one nor two scans are given.
 
     Example:
-        >>> conversation = ask(seven, two)  # doctest: +SKIP
+        >>> conversation = conversation_about(seven, two)  # doctest: +SKIP
         >>> conversation[0]["content"][-1]["text"], conversation[1]["content"][0]["text"]  # doctest: +SKIP
         ('Which digits are these?', 'seven two')
     """
     if len(scans) not in (1, 2):
-        raise VLBridgeError(f"digit conversation: {len(scans)} pictures given; expected 1 or 2")
-    pictures = [{"type": "image", "image": scan.picture} for scan in scans]
+        raise VLBridgeError(f"digit conversation: {len(scans)} images given; expected 1 or 2")
+    images = [{"type": "image", "image": scan.image} for scan in scans]
     question = {"type": "text", "text": ASK_ONE if len(scans) == 1 else ASK_TWO}
     answer = {"type": "text", "text": " ".join(scan.word for scan in scans)}
-    return [{"role": "user", "content": [*pictures, question]}, {"role": "assistant", "content": [answer]}]
+    return [{"role": "user", "content": [*images, question]}, {"role": "assistant", "content": [answer]}]
 
 
 def conversations(scans: Sequence[Scan], pairs: int, seed: int = 0) -> list[Conversation]:
@@ -124,7 +124,9 @@ def conversations(scans: Sequence[Scan], pairs: int, seed: int = 0) -> list[Conv
         raise VLBridgeError(f"digit conversations: {pairs} pairs asked for, but only {len(scans)} scans given")
     random = np.random.default_rng(seed)
     drawn = [random.choice(len(scans), size=2, replace=False) for _ in range(pairs)]
-    ordered = [ask(scan) for scan in scans] + [ask(*(scans[row] for row in rows)) for rows in drawn]
+    ordered = [conversation_about(scan) for scan in scans] + [
+        conversation_about(*(scans[row] for row in rows)) for rows in drawn
+    ]
     return [ordered[place] for place in random.permutation(len(ordered))]
 
 
@@ -139,12 +141,12 @@ def answer(conversation: Conversation) -> str:
 
 
 def blank(conversation: Conversation, gray: int = 128) -> Conversation:
-    """The same conversation with each picture replaced by a uniform one of the same size and mode.
+    """The same conversation with each image replaced by a uniform one of the same size and mode.
 
-    A model that still answers right has not read its pictures. The conversation given is left as it is.
+    A model that still answers right has not read its images. The conversation given is left as it is.
 
     Example:
-        >>> blank(ask(load_scans()[0]))[0]["content"][0]["image"].getcolors()
+        >>> blank(conversation_about(load_scans()[0]))[0]["content"][0]["image"].getcolors()
         [(1024, (128, 128, 128))]
     """
     return [
@@ -155,5 +157,5 @@ def blank(conversation: Conversation, gray: int = 128) -> Conversation:
 def _blank_part(part: dict[str, Any], gray: int) -> dict[str, Any]:
     if part["type"] != "image":
         return part
-    picture: Image.Image = part["image"]
-    return {**part, "image": Image.new(picture.mode, picture.size, (gray,) * len(picture.getbands()))}
+    image: Image.Image = part["image"]
+    return {**part, "image": Image.new(image.mode, image.size, (gray,) * len(image.getbands()))}

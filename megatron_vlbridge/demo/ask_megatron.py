@@ -1,6 +1,6 @@
-"""Megatron's side of the held-out questions, in a process of its own.
+"""Ask Megatron the held-out questions, in a process of its own.
 
-`python -m megatron_vlbridge.demo.megatron_side CHECKPOINT HF_FOLDER CONVERSATIONS RESULT` loads a `torch_dist`
+`python -m megatron_vlbridge.demo.ask_megatron CHECKPOINT HF_FOLDER CONVERSATIONS RESULT` loads a `torch_dist`
 checkpoint of any layout with Megatron-Core's own loader into one CPU process, and writes an `Answers` file.
 """
 
@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from transformers import AutoProcessor, BatchFeature
 
 from megatron_vlbridge.checkpoint.torch_dist import locate
-from megatron_vlbridge.demo.answers import MAX_NEW_TOKENS, put
+from megatron_vlbridge.demo.answers import MAX_NEW_TOKENS, ask
 from megatron_vlbridge.demo.start import load_conversations
 from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.transformer_config import language_config
@@ -68,14 +68,14 @@ def _ask(model: Qwen3VLModel, hf_folder: Path, conversations: Path, result: Path
     def generate(batch: BatchFeature) -> torch.Tensor:
         tokens, mask = batch["input_ids"], batch["attention_mask"]
         start = tokens.shape[1]
-        pictures = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
+        images = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
         for _ in range(MAX_NEW_TOKENS):
-            logits = model(tokens, mask, **pictures)
+            logits = model(tokens, mask, **images)
             tokens = torch.cat((tokens, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
         return tokens[:, start:]
 
-    put(load_conversations(conversations), AutoProcessor.from_pretrained(hf_folder), forward, generate).save(result)
+    ask(load_conversations(conversations), AutoProcessor.from_pretrained(hf_folder), forward, generate).save(result)
 
 
 if __name__ == "__main__":
