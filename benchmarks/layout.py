@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.backends.packed import packed_segments
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.layout.balance import frame_work, least_load, share_out
 from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.layout.frames import Frames

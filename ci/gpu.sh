@@ -3,6 +3,7 @@
 #
 #   ci/gpu.sh                    with python3
 #   PYTHON=/a/python ci/gpu.sh   with this one
+#   ci/gpu.sh --layers 8         further arguments are those of the speed table (tests/gpu/speed.py)
 #
 # It needs torch, Transformer Engine with its compiled extension, the dependencies of this package, and pytest.
 #
@@ -36,4 +37,4 @@ versions.append(f"transformer_engine {importlib.metadata.version('transformer_en
 print(datetime.date.today(), "|", torch.cuda.device_count(), "x", torch.cuda.get_device_name(), "|", ", ".join(versions))
 END
 "$python" -m pytest -s tests/gpu
-"$python" -m tests.gpu.speed
+"$python" -m tests.gpu.speed "$@"

@@ -6,16 +6,15 @@ Every layout that is offered has been proved equal to transformers on CPU proces
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 
 if TYPE_CHECKING:
     from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
     from megatron_vlbridge.checkpoint.inspect import inspect
-    from megatron_vlbridge.checkpoint.live import load_hf_weights
-    from megatron_vlbridge.checkpoint.live_export import export_hf_weights
-    from megatron_vlbridge.checkpoint.live_save import save_hf
+    from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights, save_hf
     from megatron_vlbridge.checkpoint.verify import verify
+    from megatron_vlbridge.families import read_config
     from megatron_vlbridge.layout.batch_layout import BatchLayout
     from megatron_vlbridge.model.vlm import Qwen3VLModel
     from megatron_vlbridge.training.pretrain import model_provider
@@ -26,12 +25,13 @@ _HOMES = {
     "BatchLayout": "layout.batch_layout",
     "Qwen3VLModel": "model.vlm",
     "export_checkpoint": "checkpoint.convert",
-    "export_hf_weights": "checkpoint.live_export",
+    "export_hf_weights": "checkpoint.live",
     "import_checkpoint": "checkpoint.convert",
     "inspect": "checkpoint.inspect",
     "load_hf_weights": "checkpoint.live",
     "model_provider": "training.pretrain",
-    "save_hf": "checkpoint.live_save",
+    "read_config": "families",
+    "save_hf": "checkpoint.live",
     "verify": "checkpoint.verify",
     "vlm_step": "training.step",
 }

@@ -1,38 +1,45 @@
-"""One import or export: planned from headers, told to the user, run, checked and put under its name."""
+"""One import or export: planned from headers, shown to the user, run, checked and renamed to its target."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Container, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_vlbridge.checkpoint.checksums import read_origin, write_checksums
-from megatron_vlbridge.checkpoint.engine import Options, Writer, digest_range, run
-from megatron_vlbridge.checkpoint.staging import Staging, earlier_work, first_difference, is_free, staged_folder, sweep
+from megatron_vlbridge.checkpoint.stream.checksums import read_origin, write_checksums
+from megatron_vlbridge.checkpoint.stream.digest import digest_range
+from megatron_vlbridge.checkpoint.stream.engine import Options, Writer, run
+from megatron_vlbridge.checkpoint.stream.origin import current, first_difference
+from megatron_vlbridge.checkpoint.stream.staging import (
+    Staging,
+    earlier_work,
+    is_free,
+    staged_folder,
+    sweep,
+)
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.weights import Plan
+from megatron_vlbridge.weights import Plan, TensorSpec
 
 _LAYOUT = 3  # of parts and blocks; part files of another layout are not continued
 _HEAD_BYTES = 64 * 2**10
 _SPARE_BYTES = 2**20
 
 
-@dataclass(frozen=True)
-class Conversion:
+@dataclass(frozen=True, kw_only=True)
+class Conversion(ABC):
     """What an import or export will do. Nothing has been written; every tensor of both sides is accounted for.
 
-    `complete(folder)` adds the files beside the weights, `check(folder)` reads the written headers back.
-    `notes` says in words what else than a plain copy will be done; `options` are those that decide the result, in the
+    `notes` tells people what else than a plain copy will be done; `options` are those that decide the result, in the
     spelling of the command line.
     """
 
-    kind: str
     architecture: str
     source: Path
     target: Path
@@ -40,10 +47,21 @@ class Conversion:
     writer: Writer
     source_files: tuple[Path, ...]
     side_files: tuple[Path, ...]
-    complete: Callable[[Path], None]
-    check: Callable[[Path], None]
     notes: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """`import` or `export`."""
+
+    @abstractmethod
+    def complete(self, folder: Path) -> None:
+        """Add the files beside the weights."""
+
+    @abstractmethod
+    def check(self, folder: Path) -> None:
+        """Read the written headers back. Raises VLBridgeError where they are not what was to be written."""
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +91,7 @@ class Conversion:
         """Write the result, and return its folder. With `resume`, a result that is complete is left as it is.
 
         Raises VLBridgeError where the target is taken or is being written, the disk is too small or fails, a file of
-        the source is damaged, and where an interrupted run's work is there that is not to be, or cannot be, continued.
+        the source is damaged, and where an interrupted run left work that may not be, or cannot be, continued.
         """
         options = options or Options()
         options.threads(self.writer.block_bytes)
@@ -100,7 +118,7 @@ class Conversion:
         noted = read_origin(self.target)
         if noted is None:
             return False
-        before, now = (_lasting(origin) for origin in (noted, json.loads(json.dumps(self.origin()))))
+        before, now = (_lasting(origin) for origin in (current(noted), json.loads(json.dumps(self.origin()))))
         if before != now:
             raise VLBridgeError(
                 f"{self.target}: expected the result of this conversion, found that of another: "
@@ -109,22 +127,22 @@ class Conversion:
         return True
 
     def check_run(self, options: Options | None = None, *, resume: bool = False) -> None:
-        """Refuse what `run` would refuse before the first byte; writes nothing."""
+        """Raise what `run` would raise before the first byte; writes nothing."""
         options = options or Options()
         options.threads(self.writer.block_bytes)
         if not (resume and self.is_complete()):
-            self._check_room(earlier_work(self.target, self.origin(), resume=resume))
+            self._check_space(earlier_work(self.target, self.origin(), resume=resume))
 
     def check_space(self, staging: Staging) -> None:
-        """Refuse a disk that has no room for what is still to be written."""
-        self._check_room(staging.finished)
+        """Reject a disk without space for what is still to be written."""
+        self._check_space(staging.finished)
 
-    def _check_room(self, finished: Container[int]) -> None:
-        missing = sum(size for number, size in enumerate(self.writer.sizes) if number not in finished)
+    def _check_space(self, finished: Container[int]) -> None:
+        missing = sum(size for index, size in enumerate(self.writer.sizes) if index not in finished)
         missing += sum(path.stat().st_size for path in self.side_files) + _SPARE_BYTES
         free = free_bytes(self.target)
         if missing > free:
-            text = f"expected room for {missing} bytes, found {free}. Make room or take another disk."
+            text = f"expected {missing} bytes of free space, found {free}. Free some or use another disk."
             raise VLBridgeError(f"{self.target}: {text}")
 
     def origin(self) -> dict[str, Any]:
@@ -147,14 +165,14 @@ class Conversion:
     def _files(self) -> dict[str, str]:
         """Each file that is written in parts, with a digest of what lies where in it."""
         texts: dict[str, list[str]] = {}
-        for number, size in enumerate(self.writer.sizes):
-            place = self.writer.place(number)
-            texts.setdefault(place.file, []).append(f"{number} {place.start} {size} {place.holds}")
+        for index, size in enumerate(self.writer.sizes):
+            part = self.writer.part(index)
+            texts.setdefault(part.file, []).append(f"{index} {part.start} {size} {self.writer.contents(index)}")
         return {file: _digest("\n".join(parts)) for file, parts in texts.items()}
 
 
 def _lasting(origin: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a result, without what decides only whether its parts can be continued."""
+    """What decides the content of a result, without what only decides whether its parts can be continued."""
     return {key: value for key, value in origin.items() if key not in ("layout", "torch", "files")}
 
 
@@ -166,20 +184,35 @@ def free_bytes(target: Path) -> int:
     return shutil.disk_usage(place).free
 
 
+def check_read_back(folder: Path, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
+    """Reject a result whose headers are not those that were to be written."""
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise VLBridgeError(
+                f"{folder}: {name}: expected to read back {expected.get(name)}, found {found.get(name)}. "
+                "Read-back mismatch: the storage returned different data. Use another disk."
+            )
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """`bfloat16` and the like; None for None."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fingerprint(paths: Iterable[Path]) -> dict[str, dict[str, int | str]]:
-    """Size, first bytes and times of each file, by name; of the file that a link leads to."""
+    """Size, first bytes and times of each file, by name; of the target where it is a link."""
     result: dict[str, dict[str, int | str]] = {}
     for path in paths:
         status = path.stat()
         result[path.name] = {
             "size": status.st_size,
-            "first bytes": digest_range(path, 0, _HEAD_BYTES),
+            "first bytes": digest_range(path, 0, _HEAD_BYTES, "sha256").value,
             "modified": status.st_mtime_ns,
-            # Nobody can set it back. The inode's number would add nothing, and some network mounts give it anew.
+            # It cannot be set back. The inode number would add nothing, and some network mounts assign a new one.
             "changed (content, rights or links)": status.st_ctime_ns,
         }
     return result

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vlbridge.checkpoint.raw import Filler, split
+from megatron_vlbridge.checkpoint.stream.raw import Filler, split
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
 
@@ -26,7 +26,7 @@ _AT_ONCE = 2**20
 def megatron_tensors(
     table: RuleTable, hf: Tensors, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, TensorSpec], frozenset[str]]:
-    """The Megatron tensors of an HF checkpoint, all in `dtype` if one is given, and the names of those widened.
+    """The Megatron tensors of an HF checkpoint, all in `dtype` if one is given, and the names of those upcast.
 
     Other dtypes that differ are left to the plan, which refuses them: the first one counts here.
     """
@@ -49,31 +49,31 @@ def _are_mixed(dtypes: AbstractSet[torch.dtype]) -> bool:
 def hf_tensors(
     table: RuleTable, megatron: Tensors, like: Tensors, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, TensorSpec], frozenset[str]]:
-    """The HF tensors of a Megatron checkpoint, all in `dtype` if one is given, and the Megatron names of those widened.
+    """The HF tensors of a Megatron checkpoint, all in `dtype` if one is given, and the Megatron names of those upcast.
 
-    They have the dtype of the Megatron tensor. Where that was widened, they have the dtype that they have in `like`;
+    They have the dtype of the Megatron tensor. Where that was upcast, they have the dtype that they have in `like`;
     it is known by all Megatron tensors having the dtypes that an import of `like` gives them.
     """
-    imported, widened = megatron_tensors(table, like)
+    imported, upcast = megatron_tensors(table, like)
     same = all(megatron[name].dtype == spec.dtype for name, spec in imported.items() if name in megatron)
     if dtype is not None or not same:
-        widened = frozenset()
+        upcast = frozenset()
     dtypes: dict[str, torch.dtype] = {}
     for move in table.moves:
         name, source = move.hf.name, move.megatron.name
         if source in megatron:
-            own = like[name].dtype if source in widened and name in like else megatron[source].dtype
+            own = like[name].dtype if source in upcast and name in like else megatron[source].dtype
             dtypes.setdefault(name, own)
     specs = {
         name: TensorSpec(shape, dtype or dtypes.get(name, torch.float32)) for name, shape in table.hf_shapes.items()
     }
-    return specs, widened
+    return specs, upcast
 
 
-def narrow_into(region: Region, out: torch.Tensor, fill: Filler) -> None:
+def downcast_into(region: Region, out: torch.Tensor, fill: Filler) -> None:
     """Fill `out`, of 16 bits, with float32 numbers that it holds exactly.
 
-    Raises VLBridgeError, naming the tensor, where it does not: they are not what was widened, but were changed since.
+    Raises VLBridgeError, naming the tensor, where it does not: they are not what was upcast, but were changed since.
     """
     for offset, part in split(region.offset, out, _AT_ONCE):
         wide = torch.empty(part.shape, dtype=torch.float32)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlbridge import families
-from megatron_vlbridge.checkpoint.extras import read_notes
 from megatron_vlbridge.checkpoint.formats import is_megatron
-from megatron_vlbridge.checkpoint.hub import find_folder
-from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder
-from megatron_vlbridge.checkpoint.stages import layer_ranges, split_arguments, split_layers
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
+from megatron_vlbridge.checkpoint.hf.hub import find_folder
+from megatron_vlbridge.checkpoint.hf.ignored import read_notes
+from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
+from megatron_vlbridge.checkpoint.pipeline_split import layer_ranges, split_arguments, split_layers
+from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.checkpoint.verify import find_config
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import UsageError, VLBridgeError
@@ -60,7 +60,7 @@ class Inspection:
         return dict(Counter(str(spec.dtype).removeprefix("torch.") for spec in self.table.values()))
 
     def stages(self, pp: int) -> list[range]:
-        """The decoder layers of each pipeline stage, split as evenly as Megatron can (`stages.py`).
+        """The decoder layers of each pipeline stage, split as evenly as Megatron can (`pipeline_split.py`).
 
         Raises UsageError where there are fewer layers than stages, and VLBridgeError where no config is known.
         """

@@ -12,17 +12,19 @@ from pathlib import Path
 import torch
 
 from megatron_vlbridge import families
+from megatron_vlbridge.checkpoint.comparison import Difference, Report
 from megatron_vlbridge.checkpoint.config_differences import config_differences
 from megatron_vlbridge.checkpoint.dtypes import megatron_tensors
 from megatron_vlbridge.checkpoint.formats import is_megatron
-from megatron_vlbridge.checkpoint.hub import find_folder
-from megatron_vlbridge.checkpoint.raw import Filler, gather_into
-from megatron_vlbridge.checkpoint.report import Difference, Report
-from megatron_vlbridge.checkpoint.safetensors import SafetensorsFolder, row_blocks
-from megatron_vlbridge.checkpoint.side_files import SIDE_FOLDER
-from megatron_vlbridge.checkpoint.source import check_scales, check_tied_head
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.checkpoint.hf.hub import find_folder
+from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
+from megatron_vlbridge.checkpoint.hf.side_files import SIDE_FOLDER
+from megatron_vlbridge.checkpoint.hf.source import check_scales, check_tied_head
+from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
+from megatron_vlbridge.checkpoint.stream.raw import Filler, gather_into
+from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.families import read_config
 from megatron_vlbridge.families.experts import has_single_experts
 from megatron_vlbridge.weights import Plan, Region, RuleTable, TensorSpec
 
@@ -59,21 +61,29 @@ class _HuggingFace:
     read: Filler
 
 
-def verify(a: str | Path, b: str | Path, *, leave_out: Sequence[str] = (), experts: str | None = None) -> Report:
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    ignore: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
+    experts: str | None = None,
+) -> Report:
     """Compare two checkpoints, each a Hugging Face folder (or Hub id) or a Megatron folder, bit for bit.
 
     Two Hugging Face folders are compared by their own tensors, all others as Megatron tensors, so names, shards,
     layouts, forms of experts and rows that pad the vocabulary do not matter; values and dtypes do. Weights in FP8 are
-    compared as the bfloat16 numbers that they stand for.
-    Optimizer state is passed over, and so are tensors of Hugging Face folders that the patterns `leave_out` fit, such
-    as an import was told to leave out. Where a config is known on both sides, its architecture and sizes are compared.
-    `experts` (an `ExpertForm`) is the form of fused experts in Hugging Face folders, where their shapes do not tell.
+    compared as the bfloat16 values that they stand for.
+    Optimizer state is skipped, and so are tensors of Hugging Face folders that match the patterns `ignore`, such as an
+    import ignored (`leave_out` is its former name). Where a config is known on both sides, its architecture and sizes
+    are compared.
+    `experts` (an `ExpertLayout`) is the form of fused experts in Hugging Face folders, where their shapes do not tell.
 
     Raises VLBridgeError where a folder is damaged or does not fit its own config.
 
     Example: `verify("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron").equal`.
     """
-    left, right = _open_both(a, b, leave_out, experts)
+    left, right = _open_both(a, b, [*ignore, *leave_out], experts)
     differences = [*_compare_configs(left, right), *_compare_tables(left, right)]
     names = [name for name, spec in left.table.items() if right.table.get(name) == spec]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -94,18 +104,18 @@ def find_config(name: str | Path) -> Config | None:
     return None
 
 
-def _open_both(a: str | Path, b: str | Path, leave_out: Sequence[str], experts: str | None) -> tuple[_Side, _Side]:
+def _open_both(a: str | Path, b: str | Path, ignore: Sequence[str], experts: str | None) -> tuple[_Side, _Side]:
     if is_megatron(Path(a)) or is_megatron(Path(b)):
         config = find_config(a) or find_config(b)
-        return _open(a, config, leave_out, experts), _open(b, config, leave_out, experts)
-    left, right = (_read_hf(find_folder(name), leave_out, experts) for name in (a, b))
+        return _open(a, config, ignore, experts), _open(b, config, ignore, experts)
+    left, right = (_read_hf(find_folder(name), ignore, experts) for name in (a, b))
     alike = not any(config_differences(left.config, right.config))
     return _as_hf(left, left.rules), _as_hf(right, left.rules if alike else right.rules)
 
 
-def _open(name: str | Path, config: Config | None, leave_out: Sequence[str], experts: str | None) -> _Side:
+def _open(name: str | Path, config: Config | None, ignore: Sequence[str], experts: str | None) -> _Side:
     if not is_megatron(Path(name)):
-        return _as_megatron(_read_hf(find_folder(name), leave_out, experts))
+        return _as_megatron(_read_hf(find_folder(name), ignore, experts))
     weights = TorchDistFolder(name)
     own = find_config(name)
     known = own or config
@@ -118,22 +128,22 @@ def _open(name: str | Path, config: Config | None, leave_out: Sequence[str], exp
     return _Side(weights.folder, found, weights.read_into, own)
 
 
-def _read_hf(folder: Path, leave_out: Sequence[str], experts: str | None) -> _HuggingFace:
+def _read_hf(folder: Path, ignore: Sequence[str], experts: str | None) -> _HuggingFace:
     config = read_config(folder)
     family = families.find(config)
     weights = SafetensorsFolder(folder)
     check_scales(config, weights)
     asked = None if has_single_experts(weights.table, family.layers) else experts
     table = family.table_for(config, weights.table, asked)
-    left = {name for name in weights.table if any(fnmatchcase(name, pattern) for pattern in leave_out)}
-    hf = {name: spec for name, spec in weights.table.items() if name not in left or name in table.hf_shapes}
+    ignored = {name for name in weights.table if any(fnmatchcase(name, pattern) for pattern in ignore)}
+    hf = {name: spec for name, spec in weights.table.items() if name not in ignored or name in table.hf_shapes}
     if config.tie_word_embeddings and family.head in hf:
         check_tied_head(weights, family)
         del hf[family.head]
     others = {name: spec for name, spec in hf.items() if name not in table.hf_shapes}
     known = {name: spec for name, spec in hf.items() if name not in others}
-    found, widened = megatron_tensors(table, known)
-    Plan(table, known, found, widened=widened, hf_source=str(folder), megatron_source="the rules")
+    found, upcast = megatron_tensors(table, known)
+    Plan(table, known, found, upcast=upcast, hf_source=str(folder), megatron_source="the rules")
     return _HuggingFace(folder, config, table, known, others, weights.read_into)
 
 

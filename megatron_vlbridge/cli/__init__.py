@@ -44,7 +44,8 @@ def _run(args: argparse.Namespace) -> int:
         return command(args)
     except VLBridgeError as error:
         if args.json:
-            show(json.dumps({"error": str(error), "misfits": getattr(error, "misfits", {})}))
+            mismatches = getattr(error, "mismatches", {})
+            show(json.dumps({"error": str(error), "mismatches": mismatches, "misfits": mismatches}))  # the former name
         else:
             show(f"vlbridge {args.command}: {error}", stream=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -69,12 +69,13 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_leave_out(parser: argparse.ArgumentParser) -> None:
-    """Add `--leave-out`."""
+def add_ignore(parser: argparse.ArgumentParser) -> None:
+    """Add `--ignore`, and `--leave-out`, its former name."""
     parser.add_argument(
+        "--ignore",
         "--leave-out",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="leave out Hugging Face tensors with such names ('rotary.*') that are not part of the model; repeatable",
+        help="ignore Hugging Face tensors with such names ('rotary.*') that are not part of the model; repeatable",
     )

@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def convert(args: argparse.Namespace, plan: Conversion) -> int:
     """Run a plan, or show it; gives the exit code."""
-    from megatron_vlbridge.checkpoint.engine import DEFAULT_MEMORY, Options
+    from megatron_vlbridge.checkpoint.stream.engine import DEFAULT_MEMORY, Options
 
     options = Options(args.workers, args.memory or DEFAULT_MEMORY, Meter(as_json=args.json))
     summary = plan.summary(options)

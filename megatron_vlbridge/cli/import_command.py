@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_vlbridge.cli.arguments import add_leave_out
+from megatron_vlbridge.cli.arguments import add_ignore
 from megatron_vlbridge.cli.conversion import add_options, convert
 
 SUMMARY = "Hugging Face checkpoint -> Megatron torch_dist checkpoint"
@@ -23,14 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("megatron_folder", metavar="MEGATRON_DIR", help="the result: a new or an empty folder")
     add_options(parser)
-    add_leave_out(parser)
+    add_ignore(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan and convert; gives the exit code."""
-    from megatron_vlbridge.checkpoint.convert import plan_import
+    from megatron_vlbridge.checkpoint.import_plan import plan_import
 
-    plan = plan_import(
-        args.hf_folder, args.megatron_folder, dtype=args.dtype, experts=args.experts, leave_out=args.leave_out
-    )
+    plan = plan_import(args.hf_folder, args.megatron_folder, dtype=args.dtype, experts=args.experts, ignore=args.ignore)
     return convert(args, plan)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_vlbridge.cli.output import show
 
 if TYPE_CHECKING:
-    from megatron_vlbridge.checkpoint.engine import Progress
+    from megatron_vlbridge.checkpoint.stream.engine import Progress
 
 
 class Meter:

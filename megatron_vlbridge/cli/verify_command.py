@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from megatron_vlbridge.cli.arguments import add_experts, add_json, add_leave_out
+from megatron_vlbridge.cli.arguments import add_experts, add_ignore, add_json
 from megatron_vlbridge.cli.output import show
 from megatron_vlbridge.errors import UsageError
 
@@ -25,20 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="a Hugging Face folder, Hub id or Megatron folder")
     parser.add_argument("b", metavar="B", nargs="?", help="another of either kind (default: A's own checksums)")
     add_experts(parser)
-    add_leave_out(parser)
+    add_ignore(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare and report; gives the exit code."""
-    from megatron_vlbridge.checkpoint.checksums import verify_checksums
+    from megatron_vlbridge.checkpoint.stream.checksums import verify_checksums
     from megatron_vlbridge.checkpoint.verify import first_lines, verify
 
     if args.b is None:
-        if args.leave_out or args.experts:
-            raise UsageError("--leave-out and --experts compare two checkpoints: expected A and B, found A alone")
+        if args.ignore or args.experts:
+            raise UsageError("--ignore and --experts compare two checkpoints: expected A and B, found A alone")
         report = verify_checksums(args.a)
     else:
-        report = verify(args.a, args.b, leave_out=args.leave_out, experts=args.experts)
+        report = verify(args.a, args.b, ignore=args.ignore, experts=args.experts)
     show(json.dumps({"equal": report.equal, **asdict(report)}) if args.json else "\n".join(first_lines(report)))
     return 0 if report.equal else 1

@@ -1,4 +1,4 @@
-"""What a checkpoint is: frozen dataclasses, and nothing of how a file spells them."""
+"""What a checkpoint is: frozen dataclasses, whatever the keys of the file."""
 
 from __future__ import annotations
 
@@ -35,11 +35,19 @@ class LinearAttentionConfig:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """What a layer is made of: linear or full attention, experts or a dense MLP."""
+
+    linear_attention: bool = False
+    experts: bool = False
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The language model. `intermediate_size` is that of dense MLPs, 0 where a family has none.
 
-    `num_mtp_layers` is how many layers behind the decoder predict the token after the next one (0 or 1).
-    `pad_token_id`: the token whose embedding gets no gradient where it stands in the input.
+    `num_mtp_layers` is the number of MTP layers after the decoder, which predict the token after the next one (0 or 1).
+    `pad_token_id`: the token whose embedding gets no gradient where it is in the input.
     """
 
     vocab_size: int
@@ -66,6 +74,30 @@ class TextConfig:
         """How many leading dimensions of a head are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def num_experts(self) -> int:
+        """Of each layer that has experts; 0 where none has."""
+        return self.moe.num_experts if self.moe else 0
+
+    @property
+    def moe_intermediate_size(self) -> int:
+        """That of an expert; 0 where there are none."""
+        return self.moe.moe_intermediate_size if self.moe else 0
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """What each decoder layer is made of."""
+        linear = self.linear_attention.layer_types if self.linear_attention else ("full_attention",) * self.num_layers
+        return tuple(
+            LayerKind(kind == "linear_attention", self.moe is not None and self.moe.is_moe_layer(layer))
+            for layer, kind in enumerate(linear)
+        )
+
+    @property
+    def mtp_layer_kind(self) -> LayerKind:
+        """What an MTP layer is made of: full attention, and experts where the model has any."""
+        return LayerKind(experts=self.moe is not None)
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -86,7 +118,7 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one row of `pixel_values`: channels x frames x height x width of a patch."""
+        """Values in one row of `pixel_values`: channels x frames x height x width of a patch."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -99,7 +131,7 @@ class VisionConfig:
 class Config:
     """A vision-language checkpoint: its architecture, its two parts and what joins them.
 
-    `fp8`: weights are stored in 8 bits, with a scale for each block of 128 x 128; `dtype` is what they stand for.
+    `fp8`: weights are stored in 8 bits, with a scale for each block of 128 x 128, and represent values of `dtype`.
     """
 
     architecture: str

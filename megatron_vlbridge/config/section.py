@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_vlbridge.errors import VLBridgeError
 
+# Each has rules of its own, which are made before a tensor is read: an untrusted value must not fill the memory.
+MAX_LAYERS = MAX_EXPERTS = 1000
 _LARGEST = 2**63 - 1
 
 
 class Section:
-    """One JSON object of the file. Every getter checks the type and names file and key in its error."""
+    """One JSON object of the file. Every getter checks the type and names file and key in its error.
 
-    def __init__(self, file: Path, values: Mapping[str, Any], prefix: str = "") -> None:
-        self.file, self.values, self.prefix = file, values, prefix
+    An absent key has the value that it has in `defaults`, else the argument `default` of the getter.
+    """
+
+    def __init__(
+        self, file: Path, values: Mapping[str, Any], prefix: str = "", defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        self.file, self.values, self.prefix, self.defaults = file, values, prefix, defaults or {}
 
     def fail(self, key: str, found: object, expected: str, remedy: str) -> VLBridgeError:
         """An error that names file, key, what was found and expected, and what to do."""
         return VLBridgeError(f"{self.file}: {self.prefix}{key}: expected {expected}, found {found!r}. {remedy}")
 
     def value(self, *keys: str, default: Any = None) -> Any:
-        """The value under whichever spelling is present; two spellings must agree. JSON null counts as absent."""
+        """The value under whichever alias is present; two that are must agree. JSON null counts as absent."""
         present = [key for key in keys if self.values.get(key) is not None]
         for key in present[1:]:
             if self.values[key] != self.values[present[0]]:
                 expected = f"the value of {self.prefix}{present[0]}, {self.values[present[0]]!r}"
-                raise self.fail(key, self.values[key], expected, "Both spell one setting: remove the wrong one.")
-        return self.values[present[0]] if present else default
+                raise self.fail(key, self.values[key], expected, "Both name one setting: remove the wrong one.")
+        return self.values[present[0]] if present else self.defaults.get(keys[0], default)
 
     def integer(self, *keys: str, default: Any = None, minimum: int = 1, maximum: int = _LARGEST) -> int:
         """An integer of at least `minimum` and at most `maximum`."""
@@ -40,7 +47,7 @@ class Section:
             raise self.fail(keys[0], value, f"an integer of at least {minimum}{most}", "Correct the value in the file.")
         return value
 
-    def number(self, *keys: str, default: float, positive: bool = True) -> float:
+    def number(self, *keys: str, default: float | None = None, positive: bool = True) -> float:
         """A finite number as a float: positive, or not negative."""
         value = self.value(*keys, default=default)
         numeric = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
@@ -49,7 +56,7 @@ class Section:
             raise self.fail(keys[0], value, f"a {sign} number", "Correct the value in the file.")
         return float(value)
 
-    def integers(self, key: str, default: list[int]) -> tuple[int, ...]:
+    def integers(self, key: str, default: Sequence[int] | None = None) -> tuple[int, ...]:
         """A list of non-negative integers, as a tuple."""
         value = self.value(key, default=default)
         if not isinstance(value, list | tuple) or any(
@@ -74,11 +81,11 @@ class Section:
                 key, value, expected, "Other values are not supported: use a checkpoint without this setting."
             )
 
-    def section(self, key: str, required: bool = True) -> Section:
-        """The JSON object under `key`; an optional one that is absent is empty."""
+    def section(self, key: str, required: bool = True, defaults: Mapping[str, Any] | None = None) -> Section:
+        """The JSON object under `key`, whose keys have these defaults; an optional one that is absent is empty."""
         value = self.values.get(key)
         if value is None and not required:
             value = {}
         if not isinstance(value, dict):
             raise self.fail(key, value, "a JSON object", "Use the config.json that belongs to the checkpoint.")
-        return Section(self.file, value, f"{self.prefix}{key}.")
+        return Section(self.file, value, f"{self.prefix}{key}.", defaults)

@@ -24,9 +24,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from transformers import AutoProcessor, BatchFeature
 
 from megatron_vlbridge.checkpoint.torch_dist import locate
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.demo.answers import MAX_NEW_TOKENS, put
 from megatron_vlbridge.demo.start import load_conversations
+from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 

@@ -1,16 +1,34 @@
-"""The supported architectures, one file each, as data."""
+"""The model families, one folder each, as data: nothing outside this package names one of them."""
 
 from __future__ import annotations
 
-from megatron_vlbridge.config import Config
+from pathlib import Path
+
+from megatron_vlbridge.config import Config, read_config_file
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import qwen3_vl, qwen3_vl_moe
-from megatron_vlbridge.families.experts import ExpertForm
+from megatron_vlbridge.families import qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
+from megatron_vlbridge.families.experts import ExpertLayout
 from megatron_vlbridge.families.family import Family
 
 FAMILIES = (qwen3_vl.FAMILY, qwen3_vl_moe.FAMILY)
+# Model types of which only the config.json can be read.
+READABLE = (qwen3_5.CONFIG, qwen3_5_moe.CONFIG)
 
-__all__ = ["FAMILIES", "ExpertForm", "Family", "find"]
+__all__ = ["FAMILIES", "READABLE", "ExpertLayout", "Family", "find", "read_config"]
+
+
+def read_config(path: str | Path) -> Config:
+    """Read a Hugging Face `config.json` into a `Config`.
+
+    `path` is a checkpoint folder or the file itself. Nothing but that file is read and no transformers class is asked,
+    so the installed version of transformers has no part in the answer.
+
+    Raises VLBridgeError, with file, key, value, what was expected and a remedy, for a missing or malformed file, an
+    architecture that is not known, a value that matters and is not supported, and values that contradict each other.
+
+    Example: `read_config("Qwen3-VL-2B-Instruct").text.num_layers` is 28.
+    """
+    return read_config_file(path, [family.config for family in FAMILIES], READABLE)
 
 
 def find(config: Config) -> Family:

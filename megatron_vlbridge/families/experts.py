@@ -1,4 +1,4 @@
-"""The forms in which Hugging Face checkpoints hold the weights of a layer's experts, and how to tell them apart."""
+"""The layouts in which Hugging Face checkpoints store the experts of a layer, how to detect them, and their rules."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_vlbridge.weights import Copy, FusedExperts, Rule, SingleExperts, T
 Shapes = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
-class ExpertForm(StrEnum):
-    """`E` experts of a layer with hidden size `H` and intermediate size `I`, gate before up in all forms."""
+class ExpertLayout(StrEnum):
+    """`E` experts of a layer with hidden size `H` and intermediate size `I`, gate before up in all layouts."""
 
     FUSED_IN_OUT = "fused_in_out"
     """`experts.gate_up_proj` `[E, H, 2I]` and `experts.down_proj` `[E, I, H]`: Qwen3-VL on the Hub."""
@@ -24,37 +24,37 @@ class ExpertForm(StrEnum):
     """`experts.7.gate_proj.weight` and `up_proj.weight` `[I, H]`, `down_proj.weight` `[H, I]` for each expert."""
 
 
-def find_form(
+def detect_layout(
     config: Config,
     hf: Mapping[str, TensorSpec],
     layers: str,
-    default: ExpertForm,
-    numbers: Sequence[int] | None = None,
-) -> ExpertForm:
-    """The form of the experts in a checkpoint whose tensors are `hf`; `default` where it holds none.
+    default: ExpertLayout,
+    indexes: Sequence[int] | None = None,
+) -> ExpertLayout:
+    """The layout of the experts in a checkpoint whose tensors are `hf`; `default` where it has none.
 
-    `layers` is the HF name of the layers, `numbers` which have experts (default: those of the decoder). Names
+    `layers` is the HF name of the layers, `indexes` which of them have experts (default: those of the decoder). Names
     tell fused from single experts, and both full shapes tell the orientation; other layers than the first with both
     tensors are left to the plan.
 
     Raises VLBridgeError, naming tensors and shapes, where the orientation cannot be known or neither fits.
     """
-    names = _find_fused(config, hf, layers, numbers)
+    names = _find_fused(config, hf, layers, indexes)
     if names is not None:
         return _orientation(config, names, (hf[names[0]], hf[names[1]]))
-    return ExpertForm.PER_EXPERT if has_single_experts(hf, layers) else default
+    return ExpertLayout.PER_EXPERT if has_single_experts(hf, layers) else default
 
 
-def find_names(
-    config: Config, hf: Collection[str], layers: str, numbers: Sequence[int] | None = None
-) -> ExpertForm | None:
-    """A form whose tensors have the names in `hf`, whatever the orientation of fused ones; None where there are none.
+def detect_layout_by_names(
+    config: Config, hf: Collection[str], layers: str, indexes: Sequence[int] | None = None
+) -> ExpertLayout | None:
+    """A layout whose tensors have the names in `hf`, whatever the orientation of fused ones; None without experts.
 
-    `layers` and `numbers` are those of `find_form`.
+    `layers` and `indexes` are those of `detect_layout`.
     """
-    if _find_fused(config, hf, layers, numbers) is not None:
-        return ExpertForm.FUSED_IN_OUT
-    return ExpertForm.PER_EXPERT if has_single_experts(hf, layers) else None
+    if _find_fused(config, hf, layers, indexes) is not None:
+        return ExpertLayout.FUSED_IN_OUT
+    return ExpertLayout.PER_EXPERT if has_single_experts(hf, layers) else None
 
 
 def has_single_experts(hf: Iterable[str], layers: str) -> bool:
@@ -65,21 +65,20 @@ def has_single_experts(hf: Iterable[str], layers: str) -> bool:
 
 def moe_layers(config: Config) -> list[int]:
     """The decoder layers, counted from 0, that have experts."""
-    moe = config.text.moe
-    return [layer for layer in range(config.text.num_layers) if moe and moe.is_moe_layer(layer)]
+    return [layer for layer, kind in enumerate(config.text.layer_kinds) if kind.experts]
 
 
-def expert_rules(config: Config, form: ExpertForm, hf: str, megatron: str, layer: int | None) -> list[Rule]:
+def expert_rules(config: Config, layout: ExpertLayout, hf: str, megatron: str, layer: int | None) -> list[Rule]:
     """The rules of one layer's router and experts; `hf` and `megatron` are the names of its MLP."""
     assert config.text.moe is not None
     experts, hidden, inner = config.text.moe.num_experts, config.text.hidden_size, config.text.moe.moe_intermediate_size
     fc1, fc2 = (f"{megatron}.experts.experts.linear_{part}.weight" for part in ("fc1", "fc2"))
     shape1, shape2 = (experts, 2 * inner, hidden), (experts, hidden, inner)
     result: list[Rule] = [Copy(f"{hf}.gate.weight", f"{megatron}.router.weight", (experts, hidden), layer)]
-    if form is ExpertForm.PER_EXPERT:
+    if layout is ExpertLayout.PER_EXPERT:
         gate, up, down = (f"{hf}.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down"))
         return [*result, SingleExperts((gate, up), fc1, shape1, layer), SingleExperts((down,), fc2, shape2, layer)]
-    transposed = form is ExpertForm.FUSED_IN_OUT
+    transposed = layout is ExpertLayout.FUSED_IN_OUT
     return [
         *result,
         FusedExperts(f"{hf}.experts.gate_up_proj", fc1, shape1, layer, transposed),
@@ -88,10 +87,10 @@ def expert_rules(config: Config, form: ExpertForm, hf: str, megatron: str, layer
 
 
 def _find_fused(
-    config: Config, hf: Collection[str], layers: str, numbers: Sequence[int] | None
+    config: Config, hf: Collection[str], layers: str, indexes: Sequence[int] | None
 ) -> tuple[str, str] | None:
     """The names of both fused tensors of the first layer that has them."""
-    found = (_fused_names(layers, layer) for layer in (moe_layers(config) if numbers is None else numbers))
+    found = (_fused_names(layers, layer) for layer in (moe_layers(config) if indexes is None else indexes))
     return next((names for names in found if all(name in hf for name in names)), None)
 
 
@@ -99,24 +98,24 @@ def _fused_names(layers: str, layer: int) -> tuple[str, str]:
     return f"{layers}.{layer}.mlp.experts.gate_up_proj", f"{layers}.{layer}.mlp.experts.down_proj"
 
 
-def _orientation(config: Config, names: tuple[str, str], specs: tuple[TensorSpec, TensorSpec]) -> ExpertForm:
+def _orientation(config: Config, names: tuple[str, str], specs: tuple[TensorSpec, TensorSpec]) -> ExpertLayout:
     assert config.text.moe is not None
     experts, hidden, inner = config.text.moe.num_experts, config.text.hidden_size, config.text.moe.moe_intermediate_size
-    expected: dict[ExpertForm, Shapes] = {
-        ExpertForm.FUSED_IN_OUT: ((experts, hidden, 2 * inner), (experts, inner, hidden)),
-        ExpertForm.FUSED_OUT_IN: ((experts, 2 * inner, hidden), (experts, hidden, inner)),
+    expected: dict[ExpertLayout, Shapes] = {
+        ExpertLayout.FUSED_IN_OUT: ((experts, hidden, 2 * inner), (experts, inner, hidden)),
+        ExpertLayout.FUSED_OUT_IN: ((experts, 2 * inner, hidden), (experts, hidden, inner)),
     }
-    fitting = [form for form, shapes in expected.items() if shapes == (specs[0].shape, specs[1].shape)]
-    text = " or ".join(f"{list(first)} and {list(second)} ({form})" for form, (first, second) in expected.items())
+    matching = [layout for layout, shapes in expected.items() if shapes == (specs[0].shape, specs[1].shape)]
+    text = " or ".join(f"{list(first)} and {list(second)} ({layout})" for layout, (first, second) in expected.items())
     found = f"{names[0]} and {names[1]}: expected {text}, found {list(specs[0].shape)} and {list(specs[1].shape)}"
-    # One square tensor hides its orientation, and the other does not tell it: transformers 5 turns each of the two by
-    # its own shape alone, so a file that it has written may hold one turned and the other not.
-    if fitting and hidden in (inner, 2 * inner):
-        choices = " or ".join(f'experts="{form}" (--experts {form})' for form in expected)
+    # A square tensor hides its orientation, and the other is no evidence: transformers 5 transposes each of the two by
+    # its own shape alone, so a file that it wrote may hold one transposed and the other not.
+    if matching and hidden in (inner, 2 * inner):
+        choices = " or ".join(f'experts="{layout}" (--experts {layout})' for layout in expected)
         raise VLBridgeError(
             f"{found}. The hidden size {hidden} makes one of them square, so that the orientation cannot be seen: "
             f"say which it is with {choices}."
         )
-    if not fitting:
+    if not matching:
         raise VLBridgeError(f"{found}. Use the config.json that belongs to these weights.")
-    return fitting[0]
+    return matching[0]

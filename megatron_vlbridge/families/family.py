@@ -2,72 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
 
-from megatron_vlbridge.config import Config
+from megatron_vlbridge.config import Config, ConfigFormat
 from megatron_vlbridge.errors import UsageError, VLBridgeError
-from megatron_vlbridge.families.experts import ExpertForm, find_form, has_single_experts, moe_layers
+from megatron_vlbridge.families.experts import ExpertLayout, detect_layout, has_single_experts, moe_layers
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Rule, RuleTable, TensorSpec
 
 
+def combinations(*choices: Sequence[str]) -> frozenset[frozenset[str]]:
+    """Every set of parallel dimensions with one of each of the choices.
+
+    Example: `combinations(("", "tp", "tp sp"), ("", "pp"))` holds six, among them `{"tp", "sp", "pp"}`.
+    """
+    return frozenset(frozenset(" ".join(names).split()) for names in product(*choices))
+
+
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its rules, and the HF names of the two ends that `tie_word_embeddings` makes one.
+    """One architecture: all that tells it from another.
 
-    `layers` is the HF name of the decoder layers, and `expert_form` how the Hub holds their experts.
+    `config` is the format of its `config.json`, `rules` makes its rules from a `Config` and the layouts of the
+    decoder's and of the MTP layer's experts. `embedding` and `head` are the HF names of the two ends that
+    `tie_word_embeddings` makes one, `layers` that of the decoder layers; `expert_layout` that of the
+    experts on the Hub.
+
+    `language_fields` and `vision_fields` give the fields of Megatron's `TransformerConfig` that a checkpoint decides.
+
+    `combinations` are the sets of parallel dimensions that the tests run together (`tests/functional/matrix.py`), with
+    any data-parallel size; `tp`, `sp`, `pp`, `vpp`, `cp`, `ep` and `etp` (expert tensor parallel) stand for a size
+    above one. `mtp_settings` are the only values of some settings that are verified with an MTP layer.
     """
 
-    architecture: str
-    rules: Callable[[Config, ExpertForm, ExpertForm], list[Rule]]
+    config: ConfigFormat
+    rules: Callable[[Config, ExpertLayout, ExpertLayout], list[Rule]]
     embedding: str
     head: str
     layers: str
-    expert_form: ExpertForm = ExpertForm.FUSED_IN_OUT
+    language_fields: Callable[[Config], dict[str, Any]]
+    vision_fields: Callable[[Config], dict[str, Any]]
+    combinations: frozenset[frozenset[str]]
+    mtp_settings: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    expert_layout: ExpertLayout = ExpertLayout.FUSED_IN_OUT
 
-    def find_expert_form(
+    @property
+    def architecture(self) -> str:
+        """Its name in `config.json`."""
+        return self.config.architecture
+
+    @property
+    def dimensions(self) -> frozenset[str]:
+        """The parallel dimensions that some verified combination has."""
+        return frozenset().union(*self.combinations)
+
+    def find_expert_layout(
         self, config: Config, hf: Mapping[str, TensorSpec] | None = None, asked: str | None = None
-    ) -> ExpertForm:
-        """How a checkpoint with the HF tensors `hf` holds its experts, or what the user `asked` for.
+    ) -> ExpertLayout:
+        """How a checkpoint with the HF tensors `hf` holds its experts, or the layout that the user `asked` for.
 
-        The Hub's form where neither tells, and where the model has no experts.
+        The Hub's layout where neither decides, and where the model has no experts.
 
-        Raises VLBridgeError where the tensors do not tell their orientation or fit none, and for a form that is none.
+        Raises VLBridgeError where the shapes of the tensors match no layout or both, UsageError for an unknown layout.
         """
         if asked is None:
-            return find_form(config, hf or {}, self.layers, self.expert_form)
-        if asked not in tuple(ExpertForm):
-            raise UsageError(f"experts: expected one of {', '.join(ExpertForm)}, found {asked!r}.")
+            return detect_layout(config, hf or {}, self.layers, self.expert_layout)
+        if asked not in tuple(ExpertLayout):
+            raise UsageError(f"experts: expected one of {', '.join(ExpertLayout)}, found {asked!r}.")
         if not moe_layers(config):
             raise VLBridgeError(
                 f"experts: expected none for a model without experts, found {asked!r}. Leave the option out."
             )
-        return ExpertForm(asked)
+        return ExpertLayout(asked)
 
     def table_for(
         self, config: Config, hf: Mapping[str, TensorSpec] | None = None, asked: str | None = None
     ) -> RuleTable:
-        """The rule table of a checkpoint with the HF tensors `hf`, or with experts in the form that the user `asked`.
+        """The rule table of a checkpoint with the HF tensors `hf`, or with experts in the layout that the user `asked`.
 
-        A prediction layer may hold its experts in another form than the decoder. Where its names say that each expert
-        has tensors of its own it keeps them, whatever was asked.
+        An MTP layer may store its experts in another layout than the decoder. Where its names show that each
+        expert has tensors of its own, it keeps them, whatever was asked.
 
-        Raises VLBridgeError as `find_expert_form` does.
+        Raises VLBridgeError as `find_expert_layout` does.
         """
-        hf, experts = hf or {}, self.find_expert_form(config, hf, asked)
-        if config.text.moe is None or not config.text.num_mtp_layers:
+        hf, experts = hf or {}, self.find_expert_layout(config, hf, asked)
+        if not (config.text.num_mtp_layers and config.text.mtp_layer_kind.experts):
             return self.table(config, experts)
         if has_single_experts(hf, MTP_LAYERS):
-            return self.table(config, experts, ExpertForm.PER_EXPERT)
-        return self.table(config, experts, experts if asked else find_form(config, hf, MTP_LAYERS, experts, [0]))
+            return self.table(config, experts, ExpertLayout.PER_EXPERT)
+        return self.table(config, experts, experts if asked else detect_layout(config, hf, MTP_LAYERS, experts, [0]))
 
     def table(
-        self, config: Config, experts: ExpertForm | None = None, mtp_experts: ExpertForm | None = None
+        self, config: Config, experts: ExpertLayout | None = None, mtp_experts: ExpertLayout | None = None
     ) -> RuleTable:
-        """The rule table of a checkpoint with this config, whose experts are in this form (default: the Hub's).
+        """The rule table of a checkpoint with this config, whose experts have this layout (default: the Hub's).
 
-        `mtp_experts` is the form of the prediction layer's experts (default: that of the others).
+        `mtp_experts` is the layout of the MTP layer's experts (default: that of the others).
         """
-        experts = experts or self.expert_form
+        experts = experts or self.expert_layout
         return RuleTable(self.rules(config, experts, mtp_experts or experts))

@@ -1,7 +1,7 @@
-"""The layer that predicts the token after the next one (multi-token prediction), as Qwen3.5 names it: `mtp.*`.
+"""The MTP layer (multi-token prediction), which predicts the token after the next one, as Qwen3.5 names it: `mtp.*`.
 
 It is one decoder layer of the family, with experts where the family has experts. Its input is `fc` of the normed
-embedding of the next token, then the normed hidden states behind the decoder's last norm; its output is normed and goes
+embedding of the next token, then the normed hidden states after the decoder's last norm; its output is normed and goes
 through the model's own head. Megatron stores it as layer `0`, never stacked.
 """
 
@@ -17,7 +17,7 @@ _BLOCK = "language_model.mtp.layers.0"
 
 
 def mtp_rules(config: Config, layer_rules: Callable[[str, str], list[Rule]]) -> list[Rule]:
-    """All rules of the prediction layer, none where the checkpoint has none.
+    """All rules of the MTP layer, none where the checkpoint has none.
 
     `layer_rules` gives those of one decoder layer between its HF and its Megatron name.
     """

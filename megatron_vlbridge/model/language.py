@@ -1,19 +1,27 @@
-"""The language model: Megatron's GPT with interleaved MRoPE and deepstack."""
+"""The language model, composed of Megatron's blocks: interleaved MRoPE, deepstack and multi-token prediction."""
 
 from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.model.mtp import PredictingModel, prediction_spec
+from megatron_vlbridge.model.mtp import MtpBlock, check_embedding_group, with_mtp_loss
+from megatron_vlbridge.model.mtp_inputs import MtpInputs
 from megatron_vlbridge.model.rope import inverse_frequencies, mrope_axes, rotary_table
 from megatron_vlbridge.model.specs import block_spec, layer_spec
 
@@ -39,10 +47,12 @@ class DeepstackLayer(TransformerLayer):
         return hidden_states, context
 
 
-class LanguageModel(PredictingModel):
-    """Megatron's `GPTModel` whose positions are `[3, 1, T]` (time, row, column) and whose layers take deepstack rows.
+class LanguageModel(LanguageModule):
+    """A pipeline stage's part of the language model: embedding, decoder layers, MTP layer and head.
 
-    All that depends on `GPTModel` stands in this class.
+    Modules have the names that Megatron's `GPTModel` gives them, so checkpoints hold the same keys. `LanguageModule`
+    ties and marks the copies of the embedding by the attributes `pre_process`, `post_process`, `mtp_process`,
+    `vp_stage` and `share_embeddings_and_output_weights`.
     """
 
     def __init__(
@@ -57,41 +67,55 @@ class LanguageModel(PredictingModel):
         parallel_output: bool,
         vp_stage: int | None,
     ) -> None:
-        pp_rank = pg_collection.pp.rank()
-        first = get_transformer_layer_offset(config, vp_stage, pp_rank)
-        moe = checkpoint.text.moe
-        levels = len(checkpoint.vision.deepstack_visual_indexes)
-        layers = [
-            replace(
-                layer_spec(
-                    backend,
-                    config,
-                    AttnMaskType.causal,
-                    layer=DeepstackLayer,
-                    experts=moe is not None and moe.is_moe_layer(number),
-                ),
-                params={"levels": levels},
-            )
-            for number in range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
-        ]
-        super().__init__(
+        super().__init__(config, pg_collection)
+        self.text = checkpoint.text
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.parallel_output = parallel_output
+        self.share_embeddings_and_output_weights = checkpoint.tie_word_embeddings
+        self.mtp_process = bool(config.mtp_num_layers) and mtp_on_this_rank(
+            config.pipeline_model_parallel_layout, config.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
+        )
+        if config.mtp_num_layers and config.pipeline_model_parallel_size > 1:
+            check_embedding_group(config, checkpoint.tie_word_embeddings, pg_collection)
+        holds_embedding = pre_process or self.mtp_process
+        if holds_embedding:
+            self._add_embedding(vocab_size)
+        self.decoder = TransformerBlock(
             config,
-            block_spec(backend, config, layers),
-            vocab_size=vocab_size,
-            max_sequence_length=checkpoint.text.max_position_embeddings,
+            block_spec(backend, config, _layer_specs(config, checkpoint, backend, pg_collection, vp_stage)),
             pre_process=pre_process,
             post_process=post_process,
-            parallel_output=parallel_output,
-            share_embeddings_and_output_weights=checkpoint.tie_word_embeddings,
-            position_embedding_type="none",
-            # Pictures are put into the whole embeddings, which are scattered afterwards.
-            scatter_embedding_sequence_parallel=False,
-            mtp_block_spec=prediction_spec(backend, config, checkpoint),
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
-        self.text = checkpoint.text
-        if self.text.pad_token_id is not None and hasattr(self, "embedding"):
+        if self.mtp_process:
+            self.mtp = MtpBlock(config, backend, pg_collection, vp_stage, experts=checkpoint.text.moe is not None)
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=not parallel_output,
+                # A stage that holds the tied embedding uses it as the head.
+                skip_weight_param_allocation=checkpoint.tie_word_embeddings and holds_embedding,
+                tp_group=pg_collection.tp,
+            )
+        if holds_embedding or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def _add_embedding(self, vocab_size: int) -> None:
+        self.embedding = LanguageModelEmbedding(
+            self.config,
+            vocab_size,
+            self.text.max_position_embeddings,
+            position_embedding_type="none",
+            # Image features replace rows of the whole embeddings, which are scattered afterwards.
+            scatter_to_sequence_parallel=False,
+            tp_group=self.pg_collection.tp,
+        )
+        if self.text.pad_token_id is not None:
             self.embedding.register_forward_hook(self._without_pad_gradient, with_kwargs=True)
 
     def _without_pad_gradient(
@@ -101,19 +125,63 @@ class LanguageModel(PredictingModel):
         pad = (kwargs["input_ids"] == self.text.pad_token_id).T[..., None]
         return torch.where(pad, words.detach(), words)
 
-    def _preprocess(self, input_ids: Any, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Megatron's preprocessing with the rotary table of these positions (Megatron-Core 0.19: second in the row)."""
-        decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+    def forward(
+        self,
+        embeddings: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        packed: PackedSeqParams,
+        padding_mask: torch.Tensor | None = None,
+        deepstack: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mtp: MtpInputs | None = None,
+    ) -> torch.Tensor:
+        """Logits `[1, T, V / tp]`, or the loss `[1, T]` of each of the `labels`; hidden states on earlier stages.
+
+        `embeddings` `[s, 1, H]` (first stage only, else what `decoder.set_input_tensor` was given), `position_ids`
+        `[3, 1, T]` (time, row, column), `padding_mask` `[1, s]`. Deepstack features that later stages add follow the
+        hidden states.
+        """
+        if self.config.mtp_num_layers and mtp is None:
+            raise VLBridgeError(
+                "the prediction layer needs the next token of each token, which these inputs do not have: a row that "
+                "was cut among the context-parallel ranks beforehand is not offered with it. Hand over whole rows"
+            )
         frequencies = inverse_frequencies(self.text.head_dim // 2, self.text.rope_theta, position_ids.device)
         table = rotary_table(position_ids[:, 0], mrope_axes(self.text.mrope_section), frequencies)
-        return (decoder_input, table, *rest)
+        hidden_states = self.decoder(
+            embeddings,
+            attention_mask=None,
+            context=deepstack,
+            rotary_pos_emb=table,
+            packed_seq_params=packed,
+            padding_mask=padding_mask,
+        )
+        if mtp is not None and self.mtp_process:
+            hidden_states = self.mtp(self._embed_next(mtp), hidden_states, table, packed, padding_mask)
+        if not self.post_process:
+            rest = None if deepstack is None else deepstack[len(self.decoder.layers) :]
+            return hidden_states if rest is None or not len(rest) else torch.cat((hidden_states, rest.flatten(0, 1)))
+        if mtp is not None:
+            if labels is not None:
+                hidden_states = with_mtp_loss(self, hidden_states, mtp)
+            hidden_states = hidden_states.chunk(2)[0]
+        logits = self.logits(hidden_states)
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
 
-    def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Megatron's postprocessing; deepstack features that later layers take go on behind the hidden states."""
-        context = (kwargs.pop("extra_block_kwargs") or {}).get("context")
-        output = super()._postprocess(hidden_states, **kwargs)
-        rest = None if context is None else context[len(self.decoder.layers) :]
-        return output if rest is None or not len(rest) else torch.cat((output, rest.flatten(0, 1)))
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[s, 1, H]` -> `[T, 1, V / tp]`."""
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        output, _ = self.output_layer(hidden_states, weight=tied)
+        return output
+
+    def _embed_next(self, mtp: MtpInputs) -> torch.Tensor:
+        """The embedding `[s, 1, H]` of each token's next one; of an image token the placeholder's."""
+        words = self.embedding(input_ids=mtp.tokens, position_ids=None)
+        if not self.config.sequence_parallel:
+            return words
+        return scatter_to_sequence_parallel_region(words, group=self.pg_collection.tp)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Megatron's loss `[b, s]` of `logits` `[s, b, V / tp]`, without the columns that only pad the vocabulary.
@@ -131,3 +199,27 @@ class LanguageModel(PredictingModel):
         if padding > 0:
             logits[..., columns - padding :] = torch.finfo(logits.dtype).min
         return super().compute_language_model_loss(labels, logits)
+
+
+def _layer_specs(
+    config: TransformerConfig,
+    checkpoint: Config,
+    backend: BackendSpecProvider,
+    pg_collection: ProcessGroupCollection,
+    vp_stage: int | None,
+) -> list[ModuleSpec]:
+    """The specs of this stage's decoder layers."""
+    pp_rank, moe = pg_collection.pp.rank(), checkpoint.text.moe
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    levels = len(checkpoint.vision.deepstack_visual_indexes)
+    specs = (
+        layer_spec(
+            backend,
+            config,
+            AttnMaskType.causal,
+            layer=DeepstackLayer,
+            experts=moe is not None and moe.is_moe_layer(index),
+        )
+        for index in range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
+    )
+    return [replace(spec, params={"levels": levels}) for spec in specs]

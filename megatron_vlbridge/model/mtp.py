@@ -1,82 +1,181 @@
-"""Multi-token prediction: a layer behind the decoder that predicts the token after the next one.
+"""Multi-token prediction (MTP): a layer after the decoder that predicts the token after the next one.
 
-Its input is a projection of the normed embedding of the next token (of a placeholder its own embedding, not the
-picture's features) and the normed output of the decoder; it attends inside segments, with the positions of the tokens
-themselves. Its output is normed and goes through the model's head. Written for Megatron-Core 0.19.
+The MTP layer projects the normed embedding of the next token (of an image token the placeholder's embedding, not the
+image's features) beside the normed output of the decoder, and runs one decoder layer on it, with the positions of the
+tokens themselves. Its normed output goes through the model's head. Source: DeepSeek-V3 (arXiv 2412.19437), 2.2.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.multi_token_prediction import (
-    MTPLossAutoScaler,
-    MTPLossLoggingHelper,
-    MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
-    MultiTokenPredictionLayerSubmodules,
-    _compute_mtp_acceptance_counts,
-    get_mtp_ranks,
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper, get_mtp_ranks
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import make_viewless_tensor
 
-from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.mtp_inputs import MtpInputs
+from megatron_vlbridge.model.recompute import recomputable
 from megatron_vlbridge.model.specs import layer_spec
 
 
-class PredictionLayer(MultiTokenPredictionLayer):
-    """Megatron's prediction layer, which is handed the next tokens instead of the tokens.
+class MtpBlock(MegatronModule):
+    """The MTP layer as `layers.0`, the name that Megatron's `MultiTokenPredictionBlock` gives it."""
 
-    Megatron moves the tokens of each segment by one itself, with a wait for the device and messages between the
-    context-parallel ranks for every segment.
+    def __init__(
+        self,
+        config: TransformerConfig,
+        backend: BackendSpecProvider,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None,
+        experts: bool,
+    ) -> None:
+        super().__init__(config)
+        self.layers = torch.nn.ModuleList([MtpLayer(config, backend, pg_collection, vp_stage, experts)])
+
+    def forward(self, next_words: torch.Tensor, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+        """`[2s, 1, H]`: the decoder's hidden states, then the MTP layer's; arguments as for :class:`MtpLayer`."""
+        layer: Any = self.layers[0]
+        # A view of its own has the layer's gradients summed before the decoder's are added, as in Megatron's block.
+        return torch.cat((hidden_states, layer(next_words, hidden_states.view_as(hidden_states), *args)))
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The layer's entries, its decoder layer under Megatron's storage name `transformer_layer`."""
+        layer: Any = self.layers[0]
+        prefix += "layers.0."
+        entries = layer.sharded_state_dict(prefix, *args, **kwargs)
+        apply_prefix_mapping(entries, {f"{prefix}mtp_model_layer.": f"{prefix}transformer_layer."})
+        return entries
+
+
+class MtpLayer(MegatronModule):
+    """A projection of the next token's embedding beside the decoder's output, and one decoder layer.
+
+    The next tokens come with the pack. Megatron's own layer shifts the tokens of every segment on the device, with a
+    host sync and messages between context-parallel ranks for each.
     """
 
-    def _get_embeddings(
+    def __init__(
         self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        embedding: Any,
+        config: TransformerConfig,
+        backend: BackendSpecProvider,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None,
+        experts: bool,
+    ) -> None:
+        super().__init__(config)
+        self.tp_group = pg_collection.tp
+        norm = partial(
+            backend.layer_norm(rms_norm=config.normalization == "RMSNorm"),
+            config=config,
+            hidden_size=config.hidden_size,
+            eps=config.layernorm_epsilon,
+        )
+        self.enorm, self.hnorm = norm(), norm()
+        self.eh_proj = backend.column_parallel_linear()(
+            2 * config.hidden_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="mtp_eh_proj",
+            tp_group=pg_collection.tp,
+        )
+        self.mtp_model_layer = build_module(
+            layer_spec(backend, config, AttnMaskType.causal, experts=experts),
+            config=config,
+            vp_stage=vp_stage,
+            layer_number=1,
+            is_mtp_layer=True,
+            pg_collection=pg_collection,
+        )
+        self.final_layernorm = norm()
+
+    def forward(
+        self,
+        next_words: torch.Tensor,
         hidden_states: torch.Tensor,
-        packed_seq_params: Any = None,
-        padding_mask: torch.Tensor | None = None,
-    ) -> tuple[Any, ...]:
-        """The embeddings of `input_ids`, the next tokens; everything else unchanged."""
-        words = embedding(input_ids=input_ids, position_ids=position_ids)
-        if self.sequence_parallel:
-            # The model's embedding leaves this to its caller.
-            words = scatter_to_sequence_parallel_region(words, group=self.tp_group)
-        hidden_states = make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
-        if not hidden_states.requires_grad:
-            # Behind a frozen decoder; recomputed layers get gradients only if their input asks for one.
-            hidden_states = hidden_states.detach().requires_grad_()
-        return input_ids, position_ids, padding_mask, words, hidden_states
+        rotary_table: torch.Tensor,
+        packed: PackedSeqParams,
+        padding_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`next_words` `[s, 1, H]` (embeddings of the next tokens) and the decoder's `hidden_states` -> `[s, 1, H]`."""
+        tensors = (next_words, recomputable(hidden_states, self), rotary_table, padding_mask)
+        # The method "block" counts the decoder's layers only.
+        recomputed = self.config.recompute_granularity == "full" and self.config.recompute_method == "uniform"
+        if recomputed and self.training:
+            return checkpoint(partial(self._run, packed), self.config.distribute_saved_activations, *tensors)
+        return self._run(packed, *tensors)
+
+    def _run(
+        self,
+        packed: PackedSeqParams,
+        next_words: torch.Tensor,
+        hidden_states: torch.Tensor,
+        rotary_table: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        joined, _ = self.eh_proj(torch.cat((self.enorm(next_words), self.hnorm(hidden_states)), dim=-1))
+        joined = gather_from_tensor_model_parallel_region(joined, group=self.tp_group)
+        if self.config.sequence_parallel:
+            joined = scatter_to_sequence_parallel_region(joined, group=self.tp_group)
+        output, _ = self.mtp_model_layer(
+            hidden_states=joined,
+            attention_mask=None,
+            rotary_pos_emb=rotary_table,
+            packed_seq_params=packed,
+            padding_mask=padding_mask,
+        )
+        return self.final_layernorm(output)
 
 
-def prediction_spec(
-    backend: BackendSpecProvider, config: TransformerConfig, checkpoint: Config
-) -> MultiTokenPredictionBlockSubmodules | None:
-    """The block of prediction layers with the kernels of `backend`, None where the checkpoint has none."""
-    if not checkpoint.text.num_mtp_layers:
-        return None
-    norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
-    submodules = MultiTokenPredictionLayerSubmodules(
-        enorm=norm,
-        hnorm=norm,
-        layer_norm=norm,
-        eh_proj=backend.column_parallel_linear(),
-        mtp_model_layer=layer_spec(backend, config, AttnMaskType.causal, experts=checkpoint.text.moe is not None),
-    )
-    layer = ModuleSpec(module=PredictionLayer, submodules=submodules)
-    return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * checkpoint.text.num_mtp_layers)
+def with_mtp_loss(model: LanguageModule, hidden_states: torch.Tensor, mtp: MtpInputs) -> torch.Tensor:
+    """`hidden_states` `[2s, 1, H]` of :class:`MtpBlock`, whose backward also runs that of the MTP layer's loss."""
+    assert mtp.labels is not None
+    assert mtp.weights is not None
+    logits = model.logits(hidden_states.chunk(2)[1])
+    losses = model.compute_language_model_loss(mtp.labels, logits)
+    if model.training:
+        _log(model, losses.detach(), logits.detach(), mtp)
+    return MTPLossAutoScaler.apply(hidden_states, model.config.mtp_loss_scaling_factor * mtp.weights * losses)
+
+
+def _log(model: LanguageModule, losses: torch.Tensor, logits: torch.Tensor, mtp: MtpInputs) -> None:
+    """For Megatron's log: the mean loss of the pack, which Megatron averages over the data and context ranks."""
+    assert mtp.labels is not None
+    assert mtp.weights is not None
+    mask = mtp.weights > 0
+    mean = (losses * mask).sum() * model.cp_group.size() / max(mtp.supervised, 1)
+    correct = ((mtp.labels == _largest(logits, model.tp_group).T) & mask).sum()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    MTPLossLoggingHelper.save_metrics_to_tracker(mean, correct, mask.sum(), 0, 1, avg_group=group)
+
+
+def _largest(logits: torch.Tensor, tp_group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """The token id with the largest of the logits `[T, 1, V / tp]`, the lowest of equals: int64 `[T, 1]`."""
+    mine, index = logits.max(dim=-1)
+    best = mine.clone()
+    torch.distributed.all_reduce(best, op=torch.distributed.ReduceOp.MAX, group=tp_group)
+    columns = logits.shape[-1]
+    index = (index + tp_group.rank() * columns).masked_fill(mine != best, tp_group.size() * columns)
+    torch.distributed.all_reduce(index, op=torch.distributed.ReduceOp.MIN, group=tp_group)
+    return index
 
 
 def embedding_ranks(pp_ranks: list[int], config: TransformerConfig, tied: bool) -> list[int]:
@@ -92,74 +191,7 @@ def embedding_ranks(pp_ranks: list[int], config: TransformerConfig, tied: bool) 
     return sorted({pp_ranks[0], *last, *get_mtp_ranks(pp_ranks, config)})
 
 
-class PredictingModel(GPTModel):
-    """Megatron's `GPTModel`, whose prediction layer and its loss take :class:`MtpInputs` that came with the pack."""
-
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        tied = kwargs["share_embeddings_and_output_weights"]
-        if config.mtp_num_layers and config.pipeline_model_parallel_size > 1:
-            _check_embedding_group(config, tied, kwargs["pg_collection"])
-        super().__init__(config, *args, **kwargs)
-        if self.mtp_process and self.post_process and tied:
-            # Megatron makes a head of its own here, which is never used, trained or filled: the head is the embedding.
-            self.output_layer.weight = None
-
-    def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Megatron's postprocessing; the keyword `output_processor_context` holds the :class:`MtpInputs`."""
-        further: MtpInputs | None = kwargs.pop("output_processor_context")
-        if not self.config.mtp_num_layers:
-            return super()._postprocess(hidden_states, **kwargs)
-        if further is None:
-            raise VLBridgeError(
-                "the prediction layer needs the next token of each token, which these inputs do not have: a row that "
-                "was cut among the context-parallel ranks beforehand is not offered with it. Hand over whole rows"
-            )
-        if self.mtp_process:
-            hidden_states = self.mtp(
-                input_ids=further.tokens,
-                position_ids=None,
-                hidden_states=hidden_states,
-                attention_mask=None,
-                rotary_pos_emb=kwargs["rotary_pos_emb"],
-                packed_seq_params=kwargs["packed_seq_params"],
-                padding_mask=kwargs["padding_mask"],
-                embedding=self.embedding,
-            )
-        labels = kwargs["labels"]
-        if self.post_process and labels is not None:
-            hidden_states = self._add_further_loss(hidden_states, further)
-        # Without labels and tokens Megatron leaves out its own further loss, whose weight differs between the ranks.
-        kwargs |= {"labels": None, "input_ids": None, "mtp_in_postprocess": False}
-        output = super()._postprocess(hidden_states, **kwargs)
-        if not self.post_process or labels is None:
-            return output
-        return self.compute_language_model_loss(labels, output.transpose(0, 1))
-
-    def _add_further_loss(self, hidden_states: torch.Tensor, further: MtpInputs) -> torch.Tensor:
-        """`hidden_states` `[2s, 1, H]` (the decoder's, then the prediction layer's), whose backward adds the loss."""
-        assert further.labels is not None
-        assert further.weights is not None
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden_states.chunk(2)[1], weight=weight)
-        losses = self.compute_language_model_loss(further.labels, logits)
-        if self.training:
-            self._log(losses.detach(), logits, further)
-        return MTPLossAutoScaler.apply(hidden_states, self.config.mtp_loss_scaling_factor * further.weights * losses)
-
-    def _log(self, losses: torch.Tensor, logits: torch.Tensor, further: MtpInputs) -> None:
-        """For Megatron's log: the mean loss of the pack, which Megatron averages over the data and context ranks."""
-        assert further.labels is not None
-        assert further.weights is not None
-        mask = (further.weights > 0).float()
-        mean = (losses * mask).sum() * self.cp_group.size() / max(further.supervised, 1)
-        correct, total = _compute_mtp_acceptance_counts(
-            logits, further.labels, mask, self.output_layer, None, self.tp_group
-        )
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        MTPLossLoggingHelper.save_metrics_to_tracker(mean, correct, total, 0, 1, avg_group=group)
-
-
-def _check_embedding_group(config: TransformerConfig, tied: bool, groups: ProcessGroupCollection) -> None:
+def check_embedding_group(config: TransformerConfig, tied: bool, groups: ProcessGroupCollection) -> None:
     """Refuse a group that would not keep all copies of the embedding the same."""
     ranks = torch.distributed.get_process_group_ranks
     wanted = embedding_ranks(ranks(groups.pp), config, tied)

@@ -1,10 +1,10 @@
 """Activation recomputation where a part of the model is frozen."""
 
 import torch
-from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.module import MegatronModule
 
 
-def recomputable(hidden_states: torch.Tensor, block: TransformerBlock) -> torch.Tensor:
+def recomputable(hidden_states: torch.Tensor, block: MegatronModule) -> torch.Tensor:
     """The input of `block`, asking for a gradient where the block's trainable layers are recomputed.
 
     Recomputed layers get gradients only if their input asks for one. Behind frozen embeddings it does not, and Megatron

@@ -1,15 +1,15 @@
 """Layer specs: which Megatron modules make a layer, with the kernels of a backend."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -54,7 +54,7 @@ def layer_spec(
             self_attn_bda=get_bias_dropout_add,
             # No linear follows this norm directly where there are experts.
             pre_mlp_layernorm=backend.layer_norm(rms_norm=rms_norm) if experts else norm,
-            mlp=_expert_spec(backend, config) if experts else get_mlp_module_spec_for_backend(backend),
+            mlp=_expert_spec(backend) if experts else _mlp_spec(backend),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={
                 ours: fused_name
@@ -65,11 +65,20 @@ def layer_spec(
     )
 
 
-def _expert_spec(backend: BackendSpecProvider, config: TransformerConfig) -> Any:
-    """Megatron's experts behind a :class:`PackRouter`."""
-    # A backend that has grouped experts uses them; the checkpoint is the same.
-    spec = get_mlp_module_spec_for_backend(backend, config.num_moe_experts, moe_grouped_gemm=True)
-    return partial(spec, submodules=replace(spec.keywords["submodules"], router=PackRouter))
+def _mlp_spec(backend: BackendSpecProvider) -> Any:
+    """A dense MLP; its norm is part of the first linear where the backend fuses them."""
+    fused = backend.fuse_layernorm_and_linear()
+    submodules = MLPSubmodules(
+        linear_fc1=backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear(),
+        linear_fc2=backend.row_parallel_linear(),
+    )
+    return partial(MLP.as_mlp_submodule, submodules=submodules)
+
+
+def _expert_spec(backend: BackendSpecProvider) -> Any:
+    """Megatron's experts (grouped where the backend has such) after a :class:`PackRouter`."""
+    experts = backend.grouped_mlp_modules(moe_use_grouped_gemm=True)
+    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=PackRouter))
 
 
 def block_spec(

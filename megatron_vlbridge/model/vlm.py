@@ -222,15 +222,13 @@ class Qwen3VLModel(MegatronModule):
         inputs = self._sequence_parallel(inputs)
         embeddings, deepstack = self._embed(inputs) if self.pre_process else (None, self._split_received(inputs))
         output = self.language_model(
-            inputs.tokens,
+            embeddings,
             inputs.position_ids,
-            attention_mask=None,
-            decoder_input=embeddings,
-            labels=inputs.labels,
-            packed_seq_params=self._packed(inputs),
+            self._packed(inputs),
             padding_mask=self._padding(inputs),
-            extra_block_kwargs=None if deepstack is None else {"context": deepstack},
-            output_processor_context=inputs.mtp,
+            deepstack=deepstack,
+            labels=inputs.labels,
+            mtp=inputs.mtp,
         )
         if self.post_process and inputs.labels is not None:
             assert inputs.loss_mask is not None
@@ -270,7 +268,7 @@ class Qwen3VLModel(MegatronModule):
                 f"tokens and {rest} x {pictures} rows of deepstack features. Do all stages read the same packs, "
                 "and have these the --seq-length that the schedule was told?"
             )
-        self.language_model.set_input_tensor(received[:tokens])
+        self.language_model.decoder.set_input_tensor(received[:tokens])
         return received[tokens:].view(rest, pictures, *received.shape[1:])
 
     def _features(self, inputs: PackedInputs) -> torch.Tensor:

@@ -13,11 +13,13 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from megatron_vlbridge import families
 from megatron_vlbridge.backends import cpu_runtime
-from megatron_vlbridge.checkpoint.hub import find_folder
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.checkpoint.hf.hub import find_folder
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.training import console
 from megatron_vlbridge.training.guards import check_layout
@@ -26,8 +28,10 @@ from megatron_vlbridge.training.preflight import check_arguments
 from megatron_vlbridge.training.start import check_resumed, check_source, loads_checkpoint, megatron_errors, schedule
 from megatron_vlbridge.training.trackers import check_trackers
 
-# Arguments that Megatron keeps under another name.
-_FLAGS = {"layernorm_epsilon": "--norm-epsilon"}
+# Fields of Megatron's TransformerConfig that the arguments have under another name.
+_RENAMED = {"num_moe_experts": "num_experts", "gated_linear_unit": "swiglu"}
+# Fields that follow from other arguments.
+_DERIVED = ("activation_func", "bias_activation_fusion")
 
 # What Megatron would fuse with kernels that only a GPU has.
 _CPU_ARGUMENTS = {
@@ -135,12 +139,13 @@ def _refuse_unproved(args: argparse.Namespace) -> None:
 
 
 def _set_architecture(args: argparse.Namespace, config: Config, parser: argparse.ArgumentParser) -> None:
+    flags = {action.dest: action.option_strings[0] for action in parser._actions}
     for name, value in _architecture_arguments(config).items():
         given = getattr(args, name)
         if given not in (value, parser.get_default(name)):
-            flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
             raise VLBridgeError(
-                f"{flag} is {given}, but the model of {args.hf_folder} has {value}; leave it out, it is set by itself"
+                f"{flags[name]} is {given}, but the model of {args.hf_folder} has {value}; leave it out, it is set "
+                "from config.json"
             )
         setattr(args, name, value)
 
@@ -165,31 +170,15 @@ def _set_intervals(args: argparse.Namespace) -> None:
 
 
 def _architecture_arguments(config: Config) -> dict[str, Any]:
-    text = config.text
-    routed = {} if text.moe is None else {"moe_router_topk": text.moe.num_experts_per_tok}
-    return routed | {
-        "num_experts": text.moe and text.moe.num_experts,
-        "moe_ffn_hidden_size": text.moe and text.moe.moe_intermediate_size,
-        "num_layers": text.num_layers,
-        "hidden_size": text.hidden_size,
-        "ffn_hidden_size": text.intermediate_size,
-        "num_attention_heads": text.num_attention_heads,
+    """The arguments that a checkpoint decides: the fields of its `TransformerConfig`, and what has no such field."""
+    fields = families.find(config).language_fields(config)
+    return {_RENAMED.get(name, name): value for name, value in fields.items() if name not in _DERIVED} | {
         "group_query_attention": True,
-        "num_query_groups": text.num_key_value_heads,
-        "kv_channels": text.head_dim,
-        "max_position_embeddings": text.max_position_embeddings,
+        "max_position_embeddings": config.text.max_position_embeddings,
         "position_embedding_type": "none",
-        "rotary_base": text.rope_theta,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": text.rms_norm_eps,
-        "qk_layernorm": True,
-        "swiglu": True,
-        "add_bias_linear": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
+        "rotary_base": config.text.rope_theta,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "calculate_per_token_loss": True,
         "tokenizer_type": "NullTokenizer",
-        "vocab_size": text.vocab_size,
-        "mtp_num_layers": text.num_mtp_layers or None,
+        "vocab_size": config.text.vocab_size,
     }

@@ -28,7 +28,6 @@ _LOG_LEVELS = {
     "megatron": logging.WARNING,
     # These warn at every start, evaluation or checkpoint, regardless of the arguments.
     "megatron.core.rerun_state_machine": logging.ERROR,
-    "megatron.core.models.gpt.gpt_model": logging.ERROR,
     "megatron.core.dist_checkpointing.strategies.torch": logging.ERROR,
     "torch.utils.cpp_extension": logging.ERROR,
 }

@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.training import get_args
 from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 
-from megatron_vlbridge.checkpoint.shards import gather
+from megatron_vlbridge.checkpoint.live.collectives import gather
 from megatron_vlbridge.errors import VLBridgeError
 
 _NAMES = ("training", "validation", "test")

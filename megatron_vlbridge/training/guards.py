@@ -5,7 +5,7 @@ from itertools import product
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlbridge.backends import cpu_runtime
+from megatron_vlbridge.backends import cpu_runtime, te
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.vlm import Qwen3VLModel
@@ -61,19 +61,23 @@ def check_combination(config: TransformerConfig, checkpoint: Config) -> None:
         )
 
 
-def check_exchange(config: TransformerConfig) -> None:
-    """Refuse an exchange between context-parallel ranks (`cp_comm_type`) that the kernels here do not offer.
+def check_cp_comm_type(config: TransformerConfig) -> None:
+    """Refuse an exchange between context-parallel ranks (`cp_comm_type`) that the kernels here do not support.
 
     Raises:
-        VLBridgeError: naming the exchange and those that are offered.
+        VLBridgeError: naming what the kernels do not support, and what they do.
     """
     ranks = config.context_parallel_size
     if ranks == 1:
         return
     asked = config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type or "p2p"]
-    offered = ("p2p",) if cpu_runtime.is_enabled() else ("p2p", "a2a", "all_gather")
-    if unknown := sorted(set(asked) - set(offered)):
-        raise VLBridgeError(f"cp_comm_type: the kernels here offer {', '.join(offered)}, found {', '.join(unknown)}")
+    supported = ("p2p",) if cpu_runtime.is_enabled() else ("p2p", "a2a", "all_gather")
+    if unknown := sorted(set(asked) - set(supported)):
+        raise VLBridgeError(
+            f"cp_comm_type: the kernels here support {', '.join(supported)}, found {', '.join(unknown)}"
+        )
+    if not cpu_runtime.is_enabled():
+        te.check_context_parallel(config)
     size = config.tensor_model_parallel_size
     heads, groups = config.num_attention_heads // size, max(1, config.num_query_groups // size)
     if "a2a" in asked and (heads % ranks or groups % ranks or heads % 2 or groups % 2):
@@ -92,8 +96,10 @@ def check_layout(config: TransformerConfig, checkpoint: Config, *, any_combinati
     """
     if not any_combination:
         check_combination(config, checkpoint)
-    check_exchange(config)
+    check_cp_comm_type(config)
     faults = setting_faults(config, checkpoint)
+    if not cpu_runtime.is_enabled():
+        faults += te.faults(config)
     if config.virtual_pipeline_model_parallel_size and not config.overlap_p2p_comm:
         faults.append("virtual pipeline stages without overlap_p2p_comm: two stages mistake what they send each other")
     faults += _mtp_faults(config, checkpoint)

@@ -12,6 +12,7 @@ from typing import cast
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from megatron_vlbridge import families
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -119,7 +120,7 @@ def _indivisible(config: Config, size: int) -> list[str]:
         "heads of the vision tower": vision.num_heads,
         "columns of the vision tower's MLP": vision.intermediate_size,
     }
-    if text.moe is None or not all(text.moe.is_moe_layer(layer) for layer in range(text.num_layers)):
+    if not all(kind.experts for kind in text.layer_kinds):
         widths["columns of the MLP"] = text.intermediate_size
     faults = [f"the {width} {what}" for what, width in widths.items() if width % size]
     # Ranks share a key-value head where there are more ranks than heads.
@@ -129,17 +130,15 @@ def _indivisible(config: Config, size: int) -> list[str]:
 
 
 def _experts(args: argparse.Namespace, config: Config) -> Iterator[str]:
-    size, moe = args.expert_model_parallel_size, config.text.moe
-    if moe is None:
-        if size > 1:
-            yield f"{_EP} is {size}, but {config.architecture} has no experts; leave it out"
-        return
-    if moe.num_experts % size:
-        yield f"{_EP} {size} does not divide the {moe.num_experts} experts; use {_words(_divisors(moe.num_experts))}"
-    if moe.moe_intermediate_size % _etp(args):
+    size, experts, width = args.expert_model_parallel_size, config.text.num_experts, config.text.moe_intermediate_size
+    if size > 1 and "ep" not in families.find(config).dimensions:
+        yield f"{_EP} is {size}, but {config.architecture} has no experts; leave it out"
+    elif experts % size:
+        yield f"{_EP} {size} does not divide the {experts} experts; use {_words(_divisors(experts))}"
+    if width % _etp(args):
         yield (
             f"{_ETP} {_etp(args)} (by default the tensor-parallel size) does not divide the "
-            f"{moe.moe_intermediate_size} columns of an expert; use {_words(_divisors(moe.moe_intermediate_size))}"
+            f"{width} columns of an expert; use {_words(_divisors(width))}"
         )
 
 

@@ -19,8 +19,8 @@ from megatron.training.initialize import initialize_megatron
 
 from megatron_vlbridge.backends import cpu_runtime
 from megatron_vlbridge.checkpoint.live import load_hf_weights
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.mtp import embedding_ranks
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel

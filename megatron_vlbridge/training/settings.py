@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_vlbridge import families
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.model.transformer_config import language_config, language_fields
+from megatron_vlbridge.model.transformer_config import language_config
 
 # Field of TransformerConfig -> the values that the tests prove (tests/functional/), and the words for a person.
 PROVED: dict[str, tuple[tuple[object, ...], str]] = {
@@ -25,6 +27,15 @@ PROVED: dict[str, tuple[tuple[object, ...], str]] = {
     "cross_entropy_loss_fusion": ((False,), "a fused loss"),
     "recompute_method": ((None, "uniform", "block"), "another way to recompute"),
     "recompute_modules": ((None, [], ["core_attn"]), "other modules recomputed selectively than core_attn"),
+    "attention_backend": (
+        (AttnBackend.auto, AttnBackend.fused, AttnBackend.unfused),
+        "attention by kernels that no test runs (use --attention-backend auto or fused)",
+    ),
+    "flash_attention_version": ((None,), "a chosen version of flash-attention"),
+    "transformer_impl": (("transformer_engine", "local"), "layers for inference"),
+    "use_te_rng_tracker": ((False,), "Transformer Engine's random states, which serve CUDA graphs"),
+    # Tensor-parallel ranks would be initialised alike.
+    "inference_rng_tracker": ((False,), "random states for inference"),
     "fp8": ((None,), "fp8"),
     "fp4": ((None,), "fp4"),
     "calculate_per_token_loss": (
@@ -66,10 +77,9 @@ _FREE_NAMES = """
     perform_initialization use_cpu_initialization init_method output_layer_init_method
     embedding_init_method embedding_init_method_std timers finalize_model_grads_func grad_scale_func
     moe_grad_scale_func mtp_grad_scale_func no_sync_func grad_sync_func param_sync_func barrier_with_L1_time
-    config_logger_dir moe_per_layer_logging deterministic_mode gradient_accumulation_fusion use_te_rng_tracker
-    inference_rng_tracker attention_backend flash_attention_version
+    config_logger_dir moe_per_layer_logging deterministic_mode gradient_accumulation_fusion
     attention_softmax_in_fp32 masked_softmax_fusion persist_layer_norm memory_efficient_layer_norm bias_dropout_fusion
-    disable_bf16_reduced_precision_matmul transformer_impl tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag
+    disable_bf16_reduced_precision_matmul tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag
     tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_split_rs tp_comm_atomic_ag tp_comm_atomic_rs
     tp_comm_bootstrap_backend recompute_granularity recompute_num_layers mtp_num_layers mtp_loss_scaling_factor
     moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate moe_grouped_gemm clone_scatter_output_in_embedding
@@ -85,11 +95,11 @@ def setting_faults(config: TransformerConfig, checkpoint: Config) -> list[str]:
         for name, (values, words) in PROVED.items()
         if getattr(config, name) not in values
     ]
-    plain = _plain(checkpoint)
+    plain, decided = _plain(checkpoint), families.find(checkpoint).language_fields(checkpoint)
     for name in sorted({field.name for field in dataclasses.fields(config)} - PROVED.keys() - FREE):
         found, default = getattr(config, name), getattr(plain, name)
         if found != default:
-            kind = "the checkpoint's" if name in language_fields(checkpoint) else "the default"
+            kind = "the checkpoint's" if name in decided else "the default"
             faults.append(f"a setting that no test runs: {name}={found!r}, proved: {default!r}, {kind}")
     return faults
 

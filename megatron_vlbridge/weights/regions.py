@@ -1,4 +1,4 @@
-"""Rectangles inside named tensors, and what lies where when two tensors share their numbers."""
+"""Rectangles inside named tensors, and which regions of two tensors hold the same values."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Region:
 
     @property
     def volume(self) -> int:
-        """How many numbers it holds."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
     @property
     def end(self) -> Shape:
-        """The corner past the last number, per dim."""
+        """The corner past the last element, per dim."""
         return tuple(start + size for start, size in zip(self.offset, self.shape, strict=True))
 
     @property
@@ -54,7 +54,7 @@ class Region:
         return Region(self.name, start, size) if all(extent > 0 for extent in size) else None
 
     def within(self, outer: Region) -> Region:
-        """The same numbers, with offsets counted from the corner of `outer`."""
+        """The same region, with offsets counted from the corner of `outer`."""
         offset = tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True))
         return Region(self.name, offset, self.shape)
 
@@ -64,7 +64,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Two regions that hold the same numbers in the same order; one may have further leading dims of extent 1.
+    """Two regions that hold the same values in the same order; one may have more leading dims, of extent 1.
 
     Where `transposed`, the last two dims of one are those of the other swapped.
     """
@@ -93,13 +93,13 @@ class Piece:
     transposed: bool = False
 
     def place(self, out: torch.Tensor) -> torch.Tensor:
-        """Where the numbers of `source` go in `out`, the region asked for: a view in the source's own shape."""
+        """Where the values of `source` go in `out`, the region asked for: a view in the source's own shape."""
         part = out[self.target.slices]
         return (part.transpose(-1, -2) if self.transposed else part).view(self.source.shape)
 
 
 class RegionIndex:
-    """Finds, for a region of the tensors on one side, where the other side holds its numbers.
+    """Finds, for a region of the tensors on one side, where the other side holds its values.
 
     `links` are (here, there, transposed). Building is O(n log n), a query O(log n + found) while the regions of one
     tensor are cut along its first dim, or along the first that is longer than 1 in all of them: layers of a stacked
@@ -130,7 +130,7 @@ class RegionIndex:
         }
 
     def pieces(self, wanted: Region) -> list[Piece]:
-        """What makes up `wanted`. Numbers that nobody covers have no piece; an unknown name has none at all."""
+        """What makes up `wanted`. Elements that no region covers have no piece; an unknown name has none."""
         found = []
         for here, there, transposed in self._candidates(wanted):
             common = here.intersection(wanted)
@@ -179,8 +179,8 @@ _LAYER = re.compile(r"^(?P<stack>.*\blayers)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 def mixed_stacks(names: Iterable[str]) -> frozenset[str]:
     """The stacks of layers, such as `decoder.layers`, in which some layer has a tensor that another lacks.
 
-    Megatron stores the layers of such a stack one by one, `layers.7.x`, and has no other name for them. It does so
-    always with the layers that predict further tokens, `mtp.layers`.
+    Megatron stores the layers of such a stack one by one, `layers.7.x`, and has no other name for them. It always does
+    so with the MTP layers, `mtp.layers`.
     """
     layers: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for match in filter(None, map(_LAYER.match, names)):
@@ -195,7 +195,7 @@ def mixed_stacks(names: Iterable[str]) -> frozenset[str]:
 def stack_layers(region: Region, mixed: Collection[str] = ()) -> Region:
     """The canonical place of a Megatron region: `layers.7.x` is layer 7 of the stacked `layers.x`.
 
-    Megatron stores layers stacked when they are all alike, one by one otherwise or when told to. `mixed` names the
+    Megatron stores layers stacked when they are all alike, one by one otherwise or on request. `mixed` names the
     stacks whose layers are not alike; they stay as they are.
     """
     match = _LAYER.match(region.name)
@@ -206,10 +206,10 @@ def stack_layers(region: Region, mixed: Collection[str] = ()) -> Region:
 
 
 def check_exact_cover(name: str, regions: Sequence[Region], shape: Shape) -> None:
-    """Raise VLBridgeError unless the regions tile a tensor of this shape: every number once."""
+    """Raise VLBridgeError unless the regions tile a tensor of this shape: every element once."""
     volume, size = sum(region.volume for region in regions), math.prod(shape)
     if volume != size:
-        raise VLBridgeError(f"{name}: its parts hold {volume} numbers, its shape {list(shape)} has {size}")
+        raise VLBridgeError(f"{name}: its parts hold {volume} elements, its shape {list(shape)} has {size}")
     overlap = _find_overlap(list(regions), 0)
     if overlap:
         raise VLBridgeError(f"{name}: two of its parts overlap: {overlap[0]} and {overlap[1]}")
@@ -239,8 +239,8 @@ def _find_overlap(regions: list[Region], dim: int) -> tuple[Region, Region] | No
 def _find_overlap_in_run(run: list[Region], dim: int) -> tuple[Region, Region] | None:
     if len({(region.offset[dim], region.shape[dim]) for region in run}) == 1:
         return _find_overlap(run, dim + 1)
-    for number, region in enumerate(run):
-        for other in run[number + 1 :]:
+    for index, region in enumerate(run):
+        for other in run[index + 1 :]:
             if region.intersection(other):
                 return region, other
     return None

@@ -1,4 +1,4 @@
-"""The invertible rules that say which Hugging Face numbers are which Megatron numbers.
+"""The invertible rules that say which values of Hugging Face tensors are which values of Megatron's.
 
 A rule is data. It expands to `Move`s between regions of full tensors; every use (import, export, a live model's slices,
 one layer, one rank) asks the same moves, so there is no second description that could disagree.
@@ -19,7 +19,7 @@ class Rule(Protocol):
     """Anything that expands to moves."""
 
     def moves(self) -> Iterator[Move]:
-        """The pairs of regions that hold the same numbers."""
+        """The pairs of regions that hold the same values."""
         ...
 
 
@@ -102,8 +102,8 @@ class GateUp:
 
     def moves(self) -> Iterator[Move]:
         """Two moves."""
-        for number, hf in enumerate((self.gate, self.up)):
-            target = _rows(self.megatron, self.layer, (number * self.rows, self.rows), self.columns)
+        for index, hf in enumerate((self.gate, self.up)):
+            target = _rows(self.megatron, self.layer, (index * self.rows, self.rows), self.columns)
             yield Move(_rows(hf, None, (0, self.rows), self.columns), target)
 
 
@@ -147,9 +147,9 @@ class SingleExperts:
         rows //= len(self.hf)
         stack = () if self.layer is None else (self.layer,)
         for expert in range(experts):
-            for number, name in enumerate(self.hf):
+            for index, name in enumerate(self.hf):
                 target = Region(
-                    self.megatron, (*stack, expert, number * rows, 0), (*(1 for _ in stack), 1, rows, columns)
+                    self.megatron, (*stack, expert, index * rows, 0), (*(1 for _ in stack), 1, rows, columns)
                 )
                 yield Move(Region.whole(name.format(expert), (rows, columns)), target)
 
@@ -182,7 +182,7 @@ class RuleTable:
         return stack_layers(region, self._mixed)
 
     def hf_sources(self, region: Region) -> list[Piece]:
-        """The HF regions whose numbers make up a region of a Megatron tensor (stacked or `layers.N.`)."""
+        """The HF regions whose values make up a region of a Megatron tensor (stacked or `layers.N.`)."""
         canonical = self.canonical(region)
         pieces = self.megatron.pieces(canonical)
         surplus = len(canonical.shape) - len(region.shape)
@@ -193,7 +193,7 @@ class RuleTable:
         ]
 
     def megatron_sources(self, region: Region) -> list[Piece]:
-        """The regions of (stacked) Megatron tensors whose numbers make up a region of an HF tensor."""
+        """The regions of (stacked) Megatron tensors whose values make up a region of an HF tensor."""
         return self.hf.pieces(region)
 
     def to_megatron(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from tests.functional.pool import Layout, _on_rank
 def read(name: str, plain: Path) -> None:
     """The config of an id, for which no weights are fetched."""
     from megatron_vlbridge import read_config
-    from megatron_vlbridge.checkpoint.hub import find_folder
+    from megatron_vlbridge.checkpoint.hf.hub import find_folder
 
     assert read_config(find_folder(name, weights=False)) == read_config(plain)
 

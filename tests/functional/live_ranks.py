@@ -21,11 +21,9 @@ from megatron.training.global_vars import set_args
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_vlbridge.checkpoint.live import load_hf_weights
-from megatron_vlbridge.checkpoint.live_export import export_hf_weights
-from megatron_vlbridge.checkpoint.live_save import save_hf
+from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights, save_hf
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import ExpertForm
+from megatron_vlbridge.families import ExpertLayout
 from megatron_vlbridge.training.batch import read_pack
 from megatron_vlbridge.training.pretrain import model_provider
 from tests.functional import ranks
@@ -38,7 +36,7 @@ MODES: tuple[Literal["all", "first", "shared"], ...] = ("all", "first", "shared"
 Named = list[tuple[str, torch.Tensor]]
 
 
-def export_in_all_modes(layout: Layout, folder: Path, experts: ExpertForm | None) -> dict[tuple[str, int], Named]:
+def export_in_all_modes(layout: Layout, folder: Path, experts: ExpertLayout | None) -> dict[tuple[str, int], Named]:
     chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY)
     return {
         (mode, size): list(export_hf_weights(chunks, bucket_bytes=size, ranks=mode, experts=experts))
@@ -47,10 +45,10 @@ def export_in_all_modes(layout: Layout, folder: Path, experts: ExpertForm | None
     }
 
 
-def export_without(layout: Layout, folder: Path, leave_out: list[str]) -> Named:
+def export_without(layout: Layout, folder: Path, ignore: list[str]) -> Named:
     """Of a model that was filled from a folder which holds further tensors."""
     chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY, load=False)
-    load_hf_weights(chunks, folder, leave_out=leave_out)
+    load_hf_weights(chunks, folder, ignore=ignore)
     return list(export_hf_weights(chunks))
 
 
@@ -77,7 +75,7 @@ def export_half(layout: Layout, folder: Path) -> Named:
     return list(export_hf_weights(chunks))
 
 
-def export_forms(layout: Layout, folder: Path, form: ExpertForm) -> dict[str, Named]:
+def export_forms(layout: Layout, folder: Path, form: ExpertLayout) -> dict[str, Named]:
     """In the form that is the default, in the folder's own, and in that form with the tensors shared out."""
     chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY)
     return {

@@ -166,7 +166,7 @@ def _embedding_ranks(layout: Layout, folder: Path | None) -> Callable[[list[int]
     """The ranks with a copy of the embedding if they may differ from Megatron's default, as in `pretrain`."""
     import torch
 
-    from megatron_vlbridge.config import read_config
+    from megatron_vlbridge import read_config
     from megatron_vlbridge.model.mtp import embedding_ranks
     from megatron_vlbridge.model.transformer_config import language_config
 

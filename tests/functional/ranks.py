@@ -13,8 +13,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.live import load_hf_weights
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.batch import read_pack

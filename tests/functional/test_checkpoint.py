@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
 from tests import mtp_reference, reference
 from tests.functional import ranks
 from tests.functional.cases import in_turn

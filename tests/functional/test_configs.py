@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 from torch.nn.functional import pad
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from tests import mtp_reference, reference
 from tests.functional.parity import measure
 from tests.functional.pool import Layout, Pool

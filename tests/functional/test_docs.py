@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 import megatron_vlbridge
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.cli import main
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.media import load_video

@@ -10,10 +10,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.convert import import_checkpoint
-from megatron_vlbridge.checkpoint.hub import find_folder
+from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.inspect import inspect
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import VLBridgeError
 from tests import reference

@@ -20,15 +20,16 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlbridge.checkpoint import safetensors, torch_dist_writer
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_vlbridge.checkpoint.engine import Options
+from megatron_vlbridge.checkpoint.hf import writer as hf_writer
+from megatron_vlbridge.checkpoint.stream.engine import Options
+from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
 from tests import reference
 from tests.calls import at_each_call, count_calls
 from tests.functional.cases import in_turn
 from tests.functional.pool import PRELOAD
 
-NOTE = "megatron_vlbridge.checkpoint.staging.Staging.note"
+NOTE = "megatron_vlbridge.checkpoint.stream.staging.Staging.note"
 KILLS = int(os.environ.get("VLBRIDGE_KILLS", "100"))
 CONVERT = {"import": import_checkpoint, "export": export_checkpoint}
 
@@ -36,7 +37,7 @@ CONVERT = {"import": import_checkpoint, "export": export_checkpoint}
 def convert(kind: str, source: Path, target: Path) -> None:
     """Continue or begin, in tens of parts although the checkpoint is tiny."""
     torch.set_num_threads(1)
-    safetensors.PART_BYTES = torch_dist_writer.PART_BYTES = 20_000
+    hf_writer.PART_BYTES = torch_dist_writer.PART_BYTES = 20_000
     CONVERT[kind](source, target, options=Options(workers=2), resume=True)
 
 
@@ -186,8 +187,8 @@ BOTH = [
     Point("shutil.copyfile", 1, "before"),
     Point("shutil.copyfile", 1, "after"),
     *(Point(f"{CHECKPOINT}.conversion.write_checksums", 1, moment) for moment in ("before", "after")),
-    Point(f"{CHECKPOINT}.checksums.digest_range", 1, "after"),
-    *(Point(f"{CHECKPOINT}.staging.sync_tree", 1, moment) for moment in ("before", "after")),
+    Point(f"{CHECKPOINT}.stream.checksums.digest_range", 1, "after"),
+    *(Point(f"{CHECKPOINT}.stream.staging.sync_tree", 1, moment) for moment in ("before", "after")),
 ]
 NAMED = {kind: Point("os.rename", nth, "after") for kind, nth in (("import", 2), ("export", 1))}  # DCP renames too
 TIDYING = Point("shutil.rmtree", 2, "before")  # the first call clears the place

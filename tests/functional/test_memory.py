@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlbridge.checkpoint.safetensors import encode_header
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
+from megatron_vlbridge.checkpoint.hf.header import encode_header
 from megatron_vlbridge.families import find
 from megatron_vlbridge.weights import TensorSpec
 
@@ -31,7 +31,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_vlbridge.checkpoint.engine import Options
+from megatron_vlbridge.checkpoint.stream.engine import Options
 options = Options(memory=int(sys.argv[1]))
 import_checkpoint("hf", "megatron", options=options)
 export_checkpoint("megatron", "back", options=options)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge import read_config
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from tests import reference
 from tests.functional.pool import Layout, Pool

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.families import find
-from megatron_vlbridge.families.experts import ExpertForm
+from megatron_vlbridge.families.experts import ExpertLayout
 from tests import reference
 from tests.functional import matrix, ranks
 from tests.functional.parity import PACK_LENGTH, TOLERANCE
@@ -112,7 +112,7 @@ def found(pool: Pool, layout: Layout, folder: Path, length: int = PACK_LENGTH, *
     results = pool.run(ranks.forward_backward, layout, folder=folder, packs=packs, **overrides)
     config = read_config(folder)
     shards = ranks.assemble([r["gradients"] for r in results])
-    return find(config).table(config, ExpertForm.FUSED_OUT_IN).to_hf(shards)
+    return find(config).table(config, ExpertLayout.FUSED_OUT_IN).to_hf(shards)
 
 
 def check(gradients: Gradients, wanted: Gradients) -> None:

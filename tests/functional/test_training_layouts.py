@@ -57,7 +57,7 @@ import sys
 from megatron_vlbridge.backends import cpu_runtime
 cpu_runtime.enable()
 from transformers import AutoProcessor
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.training.pretrain import parse_arguments, run
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge import read_config
+from megatron_vlbridge.config import Config
 
 CONFIG = Path(__file__).parents[1] / "data/configs/Qwen3-VL-2B-Instruct.json"
 Grid = tuple[int, int, int]
@@ -49,7 +50,7 @@ def make_pack(config: Config, conversations: Sequence[tuple[Grid, int]]) -> dict
     tokens, labels, lengths = [], [], []
     for (frames, height, width), words in conversations:
         picture = torch.full((frames * height * width // config.vision.merge_area,), config.image_token_id)
-        said = torch.randint(100, 100_000, (words,), generator=seed)
+        said = torch.randint(config.vision_start_token_id, (words,), generator=seed)
         tokens += [picture, said]
         labels += [torch.full_like(picture, -100), said[1:], torch.tensor([-100])]
         lengths.append(len(picture) + words)
@@ -129,6 +130,7 @@ def main() -> int:
     parser.add_argument("--conversations", type=int, default=16, help="of 256 picture tokens and 768 words each")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="config.json of another model (%(default)s)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: nothing was run", file=sys.stderr)
@@ -137,7 +139,7 @@ def main() -> int:
 
     folder = Path(tempfile.mkdtemp())
     try:
-        fields = json.loads(CONFIG.read_text())
+        fields = json.loads(arguments.config.read_text())
         if arguments.layers:
             fields["text_config"]["num_hidden_layers"] = arguments.layers
         (folder / "config.json").write_text(json.dumps(fields))

@@ -13,7 +13,7 @@ Entry = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], str]
 
 def build(sizes: dict[str, int], folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """This rank's model, with random weights, on the CPU."""
-    from megatron_vlbridge.config import read_config
+    from megatron_vlbridge import read_config
     from megatron_vlbridge.model.transformer_config import language_config
     from megatron_vlbridge.model.vlm import Qwen3VLModel
 

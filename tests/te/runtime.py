@@ -16,8 +16,12 @@ from megatron_vlbridge.backends import cpu_runtime
 from tests.te import extension, references
 
 
-def enable() -> None:
-    """Let Transformer Engine run on this process's CPU; before the first import of Megatron."""
+def enable(fp32_as_bf16: bool = True) -> None:
+    """Let Transformer Engine run on this process's CPU; before the first import of Megatron.
+
+    With `fp32_as_bf16` attention in fp32, in which results are compared, takes the way of attention in bf16: cuDNN's
+    kernels, also over context-parallel ranks. Without it, Transformer Engine and the guards decide as for a user.
+    """
     assert not torch.cuda.is_available(), "there is a GPU here: nothing has to be replaced"
     torch.cuda.is_available = lambda: True
     torch.cuda.is_current_stream_capturing = lambda: False
@@ -25,7 +29,8 @@ def enable() -> None:
     mode = _TensorsOnCuda()
     cpu_runtime.replace_cuda(mode)
     _keep_in_backward(mode)
-    _admit_fp32_to_fused_attention()
+    if fp32_as_bf16:
+        _admit_fp32_to_fused_attention()
     _wait_once_for_p2p()
 
 
@@ -52,13 +57,17 @@ def _keep_in_backward(mode: torch.overrides.TorchFunctionMode) -> None:
 
 
 def _admit_fp32_to_fused_attention() -> None:
-    """Let fp32, in which results are compared, go where bf16 goes: cuDNN's attention takes 16 bits alone."""
+    """Let fp32 go where bf16 goes: cuDNN's attention takes 16 bits alone."""
     from transformer_engine.pytorch.attention.dot_product_attention import backends, utils
+
+    from megatron_vlbridge.backends import te
 
     choose = utils.get_attention_backend
     utils.get_attention_backend = lambda params: choose(dataclasses.replace(params, qkv_dtype=torch.bfloat16))
     # FusedAttention asserts float16 or bfloat16.
     backends.torch = _TorchWithFloat32AsFloat16("torch")
+    # So do the guards of a user's run.
+    te.CP_DTYPES = (*te.CP_DTYPES, torch.float32)
 
 
 class _TorchWithFloat32AsFloat16(ModuleType):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.model.inputs import Media
 
 IMAGE, VIDEO, FILLER, WORDS = 10, 11, 0, range(20, 120)

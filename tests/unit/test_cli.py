@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_vlbridge import cli
-from megatron_vlbridge.checkpoint import torch_dist_writer
-from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.convert import import_checkpoint
 from megatron_vlbridge.checkpoint.formats import TRACKER
-from megatron_vlbridge.checkpoint.safetensors import INDEX
+from megatron_vlbridge.checkpoint.hf.reader import INDEX
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
+from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
 from megatron_vlbridge.cli.arguments import DTYPES, EXPERTS, size
 from megatron_vlbridge.cli.parser import COMMANDS, parse
 from megatron_vlbridge.cli.progress import Meter
-from megatron_vlbridge.families import ExpertForm
+from megatron_vlbridge.families import ExpertLayout
 from tests import reference
 from tests.unit import test_convert, test_convert_moe
 
@@ -55,7 +55,7 @@ def test_unfit_input_exits_with_1_and_says_why(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "megatron").exists()
 
 
-def test_every_misfit_is_listed_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_mismatch_is_listed_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf = reference.write_checkpoint(tmp_path / "hf", layers=2)
     extras = {f"stray{number:02}": torch.zeros(3) for number in range(20)}
     test_convert.rewrite(hf, lambda found: found.update(extras))
@@ -64,10 +64,14 @@ def test_every_misfit_is_listed_as_json(tmp_path: Path, capsys: pytest.CaptureFi
     found = run_json(capsys, "import", hf, tmp_path / "megatron")
     assert found["code"] == 1
     assert "do not fit each other in 21 places" in found["error"]
-    assert found["misfits"] == {
-        "missing Hugging Face tensors": ["lm_head.weight: expected [128, 64]"],
-        "extra Hugging Face tensors": [f"{name}: [3] float32, expected none of this name" for name in extras],
-    }
+    assert (
+        found["misfits"]
+        == found["mismatches"]
+        == {
+            "missing Hugging Face tensors": ["lm_head.weight: expected [128, 64]"],
+            "extra Hugging Face tensors": [f"{name}: [3] float32, expected none of this name" for name in extras],
+        }
+    )
     assert cli.main(["import", str(hf), str(tmp_path / "megatron")]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -79,7 +83,7 @@ def test_every_misfit_is_listed_as_json(tmp_path: Path, capsys: pytest.CaptureFi
 def test_other_errors_are_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["import", tmp_path / "no", tmp_path / "x"], ["verify", tmp_path / "no"], ["inspect", tmp_path]):
         found = run_json(capsys, *arguments)
-        assert (found["code"], found["misfits"]) == (1, {})
+        assert (found["code"], found["mismatches"]) == (1, {})
         assert str(tmp_path) in found["error"]
 
 
@@ -92,7 +96,7 @@ def test_the_options_of_a_conversion_go_together(tmp_path: Path, capsys: pytest.
     expected = test_convert.tensors(in_out)
     test_convert.rewrite(out_in, lambda found: found.update({"a.x": torch.zeros(3), "b.y": torch.ones(2)}))
     megatron, back = tmp_path / "megatron", tmp_path / "back"
-    read = ["import", str(out_in), str(megatron), "--dtype", "float32", "--leave-out", "a.*", "--leave-out", "b.y"]
+    read = ["import", str(out_in), str(megatron), "--dtype", "float32", "--ignore", "a.*", "--leave-out", "b.y"]
     assert cli.main(read) == 1
     assert "--experts fused_in_out" in capsys.readouterr().err
     assert cli.main([*read, "--experts", "fused_out_in"]) == 0
@@ -247,7 +251,7 @@ def test_wrong_usage_exits_with_2(line: str, capsys: pytest.CaptureFixture[str])
     assert "usage: vlbridge" in err
 
 
-@pytest.mark.parametrize("option", ["--leave-out=x", "--experts=per_expert"])
+@pytest.mark.parametrize("option", ["--ignore=x", "--leave-out=x", "--experts=per_expert"])
 def test_options_that_compare_need_two_checkpoints(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("verify", "a", option) == 2
     assert "expected A and B" in capsys.readouterr().err
@@ -282,7 +286,7 @@ def test_what_was_probably_meant_is_named(line: str, meant: str, capsys: pytest.
 
 
 def test_the_forms_of_experts_are_those_of_the_rules() -> None:
-    assert tuple(ExpertForm) == EXPERTS
+    assert tuple(ExpertLayout) == EXPERTS
 
 
 @pytest.mark.parametrize(("short", "name"), DTYPES.items())

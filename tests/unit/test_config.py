@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3_5Config, Qwen3_5MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig, Qwen3VLMoeTextModel
 
-from megatron_vlbridge.config import Config, TextConfig, VisionConfig, read_config
+from megatron_vlbridge import read_config
+from megatron_vlbridge.config import Config, TextConfig, VisionConfig
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import FAMILIES, find
 

@@ -13,12 +13,12 @@ import pytest
 from torch._utils import ExceptionWrapper
 from transformers import Qwen3VLForConditionalGeneration
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.console import ShortLog, argument_warnings, summary
 from megatron_vlbridge.training.failure import describe
 from megatron_vlbridge.training.trackers import check_trackers
-from megatron_vlbridge.weights.plan import MisfitError
+from megatron_vlbridge.weights.plan import MismatchError
 from tests import reference
 from tests.errors import rejects
 from tests.unit.test_log_lines import EXPERTS
@@ -155,7 +155,7 @@ def test_the_report_of_our_error_is_its_message() -> None:
         describe(VLBridgeError("a.jsonl, line 3: no assistant message"))
         == "Error: a.jsonl, line 3: no assistant message"
     )
-    assert describe(MisfitError("the tensors differ", {"a": ["b"]})) == "Error: the tensors differ"
+    assert describe(MismatchError("the tensors differ", {"a": ["b"]})) == "Error: the tensors differ"
 
 
 def test_the_report_of_our_error_in_a_data_loader_worker_is_its_message() -> None:

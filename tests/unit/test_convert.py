@@ -13,10 +13,10 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from megatron_vlbridge.checkpoint.checksums import CHECKSUMS
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_vlbridge.checkpoint.safetensors import INDEX
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge.checkpoint.hf.reader import INDEX
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import find
 from megatron_vlbridge.weights import TensorSpec
@@ -330,7 +330,7 @@ def test_a_tied_head_that_differs_is_refused(tied, tmp_path):
         found[HEAD][3, 5] += 1
 
     rewrite(tied, change)
-    refuse(tied, tmp_path / "megatron", "lm_head.weight: expected the numbers of")
+    refuse(tied, tmp_path / "megatron", "lm_head.weight: expected the values of")
 
 
 def refuse(source: Path, target: Path, reason: str) -> None:
@@ -422,7 +422,7 @@ def training_run(folder: Path, source: Path, *, padding: int = 0, unstacked: boo
     """What a Megatron run leaves: an iteration with weights and optimizer state, and no Hugging Face files."""
     config, found = read_config(source), tensors(source)
     specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()}
-    state = find(config).table(config, find(config).find_expert_form(config, specs)).to_megatron(found)
+    state = find(config).table(config, find(config).find_expert_layout(config, specs)).to_megatron(found)
     for name in [name for name in state if name.endswith(("word_embeddings.weight", "output_layer.weight"))]:
         state[name] = torch.cat([state[name], torch.full((padding, 32), 7, dtype=state[name].dtype)])
     if unstacked:

@@ -13,7 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Qwen3VLConfig, Qwen3VLProcessor
 
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge import read_config
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.images import MediaOptions

@@ -13,13 +13,14 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import load_file
 
-from megatron_vlbridge.checkpoint import safetensors, torch_dist_writer
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_vlbridge.checkpoint.live_save import save_hf
-from megatron_vlbridge.checkpoint.safetensors import SafetensorsWriter
-from megatron_vlbridge.checkpoint.staging import Staging
-from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge.checkpoint.hf import writer as hf_writer
+from megatron_vlbridge.checkpoint.hf.writer import SafetensorsWriter
+from megatron_vlbridge.checkpoint.live import save_hf
+from megatron_vlbridge.checkpoint.stream.staging import Staging
+from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
+from megatron_vlbridge.checkpoint.torch_dist.writer import ReleaseWriter
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import find
 from tests import reference
@@ -67,7 +68,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     """What happens in a run with tens of parts, in its order; what is `present` is all that the rename moves."""
     found: list[Event] = []
     fsync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(safetensors, "PART_BYTES", 20_000)
+    monkeypatch.setattr(hf_writer, "PART_BYTES", 20_000)
     monkeypatch.setattr(torch_dist_writer, "PART_BYTES", 20_000)
 
     def recorded_fsync(handle: int) -> None:
@@ -90,7 +91,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
         return recorded
 
     def recorded_note(staging: Staging, part: Any) -> None:
-        found.append(Event("note", staging.folder / part.file, part.number))
+        found.append(Event("note", staging.folder / part.file, part.index))
         note(staging, part)
 
     note = Staging.note

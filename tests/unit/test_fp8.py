@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
 
-from megatron_vlbridge import cli
-from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_import
+from megatron_vlbridge import cli, read_config
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder
+from megatron_vlbridge.checkpoint.import_plan import plan_import
 from megatron_vlbridge.checkpoint.inspect import inspect
-from megatron_vlbridge.checkpoint.safetensors import INDEX, SafetensorsFolder
 from megatron_vlbridge.checkpoint.verify import verify
-from megatron_vlbridge.config import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region
 from tests.fp8_checkpoint import CONFIG, dequantise, quantise, quantise_folder

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
+from megatron_vlbridge.backends import te
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.transformer_config import language_config, vision_config
 from megatron_vlbridge.training import guards, settings
@@ -59,6 +61,11 @@ UNPROVED = {
     "qk_l2_norm": True,
     "qk_clip": True,
     "use_mup": True,
+    "attention_backend": AttnBackend.flash,
+    "flash_attention_version": 2,
+    "transformer_impl": "inference_optimized",
+    "use_te_rng_tracker": True,
+    "inference_rng_tracker": True,
 }
 
 
@@ -215,7 +222,7 @@ def test_the_expert_tensor_parallel_size_is_the_tensor_parallel_size_unless_give
 def test_exchanges_of_keys_that_the_cpu_kernels_have_not_are_refused(monkeypatch, kind):
     monkeypatch.setattr(guards.cpu_runtime, "is_enabled", lambda: True)
     config = with_sizes(CHECKPOINT, context_parallel_size=2, cp_comm_type=kind)
-    with pytest.raises(VLBridgeError, match="kernels here offer p2p, found a"):
+    with pytest.raises(VLBridgeError, match="kernels here support p2p, found a"):
         guards.check_layout(config, CHECKPOINT)
     config.context_parallel_size = 1
     guards.check_layout(config, CHECKPOINT)
@@ -224,12 +231,87 @@ def test_exchanges_of_keys_that_the_cpu_kernels_have_not_are_refused(monkeypatch
 def test_exchanges_that_transformer_engine_offers(monkeypatch):
     monkeypatch.setattr(guards.cpu_runtime, "is_enabled", lambda: False)
     for kind in ("p2p", "a2a", "all_gather"):
-        guards.check_exchange(with_sizes(CHECKPOINT, context_parallel_size=2, cp_comm_type=kind))
+        guards.check_cp_comm_type(with_sizes(CHECKPOINT, context_parallel_size=2, cp_comm_type=kind))
     with pytest.raises(VLBridgeError, match="found a2a\\+p2p"):
-        guards.check_exchange(with_sizes(CHECKPOINT, context_parallel_size=2, cp_comm_type="a2a+p2p"))
+        guards.check_cp_comm_type(with_sizes(CHECKPOINT, context_parallel_size=2, cp_comm_type="a2a+p2p"))
     config = with_sizes(CHECKPOINT, context_parallel_size=8, tensor_model_parallel_size=2, cp_comm_type="a2a")
     with pytest.raises(VLBridgeError, match="8 query and 4 key-value heads, expected even multiples of 8"):
-        guards.check_exchange(config)
+        guards.check_cp_comm_type(config)
+
+
+@pytest.fixture
+def on_transformer_engine(monkeypatch):
+    monkeypatch.setattr(guards.cpu_runtime, "is_enabled", lambda: False)
+
+
+@pytest.mark.parametrize("kind", [None, "p2p", "a2a", "all_gather"])
+def test_fp32_is_refused_with_context_parallelism_on_transformer_engine(on_transformer_engine, kind):
+    sizes = {"context_parallel_size": 2, "cp_comm_type": kind}
+    guards.check_layout(with_sizes(CHECKPOINT, **sizes), CHECKPOINT)
+    config = with_sizes(CHECKPOINT, **sizes, params_dtype=torch.float32)
+    with pytest.raises(VLBridgeError, match=r"context_parallel_size=2\) in float32.*\. Use --bf16, or"):
+        guards.check_layout(config, CHECKPOINT)
+    config.context_parallel_size = 1
+    guards.check_layout(config, CHECKPOINT)
+
+
+def test_fp32_passes_with_context_parallelism_on_the_cpu_backend(monkeypatch):
+    monkeypatch.setattr(guards.cpu_runtime, "is_enabled", lambda: True)
+    guards.check_layout(with_sizes(CHECKPOINT, context_parallel_size=2, params_dtype=torch.float32), CHECKPOINT)
+
+
+def test_the_unfused_attention_is_refused_with_context_parallelism(on_transformer_engine):
+    config = with_sizes(CHECKPOINT, context_parallel_size=2, attention_backend=AttnBackend.unfused)
+    with pytest.raises(VLBridgeError, match="unfused attention has none"):
+        guards.check_layout(config, CHECKPOINT)
+    config.context_parallel_size = 1
+    guards.check_layout(config, CHECKPOINT)
+
+
+@pytest.mark.parametrize("way", ["field", "variable", "torch"])
+def test_deterministic_kernels_are_refused_on_transformer_engine_alone(monkeypatch, way):
+    config = with_sizes(CHECKPOINT, deterministic_mode=way == "field")
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0" if way == "variable" else "1")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: way == "torch")
+    monkeypatch.setattr(guards.cpu_runtime, "is_enabled", lambda: False)
+    named = {"field": "deterministic_mode=True", "variable": "NVTE_ALLOW_NON", "torch": "torch.use_deterministic_alg"}
+    with pytest.raises(VLBridgeError, match=rf"deterministic kernels \({named[way]}.*Leave --deterministic-mode out"):
+        guards.check_layout(config, CHECKPOINT)
+    monkeypatch.setattr(guards.cpu_runtime, "is_enabled", lambda: True)
+    guards.check_layout(config, CHECKPOINT)
+
+
+@pytest.mark.parametrize(
+    "name", ["NVTE_FUSED_ATTN_USE_FAv2_BWD", "NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM", "NVTE_PLUGIN"]
+)
+def test_variables_that_choose_unproved_kernels_are_refused(on_transformer_engine, monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    guards.check_layout(proved(), CHECKPOINT)
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(VLBridgeError, match=f"{name}=1 in the environment, proved: not set"):
+        guards.check_layout(proved(), CHECKPOINT)
+
+
+def test_flash_attention_is_refused_where_transformer_engine_would_prefer_it(on_transformer_engine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    guards.check_layout(proved(), CHECKPOINT)
+    monkeypatch.setattr(te.importlib.util, "find_spec", lambda name: name if name == "flash_attn" else None)
+    with pytest.raises(VLBridgeError, match="attention_backend=auto, proved: fused"):
+        guards.check_layout(proved(), CHECKPOINT)
+    guards.check_layout(proved(attention_backend=AttnBackend.fused), CHECKPOINT)
+    fp32 = language_config(CHECKPOINT, params_dtype=torch.float32)
+    guards.check_layout(fp32, CHECKPOINT)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    guards.check_layout(proved(), CHECKPOINT)
+
+
+def test_weights_in_more_shards_than_tensor_parallel_ranks_are_refused():
+    """`tensor_parallel_num_weight_shards` is free since Megatron turns it into this field."""
+    fields = {"calculate_per_token_loss": True, "params_dtype": torch.bfloat16, "tensor_model_parallel_size": 2}
+    guards.check_layout(language_config(CHECKPOINT, **fields, tensor_parallel_num_weight_shards=2), CHECKPOINT)
+    with pytest.raises(VLBridgeError, match="gtp_weight_remat_size=2"):
+        guards.check_layout(language_config(CHECKPOINT, **fields, tensor_parallel_num_weight_shards=4), CHECKPOINT)
 
 
 def test_virtual_stages_without_overlap_are_refused():

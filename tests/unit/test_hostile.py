@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_vlbridge.checkpoint.checksums import CHECKSUMS, verify_checksums
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.formats import TRACKER
+from megatron_vlbridge.checkpoint.hf.reader import INDEX
 from megatron_vlbridge.checkpoint.inspect import inspect, table_lines
-from megatron_vlbridge.checkpoint.safetensors import INDEX
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS, verify_checksums
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import VLBridgeError
 from tests import reference
@@ -585,7 +585,7 @@ def format_is_wrong(folder: Path, chance: random.Random) -> Culprits:
     return "metadata.json"
 
 
-def facts_are_wrong(folder: Path, chance: random.Random) -> Culprits:
+def manifest_is_wrong(folder: Path, chance: random.Random) -> Culprits:
     facts = json.loads((folder / "hf" / "vlbridge.json").read_text())
     name = chance.choice(sorted(facts["tensors"]))
     fact = facts["tensors"][name]
@@ -598,7 +598,7 @@ def facts_are_wrong(folder: Path, chance: random.Random) -> Culprits:
 
 MEGATRON = [
     *(hostile_pickle, hostile_tensor, chunk_elsewhere, chunks_swapped, entry_renamed, entry_lost),
-    *(entry_is_wrong, tracker_is_wrong, format_is_wrong, facts_are_wrong, metadata_of_other_types),
+    *(entry_is_wrong, tracker_is_wrong, format_is_wrong, manifest_is_wrong, metadata_of_other_types),
     *(entry_under_another_key, chunk_is_no_chunk, huge_pickle, pickle_that_changes_classes),
 ]
 
@@ -670,7 +670,7 @@ def check_readers(kind: str, damage: Damage, sound: Sound, tmp_path: Path) -> No
         elif report is not None and report.equal:
             assert contents(damaged, ".safetensors", ".distcp") == contents(sound.folder, ".safetensors", ".distcp")
         if exported.exists():
-            assert verify(exported, sound.hf, leave_out=as_tuple(culprits)).equal
+            assert verify(exported, sound.hf, ignore=as_tuple(culprits)).equal
         assert not (damaged / "hostile-was-here").exists()
 
 
@@ -730,7 +730,7 @@ def test_damaged_checksums_are_refused_or_found_to_differ(change, sound, tmp_pat
     folder = tmp_path / "damaged"
     shutil.copytree(sound["megatron"].folder, folder)
     os.mkfifo(folder / "pipe")
-    edit_json(folder / CHECKSUMS, lambda checksums: checksums["sha256"].update(change))
+    edit_json(folder / CHECKSUMS, lambda checksums: checksums["blake3"].update(change))
     message, report = attempt(verify_checksums, folder)
     name = next(iter(change))
     if message is None:

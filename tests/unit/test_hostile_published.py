@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vlbridge.checkpoint.convert import import_checkpoint
-from megatron_vlbridge.checkpoint.safetensors import INDEX
+from megatron_vlbridge.checkpoint.hf.reader import INDEX
 from tests import fp8_checkpoint, reference
 from tests.unit import test_hostile
 from tests.unit.test_hostile import (

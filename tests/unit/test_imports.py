@@ -1,10 +1,14 @@
 """Reading configs, rules and layouts and converting checkpoints imports neither Megatron nor transformers."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import megatron_vlbridge
 
 PACKAGES = ["config", "families", "weights", "layout", "checkpoint"]
 # Imports a package and every module in it; prints which unwanted modules were imported.
@@ -27,3 +31,35 @@ def test_a_package_imports_neither_megatron_nor_transformers(package: str) -> No
     found = json.loads(done.stdout)
     assert found["imported"]
     assert found["unwanted"] == []
+
+
+# What the rooms of `checkpoint` may import of each other, beside the files at its top that import no room.
+ROOMS = {
+    "stream": {"stream"},
+    "hf": {"hf", "stream"},
+    "torch_dist": {"torch_dist", "stream"},
+    "live": {"live", "hf", "stream", "export_plan", "conversion"},
+}
+LEAVES = {"comparison", "config_differences", "dtypes", "formats", "pipeline_split"}
+CHECKPOINT = Path(megatron_vlbridge.__file__).parent / "checkpoint"
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The parts of `checkpoint` that a file names in its imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            package, _, rest = node.module.partition("megatron_vlbridge.checkpoint.")
+            found |= {rest.partition(".")[0]} if rest and not package else set()
+            assert node.module != "megatron_vlbridge.checkpoint", f"{path}: import the module by its full name"
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_rooms_of_checkpoint_import_only_downwards(room: str) -> None:
+    files = list((CHECKPOINT / room).glob("*.py"))
+    assert files
+    for path in files:
+        assert imported_rooms(path) <= ROOMS[room] | LEAVES, path
+    for leaf in LEAVES:
+        assert imported_rooms(CHECKPOINT / f"{leaf}.py") <= LEAVES | {"stream"}, leaf

@@ -9,13 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.config_differences import config_differences
 from megatron_vlbridge.checkpoint.live import load_hf_weights
-from megatron_vlbridge.checkpoint.live_export import fill_buckets, fused_groups
-from megatron_vlbridge.checkpoint.shards import check_complete
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge.checkpoint.live.export import fill_buckets, fused_groups
+from megatron_vlbridge.checkpoint.live.shards import check_complete
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import ExpertForm, find
+from megatron_vlbridge.families import ExpertLayout, find
 from megatron_vlbridge.weights import Copy, Region, RuleTable, TensorSpec
 from tests import reference
 from tests.unit.test_durability import OneRank
@@ -56,15 +57,15 @@ def test_nested_fields_that_differ_are_all_found(config: Config) -> None:
     assert list(config_differences(config, dense)) == [("text.moe", config.text.moe, None)]
 
 
-@pytest.mark.parametrize("form", ExpertForm)
-def test_every_tensor_is_in_one_group(config: Config, form: ExpertForm) -> None:
+@pytest.mark.parametrize("form", ExpertLayout)
+def test_every_tensor_is_in_one_group(config: Config, form: ExpertLayout) -> None:
     table = find(config).table(config, form)
     assert list(itertools.chain(*fused_groups(table))) == list(table.hf_shapes)
 
 
 def test_what_belongs_together_is_one_group(config: Config) -> None:
     groups = {
-        name: group for group in fused_groups(find(config).table(config, ExpertForm.PER_EXPERT)) for name in group
+        name: group for group in fused_groups(find(config).table(config, ExpertLayout.PER_EXPERT)) for name in group
     }
     layers = "model.language_model.layers"
     together = [

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_vlbridge.checkpoint.fp8 import SCALE
-from megatron_vlbridge.checkpoint.raw import Stored, as_bytes, gather_into
+from megatron_vlbridge.checkpoint.hf.fp8 import SCALE
+from megatron_vlbridge.checkpoint.stream.raw import Stored, as_bytes, gather_into
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Piece, Region, TensorSpec
 from tests.unit import test_convert, test_fp8

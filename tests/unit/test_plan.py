@@ -1,4 +1,4 @@
-"""The plan: what fits is accepted, and every kind of misfit is named, all at once."""
+"""The plan: what fits is accepted, and every kind of mismatch is named, all at once."""
 
 import pickle
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import find
 from megatron_vlbridge.weights import Copy, GateUp, Plan, Region, RuleTable, TensorSpec
-from megatron_vlbridge.weights.plan import MisfitError
+from megatron_vlbridge.weights.plan import MismatchError
 from megatron_vlbridge.weights.regions import check_exact_cover
 
 RULES = RuleTable(
@@ -33,7 +33,7 @@ def test_what_fits_is_accepted_and_measured():
     assert plan.nbytes == 2 * (10 * 4 + 2 * 6 * 4 + 4)
 
 
-def test_all_misfits_are_listed_at_once():
+def test_all_mismatches_are_listed_at_once():
     hf, megatron = tables()
     del hf["up"]
     hf["stray"] = TensorSpec((3,), torch.float32)
@@ -65,27 +65,27 @@ def test_long_lists_are_shortened_with_their_count_and_the_error_holds_all():
     del hf["up"]
     with pytest.raises(VLBridgeError, match=r"extra Hugging Face tensors \(20\)[\s\S]*and 12 more") as caught:
         Plan(RULES, hf, megatron)
-    assert isinstance(caught.value, MisfitError)
-    assert caught.value.misfits == {
+    assert isinstance(caught.value, MismatchError)
+    assert caught.value.mismatches == {
         "missing Hugging Face tensors": ["up: expected [6, 4]"],
         "extra Hugging Face tensors": [f"{name}: [1] int8, expected none of this name" for name in names],
     }
     assert "stray19" not in str(caught.value)
-    assert str(caught.value).endswith("All 21 are listed with --json, and in the error's misfits.")
+    assert str(caught.value).endswith("All 21 are listed with --json, and in the error's mismatches.")
 
 
 def test_an_error_that_shows_all_speaks_of_no_other_list():
     hf, megatron = tables()
     del hf["up"]
-    with pytest.raises(MisfitError) as caught:
+    with pytest.raises(MismatchError) as caught:
         Plan(RULES, hf, megatron)
     assert "--json" not in str(caught.value)
 
 
 def test_the_error_passes_between_processes_whole():
-    error = MisfitError("text", {"kind": ["line"]})
+    error = MismatchError("text", {"kind": ["line"]})
     other = pickle.loads(pickle.dumps(error))
-    assert (type(other), str(other), other.misfits) == (MisfitError, "text", {"kind": ["line"]})
+    assert (type(other), str(other), other.mismatches) == (MismatchError, "text", {"kind": ["line"]})
 
 
 def test_padded_vocabulary_rows_are_accepted_and_noted():
@@ -155,7 +155,7 @@ def count(regions, shape) -> torch.Tensor:
 def test_an_unsupported_architecture_is_refused_by_name():
     from pathlib import Path
 
-    from megatron_vlbridge.config import read_config
+    from megatron_vlbridge import read_config
 
     config = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3.5-27B.json")
     with pytest.raises(VLBridgeError, match="Qwen3_5ForConditionalGeneration") as caught:
@@ -167,7 +167,7 @@ def test_an_unsupported_architecture_is_refused_by_name():
 def test_published_sizes_have_the_published_number_of_parameters(name):
     from pathlib import Path
 
-    from megatron_vlbridge.config import read_config
+    from megatron_vlbridge import read_config
 
     config = read_config(Path(__file__).parents[1] / "data" / "configs" / f"{name}.json")
     table = find(config).table(config)
@@ -181,9 +181,9 @@ def test_only_16_bit_tensors_may_be_part_of_a_tensor_held_as_float32():
     hf, megatron = tables()
     megatron["fc1"] = TensorSpec((1, 12, 4), torch.float32)
     hf["up"] = TensorSpec((6, 4), torch.float32)
-    assert "fc1: float32" in Plan(RULES, hf, megatron, widened=["fc1"]).notes[0]
+    assert "fc1: float32" in Plan(RULES, hf, megatron, upcast=["fc1"]).notes[0]
     for dtype in (torch.float64, torch.float8_e4m3fn):
         hf["gate"] = TensorSpec((6, 4), dtype)
-        with pytest.raises(MisfitError, match=r"gate is torch\.float") as caught:
-            Plan(RULES, hf, megatron, widened=["fc1"])
-        assert list(caught.value.misfits) == ["dtypes that differ"]
+        with pytest.raises(MismatchError, match=r"gate is torch\.float") as caught:
+            Plan(RULES, hf, megatron, upcast=["fc1"])
+        assert list(caught.value.mismatches) == ["dtypes that differ"]

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_export
-from megatron_vlbridge.checkpoint.portable_config import differences_in_4, make_portable
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.export_plan import plan_export
+from megatron_vlbridge.checkpoint.hf.portable_config import differences_in_4, make_portable
 from tests import reference
 from tests.unit import test_convert_moe
 

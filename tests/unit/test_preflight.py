@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlbridge.config import Config, read_config
+from megatron_vlbridge import read_config
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.arguments import add_arguments
 from megatron_vlbridge.training.parser import make_parser, parse_words

@@ -10,12 +10,14 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vlbridge import cli
-from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_export, plan_import
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.export_plan import plan_export
+from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder
+from megatron_vlbridge.checkpoint.import_plan import plan_import
 from megatron_vlbridge.checkpoint.inspect import inspect
-from megatron_vlbridge.checkpoint.safetensors import INDEX, SafetensorsFolder
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families.spellings import PARTS, hub_names
+from megatron_vlbridge.families.aliases import PARTS, hub_names
 from tests.unit import test_convert, test_convert_moe
 from tests.unit.test_convert import NORM, assert_same_bits, rewrite, tensors, training_run
 
@@ -125,7 +127,7 @@ def test_the_plan_and_the_inspection_say_which_names_are_read_as_which(source, t
 )
 def test_two_spellings_of_one_part_are_refused(name, other, source, tmp_path):
     rewrite(source, lambda found: found.update({other: found[name].clone()}))
-    with pytest.raises(VLBridgeError, match=r"one beginning for all names") as caught:
+    with pytest.raises(VLBridgeError, match="one prefix for all names") as caught:
         import_checkpoint(source, tmp_path / "megatron")
     assert other in str(caught.value)
     assert str(source) in str(caught.value)
@@ -294,17 +296,17 @@ EXTRAS = {
 
 def test_extra_tensors_are_refused_unless_they_are_named(source, tmp_path):
     rewrite(source, lambda found: found.update(EXTRAS))
-    with pytest.raises(VLBridgeError, match=r"(?s)extra Hugging Face.*foo\.bar.*rotary_emb.*leave_out"):
+    with pytest.raises(VLBridgeError, match=r"(?s)extra Hugging Face.*foo\.bar.*rotary_emb.*--ignore"):
         import_checkpoint(source, tmp_path / "megatron")
     with pytest.raises(VLBridgeError, match=r"rotary_emb\.inv_freq"):
-        import_checkpoint(source, tmp_path / "megatron", leave_out=["foo.*", "scales.?"])
+        import_checkpoint(source, tmp_path / "megatron", ignore=["foo.*", "scales.?"])
     patterns = ["foo.*", "*.rotary_emb.*", "scales.x"]
-    (note,) = plan_import(source, tmp_path / "megatron", leave_out=patterns).summary()["notes"]
-    assert note == f"left out, as no part of the model: 3 tensors: {', '.join(sorted(EXTRAS, key=patterns_order))}"
-    import_checkpoint(source, tmp_path / "megatron", leave_out=patterns)
+    (note,) = plan_import(source, tmp_path / "megatron", ignore=patterns).summary()["notes"]
+    assert note == f"ignored, as not part of the model: 3 tensors: {', '.join(sorted(EXTRAS, key=patterns_order))}"
+    import_checkpoint(source, tmp_path / "megatron", ignore=patterns)
     export_checkpoint(tmp_path / "megatron", tmp_path / "back")
     assert_same_bits(tensors(tmp_path / "back"), {n: t for n, t in tensors(source).items() if n not in EXTRAS})
-    assert verify(source, tmp_path / "megatron", leave_out=patterns).equal
+    assert verify(source, tmp_path / "megatron", ignore=patterns).equal
     names = [difference.name for difference in verify(source, tmp_path / "megatron").differences]
     assert names == sorted(EXTRAS)
 
@@ -314,10 +316,10 @@ def patterns_order(name: str) -> int:
 
 
 @pytest.mark.parametrize("pattern", ["*", "lm_head.*", "model.visual.blocks.0.*", "nothing.*", NORM.format(0)])
-def test_what_the_model_needs_cannot_be_left_out(pattern, source, tmp_path):
+def test_what_the_model_needs_cannot_be_ignored(pattern, source, tmp_path):
     rewrite(source, lambda found: found.update(EXTRAS))
-    with pytest.raises(VLBridgeError, match="leave_out: expected"):
-        import_checkpoint(source, tmp_path / "megatron", leave_out=["foo.bar", pattern])
+    with pytest.raises(VLBridgeError, match="ignore: expected"):
+        import_checkpoint(source, tmp_path / "megatron", ignore=["foo.bar", pattern])
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one-file", "shards"])
@@ -355,7 +357,7 @@ def test_verify_compares_extra_tensors_too(source, tmp_path):
 def test_a_wrapped_megatron_checkpoint_is_exported(prefix, source, tmp_path):
     from torch.distributed.checkpoint import FileSystemWriter, save
 
-    from megatron_vlbridge.config import read_config
+    from megatron_vlbridge import read_config
     from megatron_vlbridge.families import find
 
     config = read_config(source)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vlbridge.checkpoint import raw
-from megatron_vlbridge.checkpoint.engine import Block, Options
-from megatron_vlbridge.checkpoint.raw import Stored, as_bytes, read_exactly, write_exactly
+from megatron_vlbridge.checkpoint.stream.engine import Block, Options
+from megatron_vlbridge.checkpoint.stream.raw import Stored, as_bytes, read_exactly, write_exactly
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import TensorSpec
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.layout.positions import mrope_positions
 from megatron_vlbridge.model.inputs import Media, PackedInputs
 from megatron_vlbridge.training.batch import PACK_KEYS, read_pack

@@ -1,6 +1,7 @@
 """Interrupted runs: what is finished is continued to the same bytes, and never under changed conditions."""
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +20,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_vlbridge import cli, families
-from megatron_vlbridge.checkpoint import conversion, convert, engine, safetensors, staging, torch_dist_writer
-from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_import
-from megatron_vlbridge.checkpoint.engine import Options, Progress, digest_range
+from megatron_vlbridge.checkpoint import conversion, import_plan
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.formats import TRACKER
+from megatron_vlbridge.checkpoint.hf import writer as hf_writer
+from megatron_vlbridge.checkpoint.hf.header import encode_header
+from megatron_vlbridge.checkpoint.hf.reader import INDEX
+from megatron_vlbridge.checkpoint.import_plan import plan_import
+from megatron_vlbridge.checkpoint.stream import engine, staging
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
+from megatron_vlbridge.checkpoint.stream.digest import digest_range
+from megatron_vlbridge.checkpoint.stream.engine import Options, Progress
+from megatron_vlbridge.checkpoint.stream.part import Part
+from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families import qwen3_vl
 from megatron_vlbridge.weights import TensorSpec
@@ -37,7 +48,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch) -> None:
     """Tens of parts for a tiny checkpoint."""
-    monkeypatch.setattr(safetensors, "PART_BYTES", 20_000)
+    monkeypatch.setattr(hf_writer, "PART_BYTES", 20_000)
     monkeypatch.setattr(torch_dist_writer, "PART_BYTES", 20_000)
 
 
@@ -189,14 +200,14 @@ def test_other_code_does_not_continue(what, source, tmp_path, monkeypatch):
 def test_dtypes_of_another_version_do_not_continue(tmp_path, monkeypatch):
     """One that stores all 16-bit weights as float32: options, source and rules are the same."""
 
-    def widened(*arguments):
+    def upcast(*arguments):
         specs, _ = megatron_tensors(*arguments)
         return {name: TensorSpec(spec.shape, torch.float32) for name, spec in specs.items()}, frozenset(specs)
 
     source = test_convert.make(tmp_path / "hf")
     interrupt(source, tmp_path / "megatron")
-    megatron_tensors = convert.megatron_tensors
-    monkeypatch.setattr(convert, "megatron_tensors", widened)
+    megatron_tensors = import_plan.megatron_tensors
+    monkeypatch.setattr(import_plan, "megatron_tensors", upcast)
     with pytest.raises(VLBridgeError, match="with the same options, found tensors "):
         import_checkpoint(source, tmp_path / "megatron", resume=True)
 
@@ -239,12 +250,12 @@ def test_a_source_behind_links_is_continued_and_refused_when_they_lead_elsewhere
 
 def renamed(folder: Path, target: Path, rename: Callable[[str], str]) -> Path:
     """The same checkpoint in files of other names, in the same order."""
-    index = json.loads((folder / safetensors.INDEX).read_text())
+    index = json.loads((folder / INDEX).read_text())
     weight_map = {name: rename(file) for name, file in index["weight_map"].items()}
     shutil.copytree(folder, target)
     for file in set(index["weight_map"].values()):
         (target / file).rename(target / rename(file))
-    (target / safetensors.INDEX).write_text(json.dumps(index | {"weight_map": weight_map}))
+    (target / INDEX).write_text(json.dumps(index | {"weight_map": weight_map}))
     return target
 
 
@@ -343,7 +354,7 @@ def test_a_part_that_lies_elsewhere_is_written_again(change, source, tmp_path):
             stream.write(bytes(part["length"]))
         moved.append(part | change(part))
     for part in moved:
-        part["sha256"] = digest_range(work / "result" / part["file"], part["start"], part["length"])
+        part["blake3"] = digest_range(work / "result" / part["file"], part["start"], part["length"]).value
     (work / "journal.jsonl").write_text("\n".join([first, *map(json.dumps, moved)]) + "\n")
     export_checkpoint(tmp_path / "megatron", tmp_path / "back", resume=True)
     assert files_of(tmp_path / "back") == expected
@@ -565,18 +576,18 @@ def test_a_disk_that_is_too_small_is_found_before_the_first_byte(source, tmp_pat
         with safe_open(path, "pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         path.unlink()
-    (source / safetensors.INDEX).unlink()
+    (source / INDEX).unlink()
     del tensors["lm_head.weight"]
-    specs = {name: safetensors.TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    specs["model.language_model.embed_tokens.weight"] = safetensors.TensorSpec((rows, 64), torch.float32)
-    header = safetensors.encode_header(specs)
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    specs["model.language_model.embed_tokens.weight"] = TensorSpec((rows, 64), torch.float32)
+    header = encode_header(specs)
     with (source / "model.safetensors").open("wb") as stream:
         stream.write(header)
         stream.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
     assert cli.main(["import", str(source), str(tmp_path / "megatron"), "--dry-run"]) == 1
-    assert re.search(r"expected room for \d{13} bytes, found", capsys.readouterr().err)
+    assert re.search(r"expected \d{13} bytes of free space, found", capsys.readouterr().err)
     begun = threading.Event()
-    with pytest.raises(VLBridgeError, match=r"expected room for \d{13} bytes, found"):
+    with pytest.raises(VLBridgeError, match=r"expected \d{13} bytes of free space, found"):
         import_checkpoint(source, tmp_path / "megatron", options=Options(report=lambda _progress: begun.set()))
     assert not begun.is_set()
     assert names_of(tmp_path) == {"hf"}
@@ -591,7 +602,7 @@ def test_space_is_needed_only_for_what_is_still_to_be_written(source, tmp_path, 
     needed = plan.nbytes + side + conversion._SPARE_BYTES
     interrupt(source, target)
     monkeypatch.setattr(conversion, "free_bytes", lambda _target: needed - 1)
-    with pytest.raises(VLBridgeError, match=f"expected room for {needed} bytes, found {needed - 1}"):
+    with pytest.raises(VLBridgeError, match=f"expected {needed} bytes of free space, found {needed - 1}"):
         plan_import(source, tmp_path / "other").check_run()
     import_checkpoint(source, target, resume=True)
 
@@ -713,7 +724,7 @@ def test_a_disk_that_fills_after_some_parts_is_continued_to_the_same_bytes(conve
 
 
 def test_the_cause_of_a_failure_is_raised_where_an_earlier_part_was_stopped_by_it():
-    futures: list[Future[staging.Finished]] = [Future(), Future()]
+    futures: list[Future[Part]] = [Future(), Future()]
     futures[0].set_exception(engine._StoppedError())
     futures[1].set_exception(OSError("the disk is full"))
     with pytest.raises(OSError, match="the disk is full"):
@@ -721,7 +732,7 @@ def test_the_cause_of_a_failure_is_raised_where_an_earlier_part_was_stopped_by_i
 
 
 def test_a_source_that_ends_early_while_it_is_read_is_named_and_the_work_kept(source, tmp_path):
-    index = json.loads((source / safetensors.INDEX).read_text())
+    index = json.loads((source / INDEX).read_text())
     shard = source / index["weight_map"]["model.visual.deepstack_merger_list.1.linear_fc2.bias"]  # written last
 
     def report(_progress: Progress) -> None:
@@ -731,3 +742,35 @@ def test_a_source_that_ends_early_while_it_is_read_is_named_and_the_work_kept(so
     with pytest.raises(VLBridgeError, match=rf"{shard.name}: expected to read .*too early.*finished parts are kept"):
         import_checkpoint(source, tmp_path / "megatron", options=Options(workers=1, report=report))
     assert not (tmp_path / "megatron").exists()
+
+
+def with_sha256(part: dict[str, Any], result: Path) -> dict[str, Any]:
+    """A line of the journal as earlier versions wrote it."""
+    content = (result / part["file"]).read_bytes()[part["start"] : part["start"] + part["length"]]
+    keys = ("number", "file", "start", "length")
+    return {key: part[key] for key in keys} | {"sha256": hashlib.sha256(content).hexdigest(), "places": part["places"]}
+
+
+def test_work_of_an_earlier_version_is_continued_and_its_result_recognised(source, tmp_path):
+    """It called the option `--leave-out`, and its checksums were SHA-256."""
+    test_convert.rewrite(source, lambda found: found.update({"rotary.x": torch.zeros(3)}))
+    options = {"ignore": ["rotary.*"]}
+    expected = files_of(import_checkpoint(source, tmp_path / "straight", **options))
+    work = interrupt(source, tmp_path / "megatron", **options)
+    rename = lambda text: text.replace('"--ignore"', '"--leave-out"')  # noqa: E731
+    journal, manifest = work / "journal.jsonl", tmp_path / "straight" / CHECKSUMS
+    for path in (journal, manifest):
+        assert '"--ignore"' in path.read_text()
+        path.write_text(rename(path.read_text()))
+    origin, *parts = journal.read_text().splitlines()
+    old = [with_sha256(json.loads(part), work / "result") for part in parts]
+    journal.write_text("\n".join([origin, *map(json.dumps, old)]) + "\n")
+    damaged = work / "result" / old[-1]["file"]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    seen: list[Progress] = []
+    import_checkpoint(source, tmp_path / "megatron", resume=True, options=Options(report=seen.append), **options)
+    assert seen[-1].resumed > 0
+    assert files_of(tmp_path / "megatron") == expected
+    import_checkpoint(source, tmp_path / "straight", resume=True, **options)
+    with pytest.raises(VLBridgeError, match=r"found that of another: --ignore \['rotary\.x'\] where it was \['rotary"):
+        import_checkpoint(source, tmp_path / "straight", resume=True, ignore=["rotary.x"])

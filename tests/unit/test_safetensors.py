@@ -11,16 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_vlbridge.checkpoint import safetensors
-from megatron_vlbridge.checkpoint.engine import Block
-from megatron_vlbridge.checkpoint.safetensors import (
-    INDEX,
-    SafetensorsFolder,
-    SafetensorsWriter,
-    encode_header,
-    plan_shards,
-    row_blocks,
-)
+from megatron_vlbridge.checkpoint.hf import writer as hf_writer
+from megatron_vlbridge.checkpoint.hf.header import encode_header
+from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder
+from megatron_vlbridge.checkpoint.hf.writer import SafetensorsWriter, plan_shards
+from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
+from megatron_vlbridge.checkpoint.stream.engine import Block
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region, TensorSpec
 
@@ -110,7 +106,7 @@ def test_what_is_written_is_what_the_library_reads(tmp_path_factory, dtypes, lim
 
 
 def test_neighbouring_parts_lie_in_different_files(monkeypatch):
-    monkeypatch.setattr(safetensors, "PART_BYTES", 30)
+    monkeypatch.setattr(hf_writer, "PART_BYTES", 30)
     specs = {name: TensorSpec((10,), torch.int8) for name in "abcdefghi"}
     files = dict(zip(specs, "xxxxxxyyz", strict=True))
     writer = SafetensorsWriter(specs, files, lambda _region, _out: None)

@@ -24,11 +24,12 @@ from torch.serialization import _get_layout
 from torch.utils.serialization import config as serialization
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint
-from megatron_vlbridge.checkpoint.dcp_metadata import read_metadata
-from megatron_vlbridge.checkpoint.engine import Block
 from megatron_vlbridge.checkpoint.inspect import inspect
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder, _SafeReader, locate
-from megatron_vlbridge.checkpoint.torch_dist_writer import ReleaseWriter
+from megatron_vlbridge.checkpoint.stream.engine import Block
+from megatron_vlbridge.checkpoint.torch_dist import locate
+from megatron_vlbridge.checkpoint.torch_dist.metadata import read_metadata
+from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder, _SafeReader
+from megatron_vlbridge.checkpoint.torch_dist.writer import ReleaseWriter
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region, TensorSpec
 from tests.unit.time_limit import limit
@@ -524,7 +525,7 @@ def test_overwritten_bytes_are_refused_when_read(tmp_path):
     folder = write(tmp_path, {"w": some(4, 3)})
     content = (folder / "__0_0.distcp").read_bytes()
     (folder / "__0_0.distcp").write_bytes(b"\0" * len(content))
-    with pytest.raises(VLBridgeError, match=r"__0_0\.distcp: expected the numbers of w"):
+    with pytest.raises(VLBridgeError, match=r"__0_0\.distcp: expected the values of w"):
         TorchDistFolder(folder).read(Region.whole("w", (4, 3)))
 
 
@@ -540,7 +541,7 @@ def test_a_chunk_that_is_damaged_around_its_numbers_is_refused_beside_a_sound_on
     file.write_bytes(content)
     reader = TorchDistFolder(tmp_path)
     assert torch.equal(reader.read(Region.whole("a", (6, 6))), some(6, 6))
-    with pytest.raises(VLBridgeError, match=r"__0_0\.distcp: expected the numbers of b"):
+    with pytest.raises(VLBridgeError, match=r"__0_0\.distcp: expected the values of b"):
         reader.read(Region.whole("b", (6, 6)))
 
 

@@ -1,24 +1,29 @@
 """`verify` finds every changed bit and nothing else; `inspect` counts what is there."""
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from safetensors.torch import load_file, save_file
 
-from megatron_vlbridge.checkpoint.checksums import CHECKSUMS, verify_checksums
+from megatron_vlbridge.checkpoint.comparison import Difference
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.inspect import inspect
-from megatron_vlbridge.checkpoint.report import Difference
-from megatron_vlbridge.checkpoint.stages import split_arguments, split_layers
+from megatron_vlbridge.checkpoint.pipeline_split import split_arguments, split_layers
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS, verify_checksums
+from megatron_vlbridge.checkpoint.stream.digest import ALGORITHMS
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import UsageError, VLBridgeError
-from megatron_vlbridge.families import ExpertForm
+from megatron_vlbridge.families import ExpertLayout
 from tests import reference
 from tests.unit import test_convert_moe
 from tests.unit.test_convert import bits_without_nan, training_run
@@ -94,8 +99,8 @@ def test_a_single_bit_is_found_and_named(model, hf):
         assert difference.text.startswith(text)
 
 
-@pytest.mark.parametrize("other", ExpertForm)
-@pytest.mark.parametrize("form", ExpertForm)
+@pytest.mark.parametrize("other", ExpertLayout)
+@pytest.mark.parametrize("form", ExpertLayout)
 def test_forms_of_experts_are_compared_in_the_names_of_the_first(form, other, tmp_path):
     """Against a comparison by torch, of the same model whose folder holds its experts in another form."""
     left, right = (test_convert_moe.make(tmp_path / name, str(form)) for name, form in (("a", form), ("b", other)))
@@ -204,8 +209,51 @@ def test_checksums_find_rot_anywhere(model, tmp_path):
         assert verify_checksums(folder).equal
 
 
+def hashes(folder: Path, of: Callable[[bytes], Any]) -> dict[str, list]:
+    """The ranges of the manifest's files, with their checksums by `of`."""
+    (files,) = (value for key, value in json.loads((folder / CHECKSUMS).read_text()).items() if key in ALGORITHMS)
+    return {
+        name: [[s, n, of((folder / name).read_bytes()[s : s + n]).hexdigest()] for s, n, _ in ranges]
+        for name, ranges in files.items()
+    }
+
+
+def make_version_1(folder: Path) -> None:
+    """The manifest as earlier versions wrote it."""
+    manifest = json.loads((folder / CHECKSUMS).read_text())
+    old = {"version": 1, "sha256": hashes(folder, hashlib.sha256), "origin": manifest["origin"]}
+    (folder / CHECKSUMS).write_text(json.dumps(old, indent=1) + "\n")
+
+
+def test_the_manifest_names_its_algorithm(model):
+    manifest = json.loads((model / "megatron" / CHECKSUMS).read_text())
+    assert manifest["version"] == 2
+    assert manifest["blake3"] == hashes(model / "megatron", blake3)
+
+
+def test_manifests_of_earlier_versions_are_verified(model, tmp_path):
+    folder = Path(shutil.copytree(model / "megatron", tmp_path / "megatron"))
+    make_version_1(folder)
+    assert verify_checksums(folder).equal
+    assert verify_checksums(folder).nbytes == verify_checksums(model / "megatron").nbytes
+    path = next(folder.rglob("*.distcp"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert [difference.name for difference in verify_checksums(folder).differences] == [f"release/{path.name}"]
+    import_checkpoint(model / "hf", folder, resume=True)  # it is still the result of this import
+
+
 @pytest.mark.parametrize(
-    "text", [None, "", "{}", '{"sha256": {"../x": [[0, 1, "a"]]}}', '{"sha256": {"x": [[0, -1, "a"]]}}']
+    "text",
+    [
+        None,
+        "",
+        "{}",
+        '{"md5": {"x": [[0, 1, "a"]]}}',
+        '{"sha256": {}, "blake3": {}}',
+        '{"sha256": {"../x": [[0, 1, "a"]]}}',
+        '{"blake3": {"x": [[0, -1, "a"]]}}',
+    ],
 )
 def test_checksums_that_are_none_are_refused(text, hf):
     if text is not None:

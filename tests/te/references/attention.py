@@ -1,4 +1,4 @@
-"""Attention of packed segments (THD), forward and backward, as cuDNN's fused kernels have it."""
+"""Attention of packed segments (THD): cuDNN's fused kernels, and the conversions around the unfused one."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -123,6 +123,52 @@ def fused_attn_bwd(
         dk[keys] = _summed(of_scores.transpose(1, 2) @ queries, k.shape[1]).to(k.dtype)
         dv[keys] = _summed(probabilities.transpose(1, 2) @ grads, v.shape[1]).to(v.dtype)
     return [dq, dk, dv, None, None]
+
+
+def convert_thd_to_bshd(tensor: torch.Tensor, cu_seqlens: torch.Tensor, batch: int, max_seqlen: int) -> torch.Tensor:
+    """Segments of `[T, N, D]` as the rows of `[batch, max_seqlen, N, D]`, zeros after them.
+
+    Called by `UnfusedDotProductAttention` before its matrix products, and by the backward of `convert_bshd_to_thd`.
+    """
+    segments = _of_side(cu_seqlens, None, max_seqlen, tensor)
+    assert len(segments) == batch
+    out = tensor.new_zeros(batch, max_seqlen, *tensor.shape[1:])
+    for row, tokens in zip(out, segments, strict=True):
+        row[: tokens.stop - tokens.start] = tensor[tokens]
+    return out
+
+
+def convert_bshd_to_thd(tensor: torch.Tensor, cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    """The reverse of `convert_thd_to_bshd`, of `total` tokens; those outside all segments are NaN.
+
+    Called by `UnfusedDotProductAttention` after its matrix products, and by the backward of `convert_thd_to_bshd`.
+    """
+    out = tensor.new_full((total, *tensor.shape[2:]), float("nan"))
+    for row, tokens in zip(tensor, _of_side(cu_seqlens, None, tensor.shape[1], out), strict=True):
+        out[tokens] = row[: tokens.stop - tokens.start]
+    return out
+
+
+def scaled_masked_softmax_forward(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Softmax over the keys of scaled scores `[batch, N, n, m]`; `mask` `[1 or batch, 1, n, m]` is true where not seen.
+
+    A row that sees nothing is zero.
+
+    Called by `FusedScaleMaskSoftmax` in `UnfusedDotProductAttention`, for 16 bits and sizes that are multiples of 4.
+    """
+    assert mask.dtype == torch.bool
+    assert mask.shape in [(batch, 1, *x.shape[2:]) for batch in (1, len(x))], (mask.shape, x.shape)
+    probabilities = (scale * x.float()).masked_fill(mask, float("-inf")).softmax(-1)
+    return probabilities.nan_to_num(0.0).to(x.dtype)
+
+
+def scaled_masked_softmax_backward(grad: torch.Tensor, probabilities: torch.Tensor, scale: float) -> torch.Tensor:
+    """The gradient of the scores, from that of the `probabilities` `[batch, N, n, m]`.
+
+    Called by the backward of the above.
+    """
+    weighted = grad.float() * probabilities.float()
+    return (scale * (weighted - probabilities.float() * weighted.sum(-1, keepdim=True))).to(grad.dtype)
 
 
 def _check(

@@ -120,6 +120,15 @@ def thd_copy_valid_tokens_from_per_split_to_rank_local(
         out[start : start + length] = of_step[start : start + length]
 
 
+def thd_get_partitioned_indices(cu_seqlens: torch.Tensor, total: int, size: int, rank: int) -> torch.Tensor:
+    """The places in the sequence, int32, of the tokens that a rank holds.
+
+    Called by `get_thd_partitioned_indices` (attention/dot_product_attention/context_parallel.py).
+    """
+    order = _rank_order(torch.arange(total), cu_seqlens, size, total)
+    return order.chunk(size)[rank].int()
+
+
 def _rank_order(x: torch.Tensor, cu_seqlens: torch.Tensor, size: int, total: int) -> torch.Tensor:
     """The place in the sequence of each token of all ranks: rank r holds chunks r and 2 * size - 1 - r of a segment."""
     assert len(x) == total == cu_seqlens[-1], (len(x), total, cu_seqlens)

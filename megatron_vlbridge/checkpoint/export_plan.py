@@ -1,0 +1,258 @@
+"""The plan of an export, verified from headers alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from megatron_vlbridge import families
+from megatron_vlbridge.checkpoint.conversion import Conversion, check_read_back, dtype_name
+from megatron_vlbridge.checkpoint.dtypes import as_dtype, check_dtypes, downcast_into, hf_tensors
+from megatron_vlbridge.checkpoint.hf.ignored import listed
+from megatron_vlbridge.checkpoint.hf.portable_config import differences_in_4
+from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder
+from megatron_vlbridge.checkpoint.hf.side_files import copy_side_files, side_files
+from megatron_vlbridge.checkpoint.hf.template import ExportTemplate, find_template
+from megatron_vlbridge.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, plan_shards
+from megatron_vlbridge.checkpoint.stream.json_file import load_json_object
+from megatron_vlbridge.checkpoint.stream.raw import Filler, gather_into
+from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.errors import UsageError, VLBridgeError
+from megatron_vlbridge.families import ExpertLayout, Family, read_config
+from megatron_vlbridge.families.experts import detect_layout_by_names
+from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
+from megatron_vlbridge.weights import Plan, Region, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Conversion):
+    """Megatron -> Hugging Face.
+
+    `tensors` are those to be written, with `index` as their index where it is that of the template. `config_dtype` is
+    what config.json is to name (None: what it names), `portable` what it means, where it is to be rewritten.
+    """
+
+    template: ExportTemplate
+    tensors: Mapping[str, TensorSpec]
+    index: Path | None
+    config_dtype: torch.dtype | None
+    portable: Config | None
+
+    @property
+    def kind(self) -> str:
+        """`export`."""
+        return "export"
+
+    def complete(self, folder: Path) -> None:
+        """Copy the template's other files."""
+        copy_side_files(self.template.folder, folder, self.config_dtype, portable=self.portable)
+        if self.index is not None:
+            shutil.copyfile(self.index, folder / INDEX)
+
+    def check(self, folder: Path) -> None:
+        """Read the headers back."""
+        check_read_back(folder, SafetensorsFolder(folder).table, self.tensors)
+
+
+def plan_export(
+    megatron_folder: str | Path,
+    hf_folder: str | Path,
+    *,
+    like: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    experts: str | None = None,
+    max_shard_size: int | None = None,
+    portable_config: bool = False,
+) -> Export:
+    """What `export_checkpoint` would do, verified from headers alone; arguments and errors are the same."""
+    source = Path(megatron_folder)
+    weights = TorchDistFolder(source)
+    template = find_template(source, like)
+    plan = plan_export_of(
+        weights,
+        hf_folder,
+        template,
+        dtype=dtype,
+        experts=experts,
+        max_shard_size=max_shard_size,
+        portable_config=portable_config,
+    )
+    named = None if like is None else str(template.folder.resolve())
+    return replace(plan, options={**plan.options, "--like": named})
+
+
+class MegatronWeights(Protocol):
+    """A Megatron checkpoint, on disk or in a live model; `folder` names it in errors."""
+
+    @property
+    def folder(self) -> Path:
+        """Its folder, or what stands for it."""
+        ...
+
+    @property
+    def table(self) -> Mapping[str, TensorSpec]:
+        """All tensors."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What it is read from."""
+        ...
+
+    def read_into(self, region: Region, out: torch.Tensor) -> None:
+        """Copy the values of a region into a tensor of its shape, converted to the tensor's dtype."""
+        ...
+
+
+def plan_export_of(
+    weights: MegatronWeights,
+    hf_folder: str | Path,
+    template: ExportTemplate,
+    *,
+    dtype: str | torch.dtype | None = None,
+    experts: str | None = None,
+    max_shard_size: int | None = None,
+    portable_config: bool = False,
+) -> Export:
+    """The export of `weights` with the other files of `template`; arguments and errors are those of `plan_export`."""
+    target = Path(hf_folder)
+    config = read_config(template.folder)
+    family = families.find(config)
+    form = family.find_expert_layout(config, template.table, experts or template.experts)
+    table = family.table_for(config, template.table, experts or template.experts)
+    check_dtypes(weights.folder, weights.table)
+    wanted = as_dtype(dtype)
+    hf, upcast = hf_tensors(table, weights.table, template.table, wanted)
+    plan = Plan(
+        table,
+        hf,
+        weights.table,
+        cast=wanted is not None,
+        upcast=upcast,
+        hf_source=f"{target} (made like {template.folder})",
+        megatron_source=str(weights.folder),
+    )
+    if config.tie_word_embeddings and family.head in template.tensors:
+        hf[family.head] = hf[family.embedding]
+    passthrough = _passthrough(template, {*hf, *_own_names(template, config, family)}, family)
+    hf |= passthrough
+    read = template.weights.read_into if template.weights is not None else None
+    fill = _hf_filler(plan, family.embedding, weights, dict.fromkeys(passthrough, read))
+    files, index = _shards(hf, template, max_shard_size)
+    return Export(
+        architecture=family.architecture,
+        source=weights.folder,
+        target=target,
+        plan=plan,
+        writer=SafetensorsWriter(hf, files, fill),
+        source_files=(
+            *weights.files,
+            *dict.fromkeys(template.folder / template.tensors[name][0] for name in passthrough),
+        ),
+        side_files=tuple(side_files(template.folder)),
+        notes=(
+            *_form_notes(form, family),
+            *_passthrough_notes(template.folder, config, list(passthrough)),
+            *_config_notes(template.folder, config, portable_config),
+        ),
+        options={
+            "--dtype": dtype_name(wanted),
+            "--experts": experts,
+            "--max-shard-size": max_shard_size,
+            "--portable-config": portable_config,
+        },
+        template=template,
+        tensors=hf,
+        index=index,
+        config_dtype=wanted or template.dtype_to_name(plan.hf),
+        portable=config if portable_config else None,
+    )
+
+
+def _hf_filler(plan: Plan, embedding: str, weights: MegatronWeights, others: Mapping[str, Filler | None]) -> Filler:
+    """Fills regions of Hugging Face tensors: those of the rules, a tied head, `others` with readers of their own."""
+    table = plan.table
+
+    def values(region: Region, out: torch.Tensor) -> None:
+        pieces = table.megatron_sources(region)
+        if out.dtype != torch.float32 and any(piece.source.name in plan.upcast for piece in pieces):
+            downcast_into(region, out, values)
+        else:
+            gather_into(out, pieces, weights.read_into, weights.table)
+
+    def fill(region: Region, out: torch.Tensor) -> None:
+        other = others.get(region.name)
+        if other is not None:
+            other(region, out)
+        elif region.name in table.hf_shapes:
+            values(region, out)
+        else:
+            values(Region(embedding, region.offset, region.shape), out)
+
+    return fill
+
+
+def _form_notes(form: ExpertLayout, family: Family) -> Iterator[str]:
+    hub = family.expert_layout
+    if form is not hub:
+        yield f"experts are written as {form}; the Hub's form of them is {hub}: --experts {hub}"
+
+
+def _passthrough_notes(like: Path, config: Config, passthrough: Sequence[str]) -> Iterator[str]:
+    if config.fp8:
+        yield f"weights are not quantised again: quantization_config of {like} is removed from config.json"
+    if passthrough:
+        yield f"copied unchanged from {like}, as not part of the model: {listed(passthrough)}"
+
+
+def _config_notes(like: Path, config: Config, portable: bool) -> Iterator[str]:
+    found = list(differences_in_4(load_json_object(like / "config.json"), config))
+    if found and portable:
+        yield f"config.json is written for transformers 4.57 too, which would have read {'; '.join(found)}"
+    elif found:
+        yield (
+            f"transformers 4.57 does not read config.json as 5.x does ({'; '.join(found)}): --portable-config (in "
+            "Python: portable_config=True) writes one that both read alike"
+        )
+
+
+def _own_names(template: ExportTemplate, config: Config, family: Family) -> Iterable[str]:
+    """The names of the model's tensors in the template, whose experts may have another form than the export's."""
+    forms = (
+        detect_layout_by_names(config, template.tensors, family.layers),
+        detect_layout_by_names(config, template.tensors, MTP_LAYERS, [0]),
+    )
+    return family.table(config, *forms).hf_shapes
+
+
+def _passthrough(template: ExportTemplate, known: Collection[str], family: Family) -> dict[str, TensorSpec]:
+    """The template's tensors that are not part of the model, whose tensors' names are `known`.
+
+    Raises VLBridgeError where the template lists such tensors but does not hold them.
+    """
+    names = [name for name in template.tensors if name not in known]
+    if names and template.weights is None:
+        raise VLBridgeError(
+            f"{template.folder}: expected only tensors of a {family.architecture}, found more: {listed(names)}. "
+            "Give --like (in Python: like=), the Hugging Face folder that holds them."
+        )
+    return {name: template.tensors[name][1] for name in names}
+
+
+def _shards(
+    hf: Mapping[str, TensorSpec], template: ExportTemplate, max_shard_size: int | None
+) -> tuple[dict[str, str], Path | None]:
+    """Tensor -> file, and the template's own index where it is still right about sizes and files."""
+    if max_shard_size is not None and max_shard_size <= 0:
+        raise UsageError(f"max_shard_size: expected a positive number of bytes, found {max_shard_size}.")
+    if max_shard_size is not None or template.tensors.keys() != hf.keys():
+        return plan_shards(hf, max_shard_size or DEFAULT_SHARD_BYTES), None
+    files = {name: file for name, (file, _) in template.tensors.items()}
+    same_sizes = all(hf[name].dtype == spec.dtype for name, (_, spec) in template.tensors.items())
+    return files, template.index if same_sizes else None

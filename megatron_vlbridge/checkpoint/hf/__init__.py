@@ -1,0 +1,1 @@
+"""Hugging Face folders: safetensors, the Hub, FP8 weights and the files beside them."""

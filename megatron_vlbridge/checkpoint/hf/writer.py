@@ -1,0 +1,136 @@
+"""Folders of safetensors files, written in parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from megatron_vlbridge.checkpoint.hf.header import encode_header
+from megatron_vlbridge.checkpoint.hf.reader import INDEX, SINGLE
+from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
+from megatron_vlbridge.checkpoint.stream.engine import Block
+from megatron_vlbridge.checkpoint.stream.part import PART_BYTES, Part
+from megatron_vlbridge.checkpoint.stream.raw import Filler, as_bytes, write_exactly
+from megatron_vlbridge.weights import Region, TensorSpec
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> dict[str, str]:
+    """Tensor -> file, in the order given, each file no larger than the limit unless one tensor alone is.
+
+    The names are the Hub's: `model.safetensors`, or `model-00001-of-00002.safetensors` and so on.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in specs.items():
+        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += spec.nbytes
+    if len(shards) == 1:
+        return dict.fromkeys(shards[0], SINGLE)
+    total = len(shards)
+    files = [f"model-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1)]
+    return {name: file for file, names in zip(files, shards, strict=True) for name in names}
+
+
+class SafetensorsWriter:
+    """Writes tensors into the files that `files` says (tensor -> file), and an index when there are several.
+
+    `fill` gives the numbers of a region when they are to be written, a block of rows at a time. The format is a length,
+    a JSON header and the plain numbers, so the parts of a file are independent. Neighbours in number lie in different
+    files where they can: threads that write to one file at once hinder each other.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec], files: Mapping[str, str], fill: Filler) -> None:
+        self.specs, self.files, self._fill = specs, files, fill
+        by_file: dict[str, dict[str, TensorSpec]] = {}
+        for name, file in files.items():
+            by_file.setdefault(file, {})[name] = specs[name]
+        # Wider dtypes first keeps every tensor aligned to its own size, as the format's library does.
+        ordered = {
+            file: dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+            for file, tensors in by_file.items()
+        }
+        self._heads = {file: encode_header(tensors) for file, tensors in ordered.items()}
+        cut = [[(file, regions) for regions in self._cut(tensors)] for file, tensors in ordered.items()]
+        ranges = [found for turn in zip_longest(*cut) for found in turn if found is not None]
+        self._regions = [regions for _, regions in ranges]
+        self.sizes = [sum(map(self._nbytes, regions)) for regions in self._regions]
+        self.block_bytes = max((self._nbytes(region) for regions in self._regions for region in regions), default=0)
+        self._parts: list[Part] = []
+        self._lengths = dict.fromkeys(by_file, 0)
+        for index, (file, _) in enumerate(ranges):
+            start = self._lengths[file]
+            length = self.sizes[index] + (0 if start else len(self._heads[file]))
+            self._parts.append(Part(index, file, start, length))
+            self._lengths[file] += length
+        self._alone = {file: threading.Lock() for file in by_file}
+
+    def _cut(self, tensors: Mapping[str, TensorSpec]) -> list[list[Region]]:
+        """The blocks of one file by parts. The first part, which has the header too, may hold no block."""
+        parts: list[list[Region]] = [[]]
+        filled = 0
+        for name, spec in tensors.items():
+            for region in row_blocks(Region.whole(name, spec.shape), spec.dtype.itemsize):
+                if parts[-1] and filled + self._nbytes(region) > PART_BYTES:
+                    parts.append([])
+                    filled = 0
+                parts[-1].append(region)
+                filled += self._nbytes(region)
+        return parts
+
+    def _nbytes(self, region: Region) -> int:
+        return region.volume * self.specs[region.name].dtype.itemsize
+
+    def regions(self, index: int) -> Sequence[Region]:
+        """What one part holds."""
+        return self._regions[index]
+
+    def part(self, index: int) -> Part:
+        """A range of a file: its header, if it is the first, and blocks of rows."""
+        return self._parts[index]
+
+    def contents(self, index: int) -> str:
+        """The header and the regions of a part."""
+        return f"{self._head(index)!r} {self._regions[index]}"
+
+    def _head(self, index: int) -> bytes:
+        part = self._parts[index]
+        return b"" if part.start else self._heads[part.file]
+
+    def prepare(self, folder: Path) -> None:
+        """Make the files at their full length."""
+        for file, length in self._lengths.items():
+            with (folder / file).open("ab") as stream:
+                stream.truncate(length)
+
+    def write(self, index: int, folder: Path, block: Block) -> Part:
+        """Write one range of one file."""
+        part, head = self._parts[index], self._head(index)
+        position = part.start + len(head)
+        handle = os.open(folder / part.file, os.O_WRONLY)
+        try:
+            write_exactly(handle, part.start, head)
+            for region in self._regions[index]:
+                held = block.take(region.shape, self.specs[region.name].dtype)
+                self._fill(region, held)
+                with self._alone[part.file]:  # the kernel's own lock spins
+                    write_exactly(handle, position, as_bytes(held))
+                position += held.nbytes
+        finally:
+            os.close(handle)
+        return part
+
+    def finish(self, folder: Path, _written: Sequence[Part]) -> None:
+        """Write the index, as the Hub has it."""
+        if len(self._lengths) > 1:
+            total = sum(spec.nbytes for spec in self.specs.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.files.items()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

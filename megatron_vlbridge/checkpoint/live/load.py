@@ -1,0 +1,103 @@
+"""Filling a live, sharded Megatron model from a Hugging Face folder: each rank reads its own slices."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vlbridge.checkpoint.config_differences import config_differences
+from megatron_vlbridge.checkpoint.hf.hub import find_folder
+from megatron_vlbridge.checkpoint.hf.source import HfSource, open_source
+from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks
+from megatron_vlbridge.checkpoint.live.shards import Model, Shard, check_complete, modules_of, shards_of
+from megatron_vlbridge.checkpoint.stream.raw import gather_into
+from megatron_vlbridge.config import Config
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.weights import Plan, TensorSpec
+
+
+@torch.no_grad()
+def load_hf_weights(
+    model: Model,
+    folder: str | Path,
+    *,
+    experts: str | None = None,
+    ignore: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
+) -> None:
+    """Copy the weights of a Hugging Face folder (or Hub id) into a model that is already sharded, in place.
+
+    `model` is what Megatron's `get_model` gives: one module, or the list of all chunks of this rank under virtual
+    pipelining, wrapped or not. Its own `sharded_state_dict` says which slice of which tensor each rank holds; only
+    those are read (of columns, also what lies between them in the file, up to 4 MiB at once), and converted to the
+    dtype of the parameter. Rows that pad the vocabulary become zero. All ranks must call it. `experts` (an
+    `ExpertLayout`) says how the folder holds its experts where its tensors do not tell, `ignore` are patterns
+    (`rotary.*`) for tensors that are not part of the model; `leave_out` is its former name.
+
+    Raises VLBridgeError, on all ranks, when the folder does not match its config or the model's config, a slice has no
+    source, a parameter is not filled or its dtype cannot hold its values, or a part of a weight of the folder (an
+    expert, some rows) is on no rank.
+
+    Example: `load_hf_weights(get_model(model_provider), "Qwen3-VL-2B-Instruct")`.
+    """
+    held = []
+    with raise_on_all_ranks():
+        folder = find_folder(folder)
+        source = open_source(folder, experts=experts, ignore=[*ignore, *leave_out])
+        _check_plan(source)
+        table = source.table
+        for module in modules_of(model):
+            check_config(folder, source.config, module)
+            shards = shards_of(module, table, str(folder))
+            _check_every_parameter_is_filled(module, shards)
+            for shard in shards:
+                _fill(shard, source)
+            held += [shard.known for shard in shards if shard.main and shard.known is not None]
+    check_complete(table, [region for regions in gather(held) for region in regions], str(folder))
+
+
+def _check_plan(source: HfSource) -> None:
+    """Reject a folder whose headers do not match the rules, before the model is touched."""
+    megatron = {name: TensorSpec(shape, torch.float32) for name, shape in source.table.megatron_shapes.items()}
+    folder = str(source.weights.folder)
+    Plan(source.table, source.tensors, megatron, cast=True, hf_source=folder, megatron_source="the model")
+
+
+def check_config(folder: Path, config: Config, module: Any) -> None:
+    """Reject a folder whose config is not the one that the model was built from."""
+    lines = [
+        f"{name}: expected {expected}, as the model was built, found {found}"
+        for name, expected, found in config_differences(module.checkpoint, config)
+    ]
+    if lines:
+        text = lines[0] if len(lines) == 1 else f"{len(lines)} differences:\n  " + "\n  ".join(lines)
+        end = ". " if len(lines) == 1 else "\n"
+        raise VLBridgeError(f"{folder}: {text}{end}Build the model from this folder's config.")
+
+
+def _check_every_parameter_is_filled(module: torch.nn.Module, shards: Sequence[Shard]) -> None:
+    """Reject parameters whose memory is not that of their shards: the copy would not reach them."""
+    sizes = {shard.values.data_ptr(): shard.values.numel() for shard in shards}
+    addresses = sorted(sizes)
+    for name, parameter in module.named_parameters():
+        start = parameter.data_ptr()
+        inside = addresses[bisect_left(addresses, start) : bisect_left(addresses, start + parameter.nbytes)]
+        found = sum(sizes[address] for address in inside)
+        if found != parameter.numel():
+            raise VLBridgeError(
+                f"{name}: expected all {parameter.numel()} elements in the model's sharded_state_dict, found {found}. "
+                "The module must describe each parameter there, in its own memory."
+            )
+
+
+def _fill(shard: Shard, source: HfSource) -> None:
+    """Fill one shard."""
+    if shard.known != shard.region:
+        shard.values.zero_()
+    if shard.known is not None:
+        pieces = source.table.hf_sources(shard.known)
+        gather_into(shard.known_values, pieces, source.weights.read_into, source.tensors)

@@ -1,0 +1,1 @@
+"""Results written in parts: blocks of bounded memory, staging, resumption and checksums."""

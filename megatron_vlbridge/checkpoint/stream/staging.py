@@ -1,0 +1,236 @@
+"""Folders that appear whole or not at all, and work that a killed run leaves for the next one to continue.
+
+Beside the target `name` stands, while it is written, the hidden folder `.name.vlbridge`: `result/` becomes the target
+by one rename, `journal.jsonl` says from what it is made and which parts are finished, `lock` keeps other runs out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_vlbridge.checkpoint.stream.origin import current, first_difference
+from megatron_vlbridge.checkpoint.stream.part import Part
+from megatron_vlbridge.errors import VLBridgeError
+
+
+class Staging:
+    """The work folder of one run: `folder` is the result to be, `finished` what an earlier run has done."""
+
+    def __init__(self, work: Path, finished: Mapping[int, Part]) -> None:
+        self.folder, self.finished = work / "result", dict(finished)
+        self._journal = work / "journal.jsonl"
+
+    def note(self, part: Part) -> None:
+        """Append a finished part to the journal."""
+        with self._journal.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(part.as_json()) + "\n")
+        self.finished[part.index] = part
+
+
+@contextmanager
+def staged_folder(target: Path, origin: Mapping[str, Any], *, resume: bool = False) -> Iterator[Staging]:
+    """A folder to work in; flushed and renamed to `target` at the end.
+
+    `target` must not exist, or be an empty folder. `origin` says, in JSON's types, what the result is made from and
+    how; work is continued only where it is the same. After an error or an interruption, finished parts stay for a run
+    with `resume`; where there are none, nothing does.
+
+    Raises VLBridgeError where `target` is taken, another run is writing it, an interrupted run's work is there and
+    `resume` is false or the origin has changed, and for what the file system refuses (a full disk, missing rights).
+    """
+    work = _work_of(target)
+    try:
+        sweep(target)
+        _check_free(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target, work):
+            sweep(target)
+            _check_free(target)
+            staging = _begin(target, work, origin, resume)
+            try:
+                yield staging
+                sync_tree(staging.folder)
+                _check_free(target)
+                staging.folder.rename(target)  # in the place of an empty folder; fails where it is no longer empty
+                sync(target.parent)
+            except VLBridgeError as error:
+                raise VLBridgeError(f"{error} {_what_is_left(work, staging)}") from error
+            except OSError as error:
+                text = f"{target}: expected to write it, found: {error}. Check free space and permissions, and retry."
+                raise VLBridgeError(f"{text} {_what_is_left(work, staging)}") from error
+            except BaseException:
+                _what_is_left(work, staging)
+                raise
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        text = f"{target}: expected to write it, found: {error}. Check free space and permissions, and retry."
+        raise VLBridgeError(text) from error
+
+
+def earlier_work(target: Path, origin: Mapping[str, Any], *, resume: bool = False) -> dict[int, Part]:
+    """The finished parts that `staged_folder` would begin with; writes nothing.
+
+    Raises VLBridgeError where it would: the target exists, another run writes it, its place cannot be written, an
+    interrupted run's work is there that is not to be, or cannot be, continued.
+    """
+    work = _work_of(target)
+    try:
+        _check_free(target)
+        _check_place(target)
+        with ExitStack() as held:
+            if (work / "lock").exists():
+                held.enter_context(_locked(target, work))
+            return _continued(target, work, origin, resume)
+    except OSError as error:
+        text = f"{target}: expected to write it, found: {error}. Check free space and permissions, and retry."
+        raise VLBridgeError(text) from error
+
+
+def _check_place(target: Path) -> None:
+    """Refuse a target whose folder cannot be made or written in."""
+    place = target.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise VLBridgeError(f"{target}: expected a folder that may be written in, found {place}. Take another.")
+
+
+def _work_of(target: Path) -> Path:
+    return target.parent / f".{target.name}.vlbridge"
+
+
+def _what_is_left(work: Path, staging: Staging) -> str:
+    """Remove the work folder unless a part is finished; says which."""
+    if staging.finished:
+        return f"{len(staging.finished)} finished parts are kept in {work}: continue with --resume, or remove it."
+    shutil.rmtree(work, ignore_errors=True)
+    return "Nothing was left there."
+
+
+def sweep(target: Path) -> None:
+    """Remove what is left beside a result by a run that was killed between its last two steps."""
+    work = _work_of(target)
+    if not is_free(target) and work.exists() and not (work / "result").exists():
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def is_free(target: Path) -> bool:
+    """Whether a result may get this name: nothing has it, or an empty folder that a rename can replace."""
+    if target.is_symlink() or target.is_mount() or target.name in ("", ".."):
+        return False
+    try:
+        return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    except PermissionError:
+        return False
+
+
+def _check_free(target: Path) -> None:
+    if not is_free(target):
+        found = "a mount point" if target.is_mount() else "something there"
+        raise VLBridgeError(
+            f"{target}: expected a name that is free, or an empty folder, found {found}. Use another name, or remove "
+            "it if it is not needed."
+        )
+
+
+@contextmanager
+def _locked(target: Path, work: Path) -> Iterator[None]:
+    """Hold the work folder alone. The kernel gives the lock back when a process ends, however it ends."""
+    while True:
+        work.mkdir(exist_ok=True)
+        try:
+            handle = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the run that held it has just ended
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(work / "lock", handle):
+                yield
+                return
+        except BlockingIOError as error:
+            text = f"{target}: expected to write it alone, found another run that writes it ({work}). Wait for it."
+            raise VLBridgeError(text) from error
+        finally:
+            os.close(handle)
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _begin(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) -> Staging:
+    """An empty result and a new journal, or what an interrupted run with the same origin left."""
+    journal = work / "journal.jsonl"
+    finished = _continued(target, work, origin, resume)
+    try:
+        if not finished:
+            shutil.rmtree(work / "result", ignore_errors=True)
+        (work / "result").mkdir(exist_ok=True)  # a run may have been killed just after it had put its result in place
+        lines = [json.dumps(origin), *(json.dumps(part.as_json()) for part in finished.values())]
+        fresh = work / "journal.new"
+        fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")  # without the line that a kill may have torn
+        fresh.replace(journal)
+    except OSError:
+        if not finished:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    return Staging(work, finished)
+
+
+def _continued(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) -> dict[int, Part]:
+    """What an interrupted run has finished; refuses it where it is not to be, or cannot be, continued."""
+    before, finished = _read_journal(work / "journal.jsonl")
+    if finished and not resume:
+        raise VLBridgeError(
+            f"{target}: expected no earlier work, found {len(finished)} finished parts of an interrupted run in "
+            f"{work}. Continue it with --resume, or remove that folder."
+        )
+    if finished and before != origin:
+        changed = first_difference(before, origin)
+        raise VLBridgeError(
+            f"{target}: expected to continue from the same source with the same options, found {changed}. "
+            f"Give the source and the options of that run, or remove {work} and begin again."
+        )
+    return finished
+
+
+def _read_journal(path: Path) -> tuple[Any, dict[int, Part]]:
+    """Origin and finished parts; whatever follows a line that a kill has torn counts as not done."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    finished: dict[int, Part] = {}
+    try:
+        origin = current(json.loads(lines[0])) if lines else None
+        for line in lines[1:]:
+            part = Part.from_json(json.loads(line))
+            finished[part.index] = part
+    except (json.JSONDecodeError, TypeError, KeyError, ValueError):
+        if not finished:
+            return None, {}
+    return origin, finished
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below to the disk."""
+    for place, _, files in os.walk(folder):
+        for file in files:
+            sync(Path(place) / file)
+        sync(Path(place))
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

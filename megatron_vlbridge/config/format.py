@@ -1,0 +1,23 @@
+"""What the `config.json` of one model type holds, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ConfigFormat:
+    """The `config.json` of one model type.
+
+    `text`, `vision` and `tokens` hold, for each key of `text_config`, `vision_config` and the top level that the
+    reader looks for, what transformers 5.23 takes where it is absent. A key that is not here is one that the model
+    type does not have: with `num_experts` it has experts, with `full_attention_interval` linear attention, and so on.
+    """
+
+    model_type: str
+    architecture: str
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    tokens: Mapping[str, int]
