@@ -42,7 +42,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         seq_length: number of tokens of a pack.
         num_samples: number of packs, over as many epochs as needed.
         seed: of the shuffle.
-        multiple_of: length of a conversation in a pack is rounded up to a multiple of this, for context-parallel
+        multiple_of: the length of a conversation in a pack is rounded up to a multiple of this, for context-parallel
             padding: 2 * the context-parallel size if that is above 1. The space is reserved; the tensors are unpadded.
         media: how images and frames are read.
 
@@ -108,7 +108,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         return self.epoch_packs(epoch)[index - self._epoch_starts[epoch]]
 
     def epoch_packs(self, epoch: int) -> list[list[int]]:
-        """The packs of an epoch, each as a list of conversation indices; the last epoch asked for is cached."""
+        """The packs of an epoch, each as a list of conversation indices; the last requested epoch is cached."""
         cached_epoch, packs = self._cached_epoch
         if cached_epoch != epoch:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths)).tolist()
