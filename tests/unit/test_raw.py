@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vlbridge.checkpoint import raw
+from megatron_vlbridge.checkpoint.stream import raw
 from megatron_vlbridge.checkpoint.stream.engine import Block, Options
 from megatron_vlbridge.checkpoint.stream.raw import Stored, as_bytes, read_exactly, write_exactly
 from megatron_vlbridge.errors import VLBridgeError
