@@ -87,18 +87,22 @@ class MtpReference:
     losses: list[torch.Tensor]
 
 
-_KNOWN: dict[tuple[Path, bytes], MtpReference] = {}
+_CACHE: dict[tuple[Path, bytes, torch.dtype], MtpReference] = {}
 
 
-def run_transformers(folder: Path, groups: Sequence[Sequence[Conversation]]) -> MtpReference:
+def run_transformers(
+    folder: Path, groups: Sequence[Sequence[Conversation]], dtype: torch.dtype = torch.float32
+) -> MtpReference:
     """Forward and backward of each conversation alone; run once for the same checkpoint and groups."""
-    key = folder, b"".join(digest(group) for group in groups)
-    if key not in _KNOWN:
-        _KNOWN[key] = _run_transformers(folder, groups)
-    return _KNOWN[key]
+    key = folder, b"".join(digest(group) for group in groups), dtype
+    if key not in _CACHE:
+        _CACHE[key] = _run_transformers(folder, groups, dtype)
+    return _CACHE[key]
 
 
-def _run_transformers(folder: Path, groups: Sequence[Sequence[Conversation]], scaling: float = 0.1) -> MtpReference:
+def _run_transformers(
+    folder: Path, groups: Sequence[Sequence[Conversation]], dtype: torch.dtype, scaling: float = 0.1
+) -> MtpReference:
     """Forward and backward.
 
     The loss that is derived is the main loss, and `scaling` times the mean loss of the prediction layer over each
@@ -107,8 +111,8 @@ def _run_transformers(folder: Path, groups: Sequence[Sequence[Conversation]], sc
     """
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
-    module = PredictionLayer(model.config.text_config).train()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).train()
+    module = PredictionLayer(model.config.text_config).to(dtype).train()
     module.load_state_dict(load_file(folder / FILE))
     conversations = [c for group in groups for c in group]
     outputs = [_run(model, module, c) for c in conversations]
@@ -140,10 +144,10 @@ def _run(model: Any, module: PredictionLayer, c: Conversation) -> tuple[torch.Te
     hook = language.rotary_emb.register_forward_hook(lambda _module, _args, output: rotary.append(output))
     hidden = model.model(input_ids=c.tokens[None], mm_token_type_ids=kinds[None], use_cache=False, **media)[0]
     hook.remove()
-    logits = model.lm_head(hidden)[0]
+    logits = model.lm_head(hidden)[0].float()
     words = language.embed_tokens(c.tokens[None, 1:])
     table = rotary[0][0][:, :-1], rotary[0][1][:, :-1]
-    further = model.lm_head(module(words, hidden[:, :-1], table))[0]
+    further = model.lm_head(module(words, hidden[:, :-1], table))[0].float()
 
     def token_losses(found: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(found, labels, reduction="none", ignore_index=-100)

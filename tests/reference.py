@@ -186,14 +186,16 @@ class Reference:
     vision: list[dict[str, torch.Tensor]]
 
 
-_CACHE: dict[tuple[Path, bytes], Reference] = {}
+_CACHE: dict[tuple[Path, bytes, torch.dtype], Reference] = {}
 
 
-def run_transformers(folder: Path, conversations: Sequence[Conversation]) -> Reference:
-    """Forward and backward of each conversation separately; cached by checkpoint and conversations."""
-    key = folder, digest(conversations)
+def run_transformers(
+    folder: Path, conversations: Sequence[Conversation], dtype: torch.dtype = torch.float32
+) -> Reference:
+    """Forward and backward of each conversation separately; cached by checkpoint, conversations and dtype."""
+    key = folder, digest(conversations), dtype
     if key not in _CACHE:
-        _CACHE[key] = _run_transformers(folder, conversations)
+        _CACHE[key] = _run_transformers(folder, conversations, dtype)
     return _CACHE[key]
 
 
@@ -203,10 +205,10 @@ def digest(conversations: Sequence[Conversation]) -> bytes:
     return hashlib.sha256(b"".join(parts)).digest()
 
 
-def _run_transformers(folder: Path, conversations: Sequence[Conversation]) -> Reference:
+def _run_transformers(folder: Path, conversations: Sequence[Conversation], dtype: torch.dtype) -> Reference:
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).train()
     logits, losses = [], []
     vision: list[dict[str, torch.Tensor]] = []
     for c in conversations:
@@ -217,7 +219,7 @@ def _run_transformers(folder: Path, conversations: Sequence[Conversation]) -> Re
             media |= {"pixel_values_videos": c.videos, "video_grid_thw": c.video_grids}
         kinds = (c.tokens == IMAGE).long() + 2 * (c.tokens == VIDEO).long()
         output = model(input_ids=c.tokens[None], mm_token_type_ids=kinds[None], use_cache=False, **media)
-        logits.append(output.logits[0])
+        logits.append(output.logits[0].float())
         losses.append(torch.nn.functional.cross_entropy(logits[-1], c.labels, reduction="none", ignore_index=-100))
         vision.append({})
         for kind, pixels, grids in (("images", c.images, c.image_grids), ("videos", c.videos, c.video_grids)):

@@ -12,12 +12,13 @@ import megatron.core.datasets.utils
 import megatron.training.training
 import torch
 from megatron.core.enums import ModelType
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.initialize import initialize_megatron
 
-from megatron_vlbridge.backends import cpu_runtime
+from megatron_vlbridge.backends import cpu_adam, cpu_runtime
 from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
@@ -104,7 +105,12 @@ def run(
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
         # The wheel ships the built helpers without the Makefile that Megatron would run.
         megatron.core.datasets.utils.compile_helpers = _nothing
+    # It copies into views of fp32 weights, which autograd rejects (Megatron-Core 0.19).
+    DistributedOptimizer.load_parameter_state_from_dp_reshardable = torch.no_grad()(
+        DistributedOptimizer.load_parameter_state_from_dp_reshardable
+    )
     if cpu_runtime.is_enabled():
+        cpu_adam.install()
         megatron.training.training.initialize_megatron = functools.partial(initialize_megatron, allow_no_cuda=True)
     datasets = EagerDatasetProvider(dataset_provider)
 

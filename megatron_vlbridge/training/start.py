@@ -14,7 +14,6 @@ from megatron.training.checkpointing import checkpoint_exists, get_checkpoint_na
 from megatron.training.training import get_optimizer_param_scheduler
 
 from megatron_vlbridge import families
-from megatron_vlbridge.backends import cpu_runtime
 from megatron_vlbridge.checkpoint.hf.source import open_source
 from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
 from megatron_vlbridge.errors import VLBridgeError
@@ -154,12 +153,6 @@ def check_resumed(args: argparse.Namespace) -> None:
     if folder.name == "release":
         # Only the checkpoint of a run has an optimizer's state, an imported folder does not.
         return
-    if cpu_runtime.is_enabled() and args.use_distributed_optimizer:
-        raise VLBridgeError(
-            f"--cpu: Megatron-Core loads the state of --use-distributed-optimizer (in {args.load}) into Transformer "
-            "Engine's Adam only; leave --use-distributed-optimizer out in both runs, or start a new state with "
-            "--no-load-optim"
-        )
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         return
     saved = dist_checkpointing.load_common_state_dict(str(folder))

@@ -46,6 +46,7 @@ def build_chunks(
     checkpoint = read_config(folder)
     # Deepstack features that travel over stages need it, as a user with experts is told.
     dispatcher = {} if checkpoint.text.moe is None else {"moe_token_dispatcher_type": "alltoall"}
+    precision = {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
     config = language_config(
         checkpoint,
         tensor_model_parallel_size=layout.tp,
@@ -56,14 +57,12 @@ def build_chunks(
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         use_cpu_initialization=True,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
         # As Megatron's pretrain has it: without overlap two stages confuse what they send each other.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
-        **({"pipeline_model_parallel_layout": layout.stages} | dispatcher | overrides),
+        **({"pipeline_model_parallel_layout": layout.stages} | dispatcher | precision | overrides),
     )
     check_layout(config, checkpoint)
     chunks = [

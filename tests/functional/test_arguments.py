@@ -95,16 +95,6 @@ def test_a_run_says_which_weights_it_starts_from(pool: Pool, folder: Path, tmp_p
     assert said(pool, *start, *first, "--hf-weights") == "accepted"
 
 
-def test_an_optimizer_state_that_torchs_adam_cannot_take_is_refused(pool: Pool, folder: Path, tmp_path: Path) -> None:
-    """Megatron would end in an assertion without a message."""
-    saved = tmp_path / "saved"
-    (saved / "iter_0000003").mkdir(parents=True)
-    (saved / "iter_0000003" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
-    (saved / "latest_checkpointed_iteration.txt").write_text("3")
-    answer = said(pool, "--hf-folder", folder, "--load", saved, "--use-distributed-optimizer")
-    assert "start a new state with --no-load-optim" in answer
-
-
 def save_schedule(layout: Layout, folder: Path, arguments: list[str]) -> None:
     """The common part of a checkpoint that a run with these arguments saves."""
     from megatron.core import dist_checkpointing

@@ -137,8 +137,10 @@ def test_started_from_a_megatron_checkpoint(
     assert_same_curve(found, one_process)
 
 
-def test_resumed_run_continues(folder: Path, one_process: list[float]) -> None:
-    arguments = ("--hf-folder", "hf", "--hf-weights", "--save", "halves", "--load", "halves", "--save-interval", 5)
+@pytest.mark.parametrize("optimizer", ["plain", pytest.param("distributed", marks=pytest.mark.layouts)])
+def test_resumed_run_continues(folder: Path, one_process: list[float], optimizer: str) -> None:
+    arguments = ("--hf-folder", "hf", "--hf-weights", "--save", optimizer, "--load", optimizer, "--save-interval", 5)
+    arguments += ("--use-distributed-optimizer",) * (optimizer == "distributed")
     first = train(folder, *arguments, "--exit-interval", 5)
     assert len(first) == 5
     second = train(folder, *arguments)

@@ -6,6 +6,7 @@ the compiled extension is a stand-in (`tests.te.extension`), and CUDA calls are 
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from megatron_vlbridge.backends import cpu_runtime
 from tests.te import extension, references
+from tests.te.references import fused_weight_gradient_mlp_cuda
 
 
 def enable(fp32_as_bf16: bool = True) -> None:
@@ -25,6 +27,8 @@ def enable(fp32_as_bf16: bool = True) -> None:
     assert not torch.cuda.is_available(), "there is a GPU here: nothing has to be replaced"
     torch.cuda.is_available = lambda: True
     torch.cuda.is_current_stream_capturing = lambda: False
+    # Torch's data loader asks this before it pins memory, which takes a driver.
+    torch.accelerator.is_available = lambda: False
     _replace_extension()
     mode = _TensorsOnCuda()
     cpu_runtime.replace_cuda(mode)
@@ -42,6 +46,7 @@ def _replace_extension() -> None:
     import transformer_engine.common
 
     extension.install(references.functions())
+    sys.modules["fused_weight_gradient_mlp_cuda"] = fused_weight_gradient_mlp_cuda
     transformer_engine.common.load_framework_extension = lambda framework: None
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tests.te.references import attention, context_parallel, device, gemm, norms
+from tests.te.references import attention, context_parallel, device, gemm, norms, optimizer
 
-_MODULES: tuple[ModuleType, ...] = (attention, context_parallel, device, gemm, norms)
+_MODULES: tuple[ModuleType, ...] = (attention, context_parallel, device, gemm, norms, optimizer)
 
 
 def functions() -> dict[str, Callable[..., Any]]:
