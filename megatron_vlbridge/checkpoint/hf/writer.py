@@ -6,12 +6,14 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
 from megatron_vlbridge.checkpoint.hf.header import encode_header
 from megatron_vlbridge.checkpoint.hf.reader import INDEX, SINGLE
 from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
+from megatron_vlbridge.checkpoint.stream.digest import Hasher
 from megatron_vlbridge.checkpoint.stream.engine import Block
 from megatron_vlbridge.checkpoint.stream.part import PART_BYTES, Part
 from megatron_vlbridge.checkpoint.stream.raw import Filler, as_bytes, write_exactly
@@ -114,19 +116,21 @@ class SafetensorsWriter:
     def write(self, index: int, folder: Path, block: Block) -> Part:
         """Write one range of one file."""
         part, head = self._parts[index], self._head(index)
-        position = part.start + len(head)
+        position, hasher = part.start + len(head), Hasher()
+        hasher.update(head)
         handle = os.open(folder / part.file, os.O_WRONLY)
         try:
             write_exactly(handle, part.start, head)
             for region in self._regions[index]:
                 held = block.take(region.shape, self.specs[region.name].dtype)
                 self._fill(region, held)
+                hasher.update(as_bytes(held))
                 with self._alone[part.file]:  # the kernel's own lock spins
                     write_exactly(handle, position, as_bytes(held))
                 position += held.nbytes
         finally:
             os.close(handle)
-        return part
+        return replace(part, digest=hasher.digest)
 
     def finish(self, folder: Path, _written: Sequence[Part]) -> None:
         """Write the index, as the Hub has it."""

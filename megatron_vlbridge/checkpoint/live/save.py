@@ -22,9 +22,9 @@ from megatron_vlbridge.checkpoint.live.load import check_config
 from megatron_vlbridge.checkpoint.live.shards import Model, modules_of
 from megatron_vlbridge.checkpoint.live.weights import LiveWeights
 from megatron_vlbridge.checkpoint.stream.checksums import write_checksums
-from megatron_vlbridge.checkpoint.stream.engine import Block, flush
+from megatron_vlbridge.checkpoint.stream.engine import Block
 from megatron_vlbridge.checkpoint.stream.part import Part
-from megatron_vlbridge.checkpoint.stream.staging import staged_folder
+from megatron_vlbridge.checkpoint.stream.staging import staged_folder, sync
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family, read_config
 from megatron_vlbridge.weights import Region
@@ -128,7 +128,8 @@ class _Save:
             if self.weights.rank < len(parts) and failure is None:
                 try:
                     written = self.writer.write(parts[self.weights.rank], folder, block)
-                    done.append(flush(written, folder))
+                    sync(folder / written.file)
+                    done.append(written)
                 except (VLBridgeError, OSError) as error:
                     failure = error
             self.weights.release()

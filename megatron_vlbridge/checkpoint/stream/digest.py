@@ -6,16 +6,11 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from blake3 import blake3
 
 _READ_BYTES = 2**20
-
-
-class _Hash(Protocol):
-    def update(self, data: memoryview, /) -> object: ...
-    def hexdigest(self) -> str: ...
 
 
 ALGORITHM = "blake3"
@@ -37,17 +32,30 @@ class Digest:
         return cls(algorithm, entry[algorithm])
 
 
+class Hasher:
+    """Computes the checksum of bytes that are given in order."""
+
+    def __init__(self, algorithm: str = ALGORITHM) -> None:
+        self._algorithm = algorithm
+        self._hash = blake3() if algorithm == "blake3" else hashlib.new(algorithm)
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Add bytes."""
+        self._hash.update(data)
+
+    @property
+    def digest(self) -> Digest:
+        """The checksum of all bytes so far."""
+        return Digest(self._algorithm, self._hash.hexdigest())
+
+
 def digest_range(path: Path, start: int, length: int, algorithm: str = ALGORITHM) -> Digest:
     """The checksum of a range of a file, of what is there of it where the file is shorter."""
-    digest = _new(algorithm)
+    hasher = Hasher(algorithm)
     held = memoryview(bytearray(min(length, _READ_BYTES)))
     with path.open("rb", buffering=0) as stream:
         stream.seek(start)
         while length and (count := stream.readinto(held[: min(length, len(held))])):
-            digest.update(held[:count])
+            hasher.update(held[:count])
             length -= count
-    return Digest(algorithm, digest.hexdigest())
-
-
-def _new(algorithm: str) -> _Hash:
-    return blake3() if algorithm == "blake3" else hashlib.new(algorithm)
+    return hasher.digest

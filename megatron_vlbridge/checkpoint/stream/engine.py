@@ -54,7 +54,7 @@ class Writer(Protocol):
         ...
 
     def write(self, index: int, folder: Path, block: Block) -> Part:
-        """Write one part, over whatever is there; gives it with its length and entries."""
+        """Write one part, over whatever is there; gives it with its length, digest and entries."""
         ...
 
     def finish(self, folder: Path, written: Sequence[Part]) -> None:
@@ -183,11 +183,11 @@ class _Run:
             raise
         finally:
             self.blocks.put(block)
-        finished = flush(written, self.staging.folder)
+        sync(self.staging.folder / written.file)
         with self.lock:
-            self.staging.note(finished)
+            self.staging.note(written)
         self._report(index)
-        return finished
+        return written
 
     def _is_in_place(self, part: Part) -> bool:
         planned = self.writer.part(part.index)
@@ -212,10 +212,3 @@ class _Run:
             if self.options.report is not None:
                 seconds = time.monotonic() - self.begin
                 self.options.report(Progress(self.done, sum(self.writer.sizes), self.resumed, seconds))
-
-
-def flush(part: Part, folder: Path) -> Part:
-    """Bring a part that was written to the disk, and give it with the checksum of what is there."""
-    path = folder / part.file
-    sync(path)
-    return replace(part, digest=digest_range(path, part.start, part.length))

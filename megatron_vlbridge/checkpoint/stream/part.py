@@ -15,8 +15,8 @@ PART_BYTES = 256 * 2**20
 class Part:
     """The range of `length` bytes from byte `start` of `file`, the part number `index` of a result.
 
-    `length` and `entries`, the (start, length) of its entries where the format asks for them, are known when it is
-    written, and `digest` when it is on the disk.
+    `length`, the `digest` of its bytes, and `entries`, the (start, length) of its entries where the format asks for
+    them, are known when it is written.
     """
 
     index: int

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Buffer, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -20,9 +22,10 @@ from torch.utils.serialization import config as serialization
 
 from megatron_vlbridge.checkpoint.formats import FORMAT, TRACKER
 from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
+from megatron_vlbridge.checkpoint.stream.digest import Hasher
 from megatron_vlbridge.checkpoint.stream.engine import Block
 from megatron_vlbridge.checkpoint.stream.part import PART_BYTES, Part
-from megatron_vlbridge.checkpoint.stream.raw import Filler
+from megatron_vlbridge.checkpoint.stream.raw import WRITE_BYTES, Filler
 from megatron_vlbridge.weights import Region, TensorSpec
 
 _RELEASE = "release"
@@ -93,7 +96,7 @@ class ReleaseWriter:
         infos: dict[MetadataIndex, _StorageInfo] = {result.index: result.storage_data for result in results}
         entries = tuple((infos[item.index].offset, infos[item.index].length) for item in plan.items)
         path = folder / _RELEASE / infos[plan.items[0].index].relative_path
-        return replace(self.part(index), length=path.stat().st_size, entries=entries)
+        return replace(self.part(index), length=path.stat().st_size, digest=writer.hasher.digest, entries=entries)
 
     def finish(self, folder: Path, written: Sequence[Part]) -> None:
         """Write DCP's metadata, and the files by which Megatron finds it."""
@@ -114,9 +117,46 @@ class _Storage(FileSystemWriter):
     def __init__(self, place: Path) -> None:
         # The engine flushes. Nothing is copied ahead: there is one block of memory, filled anew for each chunk.
         super().__init__(place, sync_files=False, per_thread_copy_ahead=0)
+        self.fs = self._files = _HashedFiles()
+
+    @property
+    def hasher(self) -> Hasher:
+        """Of the file that was opened last."""
+        return self._files.hasher
 
     def storage_meta(self) -> StorageMeta | None:
         return None
+
+
+class _HashedFiles(FileSystem):
+    """DCP's access to files, which also computes the checksum of what is written."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        self.hasher = Hasher()
+        with io.BufferedWriter(_HashedFile(path, self.hasher)) as stream:
+            yield stream
+
+
+class _HashedFile(io.FileIO):
+    """A file that is written in order, in short calls (see `WRITE_BYTES`)."""
+
+    def __init__(self, path: str | os.PathLike[str], hasher: Hasher) -> None:
+        super().__init__(path, "w")
+        self._hasher = hasher
+
+    def write(self, data: Buffer, /) -> int:
+        view = memoryview(data).cast("B")[:WRITE_BYTES]
+        count = super().write(view)
+        self._hasher.update(view[:count])
+        return count
+
+    def seek(self, position: int, whence: int = os.SEEK_SET, /) -> int:
+        raise io.UnsupportedOperation("the checksum is that of bytes in order")
 
 
 class _BlockPlanner(DefaultSavePlanner):
