@@ -11,7 +11,7 @@ declare -A python=([oldest]=3.12 [newest]=3.13)
 unit=(
     tests/unit/test_config.py tests/unit/test_rules.py tests/unit/test_cpu_backend.py tests/unit/test_positions.py
     tests/unit/test_chat.py tests/unit/test_turns.py tests/unit/test_published_tokenizer.py tests/unit/test_dataset.py
-    tests/unit/test_convert.py tests/unit/test_torch_dist.py
+    tests/unit/test_convert.py tests/unit/test_torch_dist.py tests/unit/test_seams.py
 )
 functional=(
     tests/functional/test_layouts.py tests/functional/test_moe.py tests/functional/test_mtp.py

@@ -1,4 +1,4 @@
-"""The oracle for multi-token prediction: a layer of transformers behind Qwen3-VL, conversation by conversation."""
+"""The oracle for multi-token prediction: a layer of transformers after Qwen3-VL, conversation by conversation."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ FILE = "model-mtp.safetensors"
 
 
 def write_mtp_checkpoint(folder: Path, *, mtp_experts: str = "fused_out_in", **options: Any) -> Path:
-    """A tiny random checkpoint whose config and tensors have a prediction layer, in a shard of its own.
+    """A tiny random checkpoint whose config and tensors have an MTP layer, in a shard of its own.
 
     `options` are those of `write_checkpoint`; `mtp_experts` is the form of this layer's experts.
     """
@@ -23,14 +23,14 @@ def write_mtp_checkpoint(folder: Path, *, mtp_experts: str = "fused_out_in", **o
 
 
 def add_prediction_layer(folder: Path, mtp_experts: str = "fused_out_in") -> Path:
-    """Give a checkpoint a random prediction layer."""
+    """Give a checkpoint a random MTP layer."""
     file = folder / "config.json"
     content = json.loads(file.read_text())
     content["text_config"]["mtp_num_hidden_layers"] = 1
     file.write_text(json.dumps(content, indent=2))
     torch.manual_seed(101)
     with torch.no_grad():
-        module = PredictionLayer(_text_config(folder)).float()
+        module = MtpLayer(_text_config(folder)).float()
         for parameter in module.parameters():
             parameter.normal_(std=0.15) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
     tensors = {name: x for key, value in module.state_dict().items() for name, x in _as_form(key, value, mtp_experts)}
@@ -48,8 +48,8 @@ def add_prediction_layer(folder: Path, mtp_experts: str = "fused_out_in") -> Pat
     return folder
 
 
-class PredictionLayer(torch.nn.Module):
-    """Qwen3.5's prediction layer with the decoder layer of Qwen3-VL; its names are those in a checkpoint."""
+class MtpLayer(torch.nn.Module):
+    """Qwen3.5's MTP layer with the decoder layer of Qwen3-VL; its names are those in a checkpoint."""
 
     def __init__(self, config: Any) -> None:
         from transformers.models.qwen3_vl import modeling_qwen3_vl as dense
@@ -77,7 +77,7 @@ class PredictionLayer(torch.nn.Module):
 
 @dataclass(frozen=True)
 class MtpReference:
-    """The whole model's `Reference`, and of each conversation what the prediction layer gives.
+    """The whole model's `Reference`, and of each conversation what the MTP layer gives.
 
     `logits` `[S - 1, V]` and `losses` `[S - 1]` are for the token after the next one, of all tokens but the last.
     """
@@ -105,14 +105,14 @@ def _run_transformers(
 ) -> MtpReference:
     """Forward and backward.
 
-    The loss that is derived is the main loss, and `scaling` times the mean loss of the prediction layer over each
+    The loss that is derived is the main loss, and `scaling` times the mean loss of the MTP layer over each
     group, which weighs as much as the group's main loss: `sum_groups(n / m * losses) / N`, with `n` and `m` the
-    supervised tokens of a group in the main and in the further prediction, and `N` those of all groups.
+    supervised tokens of a group in the main and in the MTP prediction, and `N` those of all groups.
     """
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).train()
-    module = PredictionLayer(model.config.text_config).to(dtype).train()
+    module = MtpLayer(model.config.text_config).to(dtype).train()
     module.load_state_dict(load_file(folder / FILE))
     conversations = [c for group in groups for c in group]
     outputs = [_run(model, module, c) for c in conversations]
@@ -126,13 +126,13 @@ def _run_transformers(
     total.backward()
     named = [*model.named_parameters(), *module.named_parameters()]
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
-    logits, losses, further, further_losses = ([x.detach() for x in column] for column in zip(*outputs, strict=True))
+    logits, losses, mtp, mtp_losses = ([x.detach() for x in column] for column in zip(*outputs, strict=True))
     main = Reference(logits, losses, loss.item(), gradients, [_towers(model, c) for c in conversations])
-    return MtpReference(main, further, further_losses)
+    return MtpReference(main, mtp, mtp_losses)
 
 
-def _run(model: Any, module: PredictionLayer, c: Conversation) -> tuple[torch.Tensor, ...]:
-    """Logits and token losses, and those of the prediction layer."""
+def _run(model: Any, module: MtpLayer, c: Conversation) -> tuple[torch.Tensor, ...]:
+    """Logits and token losses, and those of the MTP layer."""
     media = {}
     if len(c.images):
         media |= {"pixel_values": c.images, "image_grid_thw": c.image_grids}
@@ -147,12 +147,12 @@ def _run(model: Any, module: PredictionLayer, c: Conversation) -> tuple[torch.Te
     logits = model.lm_head(hidden)[0].float()
     words = language.embed_tokens(c.tokens[None, 1:])
     table = rotary[0][0][:, :-1], rotary[0][1][:, :-1]
-    further = model.lm_head(module(words, hidden[:, :-1], table))[0].float()
+    mtp = model.lm_head(module(words, hidden[:, :-1], table))[0].float()
 
     def token_losses(found: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(found, labels, reduction="none", ignore_index=-100)
 
-    return logits, token_losses(logits, c.labels), further, token_losses(further, c.labels[1:])
+    return logits, token_losses(logits, c.labels), mtp, token_losses(mtp, c.labels[1:])
 
 
 def _towers(model: Any, c: Conversation) -> dict[str, torch.Tensor]:

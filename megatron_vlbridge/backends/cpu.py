@@ -69,7 +69,7 @@ def reference_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-
     if config.normalization not in kinds or config.layernorm_zero_centered_gamma:
         raise VLBridgeError(
             f"CPU backend: no norm for normalization={config.normalization!r} with "
-            f"layernorm_zero_centered_gamma={config.layernorm_zero_centered_gamma}; offered: {sorted(kinds)}, False"
+            f"layernorm_zero_centered_gamma={config.layernorm_zero_centered_gamma}; supported: {sorted(kinds)}, False"
         )
     norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
     for parameter in norm.parameters():
@@ -133,7 +133,7 @@ class PackedAttention(torch.nn.Module):
         outputs, start = [], 0
         for length, run in groupby(packed_seq_params.segments):
             stop = start + length * len(list(run))
-            # Neighbours of one length are attended to as a batch.
+            # Adjacent segments of one length are a batch.
             q, k, v = (rearrange(x[start:stop], "(n l) h d -> n h l d", l=length) for x in (query, key, value))
             attended = scaled_dot_product_attention(
                 q, k, v, is_causal=attn_mask_type == AttnMaskType.causal, scale=self.softmax_scale, enable_gqa=True
@@ -166,8 +166,8 @@ class PackedAttention(torch.nn.Module):
         outputs, mine, start = [], 0, 0
         for length in packed.segments:
             chunk = length // (2 * size)
-            for number in (rank, 2 * size - 1 - rank):
-                seen = (number + 1) * chunk
+            for index in (rank, 2 * size - 1 - rank):
+                seen = (index + 1) * chunk
                 q, k, v = (
                     rearrange(x, "l h d -> h l d")
                     for x in (query[mine : mine + chunk], key[start : start + seen], value[start : start + seen])

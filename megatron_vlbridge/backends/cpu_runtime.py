@@ -2,7 +2,7 @@
 
 Megatron-Core names the CUDA device in some 280 places. :func:`enable` answers those calls with the CPU, so that the
 unmodified library runs over gloo with the kernels of :mod:`megatron_vlbridge.backends.cpu`. It is switched on
-explicitly, before Megatron is imported, and refuses to hide a GPU.
+explicitly, before Megatron is imported, and rejected where it would hide a GPU.
 
 Written for Megatron-Core 0.19 and torch 2.13.
 """
@@ -105,7 +105,7 @@ def _is_cuda(device: object) -> bool:
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event: every method does nothing."""
+    """In place of a CUDA stream or event: every method does nothing."""
 
     cuda_stream = 0
 

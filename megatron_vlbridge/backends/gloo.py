@@ -1,4 +1,4 @@
-"""Collectives with parts of different sizes, which Megatron's token dispatchers use and gloo has not."""
+"""Collectives with parts of different sizes, which Megatron's token dispatchers use and gloo lacks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from megatron_vlbridge.errors import VLBridgeError
 
 
 def install() -> None:
-    """Put them in the place of torch's, which still serve wherever the parts are of one size."""
+    """Replace torch's collectives, which are still called where all parts have one size."""
     dist.all_to_all_single = _all_to_all_single(dist.all_to_all_single)
     dist.all_gather = _all_gather(dist.all_gather)
     dist.reduce_scatter = _reduce_scatter(dist.reduce_scatter)
@@ -39,7 +39,7 @@ def _all_gather(torchs: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if all(part.shape == tensor_list[0].shape for part in tensor_list):
             return torchs(tensor_list, tensor, group=group, async_op=async_op)
-        _refuse_async("all_gather", async_op)
+        _check_sync("all_gather", async_op)
         padded = tensor.new_zeros((max(map(len, tensor_list)), *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         gathered = [torch.empty_like(padded) for _ in tensor_list]
@@ -61,7 +61,7 @@ def _reduce_scatter(torchs: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if all(part.shape == input_list[0].shape for part in input_list):
             return torchs(output, input_list, op=op, group=group, async_op=async_op)
-        _refuse_async("reduce_scatter", async_op)
+        _check_sync("reduce_scatter", async_op)
         total = torch.cat(list(input_list))
         dist.all_reduce(total, op=op, group=group)
         output.copy_(total.split([len(part) for part in input_list])[dist.get_rank(group)])
@@ -70,6 +70,6 @@ def _reduce_scatter(torchs: Callable[..., Any]) -> Callable[..., Any]:
     return reduce_scatter
 
 
-def _refuse_async(name: str, async_op: bool) -> None:
+def _check_sync(name: str, async_op: bool) -> None:
     if async_op:
-        raise VLBridgeError(f"CPU runtime: {name} of parts of different sizes is not offered with async_op=True")
+        raise VLBridgeError(f"CPU runtime: {name} of parts of different sizes is not supported with async_op=True")

@@ -72,7 +72,7 @@ class BatchLayout:
         """The same segments, spread over `cp_size` ranks.
 
         Raises:
-            VLBridgeError: where the padded segments do not fit the row, or the row cannot be cut.
+            VLBridgeError: where the padded segments do not fit the pack, or it cannot be split.
         """
         spread = replace(self, cp_size=cp_size, cp_rank=cp_rank)
         if sum(spread.padded_lengths) > self.total or self.total % (2 * cp_size):

@@ -181,8 +181,8 @@ def _largest(logits: torch.Tensor, tp_group: torch.distributed.ProcessGroup) -> 
 def embedding_ranks(pp_ranks: list[int], config: TransformerConfig, tied: bool) -> list[int]:
     """Of the ranks of a pipeline those that hold the word embedding: Megatron's `get_embedding_ranks`.
 
-    These are the first, the one with the prediction layer, and the last where both ends of the model are `tied`.
-    Megatron's default is the first and the last, which are others where the prediction layer has a stage of its own.
+    These are the first, the one with the MTP layer, and the last where both ends of the model are `tied`.
+    Megatron's default is the first and the last, which are others where the MTP layer has a stage of its own.
 
     Example:
         >>> initialize_model_parallel(1, 4, get_embedding_ranks=lambda ranks: embedding_ranks(ranks, config, False))
@@ -192,7 +192,7 @@ def embedding_ranks(pp_ranks: list[int], config: TransformerConfig, tied: bool) 
 
 
 def check_embedding_group(config: TransformerConfig, tied: bool, groups: ProcessGroupCollection) -> None:
-    """Refuse a group that would not keep all copies of the embedding the same."""
+    """Reject a group that would not keep all copies of the embedding the same (VLBridgeError)."""
     ranks = torch.distributed.get_process_group_ranks
     wanted = embedding_ranks(ranks(groups.pp), config, tied)
     found = [] if groups.embd is None else ranks(groups.embd)

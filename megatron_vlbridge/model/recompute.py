@@ -7,8 +7,8 @@ from megatron.core.transformer.module import MegatronModule
 def recomputable(hidden_states: torch.Tensor, block: MegatronModule) -> torch.Tensor:
     """The input of `block`, asking for a gradient where the block's trainable layers are recomputed.
 
-    Recomputed layers get gradients only if their input asks for one. Behind frozen embeddings it does not, and Megatron
-    would leave every parameter of the block without a gradient and without a word.
+    Recomputed layers get gradients only if their input asks for one. After frozen embeddings it does not, and Megatron
+    would silently leave every parameter of the block without a gradient.
     """
     recomputed = block.config.recompute_granularity is not None
     if not recomputed or hidden_states.requires_grad or not torch.is_grad_enabled():

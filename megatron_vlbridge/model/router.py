@@ -24,7 +24,7 @@ class PackRouter(TopKRouter):
         """Attach the loss to `probs`; rows of padding are zero in the scores and in the routing map `[tokens, E]`.
 
         Megatron-Core 0.19 reads a rank's number of tokens after its all-reduce changed the counts in place, which makes
-        this loss larger by the number of ranks; and true numbers would weigh each rank's share by its own padding.
+        this loss larger by the number of ranks; and the true counts would weight each rank's share by its own padding.
         """
         coeff = self.get_aux_loss_coeff("aux_loss")
         if coeff == 0:

@@ -104,8 +104,8 @@ class PatchMergers(torch.nn.ModuleList):
         """Each merger's own entries; torch's list would give every rank's part as if it were the whole tensor."""
         entries: dict[str, Any] = {}
         mergers: Iterable[Any] = self
-        for number, merger in enumerate(mergers):
-            entries |= merger.sharded_state_dict(f"{prefix}{number}.", *args, **kwargs)
+        for index, merger in enumerate(mergers):
+            entries |= merger.sharded_state_dict(f"{prefix}{index}.", *args, **kwargs)
         return entries
 
 

@@ -17,12 +17,12 @@ from tests.functional.pool import Layout
 def predictions(
     layout: Layout, folder: Path, packs: Sequence[Mapping[str, torch.Tensor]], **options: Any
 ) -> dict[str, Any]:
-    """Of each of this rank's packs the prediction layer's logits `[T, V / tp]` (last stage); what goes to the log."""
+    """Of each of this rank's packs the MTP layer's logits `[T, V / tp]` (last stage); what goes to the log."""
     chunks = ranks.build_chunks(layout, folder, **options)
     found: list[torch.Tensor] = []
     for chunk in chunks:
         if chunk.post_process:
-            # The head runs for the prediction layer first; the loss then overwrites its output.
+            # The head runs for the MTP layer first; the loss then overwrites its output.
             head = chunk.language_model.output_layer
             head.register_forward_hook(lambda _m, _i, output: found.append(output[0][:, 0].detach().clone()))
     tracker = MTPLossLoggingHelper.tracker
@@ -39,7 +39,7 @@ def predictions(
     }
 
 
-def refusal(layout: Layout, checkpoint: Path) -> str:
+def build_error(layout: Layout, checkpoint: Path) -> str:
     """What building the model says where Megatron made its default embedding group."""
     try:
         ranks.build_chunks(layout, checkpoint)

@@ -60,7 +60,7 @@ def logits_of_each_form(layout: Layout, folder: Path, parts: Row, whole: torch.T
 def answers(
     layout: Layout, folder: Path, rows: Sequence[Row], faults: Sequence[Mapping[str, Any]], **options: Any
 ) -> list[str | int]:
-    """Of each row this rank's refusal or the rows of its logits; the last context-parallel rank has the faults."""
+    """Of each row this rank's error or the rows of its logits; the last context-parallel rank has the faults."""
     model = ranks.build_model(layout, folder, load=False, **options)
     last = parallel_state.get_context_parallel_world_size() - 1
     found: list[str | int] = []

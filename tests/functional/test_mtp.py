@@ -74,7 +74,7 @@ def test_recomputed_layers_change_nothing(pool: Pool, folders: dict[str, Path]) 
     ids=str,
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_further_prediction_equals_transformers(
+def test_the_mtp_prediction_equals_transformers(
     pool: Pool, folders: dict[str, Path], kind: str, layout: Layout
 ) -> None:
     expected = mtp_reference.run_transformers(folders[kind], groups())
@@ -96,11 +96,11 @@ def test_the_further_prediction_equals_transformers(
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_a_group_that_leaves_out_a_copy_of_the_embedding_is_refused(
+def test_a_group_that_leaves_out_a_copy_of_the_embedding_is_rejected(
     pool: Pool, folders: dict[str, Path], kind: str
 ) -> None:
-    """Megatron's default group holds the first and the last stage; another has the prediction layer."""
-    said = pool.run(mtp_ranks.refusal, OWN_STAGE, checkpoint=folders[kind])
-    assert all("[0, 1, 2]" in answer if kind == "tied" else "[0, 1]" in answer for answer in said)
-    assert all("get_embedding_ranks" in answer for answer in said)
-    assert pool.run(mtp_ranks.refusal, Layout(pp=2, world=2), checkpoint=folders[kind]) == ["accepted"] * 2
+    """Megatron's default group holds the first and the last stage; another has the MTP layer."""
+    answers = pool.run(mtp_ranks.build_error, OWN_STAGE, checkpoint=folders[kind])
+    assert all("[0, 1, 2]" in answer if kind == "tied" else "[0, 1]" in answer for answer in answers)
+    assert all("get_embedding_ranks" in answer for answer in answers)
+    assert pool.run(mtp_ranks.build_error, Layout(pp=2, world=2), checkpoint=folders[kind]) == ["accepted"] * 2

@@ -27,8 +27,8 @@ def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return reference.write_checkpoint(tmp_path_factory.mktemp("moe"), experts={})
 
 
-def picture_in_the_middle() -> reference.Conversation:
-    """Under context parallelism of size 2 the first rank holds no token of its picture."""
+def image_in_the_middle() -> reference.Conversation:
+    """Under context parallelism of size 2 the first rank holds no token of its image."""
     random = torch.Generator().manual_seed(77)
     words = torch.randint(reference.TEXT_IDS.start, reference.TEXT_IDS.stop, (24,), generator=random).tolist()
     tokens = [*words[:12], reference.START, *[reference.IMAGE] * 6, reference.END, *words[12:]]
@@ -44,7 +44,7 @@ def groups() -> list[list[reference.Conversation]]:
     return [
         [reference.conversation(kind, seed) for kind, seed in (("mixed", 2), ("text", 3), ("image", 4))],
         [reference.conversation("text", 5)],
-        [picture_in_the_middle()],
+        [image_in_the_middle()],
         [reference.conversation(kind, seed) for kind, seed in (("images", 6), ("video", 7))],
     ]
 
@@ -159,30 +159,30 @@ def test_a_rank_with_a_bad_row_stops_every_rank_and_the_next_row_is_taken(
         "takes input_ids": {"input_ids": None},
         "has no attribute 'cpu'": {"input_ids": broken.tolist()},
     }
-    refused_on_every_rank(pool, layout, folder, good, faults)
+    rejected_on_every_rank(pool, layout, folder, good, faults)
 
 
-def refused_on_every_rank(
+def rejected_on_every_rank(
     pool: Pool, layout: Layout, folder: Path, good: dict[str, Any], faults: dict[str, Any], **options: Any
 ) -> None:
     """With each fault of the last rank all ranks tell its message, and then take the good row."""
     rows = [good] * (len(faults) + 1)
     found = pool.run(sharded_ranks.answers, layout, folder=folder, rows=rows, faults=[*faults.values(), {}], **options)
-    for message, *refusals in zip(faults, *found, strict=False):
-        assert all(refusal == refusals[0] for refusal in refusals)
+    for message, *errors in zip(faults, *found, strict=False):
+        assert all(error == errors[0] for error in errors)
         with pytest.raises(AssertionError, match=message):
-            raise AssertionError(refusals[0])
+            raise AssertionError(errors[0])
     assert [answer[-1] for answer in found] == [PACK_LENGTH // layout.cp] * layout.world
 
 
 @pytest.mark.parametrize("layout", [Layout(), CP2], ids=str)
-def test_router_losses_refuse_rows_that_do_not_say_what_is_padding(
+def test_router_losses_reject_rows_that_do_not_say_what_is_padding(
     pool: Pool, moe_folder: Path, layout: Layout
 ) -> None:
     good = row(groups()[0], layout.cp, known=True)
     bounds = good.pop("cu_seqlens").int()
     true = torch.cat((bounds[:1], good.pop("lengths").cumsum(0))).int()
-    said = {"packed_seq_params": PackedSeqParams(cu_seqlens_q=true, cu_seqlens_q_padded=bounds)}
+    bounds_of_both = {"packed_seq_params": PackedSeqParams(cu_seqlens_q=true, cu_seqlens_q_padded=bounds)}
     faults = {
         "must not count padding": {"packed_seq_params": PackedSeqParams(cu_seqlens_q=bounds)},
         "the same as cu_seqlens_q.*give `cu_seqlens` and `lengths`": {
@@ -191,7 +191,7 @@ def test_router_losses_refuse_rows_that_do_not_say_what_is_padding(
         "true `lengths`": {"packed_seq_params": None, "cu_seqlens": bounds},
     }
     for loss in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
-        refused_on_every_rank(pool, layout, moe_folder, good | said, faults, **{loss: 0.1})
+        rejected_on_every_rank(pool, layout, moe_folder, good | bounds_of_both, faults, **{loss: 0.1})
 
 
 @pytest.mark.parametrize("layout", [Layout(), CP2], ids=str)
@@ -201,7 +201,7 @@ def test_equal_bounds_of_megatrons_parameters_are_taken_without_router_losses(
     good = row(groups()[0], layout.cp, known=False)
     bounds = good.pop("cu_seqlens").int()
     good |= {"packed_seq_params": PackedSeqParams(cu_seqlens_q=bounds, cu_seqlens_q_padded=bounds)}
-    refused_on_every_rank(pool, layout, moe_folder, good, {})
+    rejected_on_every_rank(pool, layout, moe_folder, good, {})
 
 
 ALL_GATHER = {"moe_token_dispatcher_type": "allgather"}

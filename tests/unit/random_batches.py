@@ -1,4 +1,4 @@
-"""Random packs with pictures, and a walk over their tokens that says what every rank must hold."""
+"""Random packs with images, and a walk over their tokens that says what every rank must hold."""
 
 import random
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ class Token:
 
 @dataclass
 class Segment:
-    """One conversation, its pictures in order, and its length with padding."""
+    """One conversation, its images in order, and its length with padding."""
 
     ids: list[int]
     labels: list[int]
@@ -59,7 +59,7 @@ class Batch:
     tp: int
 
     def media(self) -> Media:
-        """All pictures of the pack; their pixels do not matter."""
+        """All images of the pack; their pixels do not matter."""
         parts = []
         for kind in ("images", "videos"):
             grids = [grid for segment in self.segments for grid in getattr(segment, kind)]
@@ -148,7 +148,7 @@ def walk(batch: Batch) -> list[list[Token]]:
 
 
 def _places(grid: Grid, split: bool) -> list[tuple[tuple[int, int, int], int, bool]]:
-    """Of each token of a picture: frame, row, column; how far its block moves the position; is it the block's last."""
+    """Of each token of an image: frame, row, column; how far its block moves the position; is it the block's last."""
     frames, rows, columns = grid[0], grid[1] // 2, grid[2] // 2
     block = [
         ((frame, row, column), max(rows, columns), (frame, row, column) == (frames - 1, rows - 1, columns - 1))

@@ -1,4 +1,4 @@
-"""BatchLayout: a padded table becomes a pack and back, as a loop over its cells says; unfit batches are refused."""
+"""BatchLayout: a padded table becomes a pack and back, as a loop over its cells says; invalid batches are rejected."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_packed_layout_names_the_padding_as_a_segment():
         ([5, 4], 8, r"2 segments of together 9 tokens do not fit a pack of 8 tokens; lengths: \[5, 4\]"),
     ],
 )
-def test_unfit_lengths_are_refused(lengths, total, message):
+def test_invalid_lengths_are_rejected(lengths, total, message):
     with pytest.raises(VLBridgeError, match=message):
         BatchLayout.packed(lengths, total)
 
@@ -102,12 +102,12 @@ def test_unfit_lengths_are_refused(lengths, total, message):
         (torch.tensor([[1, 1], [0, 0]]), "segment 1 of the pack has length 0"),
     ],
 )
-def test_unfit_masks_are_refused(mask, message):
+def test_invalid_masks_are_rejected(mask, message):
     with pytest.raises(VLBridgeError, match=message):
         BatchLayout.from_padded(mask)
 
 
-def test_a_table_of_another_shape_is_refused():
+def test_a_table_of_another_shape_is_rejected():
     layout = BatchLayout.from_padded(torch.ones(2, 3))
     with pytest.raises(VLBridgeError, match=r"shape \(2, 3\), found \(3, 2\)"):
         layout.pack(torch.zeros(3, 2), 0)
@@ -146,7 +146,7 @@ def test_sources_equal_a_cut_chunk_by_chunk(lengths, total, cp_size):
     ("lengths", "total", "message"),
     [([5, 2], 8, "together 12 tokens, but the pack has 8 tokens"), ([4], 10, "a multiple of 4")],
 )
-def test_a_pack_without_room_for_its_padding_is_refused(lengths, total, message):
+def test_a_pack_without_room_for_its_padding_is_rejected(lengths, total, message):
     layout = BatchLayout.packed(lengths, total)
     with pytest.raises(VLBridgeError, match=message):
         layout.context_parallel(2, 0)

@@ -90,7 +90,7 @@ def test_nothing_leaks_between_segments(kind):
         assert torch.equal(a, b) == (segment != changed)
 
 
-def test_attention_refuses_what_it_cannot_do():
+def test_attention_rejects_what_it_cannot_do():
     qkv, packed = heads_of(4, 2), PackedSegments.from_lengths([4], CPU)
     causal = AttnMaskType.causal
     with pytest.raises(VLBridgeError, match="takes a pack"):
@@ -140,7 +140,7 @@ def test_norms_are_marked_for_sequence_parallelism_and_keep_the_dtype(normalizat
 
 
 @pytest.mark.parametrize("fields", [{"normalization": "L2Norm"}, {"layernorm_zero_centered_gamma": True}])
-def test_other_norms_are_refused(fields):
+def test_other_norms_are_rejected(fields):
     made = config()
     for name, value in fields.items():
         setattr(made, name, value)
@@ -170,16 +170,16 @@ def in_a_new_process(program: str) -> str:
     return run.stdout.strip()
 
 
-def test_runtime_refuses_to_hide_a_gpu():
+def test_runtime_does_not_hide_a_gpu():
     program = "torch.cuda.is_available = lambda: True\ntorch.cuda.device_count = lambda: 3\nbefore = torch.compile"
-    said = in_a_new_process(program)
-    assert said.startswith("VLBridgeError cpu_runtime.enable() would hide 3 visible GPU(s).")
-    assert "CUDA_VISIBLE_DEVICES" in said
+    answer = in_a_new_process(program)
+    assert answer.startswith("VLBridgeError cpu_runtime.enable() would hide 3 visible GPU(s).")
+    assert "CUDA_VISIBLE_DEVICES" in answer
 
 
-def test_runtime_refuses_to_come_after_megatron():
-    said = in_a_new_process("import megatron.core")
-    assert said.startswith("VLBridgeError cpu_runtime.enable() was called after megatron.core had been imported")
+def test_runtime_does_not_start_after_megatron():
+    answer = in_a_new_process("import megatron.core")
+    assert answer.startswith("VLBridgeError cpu_runtime.enable() was called after megatron.core had been imported")
 
 
 def test_runtime_turns_cuda_calls_into_cpu_calls_and_can_be_enabled_twice():

@@ -23,7 +23,7 @@ def frames(draw):
 
 
 def patches_in_order(frames: Frames) -> list[tuple[int, int, int, int]]:
-    """Row, column, height and width of each patch, by walking pictures, frames, merge blocks and their corners."""
+    """Row, column, height and width of each patch, by walking images, frames, merge blocks and their corners."""
     merge = frames.merge_size
     return [
         (block_row + row, block_column + column, height, width)
@@ -74,7 +74,7 @@ def test_table_weights_interpolate_a_linear_table_exactly(frames, side):
     assert_close_in_norm(found, expected, 1e-6)
 
 
-def test_corners_of_a_picture_are_corners_of_the_table():
+def test_corners_of_an_image_are_corners_of_the_table():
     index, weight = Frames(((1, 4, 6),)).table_weights(5, CPU)
     chosen = [{int(i) for i, w in zip(index[:, p], weight[:, p], strict=True) if w > 0} for p in (0, 9, 14, 23)]
     # First patch; last of the first row of blocks' upper rows; first of the last row; last patch.

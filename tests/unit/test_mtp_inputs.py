@@ -1,4 +1,4 @@
-"""What a prediction layer is given: next tokens and labels inside segments, the same over context-parallel ranks."""
+"""What an MTP layer is given: next tokens and labels inside segments, the same over context-parallel ranks."""
 
 import torch
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ IGNORED = -100
 
 @st.composite
 def packs(draw) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Tokens, labels, true lengths; behind the segments there is padding."""
+    """Tokens, labels, true lengths; after the segments there is padding."""
     lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
     padding = draw(st.integers(0, 4))
     total = sum(lengths) + padding
@@ -41,12 +41,12 @@ def test_rolls_stay_inside_segments(pack):
     tokens, labels, lengths = pack
     found = MtpInputs.from_pack(tokens, labels, lengths, 0, IGNORED)
     assert found.tokens[0].tolist() == by_hand(tokens[0].tolist(), lengths, 0)
-    further = by_hand(labels[0].tolist(), lengths, IGNORED)
-    assert found.labels[0].tolist() == [max(label, 0) if label != IGNORED else 0 for label in further]
-    count = sum(label != IGNORED for label in further)
+    mtp = by_hand(labels[0].tolist(), lengths, IGNORED)
+    assert found.labels[0].tolist() == [max(label, 0) if label != IGNORED else 0 for label in mtp]
+    count = sum(label != IGNORED for label in mtp)
     assert found.supervised == count
     share = int((labels != IGNORED).sum()) / max(count, 1)
-    assert_close_in_norm(found.weights[0], [share * (label != IGNORED) for label in further], 1e-6)
+    assert_close_in_norm(found.weights[0], [share * (label != IGNORED) for label in mtp], 1e-6)
     without = MtpInputs.from_pack(tokens, None, lengths, 0, IGNORED)
     assert torch.equal(without.tokens, found.tokens)
     assert without.labels is None

@@ -1,4 +1,4 @@
-"""MRoPE positions: equal to a token-by-token count and to transformers; unfit input is refused with its numbers."""
+"""MRoPE positions: equal to a token-by-token count and to transformers; invalid input is rejected with its values."""
 
 from dataclasses import dataclass
 
@@ -216,14 +216,14 @@ UNFIT = {
 
 
 @pytest.mark.parametrize(("tokens", "lengths", "images", "message"), UNFIT.values(), ids=UNFIT.keys())
-def test_unfit_input_is_refused_with_its_numbers(
+def test_invalid_input_is_rejected_with_its_values(
     tokens: list[int], lengths: list[int], images: list, message: str
 ) -> None:
     with pytest.raises(VLBridgeError, match=message):
         positions_of(tokens, lengths, images)
 
 
-def test_a_video_cut_between_its_frames_is_refused() -> None:
+def test_a_video_cut_between_its_frames_is_rejected() -> None:
     with pytest.raises(
         VLBridgeError, match=r"segment 0: found 1 video .*video 0 with grid \(2, 2, 2\) needs 2 .*only 1"
     ):
@@ -239,7 +239,7 @@ def test_a_video_cut_between_its_frames_is_refused() -> None:
         ([2], r"images_per_segment: expected 2 counts"),
     ],
 )
-def test_wrong_counts_per_segment_are_refused(counts: list[int], message: str) -> None:
+def test_wrong_counts_per_segment_are_rejected(counts: list[int], message: str) -> None:
     with pytest.raises(VLBridgeError, match=message):
         check_vision_tokens(
             torch.tensor([5, IMAGE, 5, IMAGE, IMAGE]),

@@ -30,27 +30,27 @@ def check(found: PackedInputs, expected: list[Token], tp: int, known: bool = Tru
     assert found.loss_mask.tolist() == [[float(t.label != -100) for t in expected]]
     rows = found.vision_token_index.tolist()
     features = list(range(len(rows))) if found.vision_embed_index is None else found.vision_embed_index.tolist()
-    pictures = {place: t.feature for place, t in enumerate(expected) if t.feature is not None}
-    assert dict(zip(rows, features, strict=True)) == pictures
-    assert len(rows) == len(pictures)
+    images = {place: t.feature for place, t in enumerate(expected) if t.feature is not None}
+    assert dict(zip(rows, features, strict=True)) == images
+    assert len(rows) == len(images)
     if known:
         assert (found.layout.gather_index < 0).tolist() == [t.padding for t in expected]
     if tp > 1:
-        check_sequence_parallel(found, features, pictures, tp)
+        check_sequence_parallel(found, features, images, tp)
 
 
-def check_sequence_parallel(found: PackedInputs, features: list[int], pictures: dict[int, int], tp: int) -> None:
+def check_sequence_parallel(found: PackedInputs, features: list[int], images: dict[int, int], tp: int) -> None:
     size = found.tokens.shape[1] // tp
     for rank in range(tp):
         part = found.sequence_parallel(tp, rank).part
         assert part is not None
         mine = dict(zip(part.rows.tolist(), (features[i] for i in part.features.tolist()), strict=True))
-        inside = {place - rank * size: row for place, row in pictures.items() if place // size == rank}
+        inside = {place - rank * size: row for place, row in images.items() if place // size == rank}
         assert mine == inside
 
 
 def check_prediction(found: PackedInputs, expected: list[Token], weight: float) -> None:
-    """What the prediction layer gets: next tokens, the labels behind them, and the pack's `weight` for each label."""
+    """What the MTP layer gets: next tokens, the labels after them, and the pack's `weight` for each label."""
     assert found.mtp is not None
     assert found.mtp.labels is not None
     assert found.mtp.weights is not None
@@ -66,7 +66,7 @@ def some_ranks(batch: Batch, count: int = 2) -> list[int]:
 
 
 def check_cut(batch: Batch, known: bool) -> None:
-    """Each rank is given its own part alone, and hears what the others said; some ranks are then looked at."""
+    """Each rank is given its own part alone, and receives the statuses of the others; some ranks are then looked at."""
     segments, media = walk(batch), batch.media()
     lengths = batch.lengths if known else None
     parts = [cut(segments, batch.cp, rank) for rank in range(batch.cp)]
@@ -106,7 +106,7 @@ def check_whole(batch: Batch, known: bool) -> None:
 
 
 def check_dense(batch: Batch) -> None:
-    """Each rank is given the conversations one behind the other, and pads them itself."""
+    """Each rank is given all conversations, and pads them itself."""
     total = sum(segment.padded for segment in batch.segments)
     for segment in batch.segments:
         step = 2 * batch.cp if batch.cp > 1 else 1

@@ -1,4 +1,4 @@
-"""Rotary tables equal transformers' for text (interleaved MRoPE) and for pictures (rows and columns)."""
+"""Rotary tables equal transformers' for text (interleaved MRoPE) and for images (rows and columns)."""
 
 import pytest
 import torch

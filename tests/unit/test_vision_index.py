@@ -1,4 +1,4 @@
-"""Parts of a pack: positions and the tower's rows from counts alone; what does not fit is refused on every rank."""
+"""Parts of a pack: positions and the tower's rows from counts alone; what does not match is rejected on every rank."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def kinds_of(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def answer(tokens: torch.Tensor, segments: tuple[int, ...], cp: int, images: list, videos: list) -> str:
-    """The refusal of a pack cut over `cp` ranks, or nothing."""
+    """The error of a pack cut over `cp` ranks, or nothing."""
     try:
         pack = ShardedPack(segments, cp, images, videos, 2)
         pack.check([pack.count(kinds_of(tokens[zigzag_index(segments, cp, rank)])) for rank in range(cp)])
@@ -33,7 +33,7 @@ def answer(tokens: torch.Tensor, segments: tuple[int, ...], cp: int, images: lis
 
 @pytest.mark.parametrize("cp", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("pictures", "images", "videos"),
+    ("placeholders", "images", "videos"),
     [
         ([IMAGE] * 6, [(1, 4, 6)], []),
         ([IMAGE] * 4 + [IMAGE] * 6, [(1, 4, 4), (1, 4, 6)], []),
@@ -44,14 +44,14 @@ def answer(tokens: torch.Tensor, segments: tuple[int, ...], cp: int, images: lis
     ],
     ids=["image", "two that touch", "image of two frames", "video", "frames that touch", "image, video, image"],
 )
-def test_wherever_chunks_cut_a_picture_each_part_equals_the_whole(
-    pictures: list[int], images: list, videos: list, cp: int
+def test_wherever_chunks_cut_an_image_each_part_equals_the_whole(
+    placeholders: list[int], images: list, videos: list, cp: int
 ) -> None:
     length = 24
-    for before in range(length - len(pictures) + 1):
-        words = [WORD] * before, [WORD] * (length - before - len(pictures))
-        # A segment with a picture before, so that counts do not begin at 0.
-        tokens = torch.tensor([*[IMAGE] * 2, *[WORD] * 6, *words[0], *pictures, *words[1]])
+    for before in range(length - len(placeholders) + 1):
+        words = [WORD] * before, [WORD] * (length - before - len(placeholders))
+        # A segment with an image before, so that counts do not begin at 0.
+        tokens = torch.tensor([*[IMAGE] * 2, *[WORD] * 6, *words[0], *placeholders, *words[1]])
         segments, grids = (8, length), [(1, 2, 4), *images]
         whole = mrope_positions(
             tokens,
@@ -80,14 +80,14 @@ def test_what_travels_is_a_few_numbers_however_long_the_pack() -> None:
     segments = (4096, 4096)
     tokens = torch.full((8192,), WORD)
     tokens[100:1124] = IMAGE
-    said = ShardedPack(segments, 2, [(1, 64, 64)], [], 2).count(kinds_of(tokens[zigzag_index(segments, 2, 0)]))
-    assert said.placeholders.tolist() == [[[924, 0], [0, 0]], [[0, 0], [0, 0]]]
-    # Text stands before and after the picture; of videos there are none in any of the four runs.
-    assert said.stops.tolist() == [[0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 3, 0], *[[1, run, 0] for run in range(4)]]
+    counts = ShardedPack(segments, 2, [(1, 64, 64)], [], 2).count(kinds_of(tokens[zigzag_index(segments, 2, 0)]))
+    assert counts.placeholders.tolist() == [[[924, 0], [0, 0]], [[0, 0], [0, 0]]]
+    # Text stands before and after the image; of videos there are none in any of the four runs.
+    assert counts.stops.tolist() == [[0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 3, 0], *[[1, run, 0] for run in range(4)]]
 
 
 @pytest.mark.parametrize("cp", [1, 2, 4])
-def test_any_other_token_inside_a_picture_is_refused_wherever_it_lies(cp: int) -> None:
+def test_any_other_token_inside_an_image_is_rejected_wherever_it_lies(cp: int) -> None:
     """And so is every mix of two kinds: as the check of the whole pack says."""
     for place in range(1, 6):
         for other in (WORD, VIDEO):

@@ -63,13 +63,13 @@ def test_without_context_parallelism_the_pack_stays_as_it_is(lengths: list[int],
     assert layout.gather_index.tolist() == [*range(sum(lengths)), *[-1] * spare]
 
 
-def test_a_pack_without_room_for_the_padding_is_refused() -> None:
+def test_a_pack_without_room_for_the_padding_is_rejected() -> None:
     layout = BatchLayout.packed([5, 6], 12)
     with pytest.raises(VLBridgeError, match="together 16 tokens, but the pack has 12"):
         layout.context_parallel(2, 0)
 
 
-def test_a_pack_that_cannot_be_cut_is_refused() -> None:
+def test_a_pack_that_cannot_be_cut_is_rejected() -> None:
     with pytest.raises(VLBridgeError, match="a multiple of 8"):
         BatchLayout.packed([3], 20).context_parallel(4, 0)
 

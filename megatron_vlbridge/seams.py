@@ -1,0 +1,214 @@
+"""Every place that relies on the inside of another package: what, where and why. Data for tests/unit/test_seams.py.
+
+Functions that are called as their package documents them are not listed. A source is `module:qualified.name`. The test
+pins each by digests of its syntax tree (tests/unit/seam_digests.py), one for each form that it has in supported
+versions, and fails where the installed source has another. A source that is "replaced" is only required to exist.
+
+An upgrade: run the test with the new version, read each source that changed against what is said here, adapt the file
+that relies on it, and once the functional tests pass, add the digests that `python -m tests.unit.test_seams` prints.
+Digests of versions that are no longer supported go.
+"""
+
+# The versions that were read; others that pyproject.toml admits are accepted where their sources are the same.
+VERSIONS = {"megatron-core": ("0.19.0", "0.19.2"), "torch": ("2.11.0", "2.12.0", "2.13.0", "2.14.1")}
+
+_CORE = "megatron.core."
+_CHECKPOINTS = "megatron.core.dist_checkpointing."
+_LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module:LanguageModule."
+_MTP = "megatron.core.transformer.multi_token_prediction:"
+_BLOCK = "megatron.core.transformer.transformer_block:TransformerBlock."
+_LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer."
+_TRAINING = "megatron.training.training:"
+_DCP = "torch.distributed.checkpoint."
+
+# Of each file of this package, the sources that it relies on, and what it relies on.
+SEAMS: dict[str, dict[str, str]] = {
+    "model/deepstack.py": {
+        _LAYER + "__init__": "subclassed with one more keyword argument; layer_number counts from 1 over all stages",
+        _LAYER + "forward": "returns (hidden_states, context); packed_seq_params is a keyword argument",
+        _LAYER + "_forward_attention": "context is returned as it came where cross_attention is IdentityOp",
+        _BLOCK + "forward": (
+            "hands context from layer to layer; reads input_tensor on later stages; extract_layer_indices gives a tuple"
+        ),
+        _CORE + "recompute:checkpointed_forward": (
+            "context goes through recomputation as a tensor argument, packed_seq_params in the closure"
+        ),
+    },
+    "model/language.py": {
+        _BLOCK + "has_final_layernorm_in_this_stage": (
+            "with an MTP layer the decoder's final norm is on the stage of the last decoder layer"
+        ),
+        _LANGUAGE_MODULE + "__init__": (
+            "subclassed; sets cp_group, tp_group, pp_group and embd_group from pg_collection"
+        ),
+        _LANGUAGE_MODULE + "_is_in_embd_group": "reads mtp_process, vp_stage and vp_size",
+        _LANGUAGE_MODULE + "setup_embeddings_and_output_layer": (
+            "reads pre_process, post_process, mtp_process and share_embeddings_and_output_weights; marks the parameters"
+        ),
+        _LANGUAGE_MODULE + "shared_embedding_or_output_weight": (
+            "the embedding's weight on a stage that has one, else the head's"
+        ),
+        _LANGUAGE_MODULE + "sharded_state_dict": (
+            "stores the copies of the embedding once; expects no head weight beside a tied embedding"
+        ),
+        _LANGUAGE_MODULE + "compute_language_model_loss": (
+            "overridden and called: labels [b, s] and logits [s, b, V / tp] give losses [b, s]; counts padded columns"
+        ),
+    },
+    "model/mtp.py": {
+        _MTP + "process_mtp_loss": "reimplemented: the weight of the MTP loss and what goes to the log",
+        _MTP + "MultiTokenPredictionLayer._concat_embeddings": (
+            "reimplemented: embedding before hidden state, gathered over the tensor-parallel ranks"
+        ),
+        _MTP + "MultiTokenPredictionLayer.sharded_state_dict": "reimplemented: the storage name transformer_layer",
+        _MTP + "MultiTokenPredictionBlock.sharded_state_dict": "reimplemented: the storage name mtp.layers.0",
+        _MTP + "MTPLossLoggingHelper": (
+            "save_metrics_to_tracker sums per layer; the log divides by the micro-batches and averages over avg_group"
+        ),
+        _MTP + "MTPLossAutoScaler": (
+            "backward gives the MTP loss a gradient of main_loss_backward_scale, which Megatron's schedules set"
+        ),
+    },
+    "model/recompute.py": {
+        _CORE + "tensor_parallel.random:CheckpointFunction": (
+            "recomputed parameters get gradients only if a tensor argument requires one"
+        ),
+    },
+    "model/rope.py": {
+        _CORE + "transformer.attention:SelfAttention.get_query_key_value_tensors": (
+            "overridden: the first two results are query and key after their norms"
+        ),
+        _CORE + "transformer.attention:Attention.forward": (
+            "calls get_query_key_value_tensors once, and rotates nothing where rotary_pos_emb is None"
+        ),
+    },
+    "model/router.py": {
+        _CORE + "transformer.moe.router:TopKRouter._apply_aux_loss": (
+            "private, overridden since it counts tokens after an all-reduce in place; drop the override when fixed"
+        ),
+        _CORE + "transformer.moe.router:TopKRouter.attach_and_log_load_balancing_loss": (
+            "multiplies by valid_token_count and by the ranks"
+        ),
+        _CORE + "transformer.moe.moe_utils:switch_load_balancing_loss_func": (
+            "the loss from summed probabilities, counts of choices and a number of tokens"
+        ),
+    },
+    "model/specs.py": {
+        _CORE + "transformer.moe.moe_layer:MoELayer.__init__": (
+            "builds the router from submodules.router, and no shared experts where the config has none"
+        ),
+        _LAYER + "sharded_state_dict": "sharded_state_dict_keys_map renames a module's entries",
+    },
+    "model/vlm.py": {
+        _CORE + "distributed.finalize_model_grads:_allreduce_word_embedding_grads": (
+            "takes pre_process, share_embeddings_and_output_weights and shared_embedding_or_output_weight of the model"
+        ),
+        _CORE + "pipeline_parallel.schedules:forward_step": (
+            "calls set_input_tensor of the model, with a list or a tensor"
+        ),
+        _CORE + "pipeline_parallel.schedules:forward_step_calc_loss": (
+            "sets the scales of the MTP and router losses by config; takes vp_stage of the model"
+        ),
+    },
+    "backends/packed.py": {
+        _CORE + "packed_seq_params:PackedSeqParams": "subclassed with more fields; all of its own have defaults",
+    },
+    "backends/cpu_runtime.py": {
+        _CORE + "tensor_parallel.random:_set_cuda_rng_state": (
+            "private, replaced by torch's state of the CPU; called with (new_state, device, graph_safe)"
+        ),
+        _CORE + "jit:enable_jit_fuser": "binds torch.compile when Megatron is imported; replaced before",
+        _CORE + "optimizer.clip_grads:clip_grad_by_total_norm_fp32": (
+            "compares Tensor.type() with the name of a CUDA tensor"
+        ),
+        "torch.overrides:TorchFunctionMode": "a mode sees every function with a device",
+        "torch:compile": "replaced",
+        "torch.cuda:current_device": "replaced, like its neighbours in _cuda_replacements",
+        "torch.cuda.random:get_rng_state": "replaced",
+        "torch.cuda.nvtx:range_push": "replaced",
+        "torch.cuda.nvtx:range_pop": "replaced",
+    },
+    "backends/gloo.py": {
+        _CORE + "tensor_parallel.mappings:_AllToAll": (
+            "calls torch.distributed.all_to_all_single by its module, with split sizes that may be tensors"
+        ),
+        "torch.distributed.distributed_c10d:all_to_all_single": "replaced, called with its own",
+        "torch.distributed.distributed_c10d:all_gather": "replaced, called with its own",
+        "torch.distributed.distributed_c10d:reduce_scatter": "replaced, called with its own",
+    },
+    "checkpoint/shards.py": {
+        _CHECKPOINTS + "mapping:is_main_replica": "a replica_id of zeros is the main one",
+        _CHECKPOINTS + "mapping:ShardedTensorFactory": "build() gives the entries that are stored",
+    },
+    "checkpoint/torch_dist_writer.py": {
+        _CHECKPOINTS + "mapping:ShardedObject": "its storage key is key/shard_offset_shape",
+        _DCP + "filesystem:FileSystemWriter.__init__": "subclassed; sync_files and per_thread_copy_ahead",
+        _DCP + "filesystem:_FileSystemWriter": (
+            "one file per writer, named by prepare_global_plan; storage_meta is overridden; finish writes the metadata"
+        ),
+        _DCP + "filesystem:_write_item": "private: asks the planner's resolve_data for a tensor only when it writes it",
+        _DCP + "default_planner:DefaultSavePlanner.__init__": (
+            "subclassed without arguments; resolve_data is overridden"
+        ),
+    },
+    "checkpoint/dcp_metadata.py": {
+        _CHECKPOINTS + "strategies.torch:MCoreMetadata": "a class in the pickle of the metadata, read as DCP's",
+        _CHECKPOINTS + "strategies.torch:MCoreSavePlan": "a class in the pickle of the metadata, read as DCP's",
+        _DCP + "metadata:_MEM_FORMAT_ENCODING": "private: an enum in the pickle of TensorProperties",
+        _DCP + "metadata:TensorProperties": "its pickled state is a tuple whose last but one item is the memory format",
+        _DCP + "filesystem:_StorageInfo": "private: relative_path, offset and length of an entry",
+    },
+    "checkpoint/torch_dist.py": {
+        _DCP + "filesystem:FileSystemReader._slice_file": "private: a stream of one entry's bytes",
+        _DCP + "filesystem:FileSystemReader.set_up_storage_reader": "sets storage_data; read_metadata is overridden",
+        "torch.serialization:_load": (
+            "a storage on the meta device has _checkpoint_offset, where its values begin in the file"
+        ),
+    },
+    "checkpoint/live_weights.py": {
+        _CORE + "distributed.distributed_data_parallel:DistributedDataParallel.start_param_sync": (
+            "force_sync=True waits for parameters that overlap_param_gather has not gathered"
+        ),
+    },
+    "training/pretrain.py": {
+        _TRAINING + "pretrain": "calls initialize_megatron by its global name; builds the model before the datasets",
+        "megatron.training.initialize:initialize_megatron": "replaced by itself with allow_no_cuda=True",
+        _CORE + "datasets.utils:compile_helpers": "replaced where the helpers are built",
+    },
+    "training/datasets.py": {
+        _TRAINING + "get_train_valid_test_num_samples": (
+            "the counts with which Megatron later calls the dataset provider"
+        ),
+        _TRAINING + "update_train_iters": "writes train_iters into the global arguments",
+        _TRAINING + "build_train_valid_test_data_loaders": (
+            "which ranks call the provider, and that the first rank decides on evaluation"
+        ),
+    },
+    "training/start.py": {
+        _TRAINING + "get_optimizer_param_scheduler": (
+            "takes an optimizer that only has param_groups; writes defaults into the arguments"
+        ),
+        "megatron.training.checkpointing:load_checkpoint": (
+            "ends the process with SystemExit; recognised by this function's name in the traceback"
+        ),
+    },
+    "training/console.py": {
+        _TRAINING + "training_log": "the text of an iteration's line, read by training/log_lines.py",
+        "megatron.training.utils.common_utils:print_rank_0": "recognised by its name in the frame that prints",
+        "megatron.training.utils.common_utils:print_rank_last": "recognised by its name in the frame that prints",
+    },
+    "training/preflight.py": {
+        _CORE + "transformer.pipeline_parallel_layer_layout:PipelineParallelLayerLayout.validate_layer_layout": (
+            "raises AssertionError with a text for the user"
+        ),
+    },
+    "training/failure.py": {
+        "torch.distributed.elastic.multiprocessing.errors:ChildFailedError": (
+            "torchrun shows the message and py_callstack of the file that a rank writes"
+        ),
+    },
+    "training/parser.py": {
+        "argparse:HelpFormatter._get_help_string": "private, overridden",
+        "argparse:_ActionsContainer.__init__": "private: keeps the options of a parser in _option_string_actions",
+    },
+}
