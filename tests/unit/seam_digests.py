@@ -41,6 +41,8 @@ DIGESTS: dict[str, tuple[str, ...]] = {
     "megatron.core.jit:enable_jit_fuser": ("27e2ec638634",),
     "megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32": ("fe361e153f73",),
     "torch.overrides:TorchFunctionMode": ("2d9fee742dd9",),
+    "megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups": ("93968d000e79",),
+    "torch.optim.adam:adam": ("193c3d4dcdf1",),
     "megatron.core.tensor_parallel.mappings:_AllToAll": ("2246fd4cb3e0",),
     "megatron.core.dist_checkpointing.mapping:is_main_replica": ("c376cea906ff",),
     "megatron.core.dist_checkpointing.mapping:ShardedTensorFactory": ("658e71af970e",),
@@ -59,6 +61,9 @@ DIGESTS: dict[str, tuple[str, ...]] = {
     "torch.serialization:_load": ("9c4cc16db773", "21959a520cad"),
     "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel.start_param_sync": ("ad7a575ad31d",),
     "megatron.training.training:pretrain": ("768a1077e955",),
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state_from_dp_reshardable": (
+        "cb0e32e9794b",
+    ),
     "megatron.training.training:get_train_valid_test_num_samples": ("6bf53a724d12",),
     "megatron.training.training:update_train_iters": ("042a964fcb65",),
     "megatron.training.training:build_train_valid_test_data_loaders": ("0b8b80ec02aa",),

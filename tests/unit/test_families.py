@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 OWN_ROOMS = ("families/", "demo/", "data/tiny_processor.py")
 # The exported name, and the checkpoint in examples of docstrings and `--help`.
 ALLOWED = re.compile(r"Qwen3VLModel|(Qwen/)?Qwen3-VL-2B(-Instruct|-megatron)?", re.IGNORECASE)
-MEGATRON = re.compile(r"megatron\.core\.transformer\.moe\b")
+MEGATRON = re.compile(r"\btransformer\.moe\b")
 FILES = sorted(path for path in ROOT.rglob("*.py") if not str(path.relative_to(ROOT)).startswith(OWN_ROOMS))
 
 

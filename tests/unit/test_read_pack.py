@@ -170,7 +170,7 @@ def test_invalid_grids_are_rejected():
     assert_rejected(batch | {"image_grid_thw": grids}, "image 0: grid (1, 3, 8)", "the merge size 2", "found 3")
     grids[0, 0] = torch.tensor([1, -6, -4])
     assert_rejected(batch | {"image_grid_thw": grids}, "image 0: grid (1, -6, -4)", "positive")
-    assert_rejected(batch | {"image_grid_thw": batch["image_grid_thw"][:, :, 1:]}, "image grids", "[3, 2]")
+    assert_rejected(batch | {"image_grid_thw": batch["image_grid_thw"][:, :, 1:]}, "image_grid_thw", "[3, 2]")
     assert_rejected(batch | {"image_grid_thw": batch["image_grid_thw"][:, :-1]}, "image patches", "2 grids")
 
 
