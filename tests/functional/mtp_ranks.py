@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model import mtp
 from megatron_vlbridge.training.step import vlm_step
 from tests.functional import ranks
 from tests.functional.pool import Layout
@@ -37,6 +38,12 @@ def predictions(
         "cp_rank": parallel_state.get_context_parallel_rank(),
         "dp_rank": parallel_state.get_data_parallel_rank(),
     }
+
+
+def largest(layout: Layout, logits: torch.Tensor) -> torch.Tensor:
+    """What this rank finds, which has its part of the logits `[T, 1, V]`."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    return mtp._largest(logits.chunk(group.size(), dim=-1)[group.rank()], group)
 
 
 def build_error(layout: Layout, checkpoint: Path) -> str:

@@ -81,18 +81,28 @@ def test_the_mtp_prediction_equals_transformers(
     packs = [reference.pack(group, PACK_LENGTH) for group in groups()]
     results = pool.run(mtp_ranks.predictions, layout, folder=folders[kind], packs=packs)
     lengths = [[len(c.tokens) for c in group] for group in groups()]
-    logits, losses, means = iter(expected.logits), iter(expected.losses), []
+    logits, losses, means, hits = iter(expected.logits), iter(expected.losses), [], 0
     for row, group, segments in zip(ranks.of_packs(results, "logits", layout, lengths), groups(), lengths, strict=True):
         for part, c in zip(row[: sum(segments)].split(segments), group, strict=True):
             wanted = next(logits)
             assert reference.relative_error(part[:-1, : wanted.shape[1]], wanted) < TOLERANCE, c
+            hits += int((wanted.argmax(-1) == c.labels[1:]).sum())
         found = torch.cat([next(losses) for _ in group])
         means.append(found.sum() / sum(int((c.labels[1:] != -100).sum()) for c in group))
     # Megatron's log divides by the micro-batches of a rank.
     mean = torch.stack(means).mean().item()
     for logged in [r["logged"] for r in results if r["logged"]]:
         assert_close_in_norm(logged["loss_values"] * layout.dp / len(packs), mean)
+        assert logged["correct_values"] == hits
         assert logged["total_values"] == sum(int((c.labels[1:] != -100).sum()) for group in groups() for c in group)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=4, world=4)], ids=str)
+def test_the_largest_logit_is_found_over_all_ranks(pool: Pool, layout: Layout) -> None:
+    """The lowest id of equal ones, as torch's `argmax`."""
+    logits = torch.randint(0, 4, (50, 1, 64), generator=torch.Generator().manual_seed(0)).float()
+    for found in pool.run(mtp_ranks.largest, layout, logits=logits):
+        assert torch.equal(found, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
