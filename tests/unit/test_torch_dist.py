@@ -6,7 +6,10 @@ import json
 import os
 import pickle
 import random
+import signal
 import struct
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections import OrderedDict
@@ -357,6 +360,35 @@ def test_a_hostile_pickle_takes_neither_memory_nor_time(content, tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
     finally:
         tracemalloc.stop()
+
+
+STANDARD = """
+import pickle, resource, sys
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from megatron_vlbridge.checkpoint.torch_dist.unpickler import _Unpickler
+class Standard(pickle.Unpickler):
+    find_class = _Unpickler.find_class
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Standard(sys.stdin.buffer).load()
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(hasattr(ChunkStorageMetadata, "is_symlink"), after - before > 1_000_000)
+"""
+STATE_OF_A_CLASS = b"N" + STATE + b"\x86b"
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "output"),
+    [
+        (b"}" + NESTED + b"K\1s", -signal.SIGSEGV, ""),
+        (RECORD + STATE_OF_A_CLASS, 0, "True False"),
+        (b"Nr" + struct.pack("<I", 2**27), 0, "False True"),
+    ],
+    ids=["deep-key", "class", "memo"],
+)
+def test_a_restricted_find_class_is_not_enough(content, status, output):
+    """Python's own unpickler, with the `find_class` of ours: it dies, changes a class, or takes gigabytes."""
+    done = subprocess.run([sys.executable, "-c", STANDARD], input=b"\x80\4" + content + b".", capture_output=True)
+    assert (done.returncode, done.stdout.decode().strip()) == (status, output), done.stderr
 
 
 @pytest.mark.parametrize("where", ["size", "chunks", "properties"])

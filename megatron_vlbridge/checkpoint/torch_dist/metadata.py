@@ -15,10 +15,9 @@ _LONGEST = 1000
 
 
 def read_metadata(path: Path) -> dcp.Metadata:
-    """The metadata of a checkpoint. Its entries have names and its places are a dict; what these hold is not checked.
+    """The metadata of a checkpoint. The types of its two tables and the names are checked, not what the tables hold.
 
-    Nothing that the file names is called or changed but the classes above, and no more memory is taken than such a
-    file can fill.
+    The file is not trusted: see `restricted_loads`.
 
     Raises VLBridgeError, naming the file, where it cannot be read or is anything else than such a pickle.
     """
@@ -28,7 +27,7 @@ def read_metadata(path: Path) -> dcp.Metadata:
         raise VLBridgeError(f"{path}: expected a readable file, found: {error}. Copy the folder again.") from error
     try:
         metadata = restricted_loads(content)
-    # What a broken pickle can end in is no closed list: struct, memory and recursion errors among them.
+    # A broken pickle may raise anything: struct, memory and recursion errors among others.
     except Exception as error:
         found = f"{error}" or type(error).__name__
         raise VLBridgeError(f"{path}: expected DCP's metadata, found: {found}. Do not trust this folder.") from error

@@ -1,4 +1,4 @@
-"""The unpickler of DCP's metadata: few opcodes are read, few classes are made, no code is run."""
+"""The unpickler of DCP's metadata: few opcodes are accepted, few classes instantiated, no code is run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 _SHOWN = 60
 
-# Classes that hold plain fields. An object of them is made empty, then given its fields.
+# Classes of plain fields. An instance is created empty, then its fields are set.
 _RECORDS: tuple[type, ...] = (
     *(dcp.BytesStorageMetadata, dcp.ChunkStorageMetadata, dcp.Metadata, dcp.MetadataIndex, dcp.StorageMeta),
     *(dcp.TensorProperties, dcp.TensorStorageMetadata, _StorageInfo),
@@ -40,7 +40,7 @@ _GLOBALS: dict[tuple[str, str], type] = {
 
 
 def shown(value: object) -> str:
-    """A value of a pickle for an error message: a few characters, whatever it holds, were it itself."""
+    """A value of a pickle for an error message: a few characters, even if it contains itself."""
     if isinstance(value, tuple) and len(value) <= _SHOWN and all(type(item) is int for item in value):
         return f"[{', '.join(map(shown, value))}]"
     if isinstance(value, str | bytes):
@@ -53,8 +53,8 @@ def shown(value: object) -> str:
 def restricted_loads(content: bytes) -> Any:
     """The value of a pickle that holds nothing but DCP's metadata.
 
-    Nothing that it names is called or changed but a few classes of plain fields, and no more memory is taken than such
-    a file can fill. What it raises for any other pickle is no closed list.
+    Of what it names only a few classes of plain fields are instantiated, and memory is bounded by the size of the file.
+    It may raise any exception for another pickle.
     """
     return _Unpickler(content).load()
 
@@ -65,10 +65,11 @@ class _Opcodes(dict[int, Callable[[Any], None]]):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own, in Python, with the opcodes that pickles of protocol 2 to 5 write for DCP's metadata.
+    """The interpreter of pickles in pure Python, with the opcodes of protocol 2 to 5 that DCP's metadata needs.
 
-    The one in C takes memory as the file tells it to, and both run what they find: BUILD on a class changes the class
-    for the whole process, REDUCE calls it, and the hash of a deep tuple, as a key, overruns the stack.
+    `pickle.Unpickler` with a restricted `find_class` is not enough: hashing a deeply nested tuple that is a key
+    overflows the C stack and kills the process, BUILD sets attributes on the very classes that `find_class` admits,
+    and one memo index allocates gigabytes (`test_a_restricted_find_class_is_not_enough`).
     """
 
     def __init__(self, content: bytes) -> None:
@@ -77,7 +78,7 @@ class _Unpickler(pickle._Unpickler):
         self.read, self.readline = stream.read, stream.readline
 
     def load(self) -> Any:
-        """The value of the whole pickle. Frames, in which the file is to be read, are passed over."""
+        """The value of the whole pickle. Frames are ignored."""
         self.metastack: list[list[Any]] = []
         self.stack: list[Any] = []
         self.append = self.stack.append
@@ -112,7 +113,7 @@ class _Unpickler(pickle._Unpickler):
         self.append(object.__new__(made))
 
     def load_build(self) -> None:
-        """The fields of a record. Anything else that has attributes is shared with the process."""
+        """Set the fields of a record. Anything else that has attributes is shared with the process."""
         state, record = self.stack.pop(), self.stack[-1]
         if type(record) is dcp.TensorProperties and type(state) is tuple and isinstance(state[-2], _ENUMS):
             record.__setstate__(state)
@@ -122,7 +123,7 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"attributes for {_named(record)}, which no checkpoint needs")
 
     def _pop_marked(self) -> list[Any]:
-        """What is on the stack behind the last mark."""
+        """The stack after the last mark."""
         items, self.stack = self.stack, self.metastack.pop()
         self.append = self.stack.append
         return items
@@ -174,7 +175,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _make(made: object, arguments: object) -> Any:
-    """What REDUCE asks for."""
+    """The result of REDUCE."""
     parts = arguments if type(arguments) is tuple else ()
     part = parts[0] if len(parts) == 1 else None
     if made is torch.Size and isinstance(part, tuple | list) and all(type(size) is int for size in part):
@@ -195,7 +196,7 @@ def _named(value: object) -> str:
 
 
 def _is_key(value: object) -> bool:
-    """Whether a value is what keys are: a name, a number, some of them, or the index of a chunk."""
+    """Whether a value may be a key: a string, an int, a tuple of these, or the index of a chunk."""
     if type(value) is dcp.MetadataIndex:
         return all(map(_is_short, vars(value).values()))
     return _is_short(value)
