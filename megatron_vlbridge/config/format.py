@@ -1,7 +1,5 @@
 """What the `config.json` of one model type holds, as data."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +9,14 @@ from typing import Any
 class ConfigFormat:
     """The `config.json` of one model type.
 
-    `text`, `vision` and `tokens` hold, for each key of `text_config`, `vision_config` and the top level that the
-    reader looks for, what transformers 5.23 takes where it is absent. A key that is not here is one that the model
-    type does not have: with `num_experts` it has experts, with `full_attention_interval` linear attention, and so on.
+    `text` and `vision` hold, for each key of `text_config` and `vision_config` that the reader looks for, what
+    transformers 5.23 takes where it is absent. A key that is not here is one that the model type does not have: with
+    `num_experts` it has experts, with `full_attention_interval` linear attention, and so on. `tokens` are the defaults
+    of the tokens image, video, vision start and vision end.
     """
 
     model_type: str
     architecture: str
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
-    tokens: Mapping[str, int]
+    tokens: tuple[int, int, int, int]

@@ -1,7 +1,5 @@
 """From the raw `config.json` to a `Config`: which model type it is, and what must agree."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from megatron_vlbridge.config.vision import read_vision
 from megatron_vlbridge.errors import VLBridgeError
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def read_config_file(
@@ -34,7 +33,7 @@ def read_config_file(
         model_type=found.model_type,
         text=read_text(top.section("text_config", defaults=found.text), found.model_type),
         vision=read_vision(top.section("vision_config", defaults=found.vision), found.model_type),
-        **{key: top.integer(key, default=token, minimum=0) for key, token in found.tokens.items()},
+        **{key: top.integer(key, default=token, minimum=0) for key, token in zip(_TOKENS, found.tokens, strict=True)},
         tie_word_embeddings=_read_tie(top),
         dtype=_read_dtype(top),
         fp8=_read_fp8(top),
@@ -122,13 +121,13 @@ def _check_parts_match(top: Section, config: Config) -> None:
         expected = f"text_config.hidden_size ({text.hidden_size})"
         raise top.fail("vision_config.out_hidden_size", vision.out_hidden_size, expected, "Correct whichever is wrong.")
     if len(vision.deepstack_visual_indexes) > text.num_layers:
-        found, expected = (
-            list(vision.deepstack_visual_indexes),
+        key, expected = (
+            "vision_config.deepstack_visual_indexes",
             f"at most {text.num_layers} entries (num_hidden_layers)",
         )
-        raise top.fail("vision_config.deepstack_visual_indexes", found, expected, "Correct whichever is wrong.")
+        raise top.fail(key, list(vision.deepstack_visual_indexes), expected, "Correct whichever is wrong.")
     seen: dict[int, str] = {}
-    for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+    for key in _TOKENS:
         token = getattr(config, key)
         if token >= text.vocab_size:
             raise top.fail(key, token, f"an id below vocab_size ({text.vocab_size})", "Correct the id or vocab_size.")

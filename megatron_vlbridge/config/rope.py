@@ -1,7 +1,5 @@
 """The rotary settings of a part, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4.57)."""
 
-from __future__ import annotations
-
 from megatron_vlbridge.config.section import Section
 
 

@@ -1,7 +1,5 @@
 """What a checkpoint is: frozen dataclasses, whatever the keys of the file."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -26,7 +26,9 @@ class Section:
     ) -> None:
         self.file, self.values, self.prefix, self.defaults = file, values, prefix, defaults or {}
 
-    def fail(self, key: str, found: object, expected: str, remedy: str) -> VLBridgeError:
+    def fail(
+        self, key: str, found: object, expected: str, remedy: str = "Correct the value in the file."
+    ) -> VLBridgeError:
         """An error that names file, key, what was found and expected, and what to do."""
         return VLBridgeError(f"{self.file}: {self.prefix}{key}: expected {expected}, found {found!r}. {remedy}")
 
@@ -44,7 +46,7 @@ class Section:
         value = self.value(*keys, default=default)
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
             most = f" and at most {maximum}" if isinstance(value, int) and value > maximum else ""
-            raise self.fail(keys[0], value, f"an integer of at least {minimum}{most}", "Correct the value in the file.")
+            raise self.fail(keys[0], value, f"an integer of at least {minimum}{most}")
         return value
 
     def number(self, *keys: str, default: float | None = None, positive: bool = True) -> float:
@@ -53,7 +55,7 @@ class Section:
         numeric = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         if not numeric or value < 0 or (positive and value == 0):
             sign = "positive" if positive else "non-negative"
-            raise self.fail(keys[0], value, f"a {sign} number", "Correct the value in the file.")
+            raise self.fail(keys[0], value, f"a {sign} number")
         return float(value)
 
     def integers(self, key: str, default: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -62,24 +64,23 @@ class Section:
         if not isinstance(value, list | tuple) or any(
             not isinstance(item, int) or isinstance(item, bool) or not 0 <= item <= _LARGEST for item in value
         ):
-            raise self.fail(key, value, "a list of non-negative integers", "Correct the value in the file.")
+            raise self.fail(key, value, "a list of non-negative integers")
         return tuple(value)
 
     def boolean(self, key: str, default: bool) -> bool:
         """True or false, and nothing that resembles them."""
         value = self.value(key, default=default)
         if not isinstance(value, bool):
-            raise self.fail(key, value, "true or false", "Correct the value in the file.")
+            raise self.fail(key, value, "true or false")
         return value
 
     def only(self, key: str, *allowed: object) -> None:
-        """Refuse any value but these; an absent key means the first."""
+        """Reject any value but these; an absent key means the first."""
         value = self.value(key, default=allowed[0])
         if not any(value == item and type(value) is type(item) for item in allowed):
             expected = " or ".join(json.dumps(item) for item in allowed)
-            raise self.fail(
-                key, value, expected, "Other values are not supported: use a checkpoint without this setting."
-            )
+            remedy = "Other values are not supported: use a checkpoint without this setting."
+            raise self.fail(key, value, expected, remedy)
 
     def section(self, key: str, required: bool = True, defaults: Mapping[str, Any] | None = None) -> Section:
         """The JSON object under `key`, whose keys have these defaults; an optional one that is absent is empty."""

@@ -1,7 +1,5 @@
 """`text_config` -> `TextConfig`."""
 
-from __future__ import annotations
-
 from megatron_vlbridge.config.rope import read_rope
 from megatron_vlbridge.config.schema import LinearAttentionConfig, MoeConfig, TextConfig
 from megatron_vlbridge.config.section import MAX_EXPERTS, MAX_LAYERS, Section
@@ -56,9 +54,8 @@ def _check_fixed(text: Section, model_type: str) -> None:
     text.only("is_causal", True)
     text.only("per_layer_config", None)
     if text.number("attention_dropout", default=0.0, positive=False) != 0:
-        raise text.fail(
-            "attention_dropout", text.value("attention_dropout"), "0", "Dropout is not supported: set it to 0."
-        )
+        found = text.value("attention_dropout")
+        raise text.fail("attention_dropout", found, "0", "Dropout is not supported: set it to 0.")
 
 
 def _read_pad_token(text: Section, vocab_size: int) -> int | None:
@@ -79,12 +76,10 @@ def _check_text(text: Section, result: TextConfig) -> None:
     partial = "partial_rotary_factor" in text.defaults
     if result.num_attention_heads % result.num_key_value_heads:
         expected = f"a divisor of num_attention_heads ({result.num_attention_heads})"
-        raise text.fail("num_key_value_heads", result.num_key_value_heads, expected, "Correct the value in the file.")
+        raise text.fail("num_key_value_heads", result.num_key_value_heads, expected)
     if not (result.partial_rotary_factor == 1.0 or (partial and result.partial_rotary_factor < 1.0)):
         expected = "a factor of at most 1" if partial else "1.0"
-        raise text.fail(
-            "partial_rotary_factor", result.partial_rotary_factor, expected, "Correct the value in the file."
-        )
+        raise text.fail("partial_rotary_factor", result.partial_rotary_factor, expected)
     if 2 * sum(result.mrope_section) != result.rotary_dim:
         expected = f"a sum of {result.rotary_dim / 2:g}, half of the {result.rotary_dim} rotated dimensions of a head"
         raise text.fail("mrope_section", list(result.mrope_section), expected, "Correct mrope_section or head_dim.")
@@ -106,10 +101,10 @@ def _read_moe(text: Section, num_layers: int) -> MoeConfig:
     )
     if moe.num_experts_per_tok > moe.num_experts:
         expected = f"at most num_experts ({moe.num_experts})"
-        raise text.fail("num_experts_per_tok", moe.num_experts_per_tok, expected, "Correct the value in the file.")
+        raise text.fail("num_experts_per_tok", moe.num_experts_per_tok, expected)
     if any(layer >= num_layers for layer in moe.mlp_only_layers):
         expected = f"layers below num_hidden_layers ({num_layers})"
-        raise text.fail("mlp_only_layers", list(moe.mlp_only_layers), expected, "Correct the value in the file.")
+        raise text.fail("mlp_only_layers", list(moe.mlp_only_layers), expected)
     if "shared_expert_intermediate_size" not in text.defaults and moe.shared_expert_intermediate_size:
         found = moe.shared_expert_intermediate_size
         raise text.fail("shared_expert_intermediate_size", found, "0", "This family has no shared expert.")
@@ -134,7 +129,7 @@ def _read_linear_attention(text: Section, num_layers: int) -> LinearAttentionCon
     layer_types = text.value("layer_types", default=kinds)
     if not isinstance(layer_types, list) or len(layer_types) != num_layers or not set(layer_types) <= set(_LAYER_TYPES):
         expected = f"{num_layers} entries (num_hidden_layers), each {' or '.join(_LAYER_TYPES)}"
-        raise text.fail("layer_types", layer_types, expected, "Correct the value in the file.")
+        raise text.fail("layer_types", layer_types, expected)
     if "full_attention_interval" in text.values and layer_types != kinds:
         expected = f"full attention at every layer {interval}, as full_attention_interval says"
         raise text.fail("layer_types", layer_types, expected, "Remove whichever is wrong.")
@@ -148,5 +143,5 @@ def _read_linear_attention(text: Section, num_layers: int) -> LinearAttentionCon
     )
     if result.num_value_heads % result.num_key_heads:
         expected = f"a multiple of linear_num_key_heads ({result.num_key_heads})"
-        raise text.fail("linear_num_value_heads", result.num_value_heads, expected, "Correct the value in the file.")
+        raise text.fail("linear_num_value_heads", result.num_value_heads, expected)
     return result

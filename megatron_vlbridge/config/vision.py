@@ -1,12 +1,15 @@
 """`vision_config` -> `VisionConfig`."""
 
-from __future__ import annotations
-
 import math
 
 from megatron_vlbridge.config.rope import rope_section
 from megatron_vlbridge.config.schema import VisionConfig
 from megatron_vlbridge.config.section import MAX_LAYERS, Section
+
+_SIZES = (
+    *("hidden_size", "intermediate_size", "in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size"),
+    *("out_hidden_size", "num_position_embeddings"),
+)
 
 
 def read_vision(vision: Section, model_type: str) -> VisionConfig:
@@ -22,15 +25,8 @@ def read_vision(vision: Section, model_type: str) -> VisionConfig:
             raise part.fail("rope_theta", part.value("rope_theta"), "10000", "Other values are not supported.")
     result = VisionConfig(
         depth=_read_size_of_two_names(vision, "depth", "num_hidden_layers", maximum=MAX_LAYERS),
-        hidden_size=vision.integer("hidden_size"),
-        intermediate_size=vision.integer("intermediate_size"),
         num_heads=_read_size_of_two_names(vision, "num_heads", "num_attention_heads"),
-        in_channels=vision.integer("in_channels"),
-        patch_size=vision.integer("patch_size"),
-        temporal_patch_size=vision.integer("temporal_patch_size"),
-        spatial_merge_size=vision.integer("spatial_merge_size"),
-        out_hidden_size=vision.integer("out_hidden_size"),
-        num_position_embeddings=vision.integer("num_position_embeddings"),
+        **{name: vision.integer(name) for name in _SIZES},
         deepstack_visual_indexes=vision.integers("deepstack_visual_indexes", default=[]),
         initializer_range=vision.number("initializer_range", positive=False),
     )
@@ -50,16 +46,15 @@ def _read_size_of_two_names(vision: Section, name: str, other: str, **limits: in
 
 
 def _check_vision(vision: Section, result: VisionConfig) -> None:
-    if result.hidden_size % (
-        4 * result.num_heads
-    ):  # a quarter of a head's frequencies each for cos/sin of height and width
+    # A quarter of a head's frequencies each for cos/sin of height and width.
+    if result.hidden_size % (4 * result.num_heads):
         expected = f"a multiple of 4 x num_heads ({4 * result.num_heads})"
         raise vision.fail("hidden_size", result.hidden_size, expected, "Correct hidden_size or num_heads.")
     vision.only("head_dim", result.hidden_size // result.num_heads)
     if math.isqrt(result.num_position_embeddings) ** 2 != result.num_position_embeddings:
         found = result.num_position_embeddings
-        raise vision.fail("num_position_embeddings", found, "a square number", "Correct the value in the file.")
+        raise vision.fail("num_position_embeddings", found, "a square number")
     indexes = result.deepstack_visual_indexes
     if len(set(indexes)) != len(indexes) or any(index >= result.depth for index in indexes):
         expected = f"distinct indexes of blocks below depth ({result.depth})"
-        raise vision.fail("deepstack_visual_indexes", list(indexes), expected, "Correct the value in the file.")
+        raise vision.fail("deepstack_visual_indexes", list(indexes), expected)

@@ -1,7 +1,5 @@
 """The model families, one folder each, as data: nothing outside this package names one of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_vlbridge.config import Config, read_config_file

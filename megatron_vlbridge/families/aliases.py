@@ -3,8 +3,6 @@
 Everywhere else a tensor has the name that the Hub gives it: `model.language_model.*`, `model.visual.*`, `lm_head.*`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

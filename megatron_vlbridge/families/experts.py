@@ -1,7 +1,5 @@
 """The layouts in which Hugging Face checkpoints store the experts of a layer, how to detect them, and their rules."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import StrEnum

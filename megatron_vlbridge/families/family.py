@@ -1,7 +1,5 @@
 """What a family declares."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -28,7 +26,7 @@ class Family:
 
     `config` is the format of its `config.json`, `rules` makes its rules from a `Config` and the layouts of the
     decoder's and of the MTP layer's experts. `embedding` and `head` are the HF names of the two ends that
-    `tie_word_embeddings` makes one, `layers` that of the decoder layers; `expert_layout` that of the
+    `tie_word_embeddings` makes one, `layers` the HF name of the decoder layers, `expert_layout` the layout of the
     experts on the Hub.
 
     `language_fields` and `vision_fields` give the fields of Megatron's `TransformerConfig` that a checkpoint decides.

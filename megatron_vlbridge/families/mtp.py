@@ -5,8 +5,6 @@ embedding of the next token, then the normed hidden states after the decoder's l
 through the model's own head. Megatron stores it as layer `0`, never stacked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from megatron_vlbridge.config import Config

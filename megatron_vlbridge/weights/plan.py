@@ -1,7 +1,5 @@
 """The proof, from names, shapes and dtypes alone, that a checkpoint and the rules fit each other."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence

@@ -4,8 +4,6 @@ A rule is data. It expands to `Move`s between regions of full tensors; every use
 one layer, one rank) asks the same moves, so there is no second description that could disagree.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Dense Qwen3-VL (2B, 4B, 8B, 32B)."""
 
-from __future__ import annotations
-
 from megatron_vlbridge.families.family import Family, combinations
 from megatron_vlbridge.families.qwen3_vl.config import CONFIG
 from megatron_vlbridge.families.qwen3_vl.fields import language_fields, vision_fields

@@ -1,7 +1,5 @@
 """The `config.json` of dense Qwen3-VL; defaults of transformers 5.23 (`configuration_qwen3_vl.py`)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_vlbridge.config import ConfigFormat
@@ -30,12 +28,7 @@ VISION: dict[str, Any] = {
     "initializer_range": 0.02,
     "deepstack_visual_indexes": [8, 16, 24],
 }
-TOKENS = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-}
+TOKENS = (151655, 151656, 151652, 151653)
 
 CONFIG = ConfigFormat(
     model_type="qwen3_vl",

@@ -1,7 +1,5 @@
 """The fields of Megatron's `TransformerConfig` that a Qwen3-VL checkpoint decides."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Dense Qwen3-VL: the whole correspondence of names and shapes."""
 
-from __future__ import annotations
-
 from megatron_vlbridge.config import Config, TextConfig, VisionConfig
 from megatron_vlbridge.families.experts import ExpertLayout
 from megatron_vlbridge.families.mtp import mtp_rules

@@ -1,7 +1,5 @@
 """Qwen3-VL with experts (30B-A3B, 235B-A22B)."""
 
-from __future__ import annotations
-
 from megatron_vlbridge.families import qwen3_vl
 from megatron_vlbridge.families.family import Family, combinations
 from megatron_vlbridge.families.qwen3_vl_moe.config import CONFIG

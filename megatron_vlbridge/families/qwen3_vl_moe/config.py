@@ -1,7 +1,5 @@
 """The `config.json` of Qwen3-VL-MoE; defaults of transformers 5.23 (`configuration_qwen3_vl_moe.py`)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_vlbridge.config import ConfigFormat

@@ -1,7 +1,5 @@
 """The fields of Megatron's `TransformerConfig` that a Qwen3-VL-MoE checkpoint decides."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_vlbridge.config import Config, MoeConfig

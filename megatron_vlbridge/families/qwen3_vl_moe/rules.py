@@ -3,8 +3,6 @@
 The norm before the experts stays a tensor of its own, `pre_mlp_layernorm`, as no linear follows it directly.
 """
 
-from __future__ import annotations
-
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.families.experts import ExpertLayout, expert_rules, moe_layers
 from megatron_vlbridge.families.mtp import mtp_rules
