@@ -148,8 +148,17 @@ def _on_rank(function: Callable[..., Any], layout: Layout, rank: int, store: str
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        # Models in reference cycles keep their process groups and their threads alive.
-        gc.collect()
+        _collect_models()
+
+
+def _collect_models() -> None:
+    """Models in reference cycles would keep their process groups alive, and the threads of these poll."""
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+
+    for dispatcher in [x for x in gc.get_objects() if isinstance(x, MoETokenDispatcher)]:
+        # Its last `probs` lead through the autograd graph, which the collector does not see, back to the model.
+        vars(dispatcher).clear()
+    gc.collect()
 
 
 def _reset_loss_scales() -> None:
