@@ -139,6 +139,13 @@ SEAMS: dict[str, dict[str, str]] = {
         ),
         "torch.optim.adam:adam": "one step of Adam, decoupled_weight_decay for AdamW; adds one to each of state_steps",
     },
+    "backends/cpu_saving.py": {
+        "megatron.training.checkpointing:schedule_async_save": "replaced by itself and a wait",
+        "megatron.training.async_utils:maybe_finalize_async_save": "waits until all scheduled checkpoints are written",
+        _CHECKPOINTS + "strategies.filesystem_async:FileSystemWriterAsync.prepare_write_data": (
+            "does not copy tensors of the CPU; drop the wait when it does"
+        ),
+    },
     "backends/gloo.py": {
         _CORE + "tensor_parallel.mappings:_AllToAll": (
             "calls torch.distributed.all_to_all_single by its module, with split sizes that may be tensors"

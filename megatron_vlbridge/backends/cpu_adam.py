@@ -37,7 +37,9 @@ class CpuAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        # `FusedAdam` reads bias_correction from the groups that it loads.
+        defaults = {"lr": lr, "bias_correction": True, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
@@ -70,6 +72,7 @@ class CpuAdam(torch.optim.Optimizer):
         """Also of torch's Adam."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
+            group.setdefault("bias_correction", True)
             for p in group["params"]:
                 if "step" in self.state[p]:
                     group["step"] = int(self.state[p].pop("step"))

@@ -18,7 +18,7 @@ from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.initialize import initialize_megatron
 
-from megatron_vlbridge.backends import cpu_adam, cpu_runtime
+from megatron_vlbridge.backends import cpu_adam, cpu_runtime, cpu_saving
 from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
@@ -111,6 +111,7 @@ def run(
     )
     if cpu_runtime.is_enabled():
         cpu_adam.install()
+        cpu_saving.install()
         megatron.training.training.initialize_megatron = functools.partial(initialize_megatron, allow_no_cuda=True)
     datasets = EagerDatasetProvider(dataset_provider)
 

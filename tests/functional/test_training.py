@@ -147,6 +147,15 @@ def test_resumed_run_continues(folder: Path, one_process: list[float], optimizer
     assert_same_curve(first + second, one_process)
 
 
+def test_an_asynchronously_saved_checkpoint_is_that_of_its_iteration(folder: Path, one_process: list[float]) -> None:
+    """Training goes on after it; a writer that shares the weights with training would write later ones."""
+    workers = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
+    saved = train(folder, "--hf-folder", "hf", "--hf-weights", "--save", "async", "--save-interval", 5, *workers)
+    assert_same_curve(saved, one_process)
+    resumed = train(folder, "--hf-folder", "hf", "--load", "async", "--ckpt-step", 5)
+    assert_same_curve(resumed, one_process[5:])
+
+
 def test_a_longer_schedule_is_rejected_before_the_model(folder: Path, one_process: list[float], pool: Pool) -> None:
     """On a checkpoint that a run saved; other values: tests/unit/test_start.py."""
     resumed = ("--hf-folder", folder / "hf", "--load", folder / "whole", "--lr-decay-style", "constant")

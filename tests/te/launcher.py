@@ -46,6 +46,8 @@ class Launcher:
 def _host(preload: str, connection: Connection) -> None:
     importlib.import_module(preload)
     importlib.import_module("megatron_vlbridge.training.pretrain")
+    # On both backends the tensors are in the memory of the CPU.
+    importlib.import_module("megatron_vlbridge.backends.cpu_saving").install()
     while True:
         connection.send(_launch(preload, *connection.recv()))
 

@@ -43,6 +43,10 @@ DIGESTS: dict[str, tuple[str, ...]] = {
     "torch.overrides:TorchFunctionMode": ("2d9fee742dd9",),
     "megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups": ("93968d000e79",),
     "torch.optim.adam:adam": ("193c3d4dcdf1",),
+    "megatron.training.async_utils:maybe_finalize_async_save": ("5bb871d92fc4",),
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.prepare_write_data": (
+        "c89d57f16fd6",
+    ),
     "megatron.core.tensor_parallel.mappings:_AllToAll": ("2246fd4cb3e0",),
     "megatron.core.dist_checkpointing.mapping:is_main_replica": ("c376cea906ff",),
     "megatron.core.dist_checkpointing.mapping:ShardedTensorFactory": ("658e71af970e",),

@@ -40,7 +40,9 @@ def test_its_state_is_that_of_fused_adam() -> None:
     train(optimizer, range(3))
     state = optimizer.state_dict()
     assert [set(of_parameter) for of_parameter in state["state"].values()] == [{"exp_avg", "exp_avg_sq"}] * 2
-    assert [group["step"] for group in state["param_groups"]] == [3]
+    (group,) = state["param_groups"]
+    assert group.keys() == {"params", "lr", "bias_correction", "betas", "eps", "weight_decay", "step"}
+    assert (group["step"], group["bias_correction"]) == (3, True)
 
 
 @pytest.mark.parametrize("writer", [CpuAdam, torch.optim.AdamW])
@@ -50,6 +52,7 @@ def test_it_continues_its_own_state_and_torchs(writer: type) -> None:
     middle = train(before, range(2))
     after = CpuAdam([torch.nn.Parameter(p) for p in middle], **OPTIONS)
     after.load_state_dict(before.state_dict())
+    assert after.param_groups[0]["bias_correction"]
     assert_equal(train(after, range(2, 5)), whole)
 
 
