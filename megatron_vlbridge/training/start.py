@@ -156,9 +156,28 @@ def check_resumed(args: argparse.Namespace) -> None:
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         return
     saved = dist_checkpointing.load_common_state_dict(str(folder))
+    check_backend(args, saved.get("args"), str(folder))
     scheduler = saved.get("opt_param_scheduler")
     if scheduler and not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
         check_schedule(scheduler, schedule(args), str(folder))
+
+
+def check_backend(args: argparse.Namespace, saved: argparse.Namespace | None, folder: str) -> None:
+    """Reject the state of `--use-distributed-optimizer` of the other backend.
+
+    Megatron-Core saves it as flat buffers in the order of the parameters, which differs between the backends: the state
+    of each parameter would silently become that of another.
+
+    Raises:
+        VLBridgeError: naming the checkpoint and both backends.
+    """
+    written, read = (("GPUs", "the CPU")[bool(getattr(found, "cpu", False))] for found in (saved, args))
+    if args.use_distributed_optimizer and written != read:
+        raise VLBridgeError(
+            f"{folder} was saved on {written}, and this run is on {read}: the state of --use-distributed-optimizer is "
+            "saved in the order of a backend's parameters. Continue on the same backend, leave "
+            "--use-distributed-optimizer out of both runs, or start a new state with --no-load-optim"
+        )
 
 
 def schedule(args: argparse.Namespace) -> dict[str, Any]:

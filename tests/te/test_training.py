@@ -158,18 +158,11 @@ def test_a_backend_continues_the_run_of_the_other(
     assert_same(curve, cpu.after(HALF))
 
 
-@pytest.mark.parametrize(("writer", "reader"), [("te", "cpu"), ("cpu", "te")])
-def test_a_backend_continues_the_distributed_optimizer_of_the_other(
-    dense: Runs, sharded: Curve, cpu: Curve, writer: str, reader: str
-) -> None:
-    where = "sharded"
-    if writer == "cpu":
-        where = "sharded-cpu"
-        until = ("--save", where, "--save-interval", HALF, "--exit-interval", HALF)
-        dense.train("cpu", where, *START, *until, *TP2, *SHARDED, processes=2)
-    name = f"{where}-{reader}"
-    curve, _ = dense.train(reader, name, "--load", where, "--ckpt-step", HALF, *TP2, *SHARDED, processes=2)
-    assert_same(curve, cpu.after(HALF))
+def test_the_distributed_optimizer_of_the_other_backend_is_rejected(dense: Runs, sharded: Curve) -> None:
+    """Its state has the order of the parameters, which differs."""
+    load = ("--load", "sharded", "--ckpt-step", HALF, *TP2, *SHARDED)
+    with pytest.raises(AssertionError, match="was saved on GPUs, and this run is on the CPU"):
+        dense.train("cpu", "sharded-cpu", *load, processes=2)
 
 
 @pytest.mark.parametrize(

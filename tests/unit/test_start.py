@@ -13,7 +13,13 @@ from megatron_vlbridge.checkpoint.convert import import_checkpoint
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.arguments import add_arguments
 from megatron_vlbridge.training.parser import make_parser
-from megatron_vlbridge.training.start import check_schedule, check_source, loading_errors, megatron_errors
+from megatron_vlbridge.training.start import (
+    check_backend,
+    check_schedule,
+    check_source,
+    loading_errors,
+    megatron_errors,
+)
 from tests import reference
 
 PARSER = make_parser(add_arguments)
@@ -212,3 +218,16 @@ def test_an_assertion_without_a_message_is_shown_itself():
     stated = r"assert self.lr_warmup_steps < self.lr_decay_steps \(optimizer_param_scheduler.py, line \d+\)"
     with pytest.raises(VLBridgeError, match=stated), megatron_errors():
         scheduler(lr_warmup_steps=20)
+
+
+@pytest.mark.parametrize(("saved", "given"), [(True, False), (False, True)])
+def test_the_distributed_optimizer_of_the_other_backend_is_rejected(folder, saved, given):
+    words = ["--cpu"] * given
+    sharded = parsed(folder, *words, "--use-distributed-optimizer")
+    with pytest.raises(VLBridgeError, match=r"iter_3 was saved on .*--no-load-optim"):
+        check_backend(sharded, argparse.Namespace(cpu=saved), "iter_3")
+    check_backend(sharded, argparse.Namespace(cpu=given), "iter_3")
+    check_backend(parsed(folder, *words), argparse.Namespace(cpu=saved), "iter_3")
+    # Another script's arguments: it ran on GPUs.
+    if not given:
+        check_backend(sharded, None, "iter_3")
