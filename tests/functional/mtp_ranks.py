@@ -40,6 +40,15 @@ def predictions(
     }
 
 
+def layer_runs(layout: Layout, folder: Path, pack: Mapping[str, torch.Tensor], **options: Any) -> int:
+    """How often the MTP layer runs in a forward and backward pass of one pack."""
+    (chunk,) = ranks.build_chunks(layout, folder, **options)
+    runs: list[None] = []
+    chunk.language_model.mtp.layers[0].mtp_model_layer.register_forward_hook(lambda *_: runs.append(None))
+    ranks._run([chunk], vlm_step, ranks._mine([pack]), forward_only=False)
+    return len(runs)
+
+
 def largest(layout: Layout, logits: torch.Tensor) -> torch.Tensor:
     """What this rank finds, which has its part of the logits `[T, 1, V]`."""
     group = parallel_state.get_tensor_model_parallel_group()

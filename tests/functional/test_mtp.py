@@ -62,10 +62,21 @@ def test_padded_vocabulary_changes_nothing(pool: Pool, folders: dict[str, Path],
     measure(pool, layout, folders[kind], groups(), vocab_size=192).check()
 
 
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
 def test_recomputed_layers_change_nothing(pool: Pool, folders: dict[str, Path]) -> None:
-    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    measure(pool, OWN_STAGE, folders["untied"], groups(), **full).check()
+    measure(pool, OWN_STAGE, folders["untied"], groups(), **FULL).check()
     measure(pool, OWN_STAGE, folders["untied"], groups(), recompute_granularity="selective").check()
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, 1), (FULL, 2), (FULL | {"recompute_method": "block"}, 1)])
+def test_the_layer_is_recomputed_as_megatrons_is(
+    pool: Pool, folders: dict[str, Path], options: dict, expected: int
+) -> None:
+    """With the method "block" Megatron recomputes decoder layers alone."""
+    pack = reference.pack(groups()[0], PACK_LENGTH)
+    assert pool.run(mtp_ranks.layer_runs, Layout(), folder=folders["untied"], pack=pack, **options) == [expected]
 
 
 @pytest.mark.parametrize(
