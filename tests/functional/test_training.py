@@ -137,10 +137,8 @@ def test_started_from_a_megatron_checkpoint(
     assert_same_curve(found, one_process)
 
 
-@pytest.mark.parametrize("optimizer", ["plain", pytest.param("distributed", marks=pytest.mark.layouts)])
-def test_resumed_run_continues(folder: Path, one_process: list[float], optimizer: str) -> None:
-    arguments = ("--hf-folder", "hf", "--hf-weights", "--save", optimizer, "--load", optimizer, "--save-interval", 5)
-    arguments += ("--use-distributed-optimizer",) * (optimizer == "distributed")
+def test_resumed_run_continues(folder: Path, one_process: list[float]) -> None:
+    arguments = ("--hf-folder", "hf", "--hf-weights", "--save", "plain", "--load", "plain", "--save-interval", 5)
     first = train(folder, *arguments, "--exit-interval", 5)
     assert len(first) == 5
     second = train(folder, *arguments)

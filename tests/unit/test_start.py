@@ -220,14 +220,14 @@ def test_an_assertion_without_a_message_is_shown_itself():
         scheduler(lr_warmup_steps=20)
 
 
-@pytest.mark.parametrize(("saved", "given"), [(True, False), (False, True)])
-def test_the_distributed_optimizer_of_the_other_backend_is_rejected(folder, saved, given):
+@pytest.mark.parametrize(("saved", "given"), [(True, False), (False, True), (True, True)])
+def test_the_distributed_optimizer_is_continued_only_by_gpus_from_gpus(folder, saved, given):
     words = ["--cpu"] * given
     sharded = parsed(folder, *words, "--use-distributed-optimizer")
     with pytest.raises(VLBridgeError, match=r"iter_3 was saved on .*--no-load-optim"):
         check_backend(sharded, argparse.Namespace(cpu=saved), "iter_3")
-    check_backend(sharded, argparse.Namespace(cpu=given), "iter_3")
     check_backend(parsed(folder, *words), argparse.Namespace(cpu=saved), "iter_3")
+    gpus = parsed(folder, "--use-distributed-optimizer")
+    check_backend(gpus, argparse.Namespace(cpu=False), "iter_3")
     # Another script's arguments: it ran on GPUs.
-    if not given:
-        check_backend(sharded, None, "iter_3")
+    check_backend(gpus, None, "iter_3")
