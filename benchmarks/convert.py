@@ -23,9 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 
 import torch
 from safetensors.torch import save_file
@@ -154,11 +156,32 @@ def row(*cells: str) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def print_row(what: str, nbytes: int, result: tuple[float, int], copies: tuple[float, float]) -> None:
-    (seconds, peak), mean = result, sum(copies) / 2
-    copy_times = f"{copies[0]:.1f}, {copies[1]:.1f} s"
-    load = f"{os.getloadavg()[0]:.0f}"
-    row(what, f"{nbytes / 1e9:.2f} GB", f"{seconds:.1f} s", copy_times, f"{seconds / mean:.2f}", mebibytes(peak), load)
+@dataclass(frozen=True)
+class Run:
+    """One run of a step: seconds, peak memory in bytes, the seconds of the `cp` before and of the one after."""
+
+    seconds: float
+    peak: int
+    copies: tuple[float, float]
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / mean(self.copies)
+
+
+def print_row(what: str, nbytes: int, runs: Sequence[Run]) -> None:
+    """Medians of all runs, but the largest peak of memory."""
+    ratios = sorted(run.ratio for run in runs)
+    spread = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if len(runs) > 1 else ""
+    row(
+        what,
+        f"{nbytes / 1e9:.2f} GB",
+        f"{median(run.seconds for run in runs):.1f} s",
+        f"{median(mean(run.copies) for run in runs):.1f} s",
+        f"{median(ratios):.2f}{spread}",
+        mebibytes(max(run.peak for run in runs)),
+        f"{os.getloadavg()[0]:.0f}",
+    )
 
 
 def title_of(part: str, layers: int | None) -> str:
@@ -192,15 +215,21 @@ def round_trip(part: str, args: argparse.Namespace) -> bool:
         nbytes = make_random(source, describe(source, PARTS[part], layers))
         title = title_of(part, layers)
         options = f"options=Options(workers={args.workers}, memory={args.memory})"
-        before = copy(source, spare)
-        result = step(source, CONVERT, f"import_checkpoint({str(source)!r}, {str(megatron)!r}, {options})")
-        between = copy(source, spare)
-        print_row(f"{title}: import", nbytes, result, (before, between))
-        result = step(megatron, CONVERT, f"export_checkpoint({str(megatron)!r}, {str(back)!r}, {options})")
-        shutil.rmtree(megatron)
-        same = all(files_are_equal(path, back / path.name) for path in source.glob("*.safetensors"))
-        shutil.rmtree(back)
-        print_row(f"{title}: export" + ("" if same else " (DIFFERENT)"), nbytes, result, (between, copy(source, spare)))
+        imports, exports, same = [], [], True
+        after = copy(source, spare)
+        for _ in range(args.runs):
+            before = after
+            result = step(source, CONVERT, f"import_checkpoint({str(source)!r}, {str(megatron)!r}, {options})")
+            between = copy(source, spare)
+            imports.append(Run(*result, (before, between)))
+            result = step(megatron, CONVERT, f"export_checkpoint({str(megatron)!r}, {str(back)!r}, {options})")
+            shutil.rmtree(megatron)
+            same = same and all(files_are_equal(path, back / path.name) for path in source.glob("*.safetensors"))
+            shutil.rmtree(back)
+            after = copy(source, spare)
+            exports.append(Run(*result, (between, after)))
+        print_row(f"{title}: import", nbytes, imports)
+        print_row(f"{title}: export" + ("" if same else " (DIFFERENT)"), nbytes, exports)
     return same
 
 
@@ -209,13 +238,16 @@ def through_transformers(args: argparse.Namespace) -> bool:
     with temporary_folder(args.folder, 0) as work:
         source, spare = work / "hf", work / "spare"
         nbytes = make_random(source, describe(source, PARTS["transformers"], args.layers))
-        before = copy(source, spare)
         load = f"Auto.from_pretrained({str(source)!r}, dtype=torch.bfloat16).save_pretrained({str(spare)!r})"
-        result = step(source, TRANSFORMERS, load)
-        shutil.rmtree(spare)
-        print_row(
-            f"{title_of('transformers', args.layers)}: transformers", nbytes, result, (before, copy(source, spare))
-        )
+        runs = []
+        after = copy(source, spare)
+        for _ in range(args.runs):
+            before = after
+            result = step(source, TRANSFORMERS, load)
+            shutil.rmtree(spare)
+            after = copy(source, spare)
+            runs.append(Run(*result, (before, after)))
+        print_row(f"{title_of('transformers', args.layers)}: transformers", nbytes, runs)
     return True
 
 
@@ -243,6 +275,7 @@ def main() -> int:
     )
     parser.add_argument("--layers", type=int, help="fewer layers of the language models")
     parser.add_argument("--workers", type=int)
+    parser.add_argument("--runs", type=int, default=1, help="print the medians of so many runs of each conversion")
     parser.add_argument("--memory", type=int, default=2**30, help="bytes")
     args = parser.parse_args()
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, torch {torch.__version__}\n")

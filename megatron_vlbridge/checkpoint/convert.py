@@ -63,7 +63,7 @@ def export_checkpoint(
     from `like`, the Hugging Face folder (or Hub id) that training started from; a folder that a training run wrote
     holds none. Shards are those of that source, or at most `max_shard_size` bytes each (5 GB where the source does not
     tell); experts have the form that they have there, or `experts`. Names are those of the Hub. Tensors of `like` that
-    are no part of the model are copied unchanged. `dtype` converts all weights; by default they keep what the Megatron
+    are not part of the model are copied unchanged. `dtype` converts all weights; by default they keep what the Megatron
     checkpoint holds. Where that is another than the source's, config.json names the new one. With `portable_config` it
     is written so that transformers 4.57 and 5.x read the same model from it. `options` and `resume` are
     those of `import_checkpoint`.

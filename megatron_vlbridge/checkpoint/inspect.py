@@ -36,7 +36,7 @@ _PARTS = (
 class Inspection:
     """A checkpoint's headers, read. `kind` is `hugging face` or `megatron`; `config` is None where none is kept.
 
-    `table` has the Hub's names, and FP8 weights as the bfloat16 ones that they stand for; `notes` says where files
+    `table` has the Hub's names, and FP8 weights as the bfloat16 ones that they stand for; `notes` lists how the files
     differ from that.
     """
 
@@ -48,7 +48,7 @@ class Inspection:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """How many numbers each part holds."""
+        """The number of elements of each part."""
         counts: Counter[str] = Counter()
         for name, spec in self.table.items():
             counts[_part(name)] += spec.nbytes // spec.dtype.itemsize
@@ -116,8 +116,8 @@ def _part(name: str) -> str:
 
 
 def _stage_lines(stages: Sequence[range]) -> Iterator[str]:
-    for number, stage in enumerate(stages):
-        yield f"  stage {number}: layers {stage.start} to {stage.stop - 1}"
+    for index, stage in enumerate(stages):
+        yield f"  stage {index}: layers {stage.start} to {stage.stop - 1}"
     if arguments := split_arguments(list(map(len, stages))):
         yield f"  {stages[-1].stop} layers do not divide by {len(stages)}: give Megatron {' '.join(arguments)}"
 

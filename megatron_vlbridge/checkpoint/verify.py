@@ -220,7 +220,7 @@ def _compare(name: str, spec: TensorSpec, left: _Side, right: _Side) -> Differen
             place = [a + b for a, b in zip(index, region.offset, strict=True)]
             first = f"first at {place}: {ours[index].item()!r} and {theirs[index].item()!r}"
         count += int(unequal.sum())
-    return Difference(name, f"{count} of {Region.whole(name, spec.shape).volume} numbers, {first}") if count else None
+    return Difference(name, f"{count} of {Region.whole(name, spec.shape).volume} values, {first}") if count else None
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

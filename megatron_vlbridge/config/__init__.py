@@ -9,6 +9,7 @@ does not compute exactly is refused.
 from megatron_vlbridge.config.format import ConfigFormat
 from megatron_vlbridge.config.reader import read_config_file
 from megatron_vlbridge.config.schema import (
+    WEIGHT_DTYPES,
     Config,
     LayerKind,
     LinearAttentionConfig,
@@ -18,6 +19,7 @@ from megatron_vlbridge.config.schema import (
 )
 
 __all__ = [
+    "WEIGHT_DTYPES",
     "Config",
     "ConfigFormat",
     "LayerKind",

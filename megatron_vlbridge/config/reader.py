@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlbridge.config.format import ConfigFormat
-from megatron_vlbridge.config.schema import Config
+from megatron_vlbridge.config.schema import WEIGHT_DTYPES, Config
 from megatron_vlbridge.config.section import Section
 from megatron_vlbridge.config.text import read_text
 from megatron_vlbridge.config.vision import read_vision
 from megatron_vlbridge.errors import VLBridgeError
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -91,8 +90,9 @@ def _read_tie(top: Section) -> bool:
 def _read_dtype(top: Section) -> str:
     text = top.section("text_config")
     dtype = top.value("dtype", "torch_dtype", default=text.value("dtype", "torch_dtype", default="float32"))
-    if dtype not in _DTYPES:
-        raise top.fail("dtype", dtype, f"one of {', '.join(_DTYPES)}", "Convert the checkpoint to one of these first.")
+    if dtype not in WEIGHT_DTYPES:
+        expected = f"one of {', '.join(WEIGHT_DTYPES)}"
+        raise top.fail("dtype", dtype, expected, "Convert the checkpoint to one of these first.")
     return str(dtype)
 
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+"""The dtypes of unquantised weights, by their names in `config.json` and in torch."""
+
 
 @dataclass(frozen=True)
 class MoeConfig:

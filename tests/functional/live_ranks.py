@@ -87,7 +87,7 @@ def export_forms(layout: Layout, folder: Path, form: ExpertLayout) -> dict[str, 
 
 @contextmanager
 def counted_reads() -> Iterator[list[int]]:
-    """The bytes of each read of numbers; those of headers are no part of it."""
+    """The bytes of each read of values, without those of headers."""
     counts, preadv = [], os.preadv
 
     def counting(*arguments: Any) -> int:

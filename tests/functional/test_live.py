@@ -334,7 +334,7 @@ def test_a_round_trip_through_training_layouts(pool: Pool, sources: dict[str, Pa
 
 EP2, PP2, VPP2 = Layout(ep=2, world=2), Layout(pp=2, world=2), Layout(pp=2, vpp=2, world=2)
 NORM = "model.language_model.layers.0.input_layernorm.weight"
-TOO_LARGE = r"expected numbers that float16 holds \(up to 65504\), found 3\.40282e\+38. Take another dtype"
+TOO_LARGE = r"expected values that float16 holds \(up to 65504\), found 3\.40282e\+38. Use another dtype"
 TOO_LARGE_FOR_BF16 = TOO_LARGE.replace("float16", "bfloat16").replace("65504", r"3\.38953e\+38")
 LOST = "2 on none:.*linear_fc1.weight.*layers.0.mlp.experts.gate_up_proj.*linear_fc2.weight"
 
@@ -372,7 +372,7 @@ def others(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         ("save to a full disk", "untied", PP2, "expected to write it.*File too large"),
         ("save over something", "untied", PP2, "expected a name that is free"),
         ("save like another model", "untied", PP2, "tie_word_embeddings: expected False, as the model was built"),
-        ("save what no longer fits", "untied", PP2, NORM + ": expected float32 numbers that fit into torch.bfloat16"),
+        ("save what no longer fits", "untied", PP2, NORM + ": expected float32 values that fit into torch.bfloat16"),
         ("save beside what cannot be read", "untied", PP2, "expected to read further.weight.*Fetch the file again"),
         ("save as float16 what is too large", "untied", PP2, "the live model: .*" + TOO_LARGE),
         ("export as float16 what is too large", "untied", PP2, "the live model: .*" + TOO_LARGE),

@@ -22,6 +22,7 @@ from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
 from megatron_vlbridge.cli.arguments import DTYPES, EXPERTS, size
 from megatron_vlbridge.cli.parser import COMMANDS, parse
 from megatron_vlbridge.cli.progress import Meter
+from megatron_vlbridge.config import WEIGHT_DTYPES
 from megatron_vlbridge.families import ExpertLayout
 from tests import reference
 from tests.unit import test_convert, test_convert_moe
@@ -283,6 +284,10 @@ def exit_code(*arguments: object) -> int | str | None:
 def test_what_was_probably_meant_is_named(line: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(*line.split()) == 2
     assert f"Did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_the_dtypes_are_those_of_the_config() -> None:
+    assert set(DTYPES.values()) == set(WEIGHT_DTYPES)
 
 
 def test_the_forms_of_experts_are_those_of_the_rules() -> None:

@@ -222,7 +222,7 @@ def put(value: float):
         (DOWN + "_scale_inv", put(float("inf")), r"found inf at \[1, 2\]"),
         (DOWN + "_scale_inv", put(0.0), r"found 0\.0 at \[1, 2\]"),
         (DOWN + "_scale_inv", put(-1.0), r"found -1\.0 at \[1, 2\]"),
-        (DOWN + "_scale_inv", put(3e38), r"expected scales that give numbers of bfloat16 .* found larger ones"),
+        (DOWN + "_scale_inv", put(3e38), r"expected scales whose products fit bfloat16 .* found larger ones"),
         (DOWN + "_scale_inv", lambda scales: scales[:, :0], r"expected \[2, 3\] in float32 .* found \[2, 0\]"),
         (DOWN + "_scale_inv", lambda scales: scales.T, r"expected \[2, 3\] in float32 .* found \[3, 2\]"),
         (DOWN + "_scale_inv", lambda scales: scales[0, 0], r"expected \[2, 3\] in float32 .* found \[\]"),

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 GATE = "model.language_model.layers.1.mlp.gate_proj.weight"
 FC1 = "language_model.decoder.layers.mlp.linear_fc1.weight"
-REFUSED = r"expected numbers that float16 holds \(up to 65504\), found {}\. Take another dtype"
+REFUSED = r"expected values that float16 holds \(up to 65504\), found {}\. Use another dtype"
 
 
 def make(folder: Path, value: float) -> Path:
@@ -77,10 +77,10 @@ def test_float32_holds_more_than_bfloat16(tmp_path):
     )
     largest = torch.finfo(torch.float32).max
     rewrite(source, lambda found: found[GATE][3].fill_(largest))
-    with pytest.raises(VLBridgeError, match=rf"{GATE}: expected numbers that bfloat16 holds .*found 3\.40282e\+38"):
+    with pytest.raises(VLBridgeError, match=rf"{GATE}: expected values that bfloat16 holds .*found 3\.40282e\+38"):
         import_checkpoint(source, tmp_path / "megatron", dtype="bfloat16")
     imported = import_checkpoint(source, tmp_path / "megatron")
-    with pytest.raises(VLBridgeError, match=rf"{FC1}.*expected numbers that bfloat16 holds .*found 3\.40282e\+38"):
+    with pytest.raises(VLBridgeError, match=rf"{FC1}.*expected values that bfloat16 holds .*found 3\.40282e\+38"):
         export_checkpoint(imported, tmp_path / "back", dtype="bfloat16")
     assert tensors(export_checkpoint(imported, tmp_path / "same"))[GATE][3, 5] == largest
 

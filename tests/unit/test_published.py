@@ -271,7 +271,7 @@ def test_numbers_trained_since_are_not_cut_silently(convertible, tmp_path):
     rewrite(convertible, in_float32(*(NORM.format(layer) for layer in range(3))))
     shutil.rmtree(run)
     training_run(run, convertible)
-    with pytest.raises(VLBridgeError, match=r"layers\.1\.input_layernorm\.weight: expected float32 numbers that fit"):
+    with pytest.raises(VLBridgeError, match=r"layers\.1\.input_layernorm\.weight: expected float32 values that fit"):
         export_checkpoint(run, tmp_path / "cut", like=like)
     assert not (tmp_path / "cut").exists()
     export_checkpoint(run, tmp_path / "whole", like=like, dtype="float32")
@@ -347,7 +347,7 @@ def test_verify_compares_extra_tensors_too(source, tmp_path):
     rewrite(other, lambda found: found.update(EXTRAS | {"foo.bar": torch.arange(5).flip(0)}))
     (difference,) = verify(source, other).differences
     assert difference.name == "foo.bar"
-    assert difference.text == "4 of 5 numbers, first at [0]: 0 and 4"
+    assert difference.text == "4 of 5 values, first at [0]: 0 and 4"
 
 
 # --- Megatron folders of other tools ---

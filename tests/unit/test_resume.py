@@ -651,7 +651,7 @@ UNFIT = {
     taken_after_a_kill: "expected a name that is free",
     begun: "finished parts of an interrupted run",
     begun_from_another_source: "expected to continue from the same source",
-    below_a_file: "expected a folder that may be written in",
+    below_a_file: "expected a folder with write permission",
     short_of_memory: "memory: expected at least",
 }
 

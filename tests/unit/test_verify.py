@@ -88,8 +88,8 @@ def test_a_single_bit_is_found_and_named(model, hf):
     change(hf, name, flip_a_bit)
     # Row 17 is in the first group's second head, so it keeps its place among the grouped rows.
     expected = {
-        "hf": (name, "1 of 4096 numbers, first at [17, 3]: "),
-        "megatron": (QKV, "1 of 16384 numbers, first at [1, 17, 3]: "),
+        "hf": (name, "1 of 4096 values, first at [17, 3]: "),
+        "megatron": (QKV, "1 of 16384 values, first at [1, 17, 3]: "),
     }
     for other, (named, text) in expected.items():
         report = verify(model / other, hf)
@@ -142,7 +142,7 @@ def test_zeros_of_two_signs_differ_and_a_nan_equals_itself(model, hf, tmp_path):
     other = Path(shutil.copytree(hf, tmp_path / "other"))
     change(hf, name, zero)
     change(other, name, negative_zero)
-    assert [d.text for d in verify(hf, other).differences] == ["1 of 64 numbers, first at [0]: 0.0 and -0.0"]
+    assert [d.text for d in verify(hf, other).differences] == ["1 of 64 values, first at [0]: 0.0 and -0.0"]
     change(hf, name, nan)
     change(other, name, nan)
     assert verify(hf, other).equal

@@ -1,7 +1,7 @@
-"""Weights stored as 8-bit floats with one scale for each block of 128 x 128 numbers, read as bfloat16.
+"""Weights stored as 8-bit floats with one scale for each block of 128 x 128 elements, read as bfloat16.
 
 The weight `x` is `float8_e4m3fn`, `[..., out, in]`; `x_scale_inv` beside it, float32 or bfloat16, is
-`[..., ceil(out / 128), ceil(in / 128)]`. A number is `float(x) * float(scale of its block)`, rounded once to bfloat16.
+`[..., ceil(out / 128), ceil(in / 128)]`. A value is `float(x) * float(scale of its block)`, rounded once to bfloat16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_vlbridge.weights.regions import Shape
 BLOCK = 128
 SCALE = "_scale_inv"
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_AT_ONCE = 2**19  # numbers that are held as float32, twice
+_AT_ONCE = 2**19  # values that are held as float32, twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class BlockScaled:
     def read_into(self, offset: Shape, out: torch.Tensor) -> None:
         """Fill `out` with the rectangle of its shape at `offset`; only the scales of its own blocks are read.
 
-        Raises OSError where a file ends too early, VLBridgeError where a scale is too large or no positive finite
-        number.
+        Raises OSError where a file ends too early, VLBridgeError where a scale is too large or not positive and
+        finite.
         """
         for place, part in split(offset, out, _AT_ONCE):
             self._dequantise(place, part)
@@ -58,13 +58,13 @@ class BlockScaled:
         last = (int(rows[-1]), int(columns[-1]))
         grid = tuple(b - a + 1 for a, b in zip(first, last, strict=True))
         scales = self._read_scales((*offset[:-2], *first), (*out.shape[:-2], *grid))
-        numbers = torch.empty(out.shape, dtype=self.weight.spec.dtype)
-        self.weight.read_into(offset, numbers)
+        stored = torch.empty(out.shape, dtype=self.weight.spec.dtype)
+        self.weight.read_into(offset, stored)
         factors = scales[..., rows - first[0], :][..., columns - first[1]]
-        weights = factors.mul_(numbers.float()).bfloat16()
+        weights = factors.mul_(stored.float()).bfloat16()
         if weights.isinf().any():  # float8_e4m3fn has no infinity
             raise VLBridgeError(
-                f"{self.scale.path}: {self.name}: expected scales that give numbers of bfloat16 (up to "
+                f"{self.scale.path}: {self.name}: expected scales whose products fit bfloat16 (up to "
                 f"{torch.finfo(torch.bfloat16).max:g}), found larger ones. The file is damaged: fetch it again."
             )
         out.copy_(weights)
@@ -88,7 +88,7 @@ class BlockScaled:
 
 
 def pair_scales(stored: Mapping[str, Stored]) -> dict[str, Stored | BlockScaled]:
-    """The tensors of a checkpoint without its scales, which are put together with their weights.
+    """The tensors of a checkpoint, with each 8-bit weight and its scales as one.
 
     Raises VLBridgeError, naming file and tensor, for an 8-bit weight without scales, scales without a weight, and those
     of another shape or dtype.
@@ -109,12 +109,12 @@ def pair_scales(stored: Mapping[str, Stored]) -> dict[str, Stored | BlockScaled]
 
 
 def _scale_of(name: str, weight: Stored, stored: Mapping[str, Stored]) -> Stored:
-    """The scales of an 8-bit weight, after a look at both shapes."""
+    """The scales of an 8-bit weight, after checking both shapes."""
     scale, shape = stored.get(name + SCALE), weight.spec.shape
     if scale is None:
         raise VLBridgeError(
             f"{weight.path}: {name}: expected {name + SCALE} beside {weight.spec}, found none. "
-            "Without scales its numbers mean nothing: fetch the files again."
+            "Without scales its values mean nothing: fetch the files again."
         )
     if weight.spec.dtype != torch.float8_e4m3fn or len(shape) not in (2, 3) or 0 in shape:
         raise VLBridgeError(

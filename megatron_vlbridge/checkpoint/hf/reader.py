@@ -67,7 +67,7 @@ class SafetensorsFolder:
         return not self.renamed and not self.scaled
 
     def check_scales(self) -> None:
-        """Read the scales of all 8-bit weights; raises VLBridgeError for one that is no positive finite number."""
+        """Read the scales of all 8-bit weights; raises VLBridgeError for one that is not positive and finite."""
         for name in self.scaled:
             stored = self._stored[name]
             assert isinstance(stored, BlockScaled)
@@ -75,13 +75,13 @@ class SafetensorsFolder:
                 stored.check_scales()
 
     def read(self, region: Region) -> torch.Tensor:
-        """The numbers of a region, as stored."""
+        """The values of a region, as stored."""
         part = torch.empty(region.shape, dtype=self.table[region.name].dtype)
         self.read_into(region, part)
         return part
 
     def read_into(self, region: Region, out: torch.Tensor) -> None:
-        """Put the numbers of a region into a tensor of its shape, converted to the tensor's dtype."""
+        """Copy the values of a region into a tensor of its shape, converted to the tensor's dtype."""
         with self._reading(region.name, str(region)):
             self._stored[region.name].read_into(region.offset, out)
 

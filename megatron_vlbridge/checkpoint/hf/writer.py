@@ -43,11 +43,11 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_
 
 
 class SafetensorsWriter:
-    """Writes tensors into the files that `files` says (tensor -> file), and an index when there are several.
+    """Writes tensors into files (`files`: tensor -> file), and an index when there are several.
 
-    `fill` gives the numbers of a region when they are to be written, a block of rows at a time. The format is a length,
-    a JSON header and the plain numbers, so the parts of a file are independent. Neighbours in number lie in different
-    files where they can: threads that write to one file at once hinder each other.
+    `fill` gives the values of a region when they are to be written, a block of rows at a time. The format is a length,
+    a JSON header and the plain values, so the parts of a file are independent. Parts with neighbouring indices lie in
+    different files where possible: threads that write to one file at once contend for its lock.
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], files: Mapping[str, str], fill: Filler) -> None:

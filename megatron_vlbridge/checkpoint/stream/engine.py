@@ -33,28 +33,28 @@ class Writer(Protocol):
 
     @property
     def sizes(self) -> Sequence[int]:
-        """Bytes of numbers in each part."""
+        """Bytes of weights in each part."""
         ...
 
     @property
     def block_bytes(self) -> int:
-        """The largest block of numbers that a part holds at once."""
+        """The largest block of weights that a part holds at once."""
         ...
 
     def part(self, index: int) -> Part:
-        """Where one part is to lie."""
+        """The file and the first byte of one part."""
         ...
 
     def contents(self, index: int) -> str:
-        """In words, which values one part is to hold, in their order."""
+        """Which values one part holds, in their order, as text."""
         ...
 
     def prepare(self, folder: Path) -> None:
-        """Make what the parts are written into; does nothing to what is there from an interrupted run."""
+        """Create the files or folders of the parts; keeps what an interrupted run has written."""
         ...
 
     def write(self, index: int, folder: Path, block: Block) -> Part:
-        """Write one part, over whatever is there; gives it with its length, digest and entries."""
+        """Write one part, over whatever is there; returns it with its length, digest and entries."""
         ...
 
     def finish(self, folder: Path, written: Sequence[Part]) -> None:
@@ -91,9 +91,9 @@ class Options:
     report: Callable[[Progress], None] | None = None
 
     def threads(self, block_bytes: int) -> int:
-        """How many workers the memory admits.
+        """The number of workers that the memory allows.
 
-        Raises UsageError where that is none.
+        Raises UsageError where it allows none.
         """
         wanted = self.workers if self.workers is not None else len(os.sched_getaffinity(0))
         if wanted < 1:
@@ -129,7 +129,7 @@ class _StoppedError(Exception):
 
 
 def run(writer: Writer, staging: Staging, options: Options) -> list[Part]:
-    """Write all parts, except those that the staging's journal has in their place, bytes unchanged; then finish.
+    """Write all parts but those that the journal has at the same place and with the same bytes; then finish.
 
     Raises what a part raises, after all workers have stopped; parts that were finished stay in the journal.
     """
@@ -149,7 +149,7 @@ def run(writer: Writer, staging: Staging, options: Options) -> list[Part]:
 
 
 def _results(futures: Sequence[Future[Part]]) -> list[Part]:
-    """All results, or the first failure that is a cause and no consequence."""
+    """All results. Raises the first failure that is a cause rather than a consequence."""
     errors = [error for future in futures if not future.cancelled() and (error := future.exception()) is not None]
     for error in errors:
         if not isinstance(error, _StoppedError):
@@ -158,7 +158,7 @@ def _results(futures: Sequence[Future[Part]]) -> list[Part]:
 
 
 class _Run:
-    """What the threads of one run share."""
+    """The state that the threads of one run share."""
 
     def __init__(self, writer: Writer, staging: Staging, options: Options, threads: int) -> None:
         self.writer, self.staging, self.options = writer, staging, options
@@ -199,7 +199,7 @@ class _Run:
         return path.is_file() and digest_range(path, part.start, part.length, part.digest.algorithm) == part.digest
 
     def _with_present_digest(self, part: Part) -> Part:
-        """An intact part; its digest may be one that an earlier version computed otherwise."""
+        """An intact part, with a new digest where an earlier version used another algorithm."""
         assert part.digest is not None
         if part.digest.algorithm == ALGORITHM:
             return part

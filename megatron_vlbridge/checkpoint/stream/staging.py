@@ -1,7 +1,7 @@
-"""Folders that appear whole or not at all, and work that a killed run leaves for the next one to continue.
+"""Results that appear complete or not at all, and work of a killed run that the next one continues.
 
-Beside the target `name` stands, while it is written, the hidden folder `.name.vlbridge`: `result/` becomes the target
-by one rename, `journal.jsonl` says from what it is made and which parts are finished, `lock` keeps other runs out.
+While the target `name` is written, the hidden folder `.name.vlbridge` is beside it: `result/` becomes the target by one
+rename, `journal.jsonl` has the origin and the finished parts, `lock` excludes other runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_vlbridge.errors import VLBridgeError
 
 
 class Staging:
-    """The work folder of one run: `folder` is the result to be, `finished` what an earlier run has done."""
+    """The work folder of one run: `folder` becomes the result, `finished` are the parts that are done."""
 
     def __init__(self, work: Path, finished: Mapping[int, Part]) -> None:
         self.folder, self.finished = work / "result", dict(finished)
@@ -38,9 +38,9 @@ class Staging:
 def staged_folder(target: Path, origin: Mapping[str, Any], *, resume: bool = False) -> Iterator[Staging]:
     """A folder to work in; flushed and renamed to `target` at the end.
 
-    `target` must not exist, or be an empty folder. `origin` says, in JSON's types, what the result is made from and
-    how; work is continued only where it is the same. After an error or an interruption, finished parts stay for a run
-    with `resume`; where there are none, nothing does.
+    `target` must not exist, or be an empty folder. `origin` is what the result is made from and how, in JSON's
+    types; work is continued only where it is the same. After an error or an interruption, finished parts are kept for
+    a run with `resume`; if there are none, nothing is kept.
 
     Raises VLBridgeError where `target` is taken, another run is writing it, an interrupted run's work is there and
     `resume` is false or the origin has changed, and for what the file system refuses (a full disk, missing rights).
@@ -58,7 +58,7 @@ def staged_folder(target: Path, origin: Mapping[str, Any], *, resume: bool = Fal
                 yield staging
                 sync_tree(staging.folder)
                 _check_free(target)
-                staging.folder.rename(target)  # in the place of an empty folder; fails where it is no longer empty
+                staging.folder.rename(target)  # replaces an empty folder; fails if it is no longer empty
                 sync(target.parent)
             except VLBridgeError as error:
                 raise VLBridgeError(f"{error} {_what_is_left(work, staging)}") from error
@@ -94,12 +94,12 @@ def earlier_work(target: Path, origin: Mapping[str, Any], *, resume: bool = Fals
 
 
 def _check_place(target: Path) -> None:
-    """Refuse a target whose folder cannot be made or written in."""
+    """Reject a target whose folder cannot be created or written."""
     place = target.absolute().parent
     while not place.exists():
         place = place.parent
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise VLBridgeError(f"{target}: expected a folder that may be written in, found {place}. Take another.")
+        raise VLBridgeError(f"{target}: expected a folder with write permission, found {place}. Use another.")
 
 
 def _work_of(target: Path) -> Path:
@@ -107,22 +107,22 @@ def _work_of(target: Path) -> Path:
 
 
 def _what_is_left(work: Path, staging: Staging) -> str:
-    """Remove the work folder unless a part is finished; says which."""
+    """Remove the work folder unless a part is finished; returns what was done as text."""
     if staging.finished:
         return f"{len(staging.finished)} finished parts are kept in {work}: continue with --resume, or remove it."
     shutil.rmtree(work, ignore_errors=True)
-    return "Nothing was left there."
+    return "Nothing was kept."
 
 
 def sweep(target: Path) -> None:
-    """Remove what is left beside a result by a run that was killed between its last two steps."""
+    """Remove the work folder of a run that was killed after it had renamed its result."""
     work = _work_of(target)
     if not is_free(target) and work.exists() and not (work / "result").exists():
         shutil.rmtree(work, ignore_errors=True)
 
 
 def is_free(target: Path) -> bool:
-    """Whether a result may get this name: nothing has it, or an empty folder that a rename can replace."""
+    """Whether a result may get this name: it is unused, or an empty folder that a rename can replace."""
     if target.is_symlink() or target.is_mount() or target.name in ("", ".."):
         return False
     try:
@@ -142,7 +142,7 @@ def _check_free(target: Path) -> None:
 
 @contextmanager
 def _locked(target: Path, work: Path) -> Iterator[None]:
-    """Hold the work folder alone. The kernel gives the lock back when a process ends, however it ends."""
+    """Lock the work folder. The kernel releases the lock when the process ends, however it ends."""
     while True:
         work.mkdir(exist_ok=True)
         try:
@@ -175,10 +175,10 @@ def _begin(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) ->
     try:
         if not finished:
             shutil.rmtree(work / "result", ignore_errors=True)
-        (work / "result").mkdir(exist_ok=True)  # a run may have been killed just after it had put its result in place
+        (work / "result").mkdir(exist_ok=True)  # a run may have been killed just after renaming its result
         lines = [json.dumps(origin), *(json.dumps(part.as_json()) for part in finished.values())]
         fresh = work / "journal.new"
-        fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")  # without the line that a kill may have torn
+        fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")  # without a line that a kill may have truncated
         fresh.replace(journal)
     except OSError:
         if not finished:
@@ -188,7 +188,7 @@ def _begin(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) ->
 
 
 def _continued(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) -> dict[int, Part]:
-    """What an interrupted run has finished; refuses it where it is not to be, or cannot be, continued."""
+    """The parts that an interrupted run has finished. Raises VLBridgeError where they must not be continued."""
     before, finished = _read_journal(work / "journal.jsonl")
     if finished and not resume:
         raise VLBridgeError(
@@ -205,7 +205,7 @@ def _continued(target: Path, work: Path, origin: Mapping[str, Any], resume: bool
 
 
 def _read_journal(path: Path) -> tuple[Any, dict[int, Part]]:
-    """Origin and finished parts; whatever follows a line that a kill has torn counts as not done."""
+    """Origin and finished parts; all after a line that a kill has truncated counts as not done."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     finished: dict[int, Part] = {}
     try:
