@@ -166,6 +166,7 @@ class Run:
 
     @property
     def ratio(self) -> float:
+        """The time over the mean of both copies."""
         return self.seconds / mean(self.copies)
 
 

@@ -1,6 +1,6 @@
 """Train Qwen vision-language models on Megatron-Core, from a Hugging Face checkpoint and back to one.
 
-Every layout that is offered has been proved equal to transformers on CPU processes; what is not proved is refused.
+Every supported layout is proved equal to transformers on CPU processes; what is not proved is rejected.
 """
 
 import importlib

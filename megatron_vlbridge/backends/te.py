@@ -11,8 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlbridge.errors import VLBridgeError
 
-# What the kernels take that attend over context-parallel ranks: flash-attention's and cuDNN's. The attention that
-# serves fp32 is written in torch and has no context parallelism.
+# The dtypes of attention over context-parallel ranks (flash-attention's and cuDNN's kernels). Attention in fp32 is
+# written in torch and has no context parallelism.
 # Source: `get_attention_backend` (attention/dot_product_attention/utils.py) of Transformer Engine 2.20.
 CP_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
@@ -25,7 +25,7 @@ _VARIABLES = {
 
 
 def check_context_parallel(config: TransformerConfig) -> None:
-    """Refuse what attention over several context-parallel ranks has no kernel for.
+    """Reject what attention over several context-parallel ranks has no kernel for.
 
     Raises:
         VLBridgeError: naming the setting, and what to use.
@@ -44,16 +44,16 @@ def check_context_parallel(config: TransformerConfig) -> None:
 
 
 def faults(config: TransformerConfig) -> list[str]:
-    """What Transformer Engine would run that no test runs, in words for a person."""
+    """Settings with which Transformer Engine would run kernels that no test runs, a line each."""
     found = [
-        f"{what}: {name}={value} in the environment, proved: not set"
+        f"{what}: {name}={value} in the environment, verified: not set"
         for name, what in _VARIABLES.items()
         if (value := os.environ.get(name, "0")) not in ("", "0")
     ]
     if _prefers_flash_attention(config):
         found.append(
             "attention by flash-attention, which is installed and which Transformer Engine prefers before sm90: "
-            f"attention_backend={config.attention_backend.name}, proved: fused (use --attention-backend fused)"
+            f"attention_backend={config.attention_backend.name}, verified: fused (use --attention-backend fused)"
         )
     deterministic = {
         "deterministic_mode=True": config.deterministic_mode,
@@ -63,9 +63,9 @@ def faults(config: TransformerConfig) -> list[str]:
     if named := [name for name, value in deterministic.items() if value]:
         # Source: the filter for determinism in `get_attention_backend`.
         found.append(
-            f"deterministic kernels ({', '.join(named)}): Transformer Engine then gives up cuDNN's attention of packs "
-            "before sm90, and on sm90 where segments x heads x max_seqlen^2 reaches 2^30 (one segment of 8,192 tokens "
-            "at 16 heads); what is left takes memory quadratic in the length and has no context parallelism. "
+            f"deterministic kernels ({', '.join(named)}): Transformer Engine then does not use cuDNN's attention of "
+            "packs before sm90, and on sm90 where segments x heads x max_seqlen^2 reaches 2^30 (one segment of 8,192 "
+            "tokens at 16 heads); what is left takes memory quadratic in the length and has no context parallelism. "
             "Leave --deterministic-mode out"
         )
     return found

@@ -21,7 +21,7 @@ from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.deepstack import DeepstackLayer, DeepstackSegments, append_features
 from megatron_vlbridge.model.inputs.mtp import MtpInputs
-from megatron_vlbridge.model.mtp import MtpBlock, check_embedding_group, with_mtp_loss
+from megatron_vlbridge.model.mtp import MtpBlock, MtpLayer, check_embedding_group, with_mtp_loss
 from megatron_vlbridge.model.rope import inverse_frequencies, mrope_axes, rotary_table
 from megatron_vlbridge.model.specs import block_spec, layer_spec
 
@@ -68,9 +68,8 @@ class LanguageModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if self.mtp_process:
-            self.mtp = MtpBlock(
-                config, backend, pg_collection, vp_stage, experts=checkpoint.text.mtp_layer_kind.experts
-            )
+            experts = checkpoint.text.mtp_layer_kind.experts
+            self.mtp = MtpBlock(config, MtpLayer(config, backend, pg_collection, vp_stage, experts))
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,

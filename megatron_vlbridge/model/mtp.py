@@ -35,16 +35,9 @@ from megatron_vlbridge.model.specs import layer_spec
 class MtpBlock(MegatronModule):
     """The MTP layer as `layers.0`, the name that Megatron's `MultiTokenPredictionBlock` gives it."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        backend: BackendSpecProvider,
-        pg_collection: ProcessGroupCollection,
-        vp_stage: int | None,
-        experts: bool,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, layer: "MtpLayer") -> None:
         super().__init__(config)
-        self.layers = torch.nn.ModuleList([MtpLayer(config, backend, pg_collection, vp_stage, experts)])
+        self.layers = torch.nn.ModuleList([layer])
 
     def forward(self, next_words: torch.Tensor, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
         """`[2s, 1, H]`: the decoder's hidden states, then the MTP layer's; arguments as for :class:`MtpLayer`."""

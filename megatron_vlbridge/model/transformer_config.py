@@ -44,7 +44,7 @@ def language_config(config: Config, base: TransformerConfig | None = None, **ove
     if deepstack_travels(built, config):
         if built.num_moe_experts and built.moe_token_dispatcher_type == "allgather":
             raise VLBridgeError(
-                "the layers that take deepstack features lie on several pipeline stages, which needs hidden states of "
+                "the layers that take deepstack features are on several pipeline stages, which needs hidden states of "
                 "changing length, and Megatron's all-gather dispatcher of tokens to experts takes none. "
                 "Use --moe-token-dispatcher-type alltoall, or give the first stage "
                 f"{len(config.vision.deepstack_visual_indexes)} layers"
@@ -57,7 +57,7 @@ def language_config(config: Config, base: TransformerConfig | None = None, **ove
 
 
 def deepstack_travels(language: TransformerConfig, config: Config) -> bool:
-    """Whether layers that take deepstack features lie behind the first (virtual) pipeline stage."""
+    """Whether layers that take deepstack features are after the first (virtual) pipeline stage."""
     if language.pipeline_model_parallel_size == 1:
         return False
     if language.pipeline_model_parallel_layout is not None:

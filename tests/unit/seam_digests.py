@@ -1,4 +1,4 @@
-"""Digests of the sources in megatron_vlbridge/seams.py, of each form in a supported version, the newest last."""
+"""Digests of the sources in tests/unit/seams.py, of each form in a supported version, the newest last."""
 
 DIGESTS: dict[str, tuple[str, ...]] = {
     "megatron.core.transformer.transformer_layer:TransformerLayer.__init__": ("5b3058f77851",),

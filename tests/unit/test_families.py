@@ -12,8 +12,8 @@ from megatron_vlbridge.families.family import combinations
 
 ROOT = Path(__file__).parents[2] / "megatron_vlbridge"
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
-# The demo makes a model of a family; `tiny_processor.py` is its processor.
-OWN_ROOMS = ("families/", "demo/", "data/tiny_processor.py")
+# The demo makes a model of a family.
+OWN_ROOMS = ("families/", "demo/")
 # The exported name, and the checkpoint in examples of docstrings and `--help`.
 ALLOWED = re.compile(r"Qwen3VLModel|(Qwen/)?Qwen3-VL-2B(-Instruct|-megatron)?", re.IGNORECASE)
 MEGATRON = re.compile(r"\btransformer\.moe\b")

@@ -299,7 +299,7 @@ def test_variables_that_choose_unproved_kernels_are_refused(on_transformer_engin
     monkeypatch.setenv(name, "0")
     guards.check_layout(proved(), CHECKPOINT)
     monkeypatch.setenv(name, "1")
-    with pytest.raises(VLBridgeError, match=f"{name}=1 in the environment, proved: not set"):
+    with pytest.raises(VLBridgeError, match=f"{name}=1 in the environment, verified: not set"):
         guards.check_layout(proved(), CHECKPOINT)
 
 
@@ -308,7 +308,7 @@ def test_flash_attention_is_refused_where_transformer_engine_would_prefer_it(on_
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     guards.check_layout(proved(), CHECKPOINT)
     monkeypatch.setattr(te.importlib.util, "find_spec", lambda name: name if name == "flash_attn" else None)
-    with pytest.raises(VLBridgeError, match="attention_backend=auto, proved: fused"):
+    with pytest.raises(VLBridgeError, match="attention_backend=auto, verified: fused"):
         guards.check_layout(proved(), CHECKPOINT)
     guards.check_layout(proved(attention_backend=AttnBackend.fused), CHECKPOINT)
     fp32 = language_config(CHECKPOINT, params_dtype=torch.float32)

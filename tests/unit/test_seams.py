@@ -1,4 +1,4 @@
-"""What the package relies on inside other packages has not changed: see megatron_vlbridge/seams.py.
+"""What the package relies on inside other packages has not changed: see tests/unit/seams.py.
 
 python -m tests.unit.test_seams    prints the digests of the installed sources
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vlbridge.seams import SEAMS
 from tests.unit.seam_digests import DIGESTS
+from tests.unit.seams import SEAMS
 
 PACKAGE = Path(__file__).parents[2] / "megatron_vlbridge"
 FOREIGN = ("megatron", "torch", "transformers", "argparse")
@@ -81,7 +81,7 @@ def test_the_source_is_one_that_was_read(source: str, user: str, reason: str) ->
     found = digest(find(source))
     assert reason.startswith("replaced") or found in DIGESTS[source], (
         f"{source} has changed: {found} is none of {DIGESTS[source]}. megatron_vlbridge/{user} relies on this: "
-        f"{reason}. Read the new source; megatron_vlbridge/seams.py says how an upgrade is done"
+        f"{reason}. Read the new source; tests/unit/seams.py says how an upgrade is done"
     )
 
 

@@ -175,7 +175,7 @@ def _check(
     qkv_layout: Any, bias_type: Any, softmax_type: Any, mask_type: Any, window: Sequence[int], dropout: float
 ) -> None:
     kinds = qkv_layout.name, bias_type.name, softmax_type.name, dropout
-    assert kinds == ("NVTE_THD_THD_THD", "NVTE_NO_BIAS", "NVTE_VANILLA_SOFTMAX", 0.0)
+    assert kinds == ("NVTE_THD_THD_THD", "NVTE_NO_BIAS", "NVTE_VANILLA_SOFTMAX", 0.0), f"no reference for {kinds}"
     causal = mask_type.name in ("NVTE_PADDING_CAUSAL_MASK", "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK")
     assert causal or mask_type.name == "NVTE_PADDING_MASK", f"no reference for {mask_type.name}"
     assert tuple(window) in ([(-1, -1), (-1, 0)] if causal else [(-1, -1)]), (mask_type.name, window)

@@ -9,8 +9,8 @@ that relies on it, and once the functional tests pass, add the digests that `pyt
 Digests of versions that are no longer supported go.
 """
 
-# The versions that were read; others that pyproject.toml admits are accepted where their sources are the same.
-VERSIONS = {"megatron-core": ("0.19.0", "0.19.2"), "torch": ("2.11.0", "2.12.0", "2.13.0", "2.14.1")}
+# Read in megatron-core 0.19.0 and 0.19.2, and torch 2.11.0, 2.12.0, 2.13.0 and 2.14.1; other versions are accepted if
+# their sources are the same.
 
 _CORE = "megatron.core."
 _CHECKPOINTS = "megatron.core.dist_checkpointing."
@@ -21,7 +21,7 @@ _LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer."
 _TRAINING = "megatron.training.training:"
 _DCP = "torch.distributed.checkpoint."
 
-# Of each file of this package, the sources that it relies on, and what it relies on.
+# Of each file of megatron_vlbridge, the sources that it relies on, and what it relies on.
 SEAMS: dict[str, dict[str, str]] = {
     "model/deepstack.py": {
         _LAYER + "__init__": "subclassed with one more keyword argument; layer_number counts from 1 over all stages",
