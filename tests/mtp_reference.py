@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.reference import Conversation, Reference, digest, write_checkpoint
+from tests.reference import Conversation, Reference, digest, model_inputs, token_losses, tower_outputs, write_checkpoint
 
 FILE = "model-mtp.safetensors"
 
@@ -127,42 +127,22 @@ def _run_transformers(
     named = [*model.named_parameters(), *module.named_parameters()]
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
     logits, losses, mtp, mtp_losses = ([x.detach() for x in column] for column in zip(*outputs, strict=True))
-    main = Reference(logits, losses, loss.item(), gradients, [_towers(model, c) for c in conversations])
+    main = Reference(logits, losses, loss.item(), gradients, [tower_outputs(model, c) for c in conversations])
     return MtpReference(main, mtp, mtp_losses)
 
 
 def _run(model: Any, module: MtpLayer, c: Conversation) -> tuple[torch.Tensor, ...]:
     """Logits and token losses, and those of the MTP layer."""
-    media = {}
-    if len(c.images):
-        media |= {"pixel_values": c.images, "image_grid_thw": c.image_grids}
-    if len(c.videos):
-        media |= {"pixel_values_videos": c.videos, "video_grid_thw": c.video_grids}
-    kinds = (c.tokens == 10).long() + 2 * (c.tokens == 11).long()
     rotary: list[tuple[torch.Tensor, torch.Tensor]] = []
     language = model.model.language_model
     hook = language.rotary_emb.register_forward_hook(lambda _module, _args, output: rotary.append(output))
-    hidden = model.model(input_ids=c.tokens[None], mm_token_type_ids=kinds[None], use_cache=False, **media)[0]
+    hidden = model.model(**model_inputs(c))[0]
     hook.remove()
     logits = model.lm_head(hidden)[0].float()
     words = language.embed_tokens(c.tokens[None, 1:])
     table = rotary[0][0][:, :-1], rotary[0][1][:, :-1]
     mtp = model.lm_head(module(words, hidden[:, :-1], table))[0].float()
-
-    def token_losses(found: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(found, labels, reduction="none", ignore_index=-100)
-
     return logits, token_losses(logits, c.labels), mtp, token_losses(mtp, c.labels[1:])
-
-
-def _towers(model: Any, c: Conversation) -> dict[str, torch.Tensor]:
-    result = {}
-    for kind, pixels, grids in (("images", c.images, c.image_grids), ("videos", c.videos, c.video_grids)):
-        if len(pixels):
-            with torch.no_grad():
-                tower = model.model.visual(pixels, grid_thw=grids)
-            result[kind] = torch.stack([tower.pooler_output, *tower.deepstack_features])
-    return result
 
 
 def _text_config(folder: Path) -> Any:
