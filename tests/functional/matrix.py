@@ -4,115 +4,30 @@ A row is a parallel layout; it is run with each variant of what does not change 
 `megatron_vlbridge.training.guards` admit exactly the combinations of dimensions of these rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from tests import reference
 from tests.functional import ranks
+from tests.functional.kinds import KINDS, Variant
 from tests.functional.parity import PACK_LENGTH, Errors, compare
 from tests.functional.pool import Layout, Pool
 from tests.mtp_reference import write_mtp_checkpoint
 
 _PIPELINES: tuple[dict[str, Any], ...] = ({}, {"pp": 2}, {"pp": 2, "vpp": 2})
 _CONTEXTS: tuple[dict[str, Any], ...] = ({}, {"cp": 2})
-_TENSORS: dict[str, tuple[dict[str, Any], ...]] = {
-    "dense": ({}, {"tp": 2}, {"tp": 2, "sp": True}),
-    "experts": (
-        {},
-        {"ep": 2},
-        {"tp": 2, "sp": True, "etp": 1},
-        {"tp": 2, "sp": True, "etp": 2},
-        {"tp": 2, "sp": True, "ep": 2, "etp": 1},
-        {"tp": 2, "sp": True, "ep": 2, "etp": 2},
-    ),
-}
-
-# Other sizes and splits of proved combinations: data parallel, more ranks than KV heads, uneven stages, layout strings
-# that leave the first stage without a layer, deepstack over three stages and over the chunks of one.
-OTHERS: dict[str, tuple[Layout, ...]] = {
-    "dense": (
-        Layout(world=2),
-        Layout(tp=2, world=4),
-        Layout(tp=2, sp=True, world=4),
-        Layout(pp=2, world=4),
-        Layout(cp=2, world=4),
-        Layout(tp=2, sp=True, cp=2, world=8),
-        Layout(tp=2, sp=True, pp=2, world=8),
-        Layout(pp=2, cp=2, world=8),
-        Layout(pp=2, vpp=2, world=4),
-        Layout(tp=4, world=4),
-        Layout(tp=4, sp=True, world=4),
-        Layout(cp=4, world=4),
-        Layout(pp=4, world=4),
-        Layout(tp=2, sp=True, pp=4, world=8),
-        Layout(pp=4, cp=2, world=8),
-        Layout(pp=2, stages="Et|tttL", world=2),
-        Layout(pp=4, stages="E|tt|tt|L", world=4),
-        Layout(pp=2, vpp=2, stages="Ett|t|t|L", world=2),
-        Layout(tp=2, sp=True, pp=2, stages="Ettt|tL", world=4),
-    ),
-    "experts": (
-        Layout(world=2),
-        Layout(tp=2, sp=True, etp=1, world=4),
-        Layout(ep=2, world=4),
-        Layout(ep=4, world=4),
-        Layout(ep=4, pp=2, world=8),
-        Layout(ep=2, pp=4, world=8),
-        Layout(ep=2, pp=2, stages="Ettt|tL", world=4),
-        Layout(ep=2, cp=2, world=8),
-    ),
-}
-
-# Rows on eight processes that the small set holds.
-LARGE: dict[str, tuple[Layout, ...]] = {
-    "dense": (
-        Layout(tp=2, sp=True, pp=2, cp=2, world=8),
-        Layout(tp=2, sp=True, pp=2, vpp=2, cp=2, world=8),
-    ),
-    "experts": (
-        Layout(ep=4, pp=2, world=8),
-        Layout(tp=2, sp=True, pp=2, vpp=2, cp=2, ep=2, etp=1, world=8),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is done within one layout: recomputation, multi-token prediction, tied embeddings, a padded batch."""
-
-    recompute: str = ""
-    mtp: bool = False
-    tied: bool = False
-    padded: bool = False
-
-    @property
-    def overrides(self) -> Mapping[str, Any]:
-        """Fields of Megatron's config."""
-        full = {"recompute_granularity": "full", "recompute_num_layers": 1}
-        return {
-            "": {},
-            "uniform": full | {"recompute_method": "uniform"},
-            "block": full | {"recompute_method": "block"},
-            "selective": {"recompute_granularity": "selective"},
-        }[self.recompute]
-
-    def __str__(self) -> str:
-        names = [f"recompute {self.recompute}"] * bool(self.recompute)
-        names += [name for name in ("mtp", "tied", "padded") if getattr(self, name)]
-        return " ".join(names) or "plain"
 
 
 def layouts(kind: str) -> list[Layout]:
-    """The rows for `dense` models or those with `experts`: the whole product of dimensions, then other sizes."""
+    """The rows of this kind of model: the whole product of dimensions, then other sizes."""
     rows = [
         Layout(**parts, world=_world(parts))
-        for tensor, pipeline, context in product(_TENSORS[kind], _PIPELINES, _CONTEXTS)
+        for tensor, pipeline, context in product(KINDS[kind].tensors, _PIPELINES, _CONTEXTS)
         for parts in [tensor | pipeline | context]
     ]
-    return rows + list(OTHERS[kind])
+    return rows + list(KINDS[kind].others)
 
 
 def variants(layout: Layout) -> list[Variant]:
@@ -125,7 +40,7 @@ def variants(layout: Layout) -> list[Variant]:
         Variant(recompute, mtp, tied)
         for recompute, mtp, tied in product(("", "uniform", "selective"), (False, True), (False, True))
     ]
-    if layout in [row for rows in OTHERS.values() for row in rows]:
+    if any(layout in kind.others for kind in KINDS.values()):
         return [Variant(), Variant("block", mtp=True, tied=True), *[Variant(padded=True)] * (layout.cp == 1)]
     if layout.world > 2:
         packs = [v for v in packs if (v.mtp == v.tied) != (v.recompute == "uniform")]
@@ -135,24 +50,24 @@ def variants(layout: Layout) -> list[Variant]:
 
 
 def small_set() -> Iterator[tuple[str, Layout, Variant]]:
-    """Every row on up to four processes and those of `LARGE`, with one of its variants, in turn.
+    """Every row on up to four processes and the large ones of its kind, with one of its variants, in turn.
 
     So each dimension meets each variant.
     """
-    for kind in _TENSORS:
+    for kind in KINDS:
         for number, layout in enumerate(layouts(kind)):
             choice = variants(layout)
-            if layout.world <= 4 or layout in LARGE[kind]:
+            if layout.world <= 4 or layout in KINDS[kind].large:
                 yield kind, layout, choice[5 * number % len(choice)]
 
 
-def write_folders(where: Path) -> dict[tuple[str, bool, bool], Path]:
-    """A tiny checkpoint of each kind, with and without multi-token prediction and tied embeddings."""
+def write_folders(where: Path, kinds: Iterable[str]) -> dict[tuple[str, bool, bool], Path]:
+    """A tiny checkpoint of each of these kinds, with and without multi-token prediction and tied embeddings."""
     folders = {}
-    for kind, mtp, tied in product(_TENSORS, (False, True), (False, True)):
+    for kind, mtp, tied in product(kinds, (False, True), (False, True)):
         write = write_mtp_checkpoint if mtp else reference.write_checkpoint
         folder = where / f"{kind}{'-mtp' * mtp}{'-tied' * tied}"
-        folders[kind, mtp, tied] = write(folder, tied=tied, experts={} if kind == "experts" else None)
+        folders[kind, mtp, tied] = write(folder, tied=tied, **reference.KINDS[kind])
     return folders
 
 
@@ -190,7 +105,7 @@ def _options(kind: str, layout: Layout, variant: Variant) -> Mapping[str, Any]:
     if variant.padded:
         # Padded batches differ in length from each other.
         options |= {"variable_seq_lengths": layout.pp > 1, "moe_token_dispatcher_type": "alltoall"}
-    elif kind == "experts" and variant.tied and layout.vpp == 1 and layout.pp < 4 and not layout.stages:
+    elif KINDS[kind].experts and variant.tied and layout.vpp == 1 and layout.pp < 4 and not layout.stages:
         # Megatron's default, where no deepstack features travel; all other rows run the all-to-all.
         options |= {"moe_token_dispatcher_type": "allgather", "seq_length": PACK_LENGTH}
     if variant.mtp and layout.stages:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.functional import matrix
+from tests.functional.kinds import KINDS
 from tests.functional.pool import Layout, Pool
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool, bool], Path]:
-    return matrix.write_folders(tmp_path_factory.mktemp("checkpoints"))
+    return matrix.write_folders(tmp_path_factory.mktemp("checkpoints"), KINDS)
 
 
 @pytest.mark.parametrize(("kind", "layout", "variant"), list(matrix.small_set()), ids=str)
@@ -28,7 +29,7 @@ def test_layout_equals_transformers(
     errors.check()
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_large_layouts_are_rows(kind: str) -> None:
     small = {layout for each, layout, _ in matrix.small_set() if each == kind}
-    assert set(matrix.LARGE[kind]) <= small <= set(matrix.layouts(kind))
+    assert set(KINDS[kind].large) <= small <= set(matrix.layouts(kind))

@@ -40,7 +40,7 @@ ALL_GATHER = A2A | {"thd_copy_valid_tokens_from_per_split_to_rank_local"}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool, bool], Path]:
-    return matrix.write_folders(tmp_path_factory.mktemp("checkpoints"))
+    return matrix.write_folders(tmp_path_factory.mktemp("checkpoints"), {row.kind for row in ROWS})
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_vlbridge.backends import cpu_runtime
+from tests.functional.kinds import KINDS
 from tests.functional.pool import Pool
 from tests.functional.write_layouts import COLUMNS, PAGE
 from tests.functional.write_layouts import TE_HEADING as HEADING
@@ -27,8 +28,7 @@ from tests.functional.write_layouts import first_cells as cells_of_layout
 
 def first_cells(row: Any) -> str:
     """The cells that tell the row from the others."""
-    model = {"dense": "Qwen3-VL", "experts": "Qwen3-VL-MoE"}[row.kind]
-    return f"| {model} {cells_of_layout(row.kind, row.layout)} {row.variant} | {row.setting} |"
+    return f"| {KINDS[row.kind].model} {cells_of_layout(row.kind, row.layout)} {row.variant} | {row.setting} |"
 
 
 def measure() -> tuple[list[str], list[str]]:
@@ -42,7 +42,7 @@ def measure() -> tuple[list[str], list[str]]:
     lines, failures = [], []
     pool = Pool(preload="tests.te.preload")
     with tempfile.TemporaryDirectory() as where:
-        folders = matrix.write_folders(Path(where))
+        folders = matrix.write_folders(Path(where), {row.kind for row in rows.ROWS})
         for row in rows.ROWS:
             errors = rows.measure(pool, row, folders)
             if errors.too_large():

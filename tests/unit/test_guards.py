@@ -17,9 +17,13 @@ from megatron_vlbridge.backends import te
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.transformer_config import language_config, vision_config
 from megatron_vlbridge.training import guards, settings
+from tests.functional.kinds import KINDS
 
-CHECKPOINT = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3-VL-2B-Instruct.json")
-EXPERTS = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3-VL-30B-A3B-Instruct.json")
+CHECKPOINTS = {
+    kind: read_config(Path(__file__).parents[1] / "data" / "configs" / f"{name}.json")
+    for kind, name in {"dense": "Qwen3-VL-2B-Instruct", "experts": "Qwen3-VL-30B-A3B-Instruct"}.items()
+}
+CHECKPOINT, EXPERTS = CHECKPOINTS["dense"], CHECKPOINTS["experts"]
 
 # A value of each guarded field that nobody proved.
 UNPROVED = {
@@ -333,21 +337,21 @@ def test_virtual_stages_without_overlap_are_refused():
     guards.check_layout(config, CHECKPOINT)
 
 
-@pytest.mark.parametrize(("kind", "checkpoint"), [("dense", CHECKPOINT), ("experts", EXPERTS)], ids=["dense", "moe"])
-def test_what_is_admitted_is_what_the_rows_of_the_matrix_run(kind, checkpoint):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_admitted_is_what_the_rows_of_the_matrix_run(kind):
     from tests.functional import matrix
 
     run = set()
     for row in matrix.layouts(kind):
         sizes = {name: getattr(row, name) for name in ("tp", "pp", "vpp", "cp", "ep")} | {"sp": 1 + row.sp}
-        sizes["etp"] = (row.etp or row.tp) if kind == "experts" else 1
+        sizes["etp"] = (row.etp or row.tp) if KINDS[kind].experts else 1
         run.add(frozenset(name for name, size in sizes.items() if size > 1))
         kinds = {(v.recompute != "", v.mtp, v.tied) for v in matrix.variants(row)}
-        assert len(kinds) == (6 if row.world > 2 else 8) or row in matrix.OTHERS[kind]
-    assert run == families.find(checkpoint).combinations
+        assert len(kinds) == (6 if row.world > 2 else 8) or row in KINDS[kind].others
+    assert run == families.find(CHECKPOINTS[kind]).combinations
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_pair_of_dimensions_is_in_a_row(kind):
     from tests.functional import matrix
 
@@ -357,30 +361,30 @@ def test_every_pair_of_dimensions_is_in_a_row(kind):
             names = matrix.dimensions(row, v)
             seen |= {frozenset(pair) for pair in combinations(sorted(names), 2)}
     dimensions = ["cp", "dp", "mtp", "padded", "pp", "recompute", "sp", "tied", "tp", "vpp"]
-    dimensions += ["ep", "etp"] if kind == "experts" else []
+    dimensions += ["ep", "etp"] if KINDS[kind].experts else []
     missing = {frozenset(pair) for pair in combinations(dimensions, 2)} - seen
     assert missing == {frozenset({"padded", "cp"})}, "a padded batch is refused under context parallelism"
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_page_of_layouts_has_every_row_of_the_matrix_and_no_other(kind):
     from tests.functional import matrix
+    from tests.functional.parity import tolerance
     from tests.functional.write_layouts import PAGE, first_cells
 
-    titles = {"dense": "\n## Qwen3-VL\n", "experts": "\n## Qwen3-VL-MoE\n"}
-    table = PAGE.read_text().split(titles[kind])[1].split("\n## ")[0].strip().splitlines()[2:]
+    table = PAGE.read_text().split(f"\n## {KINDS[kind].model}\n")[1].split("\n## ")[0].strip().splitlines()[2:]
     rows = [first_cells(kind, layout) for layout in matrix.layouts(kind)]
     assert len(table) == len(rows)
     for line, cells in zip(table, rows, strict=True):
         assert line.startswith(cells)
         figures = [float(cell) for cell in line.removeprefix(cells).split("|")[1:4]]
         assert len(figures) == 3
-        assert max(figures) < 1e-5
+        assert max(figures) < tolerance(CHECKPOINTS[kind])
 
 
 def test_the_page_of_layouts_counts_every_variant():
     from tests.functional import matrix
     from tests.functional.write_layouts import PAGE
 
-    runs = sum(len(matrix.variants(layout)) for kind in ("dense", "experts") for layout in matrix.layouts(kind))
+    runs = sum(len(matrix.variants(layout)) for kind in KINDS for layout in matrix.layouts(kind))
     assert f"({runs} runs, " in PAGE.read_text()

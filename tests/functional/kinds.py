@@ -1,0 +1,114 @@
+"""The models that are compared with transformers under every layout, one entry for each family.
+
+What a checkpoint of a kind holds is in `tests.reference.KINDS`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tests.functional.pool import Layout
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is done within one layout: recomputation, multi-token prediction, tied embeddings, a padded batch."""
+
+    recompute: str = ""
+    mtp: bool = False
+    tied: bool = False
+    padded: bool = False
+
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """Fields of Megatron's config."""
+        full = {"recompute_granularity": "full", "recompute_num_layers": 1}
+        return {
+            "": {},
+            "uniform": full | {"recompute_method": "uniform"},
+            "block": full | {"recompute_method": "block"},
+            "selective": {"recompute_granularity": "selective"},
+        }[self.recompute]
+
+    def __str__(self) -> str:
+        names = [f"recompute {self.recompute}"] * bool(self.recompute)
+        names += [name for name in ("mtp", "tied", "padded") if getattr(self, name)]
+        return " ".join(names) or "plain"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The rows of a family.
+
+    Of `tensors`, the choices of tensor and expert parallelism, the product with pipelines and contexts is run; `others`
+    are other sizes and splits of its combinations. `make test` runs the rows on up to four processes and those that
+    `large` has on eight.
+    """
+
+    model: str
+    tensors: tuple[dict[str, Any], ...]
+    others: tuple[Layout, ...]
+    large: tuple[Layout, ...]
+
+    @property
+    def experts(self) -> bool:
+        """Whether the model has experts."""
+        return any("ep" in choice for choice in self.tensors)
+
+
+_TENSORS: tuple[dict[str, Any], ...] = ({}, {"tp": 2}, {"tp": 2, "sp": True})
+_EXPERTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"ep": 2},
+    {"tp": 2, "sp": True, "etp": 1},
+    {"tp": 2, "sp": True, "etp": 2},
+    {"tp": 2, "sp": True, "ep": 2, "etp": 1},
+    {"tp": 2, "sp": True, "ep": 2, "etp": 2},
+)
+
+# Data parallel, more ranks than KV heads, uneven stages, layout strings that leave the first stage without a layer,
+# deepstack over three stages and over the chunks of one.
+_OTHERS = (
+    Layout(world=2),
+    Layout(tp=2, world=4),
+    Layout(tp=2, sp=True, world=4),
+    Layout(pp=2, world=4),
+    Layout(cp=2, world=4),
+    Layout(tp=2, sp=True, cp=2, world=8),
+    Layout(tp=2, sp=True, pp=2, world=8),
+    Layout(pp=2, cp=2, world=8),
+    Layout(pp=2, vpp=2, world=4),
+    Layout(tp=4, world=4),
+    Layout(tp=4, sp=True, world=4),
+    Layout(cp=4, world=4),
+    Layout(pp=4, world=4),
+    Layout(tp=2, sp=True, pp=4, world=8),
+    Layout(pp=4, cp=2, world=8),
+    Layout(pp=2, stages="Et|tttL", world=2),
+    Layout(pp=4, stages="E|tt|tt|L", world=4),
+    Layout(pp=2, vpp=2, stages="Ett|t|t|L", world=2),
+    Layout(tp=2, sp=True, pp=2, stages="Ettt|tL", world=4),
+)
+_EXPERT_OTHERS = (
+    Layout(world=2),
+    Layout(tp=2, sp=True, etp=1, world=4),
+    Layout(ep=2, world=4),
+    Layout(ep=4, world=4),
+    Layout(ep=4, pp=2, world=8),
+    Layout(ep=2, pp=4, world=8),
+    Layout(ep=2, pp=2, stages="Ettt|tL", world=4),
+    Layout(ep=2, cp=2, world=8),
+)
+_LARGE = (
+    Layout(tp=2, sp=True, pp=2, cp=2, world=8),
+    Layout(tp=2, sp=True, pp=2, vpp=2, cp=2, world=8),
+)
+_EXPERT_LARGE = (
+    Layout(ep=4, pp=2, world=8),
+    Layout(tp=2, sp=True, pp=2, vpp=2, cp=2, ep=2, etp=1, world=8),
+)
+
+KINDS = {
+    "dense": Kind("Qwen3-VL", _TENSORS, _OTHERS, _LARGE),
+    "experts": Kind("Qwen3-VL-MoE", _EXPERTS, _EXPERT_OTHERS, _EXPERT_LARGE),
+}
