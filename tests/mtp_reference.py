@@ -1,4 +1,4 @@
-"""The oracle for multi-token prediction: a layer of transformers after Qwen3-VL, conversation by conversation."""
+"""The oracle for multi-token prediction: transformers' MTP layer after its model, conversation by conversation."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.reference import Conversation, Reference, digest, write_checkpoint
+from tests import mtp_layer, reference
+from tests.reference import Conversation, Reference, digest, model_inputs, token_losses, tower_outputs, write_checkpoint
 
 FILE = "model-mtp.safetensors"
 
@@ -24,16 +25,19 @@ def write_mtp_checkpoint(folder: Path, *, mtp_experts: str = "fused_out_in", **o
 
 def add_prediction_layer(folder: Path, mtp_experts: str = "fused_out_in") -> Path:
     """Give a checkpoint a random MTP layer."""
+    from transformers import AutoModelForImageTextToText
+
     file = folder / "config.json"
     content = json.loads(file.read_text())
     content["text_config"]["mtp_num_hidden_layers"] = 1
     file.write_text(json.dumps(content, indent=2))
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(101)
+    found = mtp_layer.parameters(mtp_layer.build(model))
     with torch.no_grad():
-        module = MtpLayer(_text_config(folder)).float()
-        for parameter in module.parameters():
+        for parameter in found.values():
             parameter.normal_(std=0.15) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
-    tensors = {name: x for key, value in module.state_dict().items() for name, x in _as_form(key, value, mtp_experts)}
+    tensors = {name: x for key, value in found.items() for name, x in _as_form(key, value.detach(), mtp_experts)}
     tensors = {name: x.contiguous() for name, x in tensors.items()}
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -46,33 +50,6 @@ def add_prediction_layer(folder: Path, mtp_experts: str = "fused_out_in") -> Pat
     content["metadata"]["total_size"] += sum(x.nbytes for x in tensors.values())
     index.write_text(json.dumps(content, indent=2))
     return folder
-
-
-class MtpLayer(torch.nn.Module):
-    """Qwen3.5's MTP layer with the decoder layer of Qwen3-VL; its names are those in a checkpoint."""
-
-    def __init__(self, config: Any) -> None:
-        from transformers.models.qwen3_vl import modeling_qwen3_vl as dense
-        from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as experts
-
-        super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        sparse = hasattr(config, "num_experts") or hasattr(config, "num_local_experts")
-        layer = experts.Qwen3VLMoeTextDecoderLayer if sparse else dense.Qwen3VLTextDecoderLayer
-        self.mtp = torch.nn.Module()
-        self.mtp.pre_fc_norm_embedding = dense.Qwen3VLTextRMSNorm(hidden, eps)
-        self.mtp.pre_fc_norm_hidden = dense.Qwen3VLTextRMSNorm(hidden, eps)
-        self.mtp.fc = torch.nn.Linear(2 * hidden, hidden, bias=False)
-        self.mtp.layers = torch.nn.ModuleList([layer(config, 0)])
-        self.mtp.norm = dense.Qwen3VLTextRMSNorm(hidden, eps)
-
-    def forward(
-        self, next_words: torch.Tensor, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        """Normed hidden states `[1, S, H]` from the embeddings of the next tokens and the decoder's normed output."""
-        mtp = self.mtp
-        parts = mtp.pre_fc_norm_embedding(next_words), mtp.pre_fc_norm_hidden(hidden)
-        return mtp.norm(mtp.layers[0](mtp.fc(torch.cat(parts, dim=-1)), position_embeddings=rotary))
 
 
 @dataclass(frozen=True)
@@ -100,6 +77,7 @@ def run_transformers(
     return _CACHE[key]
 
 
+@reference.recurrent_delta_rule()
 def _run_transformers(
     folder: Path, groups: Sequence[Sequence[Conversation]], dtype: torch.dtype, scaling: float = 0.1
 ) -> MtpReference:
@@ -112,10 +90,10 @@ def _run_transformers(
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).train()
-    module = MtpLayer(model.config.text_config).to(dtype).train()
-    module.load_state_dict(load_file(folder / FILE))
+    layer = mtp_layer.build(model).to(dtype).train()
+    mtp_layer.load(layer, load_file(folder / FILE))
     conversations = [c for group in groups for c in group]
-    outputs = [_run(model, module, c) for c in conversations]
+    outputs = [_run(model, layer, c) for c in conversations]
     supervised = sum(int((c.labels != -100).sum()) for c in conversations)
     loss = torch.cat([losses for _, losses, _, _ in outputs]).sum() / supervised
     total, rest = loss, iter(outputs)
@@ -124,53 +102,25 @@ def _run_transformers(
         counts = [sum(int((c.labels[first:] != -100).sum()) for c in group) for first in (0, 1)]
         total = total + scaling * counts[0] / counts[1] * parts.sum() / supervised
     total.backward()
-    named = [*model.named_parameters(), *module.named_parameters()]
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
+    named = dict(model.named_parameters()) | mtp_layer.parameters(layer)
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
     logits, losses, mtp, mtp_losses = ([x.detach() for x in column] for column in zip(*outputs, strict=True))
-    main = Reference(logits, losses, loss.item(), gradients, [_towers(model, c) for c in conversations])
+    main = Reference(logits, losses, loss.item(), gradients, [tower_outputs(model, c) for c in conversations])
     return MtpReference(main, mtp, mtp_losses)
 
 
-def _run(model: Any, module: MtpLayer, c: Conversation) -> tuple[torch.Tensor, ...]:
+def _run(model: Any, layer: torch.nn.Module, c: Conversation) -> tuple[torch.Tensor, ...]:
     """Logits and token losses, and those of the MTP layer."""
-    media = {}
-    if len(c.images):
-        media |= {"pixel_values": c.images, "image_grid_thw": c.image_grids}
-    if len(c.videos):
-        media |= {"pixel_values_videos": c.videos, "video_grid_thw": c.video_grids}
-    kinds = (c.tokens == 10).long() + 2 * (c.tokens == 11).long()
     rotary: list[tuple[torch.Tensor, torch.Tensor]] = []
     language = model.model.language_model
     hook = language.rotary_emb.register_forward_hook(lambda _module, _args, output: rotary.append(output))
-    hidden = model.model(input_ids=c.tokens[None], mm_token_type_ids=kinds[None], use_cache=False, **media)[0]
+    hidden = model.model(**model_inputs(c))[0]
     hook.remove()
     logits = model.lm_head(hidden)[0].float()
     words = language.embed_tokens(c.tokens[None, 1:])
     table = rotary[0][0][:, :-1], rotary[0][1][:, :-1]
-    mtp = model.lm_head(module(words, hidden[:, :-1], table))[0].float()
-
-    def token_losses(found: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(found, labels, reduction="none", ignore_index=-100)
-
+    mtp = model.lm_head(mtp_layer.run(layer, words, hidden[:, :-1], table))[0].float()
     return logits, token_losses(logits, c.labels), mtp, token_losses(mtp, c.labels[1:])
-
-
-def _towers(model: Any, c: Conversation) -> dict[str, torch.Tensor]:
-    result = {}
-    for kind, pixels, grids in (("images", c.images, c.image_grids), ("videos", c.videos, c.video_grids)):
-        if len(pixels):
-            with torch.no_grad():
-                tower = model.model.visual(pixels, grid_thw=grids)
-            result[kind] = torch.stack([tower.pooler_output, *tower.deepstack_features])
-    return result
-
-
-def _text_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder).text_config
-    config._attn_implementation = "sdpa"
-    return config
 
 
 def _as_form(name: str, tensor: torch.Tensor, form: str) -> list[tuple[str, torch.Tensor]]:

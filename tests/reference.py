@@ -1,9 +1,13 @@
-"""The oracle: a tiny random Qwen3-VL of transformers, run conversation by conversation."""
+"""The oracle: a tiny random Qwen3-VL or Qwen3.5 of transformers, run conversation by conversation."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -26,6 +30,50 @@ class Conversation:
     video_grids: torch.Tensor
 
 
+# The kinds of model, as options of `write_checkpoint`.
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "experts": {"experts": {}},
+    "linear": {"linear": {}},
+    "linear-experts": {"linear": {}, "experts": {}},
+}
+
+# The names of transformers' classes, for models without and with experts.
+_QWEN3_VL, _QWEN3_5 = ("Qwen3VL", "Qwen3VLMoe"), ("Qwen3_5", "Qwen3_5Moe")
+_TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_ROPE = {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
+# Full attention in the last of each four layers, which rotates half of each head.
+_LINEAR = {
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "rope_parameters": _ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+}
+_VISION = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "in_channels": 3,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 36,
+}
+
+
 def write_checkpoint(
     folder: Path,
     *,
@@ -34,52 +82,31 @@ def write_checkpoint(
     layers: int = 4,
     shard: str = "100KB",
     experts: Mapping[str, object] | None = None,
+    linear: Mapping[str, object] | None = None,
     text_fields: Mapping[str, object] | None = None,
     vision_fields: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write a tiny random fp32 checkpoint of Qwen3-VL with transformers, in several shards.
+    """Write a tiny random fp32 checkpoint with transformers, in several shards.
 
-    Dense, or with `experts` (fields of the text config in addition to the number and size of experts). `text_fields`
-    and `vision_fields` override fields of the text and vision config.
+    Dense Qwen3-VL, with `experts` Qwen3-VL-MoE, with `linear` Qwen3.5, with both Qwen3.5-MoE; these are fields of the
+    text config in addition to the sizes here. `text_fields` and `vision_fields` override fields of the text and vision
+    config.
     """
     import transformers
 
-    kind = "Qwen3VL" if experts is None else "Qwen3VLMoe"
-    make_config = getattr(transformers, f"{kind}Config")
-    make_model = getattr(transformers, f"{kind}ForConditionalGeneration")
-
-    text = {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5000000.0,
-            "mrope_section": [3, 3, 2],
-            "mrope_interleaved": True,
-        },
-    }
-    vision = {
-        "depth": 4,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 4,
-        "in_channels": 3,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 64,
-        "num_position_embeddings": 36,
-        "deepstack_visual_indexes": [0, 2],
-    }
+    name = (_QWEN3_VL if linear is None else _QWEN3_5)[experts is not None]
+    text: dict[str, object] = _TEXT | {"num_hidden_layers": layers, "rope_parameters": _ROPE}
+    vision: dict[str, object] = dict(_VISION)
     if experts is not None:
-        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, **experts}
-    config = make_config(
+        text |= {**_EXPERTS, **experts}
+    if linear is None:
+        vision["deepstack_visual_indexes"] = [0, 2]
+    else:
+        text |= {**_LINEAR, **linear}
+        if experts is not None:
+            del text["intermediate_size"]
+            text["shared_expert_intermediate_size"] = 40
+    config = getattr(transformers, f"{name}Config")(
         text_config={**text, **(text_fields or {})},
         vision_config={**vision, **(vision_fields or {})},
         tie_word_embeddings=tied,
@@ -89,12 +116,27 @@ def write_checkpoint(
         vision_end_token_id=END,
     )
     torch.manual_seed(seed)
-    model = make_model(config).float()
-    for parameter in model.parameters():
-        # Norms stay near one and biases near zero, but none is trivial, so that swapped tensors are detected.
-        parameter.data += 0.06 * torch.randn_like(parameter)
-    model.save_pretrained(folder, max_shard_size=shard)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).float()
+    randomize(model)
+    # Qwen3.5-MoE is published with fused experts; transformers' default is to save each expert.
+    model.save_pretrained(folder, max_shard_size=shard, save_original_format=linear is None)
     return folder
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Add noise to transformers' start.
+
+    Norms stay near one (or zero, where they are zero-centred) and biases near zero, but none is trivial, so that
+    swapped tensors are detected.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.06 * torch.randn_like(parameter)
+        if name.endswith(".A_log"):
+            # From heads that keep their state over a whole conversation to heads that forget it at once.
+            parameter.data.uniform_(math.log(0.01), math.log(16.0))
+        elif name.endswith(".linear_attn.norm.weight"):
+            # Not zero-centred. Far from one, subtracting one and adding it again is not exact.
+            parameter.data.uniform_(0.3, 3.0)
 
 
 def conversation(kind: str, seed: int, *, merge_size: int = 2, patch_dim: int = PATCH_DIM) -> Conversation:
@@ -205,30 +247,60 @@ def digest(conversations: Sequence[Conversation]) -> bytes:
     return hashlib.sha256(b"".join(parts)).digest()
 
 
+@contextmanager
+def recurrent_delta_rule() -> Iterator[None]:
+    """Let transformers run Qwen3.5 token by token.
+
+    Its chunked rule takes differences of a running sum, which cancel: the gradients of the decay have errors of 1e-3.
+    """
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as experts
+
+    chunked = "torch_chunk_gated_delta_rule"
+    with (
+        mock.patch.object(dense, chunked, dense.torch_recurrent_gated_delta_rule),
+        mock.patch.object(experts, chunked, experts.torch_recurrent_gated_delta_rule),
+    ):
+        yield
+
+
+@recurrent_delta_rule()
 def _run_transformers(folder: Path, conversations: Sequence[Conversation], dtype: torch.dtype) -> Reference:
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).train()
-    logits, losses = [], []
-    vision: list[dict[str, torch.Tensor]] = []
-    for c in conversations:
-        media = {}
-        if len(c.images):
-            media |= {"pixel_values": c.images, "image_grid_thw": c.image_grids}
-        if len(c.videos):
-            media |= {"pixel_values_videos": c.videos, "video_grid_thw": c.video_grids}
-        kinds = (c.tokens == IMAGE).long() + 2 * (c.tokens == VIDEO).long()
-        output = model(input_ids=c.tokens[None], mm_token_type_ids=kinds[None], use_cache=False, **media)
-        logits.append(output.logits[0].float())
-        losses.append(torch.nn.functional.cross_entropy(logits[-1], c.labels, reduction="none", ignore_index=-100))
-        vision.append({})
-        for kind, pixels, grids in (("images", c.images, c.image_grids), ("videos", c.videos, c.video_grids)):
-            if len(pixels):
-                tower = model.model.visual(pixels, grid_thw=grids)
-                vision[-1][kind] = torch.stack([tower.pooler_output, *tower.deepstack_features]).detach()
+    outputs = [model(**model_inputs(c)).logits[0].float() for c in conversations]
+    losses = [token_losses(x, c.labels) for x, c in zip(outputs, conversations, strict=True)]
     supervised = sum(int((c.labels != -100).sum()) for c in conversations)
     loss = torch.cat(losses).sum() / supervised
     loss.backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    detached = [x.detach() for x in logits], [x.detach() for x in losses]
-    return Reference(*detached, loss.item(), gradients, vision)
+    detached = [x.detach() for x in outputs], [x.detach() for x in losses]
+    return Reference(*detached, loss.item(), gradients, [tower_outputs(model, c) for c in conversations])
+
+
+def model_inputs(c: Conversation) -> dict[str, Any]:
+    """The arguments of transformers' model for a conversation."""
+    kinds = (c.tokens == IMAGE).long() + 2 * (c.tokens == VIDEO).long()
+    inputs = {"input_ids": c.tokens[None], "mm_token_type_ids": kinds[None], "use_cache": False}
+    if len(c.images):
+        inputs |= {"pixel_values": c.images, "image_grid_thw": c.image_grids}
+    if len(c.videos):
+        inputs |= {"pixel_values_videos": c.videos, "video_grid_thw": c.video_grids}
+    return inputs
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of each token `[S]`, zero where it has no label."""
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+
+
+@torch.no_grad()
+def tower_outputs(model: Any, c: Conversation) -> dict[str, torch.Tensor]:
+    """The output of transformers' tower for the images and the videos of a conversation, with deepstack features."""
+    found = {}
+    for kind, pixels, grids in (("images", c.images, c.image_grids), ("videos", c.videos, c.video_grids)):
+        if len(pixels):
+            tower = model.model.visual(pixels, grid_thw=grids)
+            found[kind] = torch.stack([tower.pooler_output, *getattr(tower, "deepstack_features", ())])
+    return found
