@@ -61,20 +61,39 @@ class CpuSpecProvider(BackendSpecProvider):
 
 
 def reference_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> torch.nn.Module:
-    """Torch's RMSNorm or LayerNorm, whose parameters say whether their gradient is partial on each TP rank.
+    """RMSNorm (zero-centered or not) or LayerNorm; parameters say whether their gradient is partial on each TP rank.
 
     Megatron adds up the gradients of parameters marked `sequence_parallel` over the tensor-parallel group.
     """
-    kinds: dict[str, type[torch.nn.Module]] = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
-    if config.normalization not in kinds or config.layernorm_zero_centered_gamma:
+    kinds: dict[tuple[str, bool], type[torch.nn.Module]] = {
+        ("RMSNorm", False): torch.nn.RMSNorm,
+        ("RMSNorm", True): ZeroCenteredRMSNorm,
+        ("LayerNorm", False): torch.nn.LayerNorm,
+    }
+    kind = config.normalization, config.layernorm_zero_centered_gamma
+    if kind not in kinds:
         raise VLBridgeError(
-            f"CPU backend: no norm for normalization={config.normalization!r} with "
-            f"layernorm_zero_centered_gamma={config.layernorm_zero_centered_gamma}; supported: {sorted(kinds)}, False"
+            f"CPU backend: no norm for (normalization, layernorm_zero_centered_gamma)={kind}; "
+            f"supported: {', '.join(map(str, kinds))}"
         )
-    norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
+    norm = kinds[kind](hidden_size, eps=eps, dtype=config.params_dtype)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
+
+
+class ZeroCenteredRMSNorm(torch.nn.Module):
+    """RMSNorm whose factor is `1 + weight`, in fp32; returned in the dtype of its input."""
+
+    def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.zeros(hidden_size, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden_size]`."""
+        weight = 1.0 + self.weight.float()
+        return torch.nn.functional.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
 
 
 class PackedAttention(torch.nn.Module):

@@ -15,10 +15,8 @@ from megatron_vlbridge.errors import VLBridgeError
 _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def read_config_file(
-    path: str | Path, supported: Sequence[ConfigFormat], readable: Sequence[ConfigFormat] = ()
-) -> Config:
-    """Read a `config.json` in one of these formats, of which errors recommend only the `supported` ones.
+def read_config_file(path: str | Path, supported: Sequence[ConfigFormat]) -> Config:
+    """Read a `config.json` in one of the `supported` formats.
 
     `path` is a checkpoint folder or the file itself. For errors see `megatron_vlbridge.read_config`.
     """
@@ -26,7 +24,7 @@ def read_config_file(
     file = file / "config.json" if file.is_dir() else file
     top = Section(file, _read_json_object(file))
     top.only("per_layer_config", None)
-    found = _find_format(top, supported, readable)
+    found = _find_format(top, supported)
     config = Config(
         architecture=found.architecture,
         model_type=found.model_type,
@@ -58,19 +56,19 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     return values
 
 
-def _find_format(top: Section, supported: Sequence[ConfigFormat], readable: Sequence[ConfigFormat]) -> ConfigFormat:
+def _find_format(top: Section, supported: Sequence[ConfigFormat]) -> ConfigFormat:
     """The format named by `architectures` and `model_type`, which must agree; either may be absent."""
     named = top.value("architectures", default=[])
     if not isinstance(named, list) or len(named) > 1 or any(not isinstance(name, str) for name in named):
         raise top.fail("architectures", named, "a list with one name", "Name the one architecture of the checkpoint.")
-    formats = {known.model_type: known for known in (*supported, *readable)}
+    formats = {known.model_type: known for known in supported}
     by_name = {known.architecture: model_type for model_type, known in formats.items()}
     remedy = f"Supported architectures: {', '.join(known.architecture for known in supported)}."
     if named and named[0] not in by_name:
         raise top.fail("architectures", named[0], "a supported architecture", remedy)
     model_type = top.value("model_type", default=by_name[named[0]] if named else None)
     if not isinstance(model_type, str) or model_type not in formats:
-        expected = f"one of {', '.join(known.model_type for known in supported)}"
+        expected = f"one of {', '.join(formats)}"
         raise top.fail("model_type", model_type, expected, remedy)
     if named and by_name[named[0]] != model_type:
         expected = f"{by_name[named[0]]!r}, as architectures names {named[0]}"

@@ -86,6 +86,11 @@ class TextConfig:
         return self.moe.moe_intermediate_size if self.moe else 0
 
     @property
+    def num_linear_key_heads(self) -> int:
+        """Of each layer with linear attention; 0 where none has."""
+        return self.linear_attention.num_key_heads if self.linear_attention else 0
+
+    @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """What each decoder layer is made of."""
         linear = self.linear_attention.layer_types if self.linear_attention else ("full_attention",) * self.num_layers

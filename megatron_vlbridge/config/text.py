@@ -90,13 +90,16 @@ def _check_text(text: Section, result: TextConfig) -> None:
 
 def _read_moe(text: Section, num_layers: int) -> MoeConfig:
     text.only("norm_topk_prob", True)  # transformers always renormalises
+    if "decoder_sparse_step" not in text.defaults:
+        text.only("decoder_sparse_step", 1)
+        text.only("mlp_only_layers", [])
     moe = MoeConfig(
         num_experts=text.integer("num_experts", "num_local_experts", maximum=MAX_EXPERTS),
         num_experts_per_tok=_read_experts_per_token(text),
         moe_intermediate_size=text.integer("moe_intermediate_size"),
         shared_expert_intermediate_size=text.integer("shared_expert_intermediate_size", default=0, minimum=0),
-        decoder_sparse_step=text.integer("decoder_sparse_step"),
-        mlp_only_layers=text.integers("mlp_only_layers"),
+        decoder_sparse_step=text.integer("decoder_sparse_step", default=1),
+        mlp_only_layers=text.integers("mlp_only_layers", default=[]),
         router_aux_loss_coef=text.number("router_aux_loss_coef", positive=False),
     )
     if moe.num_experts_per_tok > moe.num_experts:
@@ -133,6 +136,9 @@ def _read_linear_attention(text: Section, num_layers: int) -> LinearAttentionCon
     if "full_attention_interval" in text.values and layer_types != kinds:
         expected = f"full attention at every layer {interval}, as full_attention_interval says"
         raise text.fail("layer_types", layer_types, expected, "Remove whichever is wrong.")
+    if set(layer_types) != set(_LAYER_TYPES):
+        expected = f"{' and '.join(_LAYER_TYPES)}, at least one layer of each"
+        raise text.fail("layer_types", layer_types, expected, "Models of one kind alone are not supported.")
     result = LinearAttentionConfig(
         layer_types=tuple(layer_types),
         conv_kernel_dim=text.integer("linear_conv_kernel_dim"),

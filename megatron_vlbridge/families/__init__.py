@@ -3,16 +3,13 @@
 from pathlib import Path
 
 from megatron_vlbridge.config import Config, read_config_file
-from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
 from megatron_vlbridge.families.experts import ExpertLayout
 from megatron_vlbridge.families.family import Family
 
-FAMILIES = (qwen3_vl.FAMILY, qwen3_vl_moe.FAMILY)
-# Model types of which only the config.json can be read.
-READABLE = (qwen3_5.CONFIG, qwen3_5_moe.CONFIG)
+FAMILIES = (qwen3_vl.FAMILY, qwen3_vl_moe.FAMILY, qwen3_5.FAMILY, qwen3_5_moe.FAMILY)
 
-__all__ = ["FAMILIES", "READABLE", "ExpertLayout", "Family", "find", "read_config"]
+__all__ = ["FAMILIES", "ExpertLayout", "Family", "find", "read_config"]
 
 
 def read_config(path: str | Path) -> Config:
@@ -26,21 +23,12 @@ def read_config(path: str | Path) -> Config:
 
     Example: `read_config("Qwen3-VL-2B-Instruct").text.num_layers` is 28.
     """
-    return read_config_file(path, [family.config for family in FAMILIES], READABLE)
+    return read_config_file(path, [family.config for family in FAMILIES])
 
 
 def find(config: Config) -> Family:
     """The family that a config belongs to.
 
-    Raises VLBridgeError, naming the architecture and the supported ones, where none does.
-
     Example: `find(read_config(folder)).table(config)` is the rule table of the checkpoint in `folder`.
     """
-    for family in FAMILIES:
-        if family.architecture == config.architecture:
-            return family
-    supported = ", ".join(family.architecture for family in FAMILIES)
-    raise VLBridgeError(
-        f"architecture: expected one that is supported ({supported}), found {config.architecture}, of which only the "
-        "config.json can be read. Use a checkpoint of a supported architecture."
-    )
+    return next(family for family in FAMILIES if family.architecture == config.architecture)

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.weights import Copy, FusedExperts, Rule, SingleExperts, TensorSpec
+from megatron_vlbridge.weights import Copy, FusedExperts, GateUp, Rule, SingleExperts, TensorSpec
 
 Shapes = tuple[tuple[int, int, int], tuple[int, int, int]]
 
@@ -67,12 +67,17 @@ def moe_layers(config: Config) -> list[int]:
 
 
 def expert_rules(config: Config, layout: ExpertLayout, hf: str, megatron: str, layer: int | None) -> list[Rule]:
-    """The rules of one layer's router and experts; `hf` and `megatron` are the names of its MLP."""
+    """The rules of one layer's router and experts; `hf` and `megatron` are the names of its MLP.
+
+    The shared expert of a family that has one is among them.
+    """
     assert config.text.moe is not None
     experts, hidden, inner = config.text.moe.num_experts, config.text.hidden_size, config.text.moe.moe_intermediate_size
     fc1, fc2 = (f"{megatron}.experts.experts.linear_{part}.weight" for part in ("fc1", "fc2"))
     shape1, shape2 = (experts, 2 * inner, hidden), (experts, hidden, inner)
     result: list[Rule] = [Copy(f"{hf}.gate.weight", f"{megatron}.router.weight", (experts, hidden), layer)]
+    if shared := config.text.moe.shared_expert_intermediate_size:
+        result += _shared_expert_rules(hidden, shared, hf, megatron, layer)
     if layout is ExpertLayout.PER_EXPERT:
         gate, up, down = (f"{hf}.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down"))
         return [*result, SingleExperts((gate, up), fc1, shape1, layer), SingleExperts((down,), fc2, shape2, layer)]
@@ -81,6 +86,17 @@ def expert_rules(config: Config, layout: ExpertLayout, hf: str, megatron: str, l
         *result,
         FusedExperts(f"{hf}.experts.gate_up_proj", fc1, shape1, layer, transposed),
         FusedExperts(f"{hf}.experts.down_proj", fc2, shape2, layer, transposed),
+    ]
+
+
+def _shared_expert_rules(hidden: int, inner: int, hf: str, megatron: str, layer: int | None) -> list[Rule]:
+    """The expert that every token goes through, and its sigmoid gate."""
+    expert, to = f"{hf}.shared_expert", f"{megatron}.shared_experts"
+    gate, up = f"{expert}.gate_proj.weight", f"{expert}.up_proj.weight"
+    return [
+        GateUp(gate, up, f"{to}.linear_fc1.weight", inner, (hidden,), layer),
+        Copy(f"{expert}.down_proj.weight", f"{to}.linear_fc2.weight", (hidden, inner), layer),
+        Copy(f"{hf}.shared_expert_gate.weight", f"{to}.gate_weight", (1, hidden), layer),
     ]
 
 

@@ -68,8 +68,8 @@ class LanguageModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if self.mtp_process:
-            experts = checkpoint.text.mtp_layer_kind.experts
-            self.mtp = MtpBlock(config, MtpLayer(config, backend, pg_collection, vp_stage, experts))
+            kind = checkpoint.text.mtp_layer_kind
+            self.mtp = MtpBlock(config, MtpLayer(config, backend, pg_collection, vp_stage, kind))
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
@@ -126,7 +126,7 @@ class LanguageModel(LanguageModule):
                 "the MTP layer needs the next token of each token, which these inputs do not have: a pack that was "
                 "split among the context-parallel ranks beforehand is not supported with it. Give whole packs"
             )
-        frequencies = inverse_frequencies(self.text.head_dim // 2, self.text.rope_theta, position_ids.device)
+        frequencies = inverse_frequencies(self.text.rotary_dim // 2, self.text.rope_theta, position_ids.device)
         table = rotary_table(position_ids[:, 0], mrope_axes(self.text.mrope_section), frequencies)
         hidden_states = self.decoder(
             embeddings,
@@ -192,13 +192,7 @@ def _layer_specs(
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     levels = len(checkpoint.vision.deepstack_visual_indexes)
     specs = (
-        layer_spec(
-            backend,
-            config,
-            AttnMaskType.causal,
-            layer=DeepstackLayer,
-            experts=kinds[index].experts,
-        )
+        layer_spec(backend, config, AttnMaskType.causal, kinds[index], layer=DeepstackLayer)
         for index in range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
     )
     return [replace(spec, params={"levels": levels}) for spec in specs]

@@ -26,6 +26,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, 
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_vlbridge.config import LayerKind
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.inputs.mtp import MtpInputs
 from megatron_vlbridge.model.recompute import recomputable
@@ -67,7 +68,7 @@ class MtpLayer(MegatronModule):
         backend: BackendSpecProvider,
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None,
-        experts: bool,
+        kind: LayerKind,
     ) -> None:
         super().__init__(config)
         self.tp_group = pg_collection.tp
@@ -91,7 +92,7 @@ class MtpLayer(MegatronModule):
             tp_group=pg_collection.tp,
         )
         self.mtp_model_layer = build_module(
-            layer_spec(backend, config, AttnMaskType.causal, experts=experts),
+            layer_spec(backend, config, AttnMaskType.causal, kind),
             config=config,
             vp_stage=vp_stage,
             layer_number=1,

@@ -44,11 +44,15 @@ def rotary_table(positions: torch.Tensor, axes: Sequence[int], frequencies: torc
 
 
 def rotate(heads: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn `heads` `[T, ..., heads, dim]` by `table` `[2, T, 1, dim]`; in fp32, given back in the heads' dtype."""
+    """Turn the first `n` dims of `heads` `[T, ..., heads, dim]` by `table` `[2, T, 1, n]`.
+
+    In fp32, returned in the dtype of `heads`.
+    """
     cos, sin = table.view(2, table.shape[1], *(1,) * (heads.dim() - 2), table.shape[-1])
-    first, second = heads.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (heads.float() * cos + turned * sin).to(heads.dtype)
+    part, rest = heads.tensor_split((table.shape[-1],), dim=-1)
+    first, second = part.float().chunk(2, dim=-1)
+    turned = part.float() * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned.to(heads.dtype), rest), dim=-1)
 
 
 class RotarySelfAttention(SelfAttention):
@@ -71,7 +75,7 @@ class RotarySelfAttention(SelfAttention):
             self._rotary_table = None
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
-        """Query, key and value after q/k norm and rotation."""
+        """Query, key, value (and the output gate, where there is one) after q/k norm and rotation."""
         query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
         assert self._rotary_table is not None
         return (rotate(query, self._rotary_table), rotate(key, self._rotary_table), *rest)

@@ -39,6 +39,11 @@ def language_config(config: Config, base: TransformerConfig | None = None, **ove
             f"mtp_num_layers: expected {config.text.num_mtp_layers}, as the checkpoint's config says, found {asked}. "
             "Leave it out: it is read from the checkpoint"
         )
+    sizes = [
+        overrides.get(name, getattr(base, name, 1)) for name in ("tensor_model_parallel_size", "context_parallel_size")
+    ]
+    if fault := linear_attention_fault(config, *sizes):
+        raise VLBridgeError(fault)
     loss = {"calculate_per_token_loss": True} if base is None else {}
     built = _over(base, loss | families.find(config).language_fields(config) | overrides)
     if deepstack_travels(built, config):
@@ -54,6 +59,18 @@ def language_config(config: Config, base: TransformerConfig | None = None, **ove
             # Megatron asks for it all the same.
             built.moe_token_dispatcher_type = "alltoall"
     return built
+
+
+def linear_attention_fault(config: Config, tp: int, cp: int) -> str | None:
+    """Why linear attention cannot be spread over these tensor- and context-parallel sizes; None where it can."""
+    heads = config.text.num_linear_key_heads
+    if not heads % (tp * cp):
+        return None
+    divisors = ", ".join(str(size) for size in range(1, heads + 1) if not heads % size)
+    return (
+        f"tensor-parallel size {tp} x context-parallel size {cp} = {tp * cp} does not divide the {heads} key heads of "
+        f"linear attention, which these ranks share; use sizes whose product is one of {divisors}"
+    )
 
 
 def deepstack_travels(language: TransformerConfig, config: Config) -> bool:

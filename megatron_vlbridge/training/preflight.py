@@ -15,6 +15,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron_vlbridge import families
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model.transformer_config import linear_attention_fault
 
 _TP, _PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 _CP, _EP, _ETP = "--context-parallel-size", "--expert-model-parallel-size", "--expert-tensor-parallel-size"
@@ -110,6 +111,8 @@ def _tensor(args: argparse.Namespace, config: Config) -> Iterator[str]:
     if faults := _indivisible(config, size):
         possible = [n for n in range(1, config.text.num_attention_heads + 1) if not _indivisible(config, n)]
         yield f"{_TP} {size} does not divide {', '.join(faults)}; this model takes {_words(possible)}"
+    if fault := linear_attention_fault(config, size, args.context_parallel_size):
+        yield fault
 
 
 def _indivisible(config: Config, size: int) -> list[str]:

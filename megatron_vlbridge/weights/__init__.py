@@ -10,6 +10,7 @@ from megatron_vlbridge.weights.rules import (
     Rule,
     RuleTable,
     SingleExperts,
+    SplitRows,
     VisionQkv,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "Rule",
     "RuleTable",
     "SingleExperts",
+    "SplitRows",
     "TensorSpec",
     "VisionQkv",
     "mixed_stacks",

@@ -43,7 +43,11 @@ class Copy:
 
 @dataclass(frozen=True)
 class GroupedQkv:
-    """q, k, v -> Megatron's `linear_qkv`: for each KV group its q heads, then its k head, then its v head."""
+    """q, k, v -> Megatron's `linear_qkv`: for each KV group its q heads, then its k head, then its v head.
+
+    Where `gated`, HF's q holds for each head its query and then its output gate; Megatron has all gates of a group
+    after its q heads.
+    """
 
     q: str
     k: str
@@ -54,17 +58,46 @@ class GroupedQkv:
     head_dim: int
     columns: Shape
     layer: int | None = None
+    gated: bool = False
 
     def moves(self) -> Iterator[Move]:
-        """Three moves per KV group."""
-        heads = self.num_heads // self.num_groups
+        """Three moves per KV group; where gated, two per q head and two per KV group."""
         row = 0
+        for hf, first, count in self._heads():
+            source = _rows(hf, None, (first * self.head_dim, count * self.head_dim), self.columns)
+            yield Move(source, _rows(self.megatron, self.layer, (row, count * self.head_dim), self.columns))
+            row += count * self.head_dim
+
+    def _heads(self) -> Iterator[tuple[str, int, int]]:
+        """The blocks of `head_dim` rows in Megatron's order: HF tensor, first block, number of blocks."""
+        heads = self.num_heads // self.num_groups
         for group in range(self.num_groups):
-            for hf, count in ((self.q, heads), (self.k, 1), (self.v, 1)):
-                size = count * self.head_dim
-                source = _rows(hf, None, (group * size, size), self.columns)
-                yield Move(source, _rows(self.megatron, self.layer, (row, size), self.columns))
-                row += size
+            first = group * heads
+            if self.gated:
+                for part in (0, 1):
+                    yield from ((self.q, 2 * head + part, 1) for head in range(first, first + heads))
+            else:
+                yield self.q, first, heads
+            yield self.k, group, 1
+            yield self.v, group, 1
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of one HF tensor, part by part, are whole Megatron tensors: `parts` are (name, rows)."""
+
+    hf: str
+    parts: tuple[tuple[str, int], ...]
+    columns: Shape
+    layer: int | None = None
+
+    def moves(self) -> Iterator[Move]:
+        """One move per part."""
+        row = 0
+        for name, rows in self.parts:
+            source = _rows(self.hf, None, (row, rows), self.columns)
+            yield Move(source, _rows(name, self.layer, (0, rows), self.columns))
+            row += rows
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from megatron_vlbridge.training import arguments
 from megatron_vlbridge.training.parser import make_parser
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
-FILES = [CONFIGS / f"Qwen3-VL-{name}-Instruct.json" for name in ("2B", "30B-A3B")]
+FILES = [
+    CONFIGS / f"{name}.json"
+    for name in ("Qwen3-VL-2B-Instruct", "Qwen3-VL-30B-A3B-Instruct", "Qwen3.5-27B", "Qwen3.5-35B-A3B")
+]
 PARSER = make_parser(arguments.add_arguments)
 
 

@@ -1,18 +1,22 @@
 """The plan: what fits is accepted, and every kind of mismatch is named, all at once."""
 
+import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import find
+from megatron_vlbridge.families import ExpertLayout, find
 from megatron_vlbridge.weights import Copy, GateUp, Plan, Region, RuleTable, TensorSpec
 from megatron_vlbridge.weights.plan import MismatchError
 from megatron_vlbridge.weights.regions import check_exact_cover
 
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 RULES = RuleTable(
     [
         Copy("embed", "embedding", (10, 4), padded_rows=True),
@@ -152,24 +156,9 @@ def count(regions, shape) -> torch.Tensor:
     return counts
 
 
-def test_an_unsupported_architecture_is_refused_by_name():
-    from pathlib import Path
-
-    from megatron_vlbridge import read_config
-
-    config = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3.5-27B.json")
-    with pytest.raises(VLBridgeError, match="Qwen3_5ForConditionalGeneration") as caught:
-        find(config)
-    assert "Qwen3VLForConditionalGeneration" in str(caught.value)
-
-
 @pytest.mark.parametrize("name", ["Qwen3-VL-2B-Instruct", "Qwen3-VL-8B-Instruct", "Qwen3-VL-32B-Instruct"])
 def test_published_sizes_have_the_published_number_of_parameters(name):
-    from pathlib import Path
-
-    from megatron_vlbridge import read_config
-
-    config = read_config(Path(__file__).parents[1] / "data" / "configs" / f"{name}.json")
+    config = read_config(CONFIGS / f"{name}.json")
     table = find(config).table(config)
     expected = {"2B": 2_127_532_032, "8B": 8_767_123_696, "32B": 33_357_390_064}[name.split("-")[2]]
     hf = {key: TensorSpec(shape, torch.bfloat16) for key, shape in table.hf_shapes.items()}
@@ -187,3 +176,21 @@ def test_only_16_bit_tensors_may_be_part_of_a_tensor_held_as_float32():
         with pytest.raises(MismatchError, match=r"gate is torch\.float") as caught:
             Plan(RULES, hf, megatron, upcast=["fc1"])
         assert list(caught.value.mismatches) == ["dtypes that differ"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mtp_experts", "tensors", "nbytes"),
+    [
+        ("27B", None, 1199, 55_562_872_800),
+        ("35B-A3B", "per_expert", 1811, 71_903_655_008),
+        ("122B-A10B", "per_expert", 1949, 250_173_007_840),
+        ("397B-A17B", "per_expert", 2924, 806_795_875_168),
+    ],
+)
+def test_published_qwen3_5_have_the_published_tensors_and_bytes(name, mtp_experts, tensors, nbytes):
+    """As `total_size` and `weight_map` of the published `model.safetensors.index.json` say."""
+    config = read_config(CONFIGS / f"Qwen3.5-{name}.json")
+    table = find(config).table(config, None, mtp_experts and ExpertLayout(mtp_experts))
+    fp32 = (".linear_attn.A_log", ".linear_attn.norm.weight")
+    sizes = {key: math.prod(shape) * (4 if key.endswith(fp32) else 2) for key, shape in table.hf_shapes.items()}
+    assert (len(sizes), sum(sizes.values())) == (tensors, nbytes)

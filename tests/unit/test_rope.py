@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3VLConfig
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 from transformers.models.qwen3_vl import modeling_qwen3_vl as theirs
 
 from megatron_vlbridge.model.rope import inverse_frequencies, mrope_axes, rotary_table, rotate
@@ -36,6 +37,21 @@ def test_text_rotation_equals_transformers(section, theta):
     for heads, wanted in zip((query, key), expected, strict=True):
         found = rotate(heads[0].transpose(0, 1), table).transpose(0, 1)[None]
         assert_close_in_norm(found, wanted, TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_of_each_head_is_rotated_as_in_transformers(dtype):
+    random = torch.Generator().manual_seed(0)
+    section, head_dim = [3, 3, 2], 64
+    positions = torch.randint(0, 3000, (3, 1, 17), generator=random)
+    heads = torch.randn(1, 4, 17, head_dim, generator=random).to(dtype)
+    cos, sin = text_embedding(section, 10000.0)(heads, positions)
+    expected, _ = qwen3_5.apply_rotary_pos_emb(heads.float(), heads.float(), cos.float(), sin.float())
+    table = rotary_table(positions[:, 0], mrope_axes(section), inverse_frequencies(8, 10000.0, CPU))
+    found = rotate(heads[0].transpose(0, 1), table).transpose(0, 1)[None]
+    assert found.dtype == dtype
+    assert torch.equal(found[..., 16:], heads[..., 16:])
+    assert_close_in_norm(found, expected.to(dtype), TOLERANCE if dtype == torch.float32 else 3e-3)
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 72])

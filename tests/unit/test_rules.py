@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_vlbridge.config import Config, TextConfig, VisionConfig
 from megatron_vlbridge.families import find
-from megatron_vlbridge.weights import GroupedQkv, Region, RuleTable, VisionQkv
+from megatron_vlbridge.weights import GroupedQkv, Region, RuleTable, SplitRows, VisionQkv
 from megatron_vlbridge.weights.rules import assemble
 
 SETTINGS = settings(max_examples=25, deadline=None)
@@ -125,22 +125,37 @@ def test_a_layer_asked_for_by_its_number_is_that_layer_of_the_stack(config):
 
 
 @SETTINGS
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
-def test_grouped_qkv_gives_each_head_its_own_rows(groups, per_group, head_dim, hidden):
-    """Reads q, k and v of each head out of the fused weight, head by head, as grouped attention does."""
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.booleans())
+def test_grouped_qkv_gives_each_head_its_own_rows(groups, per_group, head_dim, hidden, gated):
+    """Reads q, the gates, k and v of each head out of the fused weight, head by head, as grouped attention does."""
     heads = groups * per_group
-    table = RuleTable([GroupedQkv("q", "k", "v", "qkv", heads, groups, head_dim, (hidden,))])
+    table = RuleTable([GroupedQkv("q", "k", "v", "qkv", heads, groups, head_dim, (hidden,), gated=gated)])
     hf = distinct(table.hf_shapes)
     fused = table.to_megatron(hf)["qkv"]
+    # `[heads, 1 or 2, head_dim, hidden]`, as transformers views it: each head's query, then its gate.
+    queries = hf["q"].view(heads, 1 + gated, head_dim, hidden)
     row = 0
     for group in range(groups):
-        for head in range(group * per_group, (group + 1) * per_group):
-            assert torch.equal(fused[row : row + head_dim], hf["q"][head * head_dim : (head + 1) * head_dim])
-            row += head_dim
+        for part in range(1 + gated):
+            for head in range(group * per_group, (group + 1) * per_group):
+                assert torch.equal(fused[row : row + head_dim], queries[head, part])
+                row += head_dim
         for part in ("k", "v"):
             assert torch.equal(fused[row : row + head_dim], hf[part][group * head_dim : (group + 1) * head_dim])
             row += head_dim
     assert row == fused.shape[0]
+
+
+@SETTINGS
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.lists(st.integers(1, 3), max_size=2))
+def test_split_rows_gives_each_part_its_own_rows(rows, columns):
+    names = [f"part{index}" for index in range(len(rows))]
+    table = RuleTable([SplitRows("whole", tuple(zip(names, rows, strict=True)), tuple(columns))])
+    hf = distinct(table.hf_shapes)
+    assert hf["whole"].shape == (sum(rows), *columns)
+    parts = table.to_megatron(hf)
+    for name, expected in zip(names, hf["whole"].split(rows), strict=True):
+        assert torch.equal(parts[name], expected)
 
 
 # Of one layer or merger: Hugging Face's name -> Megatron's, for every tensor that is copied whole.

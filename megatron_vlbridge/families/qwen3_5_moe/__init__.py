@@ -1,26 +1,21 @@
-"""Qwen3.5-MoE: its `config.json` can be read, its weights are not supported.
+"""Qwen3.5 with experts and a shared expert (35B-A3B, 122B-A10B, 397B-A17B)."""
 
-Defaults of transformers 5.23 (`configuration_qwen3_5_moe.py`).
-"""
+from megatron_vlbridge.families import qwen3_5, qwen3_vl_moe
+from megatron_vlbridge.families.experts import ExpertLayout
+from megatron_vlbridge.families.family import Family
+from megatron_vlbridge.families.qwen3_5.rules import rules
+from megatron_vlbridge.families.qwen3_5_moe.config import CONFIG
+from megatron_vlbridge.families.qwen3_5_moe.fields import language_fields
 
-from megatron_vlbridge.config import ConfigFormat
-from megatron_vlbridge.families.qwen3_5 import TEXT, TOKENS, VISION
-from megatron_vlbridge.families.qwen3_vl_moe.config import EXPERT_LAYERS
-
-CONFIG = ConfigFormat(
-    model_type="qwen3_5_moe",
-    architecture="Qwen3_5MoeForConditionalGeneration",
-    text=TEXT
-    | EXPERT_LAYERS
-    | {
-        "hidden_size": 2048,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 2,
-        "num_experts": 256,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 512,
-        "shared_expert_intermediate_size": 512,
-    },
-    vision=VISION,
-    tokens=TOKENS,
+FAMILY = Family(
+    config=CONFIG,
+    rules=rules,
+    embedding=qwen3_5.FAMILY.embedding,
+    head=qwen3_5.FAMILY.head,
+    layers=qwen3_5.FAMILY.layers,
+    language_fields=language_fields,
+    vision_fields=qwen3_5.FAMILY.vision_fields,
+    combinations=qwen3_vl_moe.FAMILY.combinations,
+    mtp_settings=qwen3_vl_moe.FAMILY.mtp_settings,
+    expert_layout=ExpertLayout.FUSED_OUT_IN,
 )

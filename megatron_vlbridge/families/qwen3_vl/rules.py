@@ -44,7 +44,18 @@ def attention_rules(text: TextConfig, hf: str, to: str, layer: int | None) -> li
     attention = f"{to}.self_attention"
     return [
         Copy(f"{hf}.input_layernorm.weight", f"{attention}.linear_qkv.layer_norm_weight", (hidden,), layer),
-        GroupedQkv(q, k, v, f"{attention}.linear_qkv.weight", heads, groups, head_dim, (hidden,), layer),
+        GroupedQkv(
+            q,
+            k,
+            v,
+            f"{attention}.linear_qkv.weight",
+            heads,
+            groups,
+            head_dim,
+            (hidden,),
+            layer,
+            gated=text.attention_output_gate,
+        ),
         Copy(f"{hf}.self_attn.q_norm.weight", f"{attention}.q_layernorm.weight", (head_dim,), layer),
         Copy(f"{hf}.self_attn.k_norm.weight", f"{attention}.k_layernorm.weight", (head_dim,), layer),
         Copy(f"{hf}.self_attn.o_proj.weight", f"{attention}.linear_proj.weight", (hidden, heads * head_dim), layer),

@@ -5,7 +5,7 @@ from typing import Any
 from megatron_vlbridge.config import ConfigFormat
 from megatron_vlbridge.families.qwen3_vl.config import TEXT, TOKENS, VISION
 
-# Which layers have experts; that of every model type with experts.
+# Which layers have experts.
 EXPERT_LAYERS: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001}
 
 CONFIG = ConfigFormat(

@@ -33,18 +33,18 @@ def rules(config: Config, experts: ExpertLayout, mtp_experts: ExpertLayout) -> l
         index = layer if stacked else None
         result += attention_rules(text, hf, to, index)
         if layer in with_experts:
-            result += _sparse_rules(config, experts, hf, to, index)
+            result += sparse_rules(config, experts, hf, to, index)
         else:
             result += mlp_rules(text, hf, to, index)
 
     def mtp_layer(hf: str, to: str) -> list[Rule]:
-        return attention_rules(text, hf, to, None) + _sparse_rules(config, mtp_experts, hf, to, None)
+        return attention_rules(text, hf, to, None) + sparse_rules(config, mtp_experts, hf, to, None)
 
     return result + mtp_rules(config, mtp_layer) + vision_rules(config.vision)
 
 
-def _sparse_rules(config: Config, experts: ExpertLayout, hf: str, to: str, layer: int | None) -> list[Rule]:
-    """The router and the experts of a decoder layer and the norm before them."""
+def sparse_rules(config: Config, experts: ExpertLayout, hf: str, to: str, layer: int | None) -> list[Rule]:
+    """The router and the experts of a decoder layer and the norm before them; names and `layer` as elsewhere."""
     norm = f"{hf}.post_attention_layernorm.weight", f"{to}.pre_mlp_layernorm.weight"
     return [
         Copy(*norm, (config.text.hidden_size,), layer),

@@ -1,0 +1,22 @@
+"""The `config.json` of Qwen3.5-MoE; defaults of transformers 5.23 (`configuration_qwen3_5_moe.py`)."""
+
+from megatron_vlbridge.config import ConfigFormat
+from megatron_vlbridge.families.qwen3_5.config import TEXT, TOKENS, VISION
+
+CONFIG = ConfigFormat(
+    model_type="qwen3_5_moe",
+    architecture="Qwen3_5MoeForConditionalGeneration",
+    text=TEXT
+    | {
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "router_aux_loss_coef": 0.001,
+    },
+    vision=VISION,
+    tokens=TOKENS,
+)
