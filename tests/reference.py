@@ -176,6 +176,14 @@ def conversation(kind: str, seed: int, *, merge_size: int = 2, patch_dim: int = 
     return Conversation(ids, labels, *patches("image"), *patches("video"))
 
 
+def text(length: int, seed: int) -> Conversation:
+    """A conversation of `length` tokens of text, each of which but the first is a label."""
+    tokens = torch.randint(TEXT_IDS.start, TEXT_IDS.stop, (length,), generator=torch.Generator().manual_seed(seed))
+    labels = torch.cat((tokens[1:], torch.tensor([-100])))
+    none = torch.zeros(0, PATCH_DIM), torch.zeros(0, 3, dtype=torch.int64)
+    return Conversation(tokens, labels, *none, *none)
+
+
 def pack(conversations: Sequence[Conversation], total: int, filler: int = 0) -> dict[str, torch.Tensor]:
     """The pack as from a dataset: the concatenated conversations, padded to `total` tokens."""
 
