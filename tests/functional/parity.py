@@ -65,7 +65,7 @@ def measure(
     A pack has `length` tokens; without one the groups are padded batches.
     """
     packs = [reference.pack(group, length) if length else reference.padded_batch(group) for group in groups]
-    results = pool.run(ranks.forward_backward, layout, folder=folder, packs=packs, towers=True, **options)
+    results = pool.run(ranks.forward_backward, layout, folder=folder, packs=packs, towers=length is not None, **options)
     return compare(results, layout, folder, groups)
 
 

@@ -15,7 +15,10 @@ from tests.functional.pool import Layout, Pool
 
 
 class Case(NamedTuple):
-    """Fields of a config that differ from those of `reference.write_checkpoint`, experts and linear attention where these are given."""
+    """Fields of a config that differ from those of `reference.write_checkpoint`.
+
+    With experts and with linear attention where these have some.
+    """
 
     text: Mapping[str, Any] = {}
     vision: Mapping[str, Any] = {}
