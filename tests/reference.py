@@ -51,9 +51,8 @@ _TEXT = {
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _ROPE = {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
-# Full attention in the last of each four layers, which rotates half of each head.
+# Full attention, by default in the last of each four layers, rotates half of each head.
 _LINEAR = {
-    "full_attention_interval": 4,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
     "linear_key_head_dim": 8,

@@ -73,7 +73,7 @@ CASES: dict[str, Case] = {
         experts={"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [1]}
     ),
     "no layer with experts": Case(experts={"decoder_sparse_step": 5}),
-    "linear first and last": Case(linear={"layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
+    "full attention first": Case(linear={"layer_types": ["full_attention", "linear_attention", "linear_attention"]}),
     "a key head for each value head": Case(
         linear={**EVERY_SECOND, "linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 8}
     ),
