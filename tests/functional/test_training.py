@@ -55,11 +55,16 @@ def one_process(folder: Path) -> list[float]:
 
 
 def test_tensorboard_has_the_losses_of_the_log(folder: Path, one_process: list[float]) -> None:
-    events = EventAccumulator(str(folder / "tensorboard"))
+    assert_same_curve(scalars(folder / "tensorboard", "lm loss"), one_process)
+
+
+def scalars(folder: Path, tag: str) -> list[float]:
+    """The values of one tag, of every iteration."""
+    events = EventAccumulator(str(folder))
     events.Reload()
-    scalars = events.Scalars("lm loss")
-    assert [scalar.step for scalar in scalars] == list(range(1, ITERATIONS + 1))
-    assert_same_curve([scalar.value for scalar in scalars], one_process)
+    found = events.Scalars(tag)
+    assert [scalar.step for scalar in found] == list(range(1, len(found) + 1))
+    return [scalar.value for scalar in found]
 
 
 def assert_same_curve(found: list[float], expected: list[float]) -> None:
