@@ -21,7 +21,12 @@ from tests.functional.kinds import KINDS
 
 CHECKPOINTS = {
     kind: read_config(Path(__file__).parents[1] / "data" / "configs" / f"{name}.json")
-    for kind, name in {"dense": "Qwen3-VL-2B-Instruct", "experts": "Qwen3-VL-30B-A3B-Instruct"}.items()
+    for kind, name in {
+        "dense": "Qwen3-VL-2B-Instruct",
+        "experts": "Qwen3-VL-30B-A3B-Instruct",
+        "linear": "Qwen3.5-27B",
+        "linear-experts": "Qwen3.5-35B-A3B",
+    }.items()
 }
 CHECKPOINT, EXPERTS = CHECKPOINTS["dense"], CHECKPOINTS["experts"]
 
