@@ -25,7 +25,13 @@ from megatron_vlbridge.training import console
 from megatron_vlbridge.training.guards import check_layout
 from megatron_vlbridge.training.launch.parser import make_parser, parse_words
 from megatron_vlbridge.training.launch.preflight import check_arguments
-from megatron_vlbridge.training.launch.start import check_resumed, check_source, loads_checkpoint, megatron_errors, schedule
+from megatron_vlbridge.training.launch.start import (
+    check_resumed,
+    check_source,
+    loads_checkpoint,
+    megatron_errors,
+    schedule,
+)
 from megatron_vlbridge.training.launch.trackers import check_trackers
 
 # Fields of Megatron's TransformerConfig that the arguments have under another name.
