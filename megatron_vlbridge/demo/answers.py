@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin, Qwen3VLForConditionalGeneration
 
-from megatron_vlbridge.demo.digits import Conversation, answer, blank, images_of, question
+from megatron_vlbridge.data.media import Conversation
+from megatron_vlbridge.demo.digits import answer, blank, images_of, question
 
 # The longest answer has two words and the end of the turn.
 MAX_NEW_TOKENS = 4
@@ -74,10 +75,11 @@ def ask(
     """
 
     def answers(asked: Sequence[Conversation]) -> tuple[str, ...]:
-        batches = (
-            _encode([question(one) for one in some], processor, True) for some in batched(asked, CONVERSATIONS_AT_ONCE)
-        )
-        return tuple(_text(tokens, processor) for batch in batches for tokens in generate(batch).tolist())
+        texts: list[str] = []
+        for some in batched(asked, CONVERSATIONS_AT_ONCE):
+            batch = _encode([question(one) for one in some], processor, True)
+            texts += [_text(tokens, processor) for tokens in generate(batch).tolist()]
+        return tuple(texts)
 
     logits = []
     for some in batched(conversations, CONVERSATIONS_AT_ONCE):

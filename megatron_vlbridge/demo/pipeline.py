@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.demo.answers import Answers, accuracy, ask_transformers
 from megatron_vlbridge.demo.digits import (
-    Conversation,
     answer,
     conversations,
     images_of,
