@@ -1,7 +1,5 @@
 """What is in a checkpoint: family, parameters by part, dtypes, pipeline stages, tensors."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

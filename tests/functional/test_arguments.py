@@ -100,7 +100,7 @@ def save_schedule(layout: Layout, folder: Path, arguments: list[str]) -> None:
     from megatron.core import dist_checkpointing
     from megatron.training.global_vars import unset_global_variables
 
-    from megatron_vlbridge.training import start
+    from megatron_vlbridge.training.launch import start
     from megatron_vlbridge.training.pretrain import parse_arguments
 
     saved, sys.argv = sys.argv, ["pretrain", *COMPLETE, *arguments]

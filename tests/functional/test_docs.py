@@ -222,8 +222,8 @@ def test_documented_training_commands_are_accepted(workplace: Path, pool: Pool) 
 
 def training_options(layout: Layout) -> set[str]:
     """All arguments of the training script."""
-    from megatron_vlbridge.training.arguments import add_arguments
-    from megatron_vlbridge.training.parser import make_parser
+    from megatron_vlbridge.training.launch.arguments import add_arguments
+    from megatron_vlbridge.training.launch.parser import make_parser
 
     return set(make_parser(add_arguments)._option_string_actions)
 

@@ -9,9 +9,9 @@ import pytest
 from megatron_vlbridge import read_config
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.training.arguments import add_arguments
-from megatron_vlbridge.training.parser import make_parser, parse_words
-from megatron_vlbridge.training.preflight import check_arguments
+from megatron_vlbridge.training.launch.arguments import add_arguments
+from megatron_vlbridge.training.launch.parser import make_parser, parse_words
+from megatron_vlbridge.training.launch.preflight import check_arguments
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 # 28 layers, 16 heads, 8 key-value heads, MLP of 6144; vision: 16 heads, MLP of 4096.

@@ -1,7 +1,5 @@
 """The tensors of a Hugging Face folder that make the model, after all checks that headers alone do not allow."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
