@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, *arguments: object, processes: int = 1) -> list[float]:
     """The losses of a run of the example, read from its log."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command += [ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--conversations", folder / "train.jsonl"]
+    command += [ROOT / "examples" / "pretrain.py", "--cpu", "--conversations", folder / "train.jsonl"]
     command += ["--seq-length", 256, "--micro-batch-size", 1, "--global-batch-size", 2, "--lr", 1e-3, "--seed", 5]
     command += ["--train-iters", ITERATIONS, "--log-interval", 1, "--num-workers", 0, "--lr-decay-style", "constant"]
     # The same packs in every layout: context parallelism needs space for its padding.
