@@ -1,7 +1,5 @@
 """In which fields two configs differ."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 

@@ -1,7 +1,5 @@
 """One import or export: planned from headers, shown to the user, run, checked and renamed to its target."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

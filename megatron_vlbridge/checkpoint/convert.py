@@ -4,8 +4,6 @@ An imported folder keeps, in `hf/`, the source's other files and what its weight
 nothing else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

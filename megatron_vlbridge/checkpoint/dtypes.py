@@ -4,8 +4,6 @@ A Megatron tensor holds many Hugging Face tensors (layers, q with k and v), whic
 float32 and others 16 bits it is float32, which holds all of them exactly, and an export restores each one's dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The plan of an export, verified from headers alone."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Which kind of checkpoint a folder is, and what to do about one that is not the kind asked for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_vlbridge.errors import VLBridgeError

@@ -1,7 +1,5 @@
 """The plan of an import, verified from headers alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is in a checkpoint: family, parameters by part, dtypes, pipeline stages, tensors."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.formats import is_megatron
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.hf.ignored import read_notes
@@ -25,6 +22,7 @@ from megatron_vlbridge.weights import TensorSpec
 _PARTS = (
     ("vision mergers", r"(visual|vision_model)\.(merger|deepstack_merger_list)\."),
     ("vision tower", r"(visual|vision_model)\."),
+    ("MTP layer", r"(^|\.)mtp\."),
     ("experts", r"\.experts\."),
     ("output head", r"(^lm_head|\.output_layer)\."),
     ("embedding", r"\.(embed_tokens|word_embeddings)\."),
@@ -59,6 +57,11 @@ class Inspection:
         """How many tensors have each dtype."""
         return dict(Counter(str(spec.dtype).removeprefix("torch.") for spec in self.table.values()))
 
+    @property
+    def layers(self) -> dict[str, int]:
+        """How many decoder layers are of each kind; empty where no config is known."""
+        return dict(Counter(map(str, self.config.text.layer_kinds))) if self.config else {}
+
     def stages(self, pp: int) -> list[range]:
         """The decoder layers of each pipeline stage, split as evenly as Megatron can (`pipeline_split.py`).
 
@@ -79,6 +82,7 @@ class Inspection:
             "architecture": self.config.architecture if self.config else None,
             "bytes": sum(spec.nbytes for spec in self.table.values()),
             "parameters": {"total": sum(self.parameters.values()), **self.parameters},
+            "layers": self.layers,
             "dtypes": self.dtypes,
             "notes": list(self.notes),
             "tensors": {
@@ -101,8 +105,6 @@ def inspect(name: str | Path) -> Inspection:
     Example: `inspect("Qwen/Qwen3-VL-2B-Instruct").parameters["vision tower"]`.
     """
     config = find_config(name)
-    if config is not None:
-        families.find(config)
     if is_megatron(Path(name)):
         weights = TorchDistFolder(name)
         return Inspection(weights.folder, "megatron", config, weights.table)
@@ -131,6 +133,7 @@ def table_lines(found: Inspection, pp: int | None = None) -> list[str]:
     lines = [
         f"{found.folder}: {found.kind}, {architecture}",
         f"{total:,} parameters, {nbytes / 1e9:.3f} GB, {dtypes}",
+        *(f"{count} layers with {kind}" for kind, count in found.layers.items()),
         *found.notes,
         *(f"  {part:<16}{count:>18,}" for part, count in found.parameters.items()),
     ]

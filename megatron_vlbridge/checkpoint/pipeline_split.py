@@ -1,7 +1,5 @@
 """How decoder layers split over pipeline stages, and the arguments with which Megatron splits them so."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate, pairwise, product
 

@@ -1,7 +1,5 @@
 """Are two checkpoints the same? Hugging Face or Megatron folders, bit by bit, through the rules, block by block."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

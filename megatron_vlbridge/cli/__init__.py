@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 a difference or an invalid input was found, 2 wrong usage, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """Values and options that several commands take. A wrong value is wrong usage: argparse exits with 2."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re

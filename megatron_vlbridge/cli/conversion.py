@@ -1,7 +1,5 @@
 """What import and export have in common: their options, the plan, the run."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -33,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def convert(args: argparse.Namespace, plan: Conversion) -> int:
+def convert(args: argparse.Namespace, plan: "Conversion") -> int:
     """Run a plan, or show it; gives the exit code."""
     from megatron_vlbridge.checkpoint.stream.engine import DEFAULT_MEMORY, Options
 
@@ -51,7 +49,7 @@ def convert(args: argparse.Namespace, plan: Conversion) -> int:
     return 0
 
 
-def _show_plan(args: argparse.Namespace, plan: Conversion, options: Any, summary: dict[str, Any]) -> int:
+def _show_plan(args: argparse.Namespace, plan: "Conversion", options: Any, summary: dict[str, Any]) -> int:
     estimate = {rate: summary["bytes"] / rate / 1e6 for rate in _ESTIMATES}
     if not args.json:  # people see the plan also of what is refused
         show("\n".join(_summary_lines(summary, estimate)))

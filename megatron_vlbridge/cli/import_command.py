@@ -1,7 +1,5 @@
 """`vlbridge import`."""
 
-from __future__ import annotations
-
 import argparse
 
 from megatron_vlbridge.cli.arguments import add_ignore

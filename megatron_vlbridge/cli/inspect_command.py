@@ -1,7 +1,5 @@
 """`vlbridge inspect`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 

@@ -1,7 +1,5 @@
 """Printing to a reader that may go away: `vlbridge inspect DIR | head` ends quietly, with the exit code of the work."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The parser of `vlbridge`, with suggestions for misspelt commands and options."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from itertools import takewhile

@@ -1,7 +1,5 @@
 """Progress of a conversion on stderr."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import asdict
@@ -19,7 +17,7 @@ class Meter:
     def __init__(self, *, as_json: bool) -> None:
         self._json, self._terminal, self._tenth = as_json, sys.stderr.isatty(), 0
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: "Progress") -> None:
         """Show how far a run has come."""
         if self._json:
             show(json.dumps(asdict(progress)), stream=sys.stderr)

@@ -1,7 +1,5 @@
 """What `vlbridge --version` prints."""
 
-from __future__ import annotations
-
 import importlib.metadata
 
 _NAMED = ("megatron-core", "torch", "transformers")

@@ -1,7 +1,7 @@
 """From the raw `config.json` to a `Config`: which model type it is, and what must agree."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ from megatron_vlbridge.errors import VLBridgeError
 _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def read_config_file(path: str | Path, supported: Sequence[ConfigFormat]) -> Config:
+def read_config_file(
+    path: str | Path, supported: Sequence[ConfigFormat], unsupported: Mapping[str, str] | None = None
+) -> Config:
     """Read a `config.json` in one of the `supported` formats.
+
+    `unsupported` maps the architectures and model types that are known but not supported to the reason.
 
     `path` is a checkpoint folder or the file itself. For errors see `megatron_vlbridge.read_config`.
     """
@@ -24,6 +28,7 @@ def read_config_file(path: str | Path, supported: Sequence[ConfigFormat]) -> Con
     file = file / "config.json" if file.is_dir() else file
     top = Section(file, _read_json_object(file))
     top.only("per_layer_config", None)
+    _reject_unsupported(top, unsupported or {})
     found = _find_format(top, supported)
     config = Config(
         architecture=found.architecture,
@@ -54,6 +59,14 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise VLBridgeError(f"{file}: expected a JSON object, found {type(values).__name__}. Fetch the file again.")
     return values
+
+
+def _reject_unsupported(top: Section, unsupported: Mapping[str, str]) -> None:
+    for key in ("architectures", "model_type"):
+        value = top.value(key)
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str) and name in unsupported:
+                raise top.fail(key, value, "a supported architecture", unsupported[name])
 
 
 def _find_format(top: Section, supported: Sequence[ConfigFormat]) -> ConfigFormat:

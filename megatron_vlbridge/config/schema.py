@@ -42,6 +42,10 @@ class LayerKind:
     linear_attention: bool = False
     experts: bool = False
 
+    def __str__(self) -> str:
+        attention = "linear attention" if self.linear_attention else "full attention"
+        return f"{attention} and {'experts' if self.experts else 'a dense MLP'}"
+
 
 @dataclass(frozen=True)
 class TextConfig:

@@ -20,8 +20,8 @@ def main() -> int:
         # Imported late: they read the environment, and a wrong option is answered at once.
         from transformers.utils import logging
 
+        from megatron_vlbridge.demo.output import Progress
         from megatron_vlbridge.demo.pipeline import Options, run
-        from megatron_vlbridge.demo.progress import Progress
 
         logging.disable_progress_bar()
         result = run(Options(**vars(options)), Progress(sys.stdout))

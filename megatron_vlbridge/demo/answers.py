@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin, Qwen3VLForConditionalGeneration
 
-from megatron_vlbridge.demo.digits import Conversation, answer, blank, question
+from megatron_vlbridge.data.media import Conversation
+from megatron_vlbridge.demo.digits import answer, blank, images_of, question
 
 # The longest answer has two words and the end of the turn.
 MAX_NEW_TOKENS = 4
@@ -73,11 +75,14 @@ def ask(
     """
 
     def answers(asked: Sequence[Conversation]) -> tuple[str, ...]:
-        batches = (_encode([question(one) for one in some], processor, True) for some in _groups(asked))
-        return tuple(_text(tokens, processor) for batch in batches for tokens in generate(batch).tolist())
+        texts: list[str] = []
+        for some in batched(asked, CONVERSATIONS_AT_ONCE):
+            batch = _encode([question(one) for one in some], processor, True)
+            texts += [_text(tokens, processor) for tokens in generate(batch).tolist()]
+        return tuple(texts)
 
     logits = []
-    for some in _groups(conversations):
+    for some in batched(conversations, CONVERSATIONS_AT_ONCE):
         batch = _encode(some, processor, False)
         logits.append(forward(batch)[batch["attention_mask"].bool()])
     return Answers(answers(conversations), answers([blank(one) for one in conversations]), torch.cat(logits))
@@ -87,16 +92,6 @@ def accuracy(texts: Sequence[str], conversations: Sequence[Conversation]) -> flo
     """The fraction of conversations that were answered in exactly the expected words, 0 to 1."""
     right = sum(text == answer(one) for text, one in zip(texts, conversations, strict=True))
     return right / len(conversations)
-
-
-def images_of(conversation: Conversation) -> list[object]:
-    """The images of a conversation, in order."""
-    return [part["image"] for message in conversation for part in message["content"] if part["type"] == "image"]
-
-
-def _groups(conversations: Sequence[Conversation]) -> list[Sequence[Conversation]]:
-    starts = range(0, len(conversations), CONVERSATIONS_AT_ONCE)
-    return [conversations[start : start + CONVERSATIONS_AT_ONCE] for start in starts]
 
 
 def _encode(conversations: Sequence[Conversation], processor: ProcessorMixin, prompt: bool) -> BatchFeature:

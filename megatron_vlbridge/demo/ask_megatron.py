@@ -25,7 +25,7 @@ from transformers import AutoProcessor, BatchFeature
 
 from megatron_vlbridge.checkpoint.torch_dist import locate
 from megatron_vlbridge.demo.answers import MAX_NEW_TOKENS, ask
-from megatron_vlbridge.demo.start import load_conversations
+from megatron_vlbridge.demo.digits import load_conversations
 from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
@@ -52,10 +52,10 @@ def _load(checkpoint: Path, hf_folder: Path) -> Qwen3VLModel:
         ),
         config,
     )
-    wanted = model.sharded_state_dict()
-    names = list(wanted)
-    # The loader also gives what the training keeps beside the weights.
-    state = dist_checkpointing.load(wanted, os.fspath(locate(checkpoint)))
+    state_dict = model.sharded_state_dict()
+    names = list(state_dict)
+    # The loader also gives what the training keeps next to the weights.
+    state = dist_checkpointing.load(state_dict, os.fspath(locate(checkpoint)))
     model.load_state_dict({name: state[name] for name in names})
     return model.eval()
 

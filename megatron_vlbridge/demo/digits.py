@@ -3,8 +3,10 @@
 The scans ship inside scikit-learn, so a small model can learn to read images on a machine without a network.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from megatron_vlbridge.data.dataset import read_conversations
+from megatron_vlbridge.data.media import Conversation, load_image
 from megatron_vlbridge.errors import VLBridgeError
 
 SCAN_SIZE = 8
@@ -19,9 +23,7 @@ SCAN_MAX = 16
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ASK_ONE = "Which digit is this?"
 ASK_TWO = "Which digits are these?"
-
-type Message = dict[str, Any]
-type Conversation = list[Message]
+GRAY = (128, 128, 128)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +95,6 @@ def conversation_about(*scans: Scan) -> Conversation:
 
     Raises:
         VLBridgeError: neither one nor two scans are given.
-
-    Example:
-        >>> conversation = conversation_about(seven, two)  # doctest: +SKIP
-        >>> conversation[0]["content"][-1]["text"], conversation[1]["content"][0]["text"]  # doctest: +SKIP
-        ('Which digits are these?', 'seven two')
     """
     if len(scans) not in (1, 2):
         raise VLBridgeError(f"digit conversation: {len(scans)} images given; expected 1 or 2")
@@ -140,22 +137,53 @@ def answer(conversation: Conversation) -> str:
     return "".join(part["text"] for part in conversation[-1]["content"])
 
 
-def blank(conversation: Conversation, gray: int = 128) -> Conversation:
-    """The same conversation with each image replaced by a uniform one of the same size and mode.
+def images_of(conversation: Conversation) -> list[Image.Image]:
+    """The images of a conversation, in order."""
+    return [part["image"] for message in conversation for part in message["content"] if part["type"] == "image"]
+
+
+def blank(conversation: Conversation) -> Conversation:
+    """The same conversation with each image replaced by a gray one of the same size.
 
     A model that still answers right has not read its images. The conversation given is left as it is.
-
-    Example:
-        >>> blank(conversation_about(load_scans()[0]))[0]["content"][0]["image"].getcolors()
-        [(1024, (128, 128, 128))]
     """
+    return _replace_images(conversation, lambda image: Image.new("RGB", image.size, GRAY))
+
+
+def write_conversations(conversations: Sequence[Conversation], path: Path) -> None:
+    """Write conversations with PIL images as JSON lines that `read_conversations` reads.
+
+    Each image is written once, as PNG, in the folder of the name of `path` without its suffix.
+    """
+    folder = path.with_suffix("")
+    folder.mkdir(parents=True)
+    names: dict[int, str] = {}
+
+    def write(image: Image.Image) -> str:
+        if id(image) not in names:
+            names[id(image)] = f"{folder.name}/{len(names):04d}.png"
+            image.save(path.parent / names[id(image)])
+        return names[id(image)]
+
+    with path.open("w", encoding="utf-8") as file:
+        for conversation in conversations:
+            file.write(json.dumps({"messages": _replace_images(conversation, write)}) + "\n")
+
+
+def load_conversations(path: Path) -> list[Conversation]:
+    """The conversations of a JSON lines file, with PIL images in place of paths."""
+    conversations = read_conversations(path)
+    return [_replace_images(one, lambda name: load_image({"image": name})) for one in conversations]
+
+
+def _replace_images(conversation: Conversation, new: Callable[[Any], object]) -> Conversation:
     return [
-        {**message, "content": [_blank_part(part, gray) for part in message["content"]]} for message in conversation
+        {
+            **message,
+            "content": [
+                {**part, "image": new(part["image"])} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in conversation
     ]
-
-
-def _blank_part(part: dict[str, Any], gray: int) -> dict[str, Any]:
-    if part["type"] != "image":
-        return part
-    image: Image.Image = part["image"]
-    return {**part, "image": Image.new(image.mode, image.size, (gray,) * len(image.getbands()))}

@@ -26,9 +26,6 @@ def draw_loss_curve(losses: Sequence[float], path: str | Path, *, title: str = "
 
     Raises:
         VLBridgeError: there is no loss, or one is not finite.
-
-    Example:
-        >>> draw_loss_curve([4.2, 2.0, 0.7, 0.1], "demo-out/loss.png")  # doctest: +SKIP
     """
     values = np.asarray(losses, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
@@ -73,9 +70,6 @@ def draw_answer_sheet(
 
     Raises:
         VLBridgeError: no image is given, or the three sequences differ in length.
-
-    Example:
-        >>> draw_answer_sheet(images, ["seven", "two"], ["seven", "one"], "demo-out/answers.png")  # doctest: +SKIP
     """
     if not len(images) == len(expected) == len(answered) > 0:
         raise VLBridgeError(

@@ -4,18 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_vlbridge.demo.answers import Answers, accuracy, ask_transformers, images_of
-from megatron_vlbridge.demo.digits import Conversation, answer, conversations, load_scans, split_scans
+from megatron_vlbridge.data.media import Conversation
+from megatron_vlbridge.demo.answers import Answers, accuracy, ask_transformers
+from megatron_vlbridge.demo.digits import (
+    answer,
+    conversations,
+    images_of,
+    load_conversations,
+    load_scans,
+    split_scans,
+    write_conversations,
+)
 from megatron_vlbridge.demo.drawing import draw_answer_sheet, draw_loss_curve
-from megatron_vlbridge.demo.folder import Folder
-from megatron_vlbridge.demo.process import follow
-from megatron_vlbridge.demo.progress import Progress
+from megatron_vlbridge.demo.output import Folder, Progress
+from megatron_vlbridge.demo.process import Recipe, follow, train
 from megatron_vlbridge.demo.report import Difference, Result, report_text
-from megatron_vlbridge.demo.start import IMAGE_SIZE, load_conversations, write_checkpoint, write_conversations
-from megatron_vlbridge.demo.train import Recipe, train
+from megatron_vlbridge.demo.start import IMAGE_SIZE, write_checkpoint
 from megatron_vlbridge.training.log_lines import duration
 
 
@@ -103,14 +108,8 @@ def _ask_megatron(folder: Folder) -> Answers:
 
 def _draw_answers(held_out: Sequence[Conversation], texts: Sequence[str], path: Path) -> None:
     single = [(one, text) for one, text in zip(held_out, texts, strict=True) if len(images_of(one)) == 1]
-    images = [image for one, _ in single for image in images_of(one) if isinstance(image, Image.Image)]
-    draw_answer_sheet(
-        images,
-        [answer(one) for one, _ in single],
-        [text for _, text in single],
-        path,
-        title="Digits that it has never seen",
-    )
+    images, expected = [images_of(one)[0] for one, _ in single], [answer(one) for one, _ in single]
+    draw_answer_sheet(images, expected, [text for _, text in single], path, title="Digits that it has never seen")
 
 
 def _show(result: Result, folder: Folder, progress: Progress) -> None:

@@ -1,13 +1,15 @@
-"""Processes that the demo starts: their output goes to a file, their failure is told, and none outlives the demo."""
+"""The processes of the demo: the training under torchrun, followed line by line; none outlives the demo."""
 
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
 
+from megatron_vlbridge.demo.output import Folder, Progress
 from megatron_vlbridge.errors import VLBridgeError
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +28,103 @@ SECONDS_TO_END = 40
 # What `training.failure` reports at the end of a log, in torchrun's frame or without.
 REPORT = re.compile(r"^ *(?:Error: |Unexpected error on rank ).*?(?=^=+$|\Z)", re.DOTALL | re.MULTILINE)
 TAIL = 15
+SCRIPT = ROOT / "examples" / "pretrain.py"
+SEQ_LENGTH = 512
+PACKS_PER_ITERATION = 2
+WARMUP_ITERATIONS = 20
+ITERATION = re.compile(r"^iteration +\d+/\d+  loss (\S+)")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a user chooses about the training."""
+
+    tp: int
+    pp: int
+    iterations: int
+    seed: int
+
+    @property
+    def processes(self) -> int:
+        """One for each part of the model; there is no data parallelism here."""
+        return self.tp * self.pp
+
+
+def arguments(folder: Folder, recipe: Recipe) -> list[str]:
+    """What follows `python` to run the training."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    options = {
+        "hf-folder": folder.megatron_start / "hf",
+        "pretrained-checkpoint": folder.megatron_start,
+        "conversations": folder.data / "train.jsonl",
+        "save": folder.megatron_trained,
+        "ckpt-format": "torch_dist",
+        "save-interval": recipe.iterations,
+        "tensor-model-parallel-size": recipe.tp,
+        "pipeline-model-parallel-size": recipe.pp,
+        "seq-length": SEQ_LENGTH,
+        "micro-batch-size": 1,
+        "global-batch-size": PACKS_PER_ITERATION,
+        "train-iters": recipe.iterations,
+        "lr": 2e-3,
+        "min-lr": 0.0,
+        "lr-decay-style": "cosine",
+        "lr-warmup-iters": min(WARMUP_ITERATIONS, recipe.iterations // 2),
+        "weight-decay": 0.01,
+        "adam-beta2": 0.95,
+        "clip-grad": 1.0,
+        # Megatron's seed must be positive.
+        "seed": recipe.seed + 1,
+        "num-workers": 1,
+        "log-interval": 1,
+    }
+    flags = ["--cpu", *(["--sequence-parallel"] if recipe.tp > 1 else [])]
+    given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [*launcher, "--nproc-per-node", str(recipe.processes), str(SCRIPT), *flags, *given]
+
+
+@dataclass
+class Follower:
+    """Collects the loss of each iteration from the training's log, and shows where the training stands."""
+
+    progress: Progress
+    losses: list[float] = field(default_factory=list)
+
+    def __call__(self, line: str) -> None:
+        """Take one line of the log."""
+        found = loss_of(line)
+        if found is not None:
+            self.losses.append(found)
+            self.progress.live(line.rstrip())
+
+
+def loss_of(line: str) -> float | None:
+    """The loss (nats a token) in a line of the training's log, where there is one.
+
+    Example:
+        >>> loss_of("iteration   3/400  loss 2.500000  grad norm 0.921  5,386 tokens/s  1 min 15 s left")
+        2.5
+    """
+    found = ITERATION.search(line)
+    return float(found[1]) if found else None
+
+
+def train(folder: Folder, recipe: Recipe, progress: Progress) -> list[float]:
+    """Train from the imported checkpoint into `megatron_trained`; the loss of each iteration.
+
+    Raises:
+        VLBridgeError: the script is not there, the training failed, or its log has fewer losses than iterations.
+    """
+    if not SCRIPT.is_file():
+        raise VLBridgeError(f"{SCRIPT}: no such file; the demo needs the project's folder, not only its package")
+    log = folder.logs / "training.log"
+    progress.note(f"log: {log}")
+    progress.live("Megatron starts ...")
+    follower = Follower(progress)
+    follow(arguments(folder, recipe), log, follower)
+    if len(follower.losses) != recipe.iterations:
+        raise VLBridgeError(f"{log}: expected the loss of {recipe.iterations} iterations, found {len(follower.losses)}")
+    return follower.losses
 
 
 def follow(command: Sequence[str], log: Path, on_line: Callable[[str], None] | None = None) -> None:
@@ -65,7 +164,7 @@ def follow(command: Sequence[str], log: Path, on_line: Callable[[str], None] | N
 
 
 def failure(status: int, output: str, log: Path) -> str:
-    """What to tell a person about a process that ended with `status`."""
+    """The error message for a process that ended with `status`."""
     how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
     report = REPORT.search(output)
     if report is not None:

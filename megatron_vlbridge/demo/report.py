@@ -7,7 +7,7 @@ from platform import python_version
 
 from torch import Tensor
 
-from megatron_vlbridge.demo.train import PACKS_PER_ITERATION, SEQ_LENGTH, Recipe
+from megatron_vlbridge.demo.process import PACKS_PER_ITERATION, SEQ_LENGTH, Recipe
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.log_lines import duration
 

@@ -1,57 +1,18 @@
-"""What the journey starts from: conversations about real digits, and a small Qwen3-VL with random weights."""
+"""What the demo starts from: a small Qwen3-VL with random weights."""
 
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from megatron_vlbridge.data.dataset import read_conversations
-from megatron_vlbridge.data.media import load_image
-from megatron_vlbridge.demo.digits import ASK_ONE, ASK_TWO, WORDS, Conversation
+from megatron_vlbridge.demo.digits import ASK_ONE, ASK_TWO, WORDS
 from megatron_vlbridge.demo.tiny_processor import TEMPORAL_PATCH_SIZE, build_processor
 
 IMAGE_SIZE = 32
 PATCH_SIZE, MERGE_SIZE = 8, 2
 # A multiple of 128 times each tensor-parallel size up to 4, so that Megatron adds no rows.
 VOCAB_SIZE = 512
-
-
-def write_conversations(conversations: Sequence[Conversation], path: Path) -> None:
-    """Write conversations with PIL images as JSON lines that `read_conversations` reads.
-
-    Each image is written once, as PNG, in the folder of the name of `path` without its suffix.
-    """
-    folder = path.with_suffix("")
-    folder.mkdir(parents=True)
-    names: dict[int, str] = {}
-    with path.open("w", encoding="utf-8") as file:
-        for conversation in conversations:
-            for part in _image_parts(conversation):
-                image = part["image"]
-                if id(image) not in names:
-                    names[id(image)] = f"{folder.name}/{len(names):04d}.png"
-                    image.save(path.parent / names[id(image)])
-            messages = [
-                {
-                    **message,
-                    "content": [_with(part, image=names.get(id(part.get("image")))) for part in message["content"]],
-                }
-                for message in conversation
-            ]
-            file.write(json.dumps({"messages": messages}) + "\n")
-
-
-def load_conversations(path: Path) -> list[Conversation]:
-    """The conversations of a JSON lines file, with PIL images in place of paths."""
-    conversations = read_conversations(path)
-    for conversation in conversations:
-        for part in _image_parts(conversation):
-            part["image"] = load_image(part)
-    return conversations
 
 
 def write_checkpoint(folder: Path, seed: int) -> int:
@@ -109,11 +70,3 @@ def write_checkpoint(folder: Path, seed: int) -> int:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _image_parts(conversation: Conversation) -> list[dict[str, Any]]:
-    return [part for message in conversation for part in message["content"] if part["type"] == "image"]
-
-
-def _with(part: dict[str, Any], *, image: str | None) -> dict[str, Any]:
-    return part if image is None else {**part, "image": image}

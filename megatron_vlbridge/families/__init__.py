@@ -9,6 +9,20 @@ from megatron_vlbridge.families.family import Family
 
 FAMILIES = (qwen3_vl.FAMILY, qwen3_vl_moe.FAMILY, qwen3_5.FAMILY, qwen3_5_moe.FAMILY)
 
+_TEXT_ONLY = (
+    "This is the language model alone, without a vision tower (no vision_config; names model.layers.*): only "
+    "vision-language checkpoints are supported."
+)
+_QWEN4 = (
+    "Qwen3.8-Flash-Next has layers that are not supported: hyper-connections, n-gram embeddings per layer, sparse "
+    "attention with an indexer, and an MTP layer of another form."
+)
+UNSUPPORTED = {
+    **dict.fromkeys(("Qwen3_5ForCausalLM", "qwen3_5_text", "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text"), _TEXT_ONLY),
+    **dict.fromkeys(("Qwen4ExpForConditionalGeneration", "qwen4_exp", "Qwen4ExpForCausalLM", "qwen4_exp_text"), _QWEN4),
+}
+"""Architectures and model types near the supported ones -> why they are not."""
+
 __all__ = ["FAMILIES", "ExpertLayout", "Family", "find", "read_config"]
 
 
@@ -23,7 +37,7 @@ def read_config(path: str | Path) -> Config:
 
     Example: `read_config("Qwen3-VL-2B-Instruct").text.num_layers` is 28.
     """
-    return read_config_file(path, [family.config for family in FAMILIES])
+    return read_config_file(path, [family.config for family in FAMILIES], UNSUPPORTED)
 
 
 def find(config: Config) -> Family:

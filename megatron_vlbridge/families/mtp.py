@@ -5,13 +5,24 @@ embedding of the next token, then the normed hidden states after the decoder's l
 through the model's own head. Megatron stores it as layer `0`, never stacked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from megatron_vlbridge.config import Config
+from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Copy, Rule
 
 HF_LAYERS = "mtp.layers"
 _BLOCK = "language_model.mtp.layers.0"
+
+
+def check_mtp_tensors(config: Config, names: Iterable[str], source: str) -> None:
+    """Reject a checkpoint without a tensor of the MTP layer that its config has (VLBridgeError)."""
+    if config.text.num_mtp_layers and not any(name.startswith("mtp.") for name in names):
+        raise VLBridgeError(
+            f"{source}: mtp.*: expected the tensors of the MTP layer, as text_config.mtp_num_hidden_layers in "
+            "config.json is 1, found none. transformers leaves them out when it saves a model: copy the file that has "
+            "them, and its lines of the index, from the original checkpoint; or set mtp_num_hidden_layers to 0."
+        )
 
 
 def mtp_rules(config: Config, layer_rules: Callable[[str, str], list[Rule]]) -> list[Rule]:

@@ -212,7 +212,7 @@ def _layout(args: argparse.Namespace) -> str:
 
 
 def _weights(args: argparse.Namespace) -> str:
-    from megatron_vlbridge.training.start import loads_checkpoint
+    from megatron_vlbridge.training.launch.start import loads_checkpoint
 
     if loads_checkpoint(args):
         return f"from the checkpoint in {args.load} (resumed)"

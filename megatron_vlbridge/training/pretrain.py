@@ -26,10 +26,10 @@ from megatron_vlbridge.model.mtp import embedding_ranks
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training import console
-from megatron_vlbridge.training.arguments import parse_arguments
 from megatron_vlbridge.training.datasets import EagerDatasetProvider
 from megatron_vlbridge.training.guards import check_layout, check_model
-from megatron_vlbridge.training.start import loading_errors, loads_checkpoint
+from megatron_vlbridge.training.launch.arguments import parse_arguments
+from megatron_vlbridge.training.launch.start import loading_errors, loads_checkpoint
 from megatron_vlbridge.training.step import vlm_step
 
 __all__ = ["model_provider", "parse_arguments", "run"]

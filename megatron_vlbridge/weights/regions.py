@@ -1,7 +1,5 @@
 """Rectangles inside named tensors, and which regions of two tensors hold the same values."""
 
-from __future__ import annotations
-
 import math
 import re
 from bisect import bisect_left
@@ -28,7 +26,7 @@ class Region:
     shape: Shape
 
     @classmethod
-    def whole(cls, name: str, shape: Shape) -> Region:
+    def whole(cls, name: str, shape: Shape) -> "Region":
         """All of a tensor."""
         return cls(name, (0,) * len(shape), tuple(shape))
 
@@ -47,13 +45,13 @@ class Region:
         """The index that takes it out of the full tensor."""
         return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
 
-    def intersection(self, other: Region) -> Region | None:
+    def intersection(self, other: "Region") -> "Region | None":
         """What both cover, or None. Only meaningful for two regions of one tensor."""
         start = tuple(map(max, self.offset, other.offset))
         size = tuple(min(a, b) - c for a, b, c in zip(self.end, other.end, start, strict=True))
         return Region(self.name, start, size) if all(extent > 0 for extent in size) else None
 
-    def within(self, outer: Region) -> Region:
+    def within(self, outer: "Region") -> "Region":
         """The same region, with offsets counted from the corner of `outer`."""
         offset = tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True))
         return Region(self.name, offset, self.shape)

@@ -64,6 +64,9 @@ class Questions(TorchDispatchMode):
         tensors = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else [arg])]
         tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
         kind = op.overloadpacket
+        if kind == aten.equal and args[0] is args[1]:
+            # CUDA's kernel answers this without the device (aten/src/ATen/native/cuda/Equal.cpp).
+            return True
         masks = any(x.dtype == torch.bool for x in tensors[1:])
         if kind in ASKING or (kind == aten.index and masks):
             self.note(op)

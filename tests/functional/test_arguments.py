@@ -100,7 +100,7 @@ def save_schedule(layout: Layout, folder: Path, arguments: list[str]) -> None:
     from megatron.core import dist_checkpointing
     from megatron.training.global_vars import unset_global_variables
 
-    from megatron_vlbridge.training import start
+    from megatron_vlbridge.training.launch import start
     from megatron_vlbridge.training.pretrain import parse_arguments
 
     saved, sys.argv = sys.argv, ["pretrain", *COMPLETE, *arguments]
@@ -135,7 +135,7 @@ def test_another_schedule_is_refused_before_the_model(pool: Pool, folder: Path, 
 
 def test_help_of_the_example_lists_all_arguments() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    command = [sys.executable, ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--help"]
+    command = [sys.executable, ROOT / "examples" / "pretrain.py", "--cpu", "--help"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     lines = run.stdout.splitlines()

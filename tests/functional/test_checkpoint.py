@@ -43,12 +43,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "mtp": {},
     "mtp-tied": {"tied": True},
     "mtp-experts": {"experts": {}},
+    "linear": {"linear": {}},
+    "mtp-linear-experts": {"linear": {}, "experts": {}},
 }
 CASES = [(kind, layout) for kind in ("untied", "tied") for layout in (*LAYOUTS, VIRTUAL)]
 CASES += [(kind, layout) for kind in ("experts", "some-experts") for layout in EXPERT_LAYOUTS]
 CASES += [("untied", layout) for layout in DENSE_SPLITS] + [("experts", layout) for layout in EXPERT_SPLITS]
 CASES += [(kind, layout) for kind in ("mtp", "mtp-tied") for layout in MTP_LAYOUTS]
 CASES += [("mtp-experts", layout) for layout in (*EXPERT_LAYOUTS, OWN_STAGE)]
+CASES += [("linear", layout) for layout in (*LAYOUTS, VIRTUAL, Layout(tp=2, cp=2, world=4))]
+CASES += [("mtp-linear-experts", layout) for layout in (*EXPERT_LAYOUTS, Layout(tp=2, sp=True, pp=2, ep=2, world=4))]
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import Qwen3VLForConditionalGeneration
 
-from megatron_vlbridge.demo.folder import Folder
+from megatron_vlbridge.demo.output import STAGES, Folder, Progress
 from megatron_vlbridge.demo.pipeline import Options, run
-from megatron_vlbridge.demo.progress import STAGES, Progress
 
 SMALL = Options(iterations=3, train_scans=30, train_pairs=10, held_out_scans=12, held_out_pairs=4)
 

@@ -39,8 +39,8 @@ COMMANDS = {
     "import": (README, "vlbridge import Qwen3-VL-8B-Instruct qwen3-vl-8b-megatron"),
     "export": (README, "vlbridge export run qwen3-vl-8b-trained --like Qwen3-VL-8B-Instruct"),
     "line": (README, '{"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, '),
-    "train": (README, "torchrun --nproc_per_node 8 examples/pretrain_qwen3_vl.py \\"),
-    "short train": (TRAINING, "torchrun --nproc_per_node 1 examples/pretrain_qwen3_vl.py --cpu "),
+    "train": (README, "torchrun --nproc_per_node 8 examples/pretrain.py \\"),
+    "short train": (TRAINING, "torchrun --nproc_per_node 1 examples/pretrain.py --cpu "),
     "usage": (CHECKPOINTS, "vlbridge import  HF_DIR MEGATRON_DIR"),
 }
 PYTHON = {
@@ -222,8 +222,8 @@ def test_documented_training_commands_are_accepted(workplace: Path, pool: Pool) 
 
 def training_options(layout: Layout) -> set[str]:
     """All arguments of the training script."""
-    from megatron_vlbridge.training.arguments import add_arguments
-    from megatron_vlbridge.training.parser import make_parser
+    from megatron_vlbridge.training.launch.arguments import add_arguments
+    from megatron_vlbridge.training.launch.parser import make_parser
 
     return set(make_parser(add_arguments)._option_string_actions)
 

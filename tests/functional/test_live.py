@@ -44,11 +44,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "experts": {"experts": {}},
     "some-experts": {"experts": {"mlp_only_layers": [1]}},
+    "linear": {"linear": {}},
+    "linear-experts": {"linear": {}, "experts": {}},
 }
 Tensors = dict[str, torch.Tensor]
 CASES = [("untied", layout) for layout in DENSE]
 CASES += [("tied", layout) for layout in (Layout(), Layout(pp=2, world=2), Layout(pp=2, vpp=2, world=2))]
 CASES += [("prediction", layout) for layout in (Layout(), Layout(ep=2, pp=2, world=4))]
+CASES += [("linear", layout) for layout in (Layout(tp=2, cp=2, world=4), Layout(pp=2, vpp=2, world=2))]
+CASES += [("linear-experts", layout) for layout in (Layout(tp=2, sp=True, pp=2, ep=2, world=4), Layout(cp=4, world=4))]
 CASES += [("experts", layout) for layout in EXPERTS] + [("some-experts", Layout(ep=2, pp=2, world=4))]
 
 

@@ -24,6 +24,11 @@ def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def linear_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mtp_reference.write_mtp_checkpoint(tmp_path_factory.mktemp("linear"), linear={})
+
+
+@pytest.fixture(scope="module")
 def mtp_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mtp_reference.write_mtp_checkpoint(tmp_path_factory.mktemp("mtp"))
 
@@ -60,6 +65,22 @@ def test_the_prediction_layer_asks_for_no_number(pool: Pool, mtp_folder: Path) -
         sync_ranks.questions_without_numbers, Layout(), folder=mtp_folder, pack=pack("mixed", "text", "image", "video")
     )
     assert not asked
+
+
+@pytest.mark.parametrize("options", [{}, SELECTIVE], ids=str)
+def test_linear_attention_asks_for_no_number(pool: Pool, linear_folder: Path, options: dict[str, object]) -> None:
+    kinds = ("mixed", "text", "image", "video")
+    (asked,) = pool.run(
+        sync_ranks.questions_without_numbers, Layout(), folder=linear_folder, pack=pack(*kinds), **options
+    )
+    assert not asked
+
+
+@pytest.mark.parametrize("layout", [Layout(cp=2, world=2), Layout(tp=2, sp=True, world=2)], ids=str)
+def test_linear_attention_asks_nothing_under_parallel_layouts(pool: Pool, linear_folder: Path, layout: Layout) -> None:
+    kinds = ("mixed", "text", "image", "video")
+    for asked in pool.run(sync_ranks.questions, layout, folder=linear_folder, pack=pack(*kinds)):
+        assert not asked
 
 
 LAYOUTS = [

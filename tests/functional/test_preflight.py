@@ -133,9 +133,9 @@ def verdicts(layout: Layout, folder: Path, experts: bool) -> list[tuple[str, str
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_vlbridge.training import arguments
-    from megatron_vlbridge.training.parser import make_parser
-    from megatron_vlbridge.training.preflight import check_arguments
+    from megatron_vlbridge.training.launch import arguments
+    from megatron_vlbridge.training.launch.parser import make_parser
+    from megatron_vlbridge.training.launch.preflight import check_arguments
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -205,7 +205,7 @@ SEAMS: dict[str, dict[str, str]] = {
             "which ranks call the provider, and that the first rank decides on evaluation"
         ),
     },
-    "training/start.py": {
+    "training/launch/start.py": {
         _TRAINING + "get_optimizer_param_scheduler": (
             "takes an optimizer that only has param_groups; writes defaults into the arguments"
         ),
@@ -218,7 +218,7 @@ SEAMS: dict[str, dict[str, str]] = {
         "megatron.training.utils.common_utils:print_rank_0": "recognised by its name in the frame that prints",
         "megatron.training.utils.common_utils:print_rank_last": "recognised by its name in the frame that prints",
     },
-    "training/preflight.py": {
+    "training/launch/preflight.py": {
         _CORE + "transformer.pipeline_parallel_layer_layout:PipelineParallelLayerLayout.validate_layer_layout": (
             "raises AssertionError with a text for the user"
         ),
@@ -228,7 +228,7 @@ SEAMS: dict[str, dict[str, str]] = {
             "torchrun shows the message and py_callstack of the file that a rank writes"
         ),
     },
-    "training/parser.py": {
+    "training/launch/parser.py": {
         "argparse:HelpFormatter._get_help_string": "private, overridden",
         "argparse:_ActionsContainer.__init__": "private: keeps the options of a parser in _option_string_actions",
     },

@@ -8,8 +8,8 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_vlbridge import families, read_config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.training import arguments
-from megatron_vlbridge.training.parser import make_parser
+from megatron_vlbridge.training.launch import arguments
+from megatron_vlbridge.training.launch.parser import make_parser
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 FILES = [

@@ -156,7 +156,7 @@ def test_inspect_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["inspect", str(hf), "--pp", "1"]) == 0
     text = capsys.readouterr().out
     assert "stage 0: layers 0 to 1" in text
-    assert len(text.splitlines()) == 3 + 5 + len({n for p in hf.glob("*.safetensors") for n in load_file(p)})
+    assert len(text.splitlines()) == 4 + 5 + len({n for p in hf.glob("*.safetensors") for n in load_file(p)})
     assert cli.main(["inspect", str(hf), "--pp", "3"]) == 2
     assert "expected 1 to 2 stages" in capsys.readouterr().err
     found = run_json(capsys, "inspect", hf, "--pp", "2")

@@ -12,8 +12,8 @@ from PIL import Image
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.demo.tiny_processor import build_processor
-from megatron_vlbridge.training.arguments import add_arguments
-from megatron_vlbridge.training.parser import make_parser
+from megatron_vlbridge.training.launch.arguments import add_arguments
+from megatron_vlbridge.training.launch.parser import make_parser
 from tests.errors import rejects
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

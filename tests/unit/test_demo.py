@@ -14,13 +14,10 @@ import torch
 
 from megatron_vlbridge.data.dataset import read_conversations
 from megatron_vlbridge.demo.answers import Answers, accuracy
-from megatron_vlbridge.demo.digits import conversations, load_scans
-from megatron_vlbridge.demo.folder import Folder
-from megatron_vlbridge.demo.process import follow
-from megatron_vlbridge.demo.progress import Progress
+from megatron_vlbridge.demo.digits import conversations, load_conversations, load_scans, write_conversations
+from megatron_vlbridge.demo.output import Folder, Progress
+from megatron_vlbridge.demo.process import Follower, Recipe, arguments, follow, loss_of
 from megatron_vlbridge.demo.report import Difference, Result, report_text
-from megatron_vlbridge.demo.start import load_conversations, write_conversations
-from megatron_vlbridge.demo.train import Follower, Recipe, arguments, loss_of
 from megatron_vlbridge.errors import VLBridgeError
 from tests.unit.time_limit import limit
 
@@ -166,8 +163,7 @@ def test_a_former_result_is_replaced_and_what_others_put_there_is_kept(tmp_path:
 
 def test_all_that_the_demo_writes_is_replaced(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    named = [getattr(folder, name) for name, value in vars(Folder).items() if isinstance(value, property)]
-    assert set(folder.contents) == {path for path in named if isinstance(path, Path)}
+    assert set(folder.contents) == {path for path in vars(folder).values() if isinstance(path, Path)} - {folder.root}
     assert len(folder.contents) == 9
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
@@ -103,15 +103,31 @@ def test_single_experts_need_no_word_on_the_orientation_of_others(tmp_path):
     assert_same_bits(tensors(tmp_path / "back"), tensors(source))
 
 
-def test_a_layer_whose_tensors_were_lost_is_refused(sources, tmp_path):
-    """As transformers loses them when it saves."""
-    source = Path(shutil.copytree(sources["untied"], tmp_path / "hf"))
-    (source / FILE).unlink()
-    index = source / "model.safetensors.index.json"
+def without_mtp(folder: Path, **options) -> Path:
+    """A checkpoint whose config has an MTP layer and whose files do not, as transformers saves it."""
+    write_mtp_checkpoint(folder, layers=4, **options)
+    (folder / FILE).unlink()
+    index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"] = {name: file for name, file in content["weight_map"].items() if file != FILE}
     index.write_text(json.dumps(content))
-    with pytest.raises(VLBridgeError, match=r"mtp\.fc\.weight"):
+    return folder
+
+
+def test_a_layer_whose_tensors_were_lost_is_refused(tmp_path):
+    with pytest.raises(VLBridgeError, match=r"mtp\.\*: expected the tensors of the MTP layer"):
+        import_checkpoint(without_mtp(tmp_path / "hf"), tmp_path / "megatron")
+
+
+def test_a_part_of_the_layers_tensors_is_refused_by_name(sources, tmp_path):
+    source = Path(shutil.copytree(sources["untied"], tmp_path / "hf"))
+    found = load_file(source / FILE)
+    save_file({name: x for name, x in found.items() if name != "mtp.fc.weight"}, source / FILE)
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["mtp.fc.weight"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(VLBridgeError, match=r"missing Hugging Face tensors \(1\):\s+mtp\.fc\.weight"):
         import_checkpoint(source, tmp_path / "megatron")
 
 

@@ -11,9 +11,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vlbridge.checkpoint.convert import import_checkpoint
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.training.arguments import add_arguments
-from megatron_vlbridge.training.parser import make_parser
-from megatron_vlbridge.training.start import (
+from megatron_vlbridge.training.launch.arguments import add_arguments
+from megatron_vlbridge.training.launch.parser import make_parser
+from megatron_vlbridge.training.launch.start import (
     check_backend,
     check_schedule,
     check_source,

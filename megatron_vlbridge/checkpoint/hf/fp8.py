@@ -4,8 +4,6 @@ The weight `x` is `float8_e4m3fn`, `[..., out, in]`; `x_scale_inv` beside it, fl
 `[..., ceil(out / 128), ceil(in / 128)]`. A value is `float(x) * float(scale of its block)`, rounded once to bfloat16.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

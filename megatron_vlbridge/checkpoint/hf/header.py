@@ -1,7 +1,5 @@
 """Headers of safetensors files, read without trust and written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """A folder by its path, or by the name that the Hugging Face Hub knows it under."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

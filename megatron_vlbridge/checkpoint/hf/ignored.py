@@ -1,7 +1,5 @@
 """Tensors of a Hugging Face folder that the user says to ignore, and notes of what is not read as the files have it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path

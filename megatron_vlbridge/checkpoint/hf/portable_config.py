@@ -5,8 +5,6 @@
 Sources: `configuration_qwen3_vl.py`, `configuration_qwen3_vl_moe.py` and `PreTrainedModel.tie_weights` of 4.57.6.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any

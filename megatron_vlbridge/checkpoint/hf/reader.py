@@ -1,7 +1,5 @@
 """Folders of safetensors files, read without trust in any header."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

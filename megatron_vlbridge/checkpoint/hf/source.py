@@ -1,7 +1,5 @@
 """The tensors of a Hugging Face folder that make the model, after all checks that headers alone do not allow."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family, read_config
+from megatron_vlbridge.families.mtp import check_mtp_tensors
 from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
 
 
@@ -46,6 +45,7 @@ def open_source(folder: Path, *, experts: str | None = None, ignore: Sequence[st
     family = families.find(config)
     weights = SafetensorsFolder(folder)
     check_scales(config, weights)
+    check_mtp_tensors(config, weights.table, str(folder))
     table = family.table_for(config, weights.table, experts)
     ignored = ignored_tensors(folder, weights.table, {*table.hf_shapes, family.head}, ignore)
     hf = {name: spec for name, spec in weights.table.items() if name not in ignored}

@@ -1,7 +1,5 @@
 """The template of an export: the Hugging Face folder that it is made like, or what an import kept of one."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

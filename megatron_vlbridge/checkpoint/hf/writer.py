@@ -1,7 +1,5 @@
 """Folders of safetensors files, written in parts."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading

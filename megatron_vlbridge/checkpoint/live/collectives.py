@@ -1,7 +1,5 @@
 """What the ranks of a live model exchange: small values, and failures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Full Hugging Face tensors out of a live, sharded model, a bucket at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import batched
 from typing import Literal

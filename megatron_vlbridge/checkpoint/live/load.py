@@ -1,7 +1,5 @@
 """Filling a live, sharded Megatron model from a Hugging Face folder: each rank reads its own slices."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A Hugging Face folder out of a live, sharded model, written by all ranks."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack

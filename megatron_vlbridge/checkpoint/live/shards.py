@@ -1,7 +1,5 @@
 """What the ranks of a live, sharded model hold, by its `sharded_state_dict`, and whether that is complete."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,7 +55,7 @@ def shards_of(module: Any, table: RuleTable, source: str) -> list[Shard]:
     return [_shard(tensor, table, source) for tensor in _sharded_tensors(module.sharded_state_dict())]
 
 
-def _sharded_tensors(value: object) -> Iterator[ShardedTensor]:
+def _sharded_tensors(value: object) -> Iterator["ShardedTensor"]:
     """Every tensor shard in a sharded state dict, also those that factories build, such as that of gate and up."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -73,7 +71,7 @@ def _sharded_tensors(value: object) -> Iterator[ShardedTensor]:
             yield from _sharded_tensors(item)
 
 
-def _shard(tensor: ShardedTensor, table: RuleTable, source: str) -> Shard:
+def _shard(tensor: "ShardedTensor", table: RuleTable, source: str) -> Shard:
     from megatron.core.dist_checkpointing.mapping import is_main_replica
 
     surplus = tensor.prepend_axis_num

@@ -1,7 +1,5 @@
 """A live, sharded model read as a Megatron checkpoint: values are fetched from the ranks that hold them."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Regions cut into blocks of bounded size."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from megatron_vlbridge.weights import Region

@@ -1,7 +1,5 @@
 """The manifest of a result: the checksums of its files, by which damage is found without the source."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

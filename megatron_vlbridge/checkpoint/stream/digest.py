@@ -1,7 +1,5 @@
 """Checksums of ranges of files."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ class Digest:
     value: str
 
     @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Digest:
+    def from_json(cls, entry: Mapping[str, Any]) -> "Digest":
         """The digest that an object has under the name of its algorithm. Raises ValueError unless there is just one."""
         (algorithm,) = (name for name in ALGORITHMS if name in entry)
         return cls(algorithm, entry[algorithm])

@@ -1,7 +1,5 @@
 """Writing a result in parts: several workers, bounded memory, and every finished part noted for a later run."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time
@@ -53,7 +51,7 @@ class Writer(Protocol):
         """Create the files or folders of the parts; keeps what an interrupted run has written."""
         ...
 
-    def write(self, index: int, folder: Path, block: Block) -> Part:
+    def write(self, index: int, folder: Path, block: "Block") -> Part:
         """Write one part, over whatever is there; returns it with its length, digest and entries."""
         ...
 

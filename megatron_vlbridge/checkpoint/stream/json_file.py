@@ -1,7 +1,5 @@
 """JSON files, names and sizes that are not trusted."""
 
-from __future__ import annotations
-
 import json
 import re
 import stat

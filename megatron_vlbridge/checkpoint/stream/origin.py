@@ -1,7 +1,5 @@
 """What a result is made from and how, in JSON's types: noted beside it, and compared before work is continued."""
 
-from __future__ import annotations
-
 from typing import Any
 
 _FORMER_OPTIONS = {"--leave-out": "--ignore"}

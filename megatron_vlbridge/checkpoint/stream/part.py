@@ -1,7 +1,5 @@
 """A part of a result: the range of a file that is written, flushed, noted and continued as one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +36,7 @@ class Part:
         }
 
     @classmethod
-    def from_json(cls, line: Mapping[str, Any]) -> Part:
+    def from_json(cls, line: Mapping[str, Any]) -> "Part":
         """What `as_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
         entries = tuple((start, length) for start, length in line["places"])
         return cls(line["number"], line["file"], line["start"], line["length"], entries, Digest.from_json(line))

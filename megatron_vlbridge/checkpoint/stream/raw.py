@@ -1,7 +1,5 @@
 """Values stored row-major in a file: any rectangle of them, read directly into a tensor."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping

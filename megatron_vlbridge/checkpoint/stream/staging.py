@@ -4,8 +4,6 @@ While the target `name` is written, the hidden folder `.name.vlbridge` is beside
 rename, `journal.jsonl` has the origin and the finished parts, `lock` excludes other runs.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

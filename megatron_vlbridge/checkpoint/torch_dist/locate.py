@@ -1,7 +1,5 @@
 """Where the iteration that a run saved last lies."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """DCP's `.metadata`, read from a file that is not trusted."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import cast
 

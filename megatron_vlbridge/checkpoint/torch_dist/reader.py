@@ -3,8 +3,6 @@
 A folder holds DCP's `.metadata` (a pickle, `metadata.py`) and `*.distcp` files, and Megatron's `metadata.json`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,6 +47,32 @@ class _SafeReader(FileSystemReader):
         if start is None:
             raise ValueError("no tensor that torch saved")
         return tensor, info.offset + start
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One stored rectangle of a stored tensor."""
+
+    name: str
+    offset: Shape
+    shape: Shape
+    dtype: torch.dtype
+    file: str
+    start: int
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        return TensorSpec(self.shape, self.dtype).nbytes
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where torch's loader found the values in a chunk, counted from its first byte, and all bytes around them."""
+
+    start: int
+    strides: Shape
+    around: tuple[bytes, bytes]
 
 
 class TorchDistFolder:
@@ -232,32 +256,6 @@ class TorchDistFolder:
             except VLBridgeError as error:
                 raise self._error(name, str(error)) from error
         return {name: TensorSpec(shapes[name], found.pop()) for name, found in dtypes.items()}
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """One stored rectangle of a stored tensor."""
-
-    name: str
-    offset: Shape
-    shape: Shape
-    dtype: torch.dtype
-    file: str
-    start: int
-    length: int
-
-    @property
-    def nbytes(self) -> int:
-        return TensorSpec(self.shape, self.dtype).nbytes
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """Where torch's loader found the values in a chunk, counted from its first byte, and all bytes around them."""
-
-    start: int
-    strides: Shape
-    around: tuple[bytes, bytes]
 
 
 def _are_sizes(value: object) -> TypeGuard[Shape]:

@@ -1,7 +1,5 @@
 """The unpickler of DCP's metadata: few opcodes are accepted, few classes instantiated, no code is run."""
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """Writing a `torch_dist` checkpoint in parts, each as torch's distributed checkpoint (DCP) writes one rank's share."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

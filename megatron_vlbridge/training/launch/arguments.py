@@ -23,10 +23,16 @@ from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.training import console
 from megatron_vlbridge.training.guards import check_layout
-from megatron_vlbridge.training.parser import make_parser, parse_words
-from megatron_vlbridge.training.preflight import check_arguments
-from megatron_vlbridge.training.start import check_resumed, check_source, loads_checkpoint, megatron_errors, schedule
-from megatron_vlbridge.training.trackers import check_trackers
+from megatron_vlbridge.training.launch.parser import make_parser, parse_words
+from megatron_vlbridge.training.launch.preflight import check_arguments
+from megatron_vlbridge.training.launch.start import (
+    check_resumed,
+    check_source,
+    loads_checkpoint,
+    megatron_errors,
+    schedule,
+)
+from megatron_vlbridge.training.launch.trackers import check_trackers
 
 # Fields of Megatron's TransformerConfig that the arguments have under another name.
 _RENAMED = {"num_moe_experts": "num_experts", "gated_linear_unit": "swiglu"}
