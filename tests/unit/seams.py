@@ -19,6 +19,7 @@ _MTP = "megatron.core.transformer.multi_token_prediction:"
 _BLOCK = "megatron.core.transformer.transformer_block:TransformerBlock."
 _LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer."
 _TRAINING = "megatron.training.training:"
+_GDN = "megatron.core.ssm.gated_delta_net."
 _DCP = "torch.distributed.checkpoint."
 
 # Of each file of megatron_vlbridge, the sources that it relies on, and what it relies on.
@@ -109,6 +110,23 @@ SEAMS: dict[str, dict[str, str]] = {
         _CORE + "pipeline_parallel.schedules:forward_step_calc_loss": (
             "sets the scales of the MTP and router losses by config; takes vp_stage of the model"
         ),
+    },
+    "model/linear_attention.py": {
+        _GDN + "gdn:GatedDeltaNet.forward": (
+            "subclassed; packs by cu_seqlens_q_padded through _resolve_cu_seqlens, whose two results it compares"
+        ),
+        _GDN + "common:_GDNBase.__init__": "builds out_norm(config, hidden_size, eps); makes A_log in params_dtype",
+        _GDN + "common:_GDNBase._resolve_cu_seqlens": "overridden: checks the lengths with host syncs",
+        _GDN + "common:_GDNBase._apply_gated_norm": "multiplies what out_norm gives by the gate in fp32",
+        _GDN + "common:_GDNBase._compute_g_and_beta": "takes the exponential of A_log in its own dtype",
+        _GDN + "common:_GDNBase.sharded_state_dict": "stores the parts of in_proj and conv1d under their own names",
+        "torch.nn.modules.module:Module._apply": "overridden: moves and casts all parameters of a module",
+    },
+    "backends/delta_rule.py": {
+        _GDN + "common:HAVE_FLA": "replaced: True, as the kernels are there",
+        _GDN + "common:l2norm": "replaced by the reference",
+        _GDN + "gdn:causal_conv1d": "replaced by the reference",
+        _GDN + "gdn:chunk_gated_delta_rule": "replaced by the reference",
     },
     "backends/packed.py": {
         _CORE + "packed_seq_params:PackedSeqParams": "subclassed with more fields; all of its own have defaults",
