@@ -1,4 +1,4 @@
-"""Write a small Qwen3-VL with a processor, and conversations about digits."""
+"""Write a small Qwen3-VL or Qwen3.5 with a processor, and conversations about digits."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 
-def write(folder: Path, conversations: int = 48, experts: bool = False) -> Path:
+def write(folder: Path, conversations: int = 48, experts: bool = False, linear: bool = False) -> Path:
     """Write `folder/hf` (random weights, processor) and `folder/train.jsonl` with its images."""
     import transformers
 
@@ -24,8 +24,13 @@ def write(folder: Path, conversations: int = 48, experts: bool = False) -> Path:
         )
     }
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
-    kind = "Qwen3VLMoe" if experts else "Qwen3VL"
+    kind = ("Qwen3_5" if linear else "Qwen3VL") + ("Moe" if experts else "")
     size = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24} if experts else {}
+    if linear:
+        rope |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+        heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+        size |= heads | {"linear_key_head_dim": 8, "linear_value_head_dim": 12}
+    deepstack = {} if linear else {"deepstack_visual_indexes": [0, 1]}
     config = getattr(transformers, f"{kind}Config")(
         text_config={
             **size,
@@ -46,7 +51,7 @@ def write(folder: Path, conversations: int = 48, experts: bool = False) -> Path:
             "patch_size": 8,
             "out_hidden_size": 64,
             "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1],
+            **deepstack,
         },
         tie_word_embeddings=True,
         **ids,

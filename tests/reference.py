@@ -51,9 +51,8 @@ _TEXT = {
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _ROPE = {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
-# Full attention in the last of each four layers, which rotates half of each head.
+# Full attention, by default in the last of each four layers, rotates half of each head.
 _LINEAR = {
-    "full_attention_interval": 4,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
     "linear_key_head_dim": 8,
@@ -118,6 +117,8 @@ def write_checkpoint(
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).float()
     randomize(model)
+    if linear is not None:
+        model.get_input_embeddings().weight.data *= 4
     # Qwen3.5-MoE is published with fused experts; transformers' default is to save each expert.
     model.save_pretrained(folder, max_shard_size=shard, save_original_format=linear is None)
     return folder
@@ -132,11 +133,15 @@ def randomize(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.data += 0.06 * torch.randn_like(parameter)
         if name.endswith(".A_log"):
-            # From heads that keep their state over a whole conversation to heads that forget it at once.
-            parameter.data.uniform_(math.log(0.01), math.log(16.0))
+            # From heads that keep their state over a whole conversation to heads that forget it within a few tokens.
+            # Where it is forgotten at once, gradients through the norm after it have errors of 1e-5 in transformers.
+            parameter.data.uniform_(math.log(0.01), math.log(2.0))
         elif name.endswith(".linear_attn.norm.weight"):
             # Not zero-centred. Far from one, subtracting one and adding it again is not exact.
             parameter.data.uniform_(0.3, 3.0)
+        elif name.endswith(".linear_attn.out_proj.weight"):
+            # What a layer adds is small beside what it gets, so that the next layers do not amplify rounding errors.
+            parameter.data *= 0.25
 
 
 def conversation(kind: str, seed: int, *, merge_size: int = 2, patch_dim: int = PATCH_DIM) -> Conversation:
@@ -174,6 +179,14 @@ def conversation(kind: str, seed: int, *, merge_size: int = 2, patch_dim: int = 
         return torch.randn(int(grids.prod(1).sum()), patch_dim, generator=random), grids
 
     return Conversation(ids, labels, *patches("image"), *patches("video"))
+
+
+def text(length: int, seed: int) -> Conversation:
+    """A conversation of `length` tokens of text, each of which but the first is a label."""
+    tokens = torch.randint(TEXT_IDS.start, TEXT_IDS.stop, (length,), generator=torch.Generator().manual_seed(seed))
+    labels = torch.cat((tokens[1:], torch.tensor([-100])))
+    none = torch.zeros(0, PATCH_DIM), torch.zeros(0, 3, dtype=torch.int64)
+    return Conversation(tokens, labels, *none, *none)
 
 
 def pack(conversations: Sequence[Conversation], total: int, filler: int = 0) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_vlbridge.backends import gloo
+from megatron_vlbridge.backends import delta_rule, gloo
 from megatron_vlbridge.errors import VLBridgeError
 
 _mode: "CudaIsCpu | None" = None
@@ -75,6 +75,7 @@ def replace_cuda(mode: "CudaIsCpu") -> None:
     torch.cuda.nvtx.range_push = _nothing
     torch.cuda.nvtx.range_pop = _nothing
     gloo.install()
+    delta_rule.install()
     _replace_rng_tracker_state()
     mode.__enter__()
 

@@ -28,7 +28,7 @@ SECONDS_TO_END = 40
 # What `training.failure` reports at the end of a log, in torchrun's frame or without.
 REPORT = re.compile(r"^ *(?:Error: |Unexpected error on rank ).*?(?=^=+$|\Z)", re.DOTALL | re.MULTILINE)
 TAIL = 15
-SCRIPT = ROOT / "examples" / "pretrain_qwen3_vl.py"
+SCRIPT = ROOT / "examples" / "pretrain.py"
 SEQ_LENGTH = 512
 PACKS_PER_ITERATION = 2
 WARMUP_ITERATIONS = 20

@@ -96,9 +96,6 @@ def vision_config(config: Config, language: TransformerConfig) -> TransformerCon
     if language.recompute_method == "uniform":
         # Deepstack features are taken between layers, which recomputed groups of several layers do not give.
         fields["recompute_num_layers"] = 1
-    if language.recompute_modules:
-        # The tower has no linear attention.
-        fields["recompute_modules"] = [name for name in language.recompute_modules if name != "gdn_norm_out"]
     return _over(language, fields)
 
 

@@ -15,7 +15,7 @@ VERIFIED: dict[str, tuple[object, ...]] = {
     "moe_router_load_balancing_type": ("aux_loss", "none"),
     "moe_token_dispatcher_type": ("allgather", "alltoall"),
     "recompute_method": (None, "uniform", "block"),
-    "recompute_modules": (None, [], ["core_attn"], ["gdn_norm_out"], ["core_attn", "gdn_norm_out"]),
+    "recompute_modules": (None, [], ["core_attn"]),
     "attention_backend": (AttnBackend.auto, AttnBackend.fused, AttnBackend.unfused),
     "transformer_impl": ("transformer_engine", "local"),
     "cuda_graph_impl": ("none", None),

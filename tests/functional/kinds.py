@@ -42,13 +42,14 @@ class Kind:
 
     Of `tensors`, the choices of tensor and expert parallelism, the product with pipelines and contexts is run; `others`
     are other sizes and splits of its combinations. `make test` runs the rows on up to four processes and those that
-    `large` has on eight.
+    `large` has on eight, or only what `small` has.
     """
 
     model: str
     tensors: tuple[dict[str, Any], ...]
     others: tuple[Layout, ...]
-    large: tuple[Layout, ...]
+    large: tuple[Layout, ...] = ()
+    small: tuple[tuple[Layout, Variant], ...] = ()
 
     @property
     def experts(self) -> bool:
@@ -105,10 +106,38 @@ _LARGE = (
 )
 _EXPERT_LARGE = (
     Layout(ep=4, pp=2, world=8),
+    Layout(ep=2, cp=2, world=8),
     Layout(tp=2, sp=True, pp=2, vpp=2, cp=2, ep=2, etp=1, world=8),
 )
 
+# Every pair of dimensions, with and without each of the two.
+_PAIRS = (
+    (Layout(), Variant(mtp=True, tied=True)),
+    (Layout(tp=2, sp=True, world=2), Variant("uniform", mtp=True)),
+    (Layout(tp=2, sp=True, world=4), Variant(padded=True)),
+    (Layout(tp=2, pp=2, vpp=2, world=4), Variant("block", mtp=True, tied=True, padded=True)),
+    (Layout(pp=2, vpp=2, world=4), Variant(padded=True)),
+    (Layout(pp=2, cp=2, world=4), Variant("selective", mtp=True, tied=True)),
+    (Layout(cp=2, world=2), Variant("uniform")),
+    (Layout(cp=2, world=4), Variant("block", mtp=True, tied=True)),
+    (Layout(cp=4, world=4), Variant()),
+    (Layout(tp=2, sp=True, pp=2, vpp=2, cp=2, world=8), Variant("uniform", tied=True)),
+)
+_EXPERT_PAIRS = (
+    (Layout(world=2), Variant(padded=True)),
+    (Layout(tp=2, sp=True, ep=2, etp=1, world=2), Variant("selective", tied=True)),
+    (Layout(pp=2, vpp=2, world=2), Variant(mtp=True)),
+    (Layout(tp=2, sp=True, pp=2, vpp=2, ep=2, etp=2, world=8), Variant(padded=True)),
+    (Layout(ep=2, cp=2, world=8), Variant("block", mtp=True, tied=True)),
+    (Layout(tp=2, sp=True, cp=2, etp=2, world=4), Variant(mtp=True, tied=True)),
+    (Layout(pp=2, world=2), Variant("block", mtp=True, tied=True, padded=True)),
+    (Layout(pp=2, vpp=2, cp=2, world=4), Variant("selective")),
+    (Layout(tp=2, sp=True, pp=2, vpp=2, etp=2, world=4), Variant("uniform", tied=True)),
+)
+
 KINDS = {
-    "dense": Kind("Qwen3-VL", _TENSORS, _OTHERS, _LARGE),
-    "experts": Kind("Qwen3-VL-MoE", _EXPERTS, _EXPERT_OTHERS, _EXPERT_LARGE),
+    "dense": Kind("Qwen3-VL", _TENSORS, _OTHERS, large=_LARGE),
+    "experts": Kind("Qwen3-VL-MoE", _EXPERTS, _EXPERT_OTHERS, large=_EXPERT_LARGE),
+    "linear": Kind("Qwen3.5", _TENSORS, _OTHERS, small=_PAIRS),
+    "linear-experts": Kind("Qwen3.5-MoE", _EXPERTS, _EXPERT_OTHERS, small=_EXPERT_PAIRS),
 }

@@ -57,10 +57,15 @@ class Errors:
 Groups = Sequence[Sequence[reference.Conversation]]
 
 
-def measure(pool: Pool, layout: Layout, folder: Path, groups: Groups, **options: object) -> Errors:
-    """Packs of these conversations under `layout`, against transformers run conversation by conversation."""
-    packs = [reference.pack(group, PACK_LENGTH) for group in groups]
-    results = pool.run(ranks.forward_backward, layout, folder=folder, packs=packs, towers=True, **options)
+def measure(
+    pool: Pool, layout: Layout, folder: Path, groups: Groups, length: int | None = PACK_LENGTH, **options: object
+) -> Errors:
+    """Packs of these conversations under `layout`, against transformers run conversation by conversation.
+
+    A pack has `length` tokens; without one the groups are padded batches.
+    """
+    packs = [reference.pack(group, length) if length else reference.padded_batch(group) for group in groups]
+    results = pool.run(ranks.forward_backward, layout, folder=folder, packs=packs, towers=length is not None, **options)
     return compare(results, layout, folder, groups)
 
 

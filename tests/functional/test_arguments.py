@@ -135,7 +135,7 @@ def test_another_schedule_is_refused_before_the_model(pool: Pool, folder: Path, 
 
 def test_help_of_the_example_lists_all_arguments() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    command = [sys.executable, ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--help"]
+    command = [sys.executable, ROOT / "examples" / "pretrain.py", "--cpu", "--help"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     lines = run.stdout.splitlines()

@@ -15,11 +15,15 @@ from tests.functional.pool import Layout, Pool
 
 
 class Case(NamedTuple):
-    """Fields of a config that differ from those of `reference.write_checkpoint`; with experts where these have some."""
+    """Fields of a config that differ from those of `reference.write_checkpoint`.
+
+    With experts and with linear attention where these have some.
+    """
 
     text: Mapping[str, Any] = {}
     vision: Mapping[str, Any] = {}
     experts: Mapping[str, Any] | None = None
+    linear: Mapping[str, Any] | None = None
     tied: bool = False
 
 
@@ -28,6 +32,9 @@ def rope(*section: int, theta: float = 5e6) -> dict[str, Any]:
     values = {"rope_type": "default", "rope_theta": theta, "mrope_section": section, "mrope_interleaved": True}
     return {"rope_parameters": values}
 
+
+# Of three layers the first and the last have linear attention.
+EVERY_SECOND = {"full_attention_interval": 2}
 
 CASES: dict[str, Case] = {
     "deepstack unsorted": Case(vision={"depth": 3, "deepstack_visual_indexes": [2, 0, 1]}),
@@ -66,6 +73,16 @@ CASES: dict[str, Case] = {
         experts={"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [1]}
     ),
     "no layer with experts": Case(experts={"decoder_sparse_step": 5}),
+    "full attention first": Case(linear={"layer_types": ["full_attention", "linear_attention", "linear_attention"]}),
+    "a key head for each value head": Case(
+        linear={**EVERY_SECOND, "linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 8}
+    ),
+    "three value heads for a key head, wider convolution": Case(
+        linear={**EVERY_SECOND, "linear_num_value_heads": 12, "linear_conv_kernel_dim": 6}
+    ),
+    "one key head, convolution of one": Case(
+        linear={**EVERY_SECOND, "linear_num_key_heads": 1, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 1}
+    ),
 }
 
 
@@ -77,8 +94,8 @@ def test_an_unusual_config_equals_transformers(pool: Pool, tmp_path: Path, name:
 
 def make(folder: Path, case: Case) -> tuple[Path, list[reference.Conversation]]:
     """A checkpoint of this case with three decoder layers, and conversations for it whose every token is a label."""
-    options: dict[str, Any] = {"text_fields": case.text, "vision_fields": case.vision, "experts": case.experts}
-    reference.write_checkpoint(folder, layers=3, tied=case.tied, **options)
+    options: dict[str, Any] = {"text_fields": case.text, "vision_fields": case.vision, "tied": case.tied}
+    reference.write_checkpoint(folder, layers=3, experts=case.experts, linear=case.linear, **options)
     vision = read_config(folder).vision
     sizes = {"merge_size": vision.spatial_merge_size, "patch_dim": vision.patch_dim}
     conversations = [reference.conversation(kind, seed, **sizes) for seed, kind in enumerate(("mixed", "images"), 1)]

@@ -39,8 +39,8 @@ COMMANDS = {
     "import": (README, "vlbridge import Qwen3-VL-8B-Instruct qwen3-vl-8b-megatron"),
     "export": (README, "vlbridge export run qwen3-vl-8b-trained --like Qwen3-VL-8B-Instruct"),
     "line": (README, '{"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, '),
-    "train": (README, "torchrun --nproc_per_node 8 examples/pretrain_qwen3_vl.py \\"),
-    "short train": (TRAINING, "torchrun --nproc_per_node 1 examples/pretrain_qwen3_vl.py --cpu "),
+    "train": (README, "torchrun --nproc_per_node 8 examples/pretrain.py \\"),
+    "short train": (TRAINING, "torchrun --nproc_per_node 1 examples/pretrain.py --cpu "),
     "usage": (CHECKPOINTS, "vlbridge import  HF_DIR MEGATRON_DIR"),
 }
 PYTHON = {

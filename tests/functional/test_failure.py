@@ -74,7 +74,7 @@ def test_without_torchrun_only_the_message_is_printed(script: Path) -> None:
 
 def test_the_example_prints_only_the_error(tmp_path: Path) -> None:
     """Its imports and Megatron print nothing."""
-    lines = output(ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--hf-folder", tmp_path)
+    lines = output(ROOT / "examples" / "pretrain.py", "--cpu", "--hf-folder", tmp_path)
     assert lines[0].startswith("Error: ")
     assert "config.json" in lines[0]
     assert len(lines) == 1

@@ -3,6 +3,8 @@
 All layouts that are offered, with all variants: `make test-layouts`.
 """
 
+from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def test_layout_equals_transformers(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_large_layouts_are_rows(kind: str) -> None:
-    small = {layout for each, layout, _ in matrix.small_set() if each == kind}
-    assert set(KINDS[kind].large) <= small <= set(matrix.layouts(kind))
+def test_the_small_set_has_every_pair_of_dimensions(kind: str) -> None:
+    """With and without each of the two, of what the rows have."""
+    small = [(layout, variant) for each, layout, variant in matrix.small_set() if each == kind]
+    rows = [(layout, variant) for layout in matrix.layouts(kind) for variant in matrix.variants(layout)]
+    assert set(small) <= set(rows)
+    assert set(KINDS[kind].large) <= {layout for layout, _ in small}
+    assert _pairs(small) == _pairs(rows)
+
+
+def _pairs(rows: Iterable[tuple[Layout, matrix.Variant]]) -> set[tuple[tuple[str, bool], ...]]:
+    found = [matrix.dimensions(*row) for row in rows]
+    names = sorted(set.union(*found))
+    return {pair for used in found for pair in combinations([(name, name in used) for name in names], 2)}

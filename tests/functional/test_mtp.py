@@ -5,17 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vlbridge import read_config
 from tests import mtp_reference, reference
 from tests.closeness import assert_close_in_norm
 from tests.functional import mtp_ranks, ranks
 from tests.functional.cases import in_turn
-from tests.functional.parity import PACK_LENGTH, TOLERANCE, measure
+from tests.functional.parity import PACK_LENGTH, measure, tolerance
 from tests.functional.pool import Layout, Pool
 
 KINDS: dict[str, dict] = {
     "untied": {},
     "tied": {"tied": True},
     "experts": {"experts": {}},
+    "linear": {"linear": {}},
+    "linear-experts": {"linear": {}, "experts": {}},
 }
 
 
@@ -89,6 +92,7 @@ def test_the_mtp_prediction_equals_transformers(
     pool: Pool, folders: dict[str, Path], kind: str, layout: Layout
 ) -> None:
     expected = mtp_reference.run_transformers(folders[kind], groups())
+    bound = tolerance(read_config(folders[kind]))
     packs = [reference.pack(group, PACK_LENGTH) for group in groups()]
     results = pool.run(mtp_ranks.predictions, layout, folder=folders[kind], packs=packs)
     lengths = [[len(c.tokens) for c in group] for group in groups()]
@@ -96,7 +100,7 @@ def test_the_mtp_prediction_equals_transformers(
     for row, group, segments in zip(ranks.of_packs(results, "logits", layout, lengths), groups(), lengths, strict=True):
         for part, c in zip(row[: sum(segments)].split(segments), group, strict=True):
             wanted = next(logits)
-            assert reference.relative_error(part[:-1, : wanted.shape[1]], wanted) < TOLERANCE, c
+            assert reference.relative_error(part[:-1, : wanted.shape[1]], wanted) < bound, c
             hits += int((wanted.argmax(-1) == c.labels[1:]).sum())
         found = torch.cat([next(losses) for _ in group])
         means.append(found.sum() / sum(int((c.labels[1:] != -100).sum()) for c in group))

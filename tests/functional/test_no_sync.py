@@ -67,7 +67,7 @@ def test_the_prediction_layer_asks_for_no_number(pool: Pool, mtp_folder: Path) -
     assert not asked
 
 
-@pytest.mark.parametrize("options", [{}, SELECTIVE | {"recompute_modules": ["core_attn", "gdn_norm_out"]}], ids=str)
+@pytest.mark.parametrize("options", [{}, SELECTIVE], ids=str)
 def test_linear_attention_asks_for_no_number(pool: Pool, linear_folder: Path, options: dict[str, object]) -> None:
     kinds = ("mixed", "text", "image", "video")
     (asked,) = pool.run(

@@ -71,7 +71,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, processes: int, *arguments: object) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command += [ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--conversations", folder / "train.jsonl"]
+    command += [ROOT / "examples" / "pretrain.py", "--cpu", "--conversations", folder / "train.jsonl"]
     command += ["--hf-folder", "hf", "--hf-weights", "--seq-length", 256, "--micro-batch-size", 1]
     command += ["--global-batch-size", 2, "--lr", 1e-3, "--lr-decay-style", "constant", "--seed", 5]
     command += ["--train-iters", 2, "--save-interval", 2, "--num-workers", 0, "--pack-multiple-of", 4]

@@ -13,7 +13,7 @@ from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertLayout
 from tests import reference
 from tests.functional import matrix, ranks
-from tests.functional.parity import PACK_LENGTH, TOLERANCE
+from tests.functional.parity import PACK_LENGTH, TOLERANCE, tolerance
 from tests.functional.pool import Layout, Pool
 
 AUX, Z = 0.5, 0.05
@@ -45,6 +45,11 @@ def mixed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return reference.write_checkpoint(tmp_path_factory.mktemp("mixed"), experts={"mlp_only_layers": [1]})
 
 
+@pytest.fixture(scope="module")
+def linear_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference.write_checkpoint(tmp_path_factory.mktemp("linear"), **reference.KINDS["linear-experts"])
+
+
 def groups() -> list[list[reference.Conversation]]:
     """Packs with little and with much padding, of differing share of supervised tokens."""
     kinds = ((("mixed", 2), ("text", 3), ("image", 4)), (("text", 5),), (("images", 6), ("video", 7)), (("image", 8),))
@@ -52,6 +57,7 @@ def groups() -> list[list[reference.Conversation]]:
 
 
 @cache
+@reference.recurrent_delta_rule()
 def expected(folder: Path, aux: float, z: float) -> Gradients:
     """Gradients of transformers' model, run conversation by conversation, with the losses by their formula."""
     from transformers import AutoModelForImageTextToText
@@ -65,7 +71,7 @@ def expected(folder: Path, aux: float, z: float) -> Gradients:
     total, supervised = torch.zeros(()), 0
     for group in groups():
         for c in group:
-            total = total + token_losses(model, c)
+            total = total + reference.token_losses(model(**reference.model_inputs(c)).logits[0], c.labels).sum()
             supervised += int((c.labels != -100).sum())
         for layer in logits.values():
             pack = torch.cat(layer)
@@ -77,17 +83,6 @@ def expected(folder: Path, aux: float, z: float) -> Gradients:
             layer.clear()
     (total / supervised).backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-
-
-def token_losses(model: torch.nn.Module, c: reference.Conversation) -> torch.Tensor:
-    media: dict[str, torch.Tensor] = {}
-    if len(c.images):
-        media |= {"pixel_values": c.images, "image_grid_thw": c.image_grids}
-    if len(c.videos):
-        media |= {"pixel_values_videos": c.videos, "video_grid_thw": c.video_grids}
-    kinds = (c.tokens == reference.IMAGE).long() + 2 * (c.tokens == reference.VIDEO).long()
-    logits = model(input_ids=c.tokens[None], mm_token_type_ids=kinds[None], use_cache=False, **media).logits[0]
-    return torch.nn.functional.cross_entropy(logits, c.labels, reduction="sum", ignore_index=-100)
 
 
 def every_layout() -> Iterator[Any]:
@@ -115,10 +110,10 @@ def found(pool: Pool, layout: Layout, folder: Path, length: int = PACK_LENGTH, *
     return find(config).table(config, ExpertLayout.FUSED_OUT_IN).to_hf(shards)
 
 
-def check(gradients: Gradients, wanted: Gradients) -> None:
+def check(gradients: Gradients, wanted: Gradients, bound: float = TOLERANCE) -> None:
     assert gradients.keys() == wanted.keys()
     errors = {name: reference.relative_error(gradients[name], x) for name, x in wanted.items()}
-    assert not {name: error for name, error in errors.items() if not error < TOLERANCE}
+    assert not {name: error for name, error in errors.items() if not error < bound}
 
 
 @pytest.mark.parametrize(("aux", "z"), [(AUX, 0.0), (0.0, Z)])
@@ -157,3 +152,9 @@ def test_recomputed_layers_count_the_losses_once(pool: Pool, folder: Path, layou
 def test_layers_without_experts_have_no_loss(pool: Pool, mixed_folder: Path, layout: Layout) -> None:
     gradients = found(pool, layout, mixed_folder, moe_aux_loss_coeff=AUX, moe_z_loss_coeff=Z)
     check(gradients, expected(mixed_folder, AUX, Z))
+
+
+@pytest.mark.parametrize("layout", [Layout(), ALL_BUT_CP, Layout(tp=2, sp=True, cp=2, ep=2, etp=1, world=4)], ids=str)
+def test_a_shared_expert_and_linear_attention(pool: Pool, linear_folder: Path, layout: Layout) -> None:
+    gradients = found(pool, layout, linear_folder, moe_aux_loss_coeff=AUX, moe_z_loss_coeff=Z)
+    check(gradients, expected(linear_folder, AUX, Z), tolerance(read_config(linear_folder)))

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, *arguments: object, processes: int = 1) -> list[float]:
     """The losses of a run of the example, read from its log."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command += [ROOT / "examples" / "pretrain_qwen3_vl.py", "--cpu", "--conversations", folder / "train.jsonl"]
+    command += [ROOT / "examples" / "pretrain.py", "--cpu", "--conversations", folder / "train.jsonl"]
     command += ["--seq-length", 256, "--micro-batch-size", 1, "--global-batch-size", 2, "--lr", 1e-3, "--seed", 5]
     command += ["--train-iters", ITERATIONS, "--log-interval", 1, "--num-workers", 0, "--lr-decay-style", "constant"]
     # The same packs in every layout: context parallelism needs space for its padding.
@@ -55,11 +55,16 @@ def one_process(folder: Path) -> list[float]:
 
 
 def test_tensorboard_has_the_losses_of_the_log(folder: Path, one_process: list[float]) -> None:
-    events = EventAccumulator(str(folder / "tensorboard"))
+    assert_same_curve(scalars(folder / "tensorboard", "lm loss"), one_process)
+
+
+def scalars(folder: Path, tag: str) -> list[float]:
+    """The values of one tag, of every iteration."""
+    events = EventAccumulator(str(folder))
     events.Reload()
-    scalars = events.Scalars("lm loss")
-    assert [scalar.step for scalar in scalars] == list(range(1, ITERATIONS + 1))
-    assert_same_curve([scalar.value for scalar in scalars], one_process)
+    found = events.Scalars(tag)
+    assert [scalar.step for scalar in found] == list(range(1, len(found) + 1))
+    return [scalar.value for scalar in found]
 
 
 def assert_same_curve(found: list[float], expected: list[float]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests import digits_checkpoint
-from tests.functional.test_training import ROOT, assert_same_curve, train
+from tests.functional.test_training import ROOT, assert_same_curve, scalars, train
+from tests.mtp_reference import add_prediction_layer
 
 ITERATIONS, MORE = 20, 2
 EVERYTHING = (
@@ -42,6 +43,24 @@ def test_all_dimensions_have_the_loss_curve_of_one_process_and_resume_in_other_l
     more = train(folder, *start, "--load", "saved", *other, processes=processes)
     assert len(more) == MORE
     assert_same_curve(more[:same], alone[ITERATIONS:][:same])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+def test_linear_attention_and_mtp_have_the_loss_curve_of_one_process_and_resume(tmp_path: Path, experts: bool) -> None:
+    """TP2 x SP x PP2 x CP2 for 20 iterations, both losses; then its checkpoint at TP4."""
+    folder = digits_checkpoint.write(tmp_path, experts=experts, linear=True)
+    add_prediction_layer(folder / "hf")
+    start = ("--hf-folder", "hf", "--hf-weights", "--train-iters", ITERATIONS + MORE, "--global-batch-size", 4)
+    alone = train(folder, *start, "--tensorboard-dir", "alone")
+    save = ("--save", "saved", "--save-interval", ITERATIONS, "--exit-interval", ITERATIONS)
+    found = train(folder, *start, *save, *EVERYTHING, "--tensorboard-dir", "found", processes=8)
+    assert_same_curve(found, alone[:ITERATIONS])
+    predicted, expected = (scalars(folder / name, "mtp_1 loss") for name in ("found", "alone"))
+    assert len(predicted) == ITERATIONS
+    assert_same_curve(predicted, expected[:ITERATIONS])
+    other = ("--tensor-model-parallel-size", 4, "--sequence-parallel")
+    assert_same_curve(train(folder, *start, "--load", "saved", *other, processes=4), alone[ITERATIONS:])
 
 
 @pytest.mark.layouts

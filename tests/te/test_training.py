@@ -14,7 +14,7 @@ from tests import digits_checkpoint
 from tests.closeness import FP32, assert_close_in_norm, relative_error
 from tests.te.launcher import Launcher
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_qwen3_vl.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
 ITERATIONS, HALF = 6, 3
 BACKENDS = {"cpu": ("--cpu",), "te": ("--distributed-backend", "gloo")}
 START = ("--hf-weights",)

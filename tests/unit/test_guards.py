@@ -21,7 +21,12 @@ from tests.functional.kinds import KINDS
 
 CHECKPOINTS = {
     kind: read_config(Path(__file__).parents[1] / "data" / "configs" / f"{name}.json")
-    for kind, name in {"dense": "Qwen3-VL-2B-Instruct", "experts": "Qwen3-VL-30B-A3B-Instruct"}.items()
+    for kind, name in {
+        "dense": "Qwen3-VL-2B-Instruct",
+        "experts": "Qwen3-VL-30B-A3B-Instruct",
+        "linear": "Qwen3.5-27B",
+        "linear-experts": "Qwen3.5-35B-A3B",
+    }.items()
 }
 CHECKPOINT, EXPERTS = CHECKPOINTS["dense"], CHECKPOINTS["experts"]
 
@@ -388,3 +393,13 @@ def test_the_page_of_layouts_counts_every_variant():
 
     runs = sum(len(matrix.variants(layout)) for kind in KINDS for layout in matrix.layouts(kind))
     assert f"({runs} runs, " in PAGE.read_text()
+
+
+@pytest.mark.parametrize("sizes", [(16, 2), (3, 1), (8, 4), (1, 32)])
+def test_sizes_that_linear_attention_cannot_be_spread_over_are_rejected_with_those_that_work(sizes):
+    """Megatron-Core ends with an AssertionError."""
+    checkpoint = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3.5-27B.json")
+    names = ("tensor_model_parallel_size", "context_parallel_size")
+    with pytest.raises(VLBridgeError, match=r"does not divide the 16 key heads .* one of 1, 2, 4, 8, 16$"):
+        language_config(checkpoint, **dict(zip(names, sizes, strict=True)))
+    language_config(checkpoint, **dict(zip(names, (8, 2), strict=True)))

@@ -18,6 +18,8 @@ CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 DENSE = read_config(CONFIGS / "Qwen3-VL-2B-Instruct.json")
 # 48 layers, 32 heads, 4 key-value heads, 128 experts of 768.
 EXPERTS = read_config(CONFIGS / "Qwen3-VL-30B-A3B-Instruct.json")
+# 24 heads, 4 key-value heads, 16 key heads of linear attention.
+LINEAR = read_config(CONFIGS / "Qwen3.5-27B.json")
 PREDICTING = replace(DENSE, text=replace(DENSE.text, num_mtp_layers=1))
 WIDTHS = replace(DENSE, vision=replace(DENSE.vision, intermediate_size=4100))
 TEXT_WIDTH = replace(DENSE, text=replace(DENSE.text, intermediate_size=6148))
@@ -49,6 +51,7 @@ def refusal(words: str, world: int = 1, config: Config = DENSE, complete: str = 
     [
         (f"{TP} 3", 3, DENSE, [f"{TP} 3", "16 attention heads", "8 key-value heads", "takes 1, 2, 4, 8 or 16"]),
         (f"{TP} 32", 32, EXPERTS, [f"{TP} 32", "16 heads of the vision tower", "takes 1, 2, 4, 8 or 16"]),
+        (f"{TP} 8 {CP} 4", 32, LINEAR, ["8 x context-parallel size 4 = 32", "16 key heads", "one of 1, 2, 4, 8, 16"]),
         (f"{TP} 8", 8, WIDTHS, ["the 4100 columns of the vision tower's MLP", "takes 1, 2 or 4"]),
         (f"{TP} 8", 8, TEXT_WIDTH, ["the 6148 columns of the MLP", "takes 1, 2 or 4"]),
         (f"{PP} 8", 8, DENSE, [f"{PP} 8", "28 layers", "1, 2, 4, 7, 14 or 28"]),

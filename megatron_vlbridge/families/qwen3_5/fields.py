@@ -8,14 +8,15 @@ from megatron_vlbridge.families.qwen3_vl.fields import language_fields as full_a
 
 def language_fields(config: Config) -> dict[str, Any]:
     """Those of the text part."""
-    linear = config.text.linear_attention
+    text, linear = config.text, config.text.linear_attention
     assert linear is not None
+    kinds = (*text.layer_kinds, *(text.mtp_layer_kind,) * text.num_mtp_layers)
     return full_attention_fields(config) | {
         "layernorm_zero_centered_gamma": True,
-        "attention_output_gate": config.text.attention_output_gate,
+        "attention_output_gate": text.attention_output_gate,
         "experimental_attention_variant": "gated_delta_net",
-        # A list, so that Megatron stores the layers one by one.
-        "linear_attention_freq": [int(kind.linear_attention) for kind in config.text.layer_kinds],
+        # With a list Megatron stores the layers one by one; its count of operations expects the MTP layers in it.
+        "linear_attention_freq": [int(kind.linear_attention) for kind in kinds],
         "linear_conv_kernel_dim": linear.conv_kernel_dim,
         "linear_key_head_dim": linear.key_head_dim,
         "linear_value_head_dim": linear.value_head_dim,

@@ -1,8 +1,8 @@
-"""Train Qwen3-VL with Megatron's `pretrain`, on GPUs or on CPU processes.
+"""Train Qwen3-VL or Qwen3.5 with Megatron's `pretrain`, on GPUs or on CPU processes.
 
 From a Hugging Face folder or Hub id:
 
-    torchrun --nproc_per_node 8 examples/pretrain_qwen3_vl.py --hf-folder Qwen3-VL-8B-Instruct --hf-weights \
+    torchrun --nproc_per_node 8 examples/pretrain.py --hf-folder Qwen3-VL-8B-Instruct --hf-weights \
         --conversations train.jsonl --tensor-model-parallel-size 4 --sequence-parallel --seq-length 8192 \
         --micro-batch-size 1 --global-batch-size 64 --train-iters 1000 --lr 1e-5 --bf16 --save out
 
