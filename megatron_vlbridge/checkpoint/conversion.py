@@ -7,17 +7,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from megatron_vlbridge.checkpoint.stream.checksums import read_origin, write_checksums
 from megatron_vlbridge.checkpoint.stream.digest import digest_range
 from megatron_vlbridge.checkpoint.stream.engine import Options, Writer, run
-from megatron_vlbridge.checkpoint.stream.origin import current, first_difference
 from megatron_vlbridge.checkpoint.stream.staging import (
-    Staging,
+    current,
     earlier_work,
+    existing_parent,
+    first_difference,
     is_free,
     staged_folder,
     sweep,
@@ -34,10 +35,11 @@ _SPARE_BYTES = 2**20
 class Conversion(ABC):
     """What an import or export will do. Nothing has been written; every tensor of both sides is accounted for.
 
-    `notes` tells people what else than a plain copy will be done; `options` are those that decide the result, in the
-    spelling of the command line.
+    `kind` is `import` or `export`. `notes` say what else than a plain copy will be done; `options` are those that
+    decide the result, under their names on the command line.
     """
 
+    kind: ClassVar[str]
     architecture: str
     source: Path
     target: Path
@@ -47,11 +49,6 @@ class Conversion(ABC):
     side_files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    @abstractmethod
-    def kind(self) -> str:
-        """`import` or `export`."""
 
     @abstractmethod
     def complete(self, folder: Path) -> None:
@@ -67,7 +64,7 @@ class Conversion(ABC):
         return sum(self.writer.sizes)
 
     def summary(self, options: Options | None = None) -> dict[str, Any]:
-        """The plan for people and machines: sizes in bytes, threads, the most memory that blocks take."""
+        """The plan in JSON's types: sizes in bytes, threads, the most memory that blocks take."""
         options = options or Options()
         threads = options.threads(self.writer.block_bytes)
         return {
@@ -98,7 +95,7 @@ class Conversion(ABC):
             return self.target
         origin = self.origin()
         with staged_folder(self.target, origin, resume=resume) as staging:
-            self.check_space(staging)
+            self.check_space(staging.finished)
             finished = run(self.writer, staging, options)
             self.complete(staging.folder)
             self.check(staging.folder)
@@ -129,19 +126,17 @@ class Conversion(ABC):
         options = options or Options()
         options.threads(self.writer.block_bytes)
         if not (resume and self.is_complete()):
-            self._check_space(earlier_work(self.target, self.origin(), resume=resume))
+            self.check_space(earlier_work(self.target, self.origin(), resume=resume))
 
-    def check_space(self, staging: Staging) -> None:
-        """Reject a disk without space for what is still to be written."""
-        self._check_space(staging.finished)
-
-    def _check_space(self, finished: Container[int]) -> None:
+    def check_space(self, finished: Container[int] = ()) -> None:
+        """Reject a disk without space for the parts that are not `finished`, and the other files."""
         missing = sum(size for index, size in enumerate(self.writer.sizes) if index not in finished)
         missing += sum(path.stat().st_size for path in self.side_files) + _SPARE_BYTES
         free = free_bytes(self.target)
         if missing > free:
-            text = f"expected {missing} bytes of free space, found {free}. Free some or use another disk."
-            raise VLBridgeError(f"{self.target}: {text}")
+            raise VLBridgeError(
+                f"{self.target}: expected {missing} bytes of free space, found {free}. Free some or use another disk."
+            )
 
     def origin(self) -> dict[str, Any]:
         """What must not change between a run that was interrupted and the one that continues it."""
@@ -176,10 +171,7 @@ def _lasting(origin: Mapping[str, Any]) -> dict[str, Any]:
 
 def free_bytes(target: Path) -> int:
     """Bytes that may be written where `target` will be."""
-    place = target.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(target if target.exists() else existing_parent(target)).free
 
 
 def check_read_back(folder: Path, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vlbridge.checkpoint.export_plan import plan_export
+from megatron_vlbridge.checkpoint.export_plan import ExportChoices, plan_export
 from megatron_vlbridge.checkpoint.import_plan import plan_import
 from megatron_vlbridge.checkpoint.stream.engine import Options
 
@@ -72,13 +72,5 @@ def export_checkpoint(
 
     Example: `export_checkpoint("run", "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
     """
-    plan = plan_export(
-        megatron_folder,
-        hf_folder,
-        like=like,
-        dtype=dtype,
-        experts=experts,
-        max_shard_size=max_shard_size,
-        portable_config=portable_config,
-    )
-    return plan.run(options, resume=resume)
+    choices = ExportChoices(dtype, experts, max_shard_size, portable_config)
+    return plan_export(megatron_folder, hf_folder, like, choices).run(options, resume=resume)

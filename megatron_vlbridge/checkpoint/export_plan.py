@@ -1,7 +1,7 @@
 """The plan of an export, verified from headers alone."""
 
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -11,9 +11,8 @@ import torch
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.conversion import Conversion, check_read_back, dtype_name
 from megatron_vlbridge.checkpoint.dtypes import as_dtype, check_dtypes, downcast_into, hf_tensors
-from megatron_vlbridge.checkpoint.hf.ignored import listed
 from megatron_vlbridge.checkpoint.hf.portable_config import differences_in_4
-from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder
+from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder, listed
 from megatron_vlbridge.checkpoint.hf.side_files import copy_side_files, side_files
 from megatron_vlbridge.checkpoint.hf.template import ExportTemplate, find_template
 from megatron_vlbridge.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, plan_shards
@@ -25,7 +24,20 @@ from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families import ExpertLayout, Family, read_config
 from megatron_vlbridge.families.experts import detect_layout_by_names
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
-from megatron_vlbridge.weights import Plan, Region, TensorSpec
+from megatron_vlbridge.weights import Plan, Region, RuleTable, TensorSpec
+
+
+@dataclass(frozen=True)
+class ExportChoices:
+    """What a user chooses of an export; `export_checkpoint` describes each."""
+
+    dtype: str | torch.dtype | None = None
+    experts: str | None = None
+    max_shard_size: int | None = None
+    portable_config: bool = False
+
+
+DEFAULTS = ExportChoices()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +48,12 @@ class Export(Conversion):
     what config.json is to name (None: what it names), `portable` what it means, where it is to be rewritten.
     """
 
+    kind = "export"
     template: ExportTemplate
     tensors: Mapping[str, TensorSpec]
     index: Path | None
     config_dtype: torch.dtype | None
     portable: Config | None
-
-    @property
-    def kind(self) -> str:
-        """`export`."""
-        return "export"
 
     def complete(self, folder: Path) -> None:
         """Copy the template's other files."""
@@ -58,123 +66,122 @@ class Export(Conversion):
         check_read_back(folder, SafetensorsFolder(folder).table, self.tensors)
 
 
-def plan_export(
-    megatron_folder: str | Path,
-    hf_folder: str | Path,
-    *,
-    like: str | Path | None = None,
-    dtype: str | torch.dtype | None = None,
-    experts: str | None = None,
-    max_shard_size: int | None = None,
-    portable_config: bool = False,
-) -> Export:
-    """What `export_checkpoint` would do, verified from headers alone; arguments and errors are the same."""
-    source = Path(megatron_folder)
-    weights = TorchDistFolder(source)
-    template = find_template(source, like)
-    plan = plan_export_of(
-        weights,
-        hf_folder,
-        template,
-        dtype=dtype,
-        experts=experts,
-        max_shard_size=max_shard_size,
-        portable_config=portable_config,
-    )
-    named = None if like is None else str(template.folder.resolve())
-    return replace(plan, options={**plan.options, "--like": named})
-
-
 class MegatronWeights(Protocol):
     """A Megatron checkpoint, on disk or in a live model; `folder` names it in errors."""
 
     @property
     def folder(self) -> Path:
         """Its folder, or what stands for it."""
-        ...
 
     @property
     def table(self) -> Mapping[str, TensorSpec]:
         """All tensors."""
-        ...
 
     @property
     def files(self) -> tuple[Path, ...]:
         """What it is read from."""
-        ...
 
     def read_into(self, region: Region, out: torch.Tensor) -> None:
         """Copy the values of a region into a tensor of its shape, converted to the tensor's dtype."""
-        ...
+
+
+def plan_export(
+    megatron_folder: str | Path,
+    hf_folder: str | Path,
+    like: str | Path | None = None,
+    choices: ExportChoices = DEFAULTS,
+) -> Export:
+    """What `export_checkpoint` would do, verified from headers alone; errors are the same."""
+    source = Path(megatron_folder)
+    weights = TorchDistFolder(source)
+    template = find_template(source, like)
+    plan = plan_export_of(weights, hf_folder, template, choices)
+    named = None if like is None else str(template.folder.resolve())
+    return replace(plan, options={**plan.options, "--like": named})
 
 
 def plan_export_of(
-    weights: MegatronWeights,
-    hf_folder: str | Path,
-    template: ExportTemplate,
-    *,
-    dtype: str | torch.dtype | None = None,
-    experts: str | None = None,
-    max_shard_size: int | None = None,
-    portable_config: bool = False,
+    weights: MegatronWeights, hf_folder: str | Path, template: ExportTemplate, choices: ExportChoices = DEFAULTS
 ) -> Export:
-    """The export of `weights` with the other files of `template`; arguments and errors are those of `plan_export`."""
-    target = Path(hf_folder)
+    """The export of `weights` with the other files of `template`; errors are those of `export_checkpoint`."""
+    target, dtype = Path(hf_folder), as_dtype(choices.dtype)
     config = read_config(template.folder)
-    family = families.find(config)
-    form = family.find_expert_layout(config, template.table, experts or template.experts)
-    table = family.table_for(config, template.table, experts or template.experts)
-    check_dtypes(weights.folder, weights.table)
-    wanted = as_dtype(dtype)
-    hf, upcast = hf_tensors(table, weights.table, template.table, wanted)
-    plan = Plan(
-        table,
-        hf,
-        weights.table,
-        cast=wanted is not None,
-        upcast=upcast,
-        hf_source=f"{target} (made like {template.folder})",
-        megatron_source=str(weights.folder),
-    )
-    if config.tie_word_embeddings and family.head in template.tensors:
-        hf[family.head] = hf[family.embedding]
-    passthrough = _passthrough(template, {*hf, *_own_names(template, config, family)}, family)
-    hf |= passthrough
-    read = template.weights.read_into if template.weights is not None else None
-    fill = _hf_filler(plan, family.embedding, weights, dict.fromkeys(passthrough, read))
-    files, index = _shards(hf, template, max_shard_size)
+    family, experts = families.find(config), choices.experts or template.experts
+    table = family.table_for(config, template.table, experts)
+    plan = _plan_weights(table, weights, target, template, dtype)
+    tensors, passthrough = _tensors_to_write(plan, template, config, family)
+    files, index = _shards(tensors, template, choices.max_shard_size)
+    expert_layout = family.find_expert_layout(config, template.table, experts)
     return Export(
         architecture=family.architecture,
         source=weights.folder,
         target=target,
         plan=plan,
-        writer=SafetensorsWriter(hf, files, fill),
+        writer=SafetensorsWriter(tensors, files, _hf_filler(plan, family.embedding, weights, template, passthrough)),
         source_files=(
             *weights.files,
             *dict.fromkeys(template.folder / template.tensors[name][0] for name in passthrough),
         ),
         side_files=tuple(side_files(template.folder)),
         notes=(
-            *_form_notes(form, family),
-            *_passthrough_notes(template.folder, config, list(passthrough)),
-            *_config_notes(template.folder, config, portable_config),
+            *_weight_notes(template.folder, config, family, expert_layout, passthrough),
+            *_config_notes(template.folder, config, choices.portable_config),
         ),
         options={
-            "--dtype": dtype_name(wanted),
-            "--experts": experts,
-            "--max-shard-size": max_shard_size,
-            "--portable-config": portable_config,
+            "--dtype": dtype_name(dtype),
+            "--experts": choices.experts,
+            "--max-shard-size": choices.max_shard_size,
+            "--portable-config": choices.portable_config,
         },
         template=template,
-        tensors=hf,
+        tensors=tensors,
         index=index,
-        config_dtype=wanted or template.dtype_to_name(plan.hf),
-        portable=config if portable_config else None,
+        config_dtype=dtype or template.dtype_to_name(plan.hf),
+        portable=config if choices.portable_config else None,
     )
 
 
-def _hf_filler(plan: Plan, embedding: str, weights: MegatronWeights, others: Mapping[str, Filler | None]) -> Filler:
-    """Fills regions of Hugging Face tensors: those of the rules, a tied head, `others` with readers of their own."""
+def _plan_weights(
+    table: RuleTable, weights: MegatronWeights, target: Path, template: ExportTemplate, dtype: torch.dtype | None
+) -> Plan:
+    """How the model's tensors come from `weights`."""
+    check_dtypes(weights.folder, weights.table)
+    hf, upcast = hf_tensors(table, weights.table, template.table, dtype)
+    return Plan(
+        table,
+        hf,
+        weights.table,
+        cast=dtype is not None,
+        upcast=upcast,
+        hf_source=f"{target} (made like {template.folder})",
+        megatron_source=str(weights.folder),
+    )
+
+
+def _tensors_to_write(
+    plan: Plan, template: ExportTemplate, config: Config, family: Family
+) -> tuple[dict[str, TensorSpec], list[str]]:
+    """The model's tensors, a tied head where the template stores one, and what is not part of the model: its names.
+
+    Raises VLBridgeError where the template lists tensors that are not part of the model, but does not hold them.
+    """
+    hf = dict(plan.hf)
+    if config.tie_word_embeddings and family.head in template.tensors:
+        hf[family.head] = hf[family.embedding]
+    known = {*hf, *_own_names(template, config, family)}
+    passthrough = [name for name in template.tensors if name not in known]
+    if passthrough and template.weights is None:
+        raise VLBridgeError(
+            f"{template.folder}: expected only tensors of a {family.architecture}, found more: {listed(passthrough)}. "
+            "Give --like (in Python: like=), the Hugging Face folder that holds them."
+        )
+    return hf | {name: template.tensors[name][1] for name in passthrough}, passthrough
+
+
+def _hf_filler(
+    plan: Plan, embedding: str, weights: MegatronWeights, template: ExportTemplate, passthrough: Sequence[str]
+) -> Filler:
+    """Fills regions of Hugging Face tensors: those of the rules, a tied head, and those of the template."""
     table = plan.table
 
     def values(region: Region, out: torch.Tensor) -> None:
@@ -185,9 +192,8 @@ def _hf_filler(plan: Plan, embedding: str, weights: MegatronWeights, others: Map
             gather_into(out, pieces, weights.read_into, weights.table)
 
     def fill(region: Region, out: torch.Tensor) -> None:
-        other = others.get(region.name)
-        if other is not None:
-            other(region, out)
+        if region.name in passthrough and template.weights is not None:
+            template.weights.read_into(region, out)
         elif region.name in table.hf_shapes:
             values(region, out)
         else:
@@ -196,13 +202,12 @@ def _hf_filler(plan: Plan, embedding: str, weights: MegatronWeights, others: Map
     return fill
 
 
-def _form_notes(form: ExpertLayout, family: Family) -> Iterator[str]:
+def _weight_notes(
+    like: Path, config: Config, family: Family, layout: ExpertLayout, passthrough: Sequence[str]
+) -> Iterator[str]:
     hub = family.expert_layout
-    if form is not hub:
-        yield f"experts are written as {form}; the Hub's form of them is {hub}: --experts {hub}"
-
-
-def _passthrough_notes(like: Path, config: Config, passthrough: Sequence[str]) -> Iterator[str]:
+    if layout is not hub:
+        yield f"experts are written as {layout}; the Hub's form of them is {hub}: --experts {hub}"
     if config.fp8:
         yield f"weights are not quantised again: quantization_config of {like} is removed from config.json"
     if passthrough:
@@ -227,20 +232,6 @@ def _own_names(template: ExportTemplate, config: Config, family: Family) -> Iter
         detect_layout_by_names(config, template.tensors, MTP_LAYERS, [0]),
     )
     return family.table(config, *forms).hf_shapes
-
-
-def _passthrough(template: ExportTemplate, known: Collection[str], family: Family) -> dict[str, TensorSpec]:
-    """The template's tensors that are not part of the model, whose tensors' names are `known`.
-
-    Raises VLBridgeError where the template lists such tensors but does not hold them.
-    """
-    names = [name for name in template.tensors if name not in known]
-    if names and template.weights is None:
-        raise VLBridgeError(
-            f"{template.folder}: expected only tensors of a {family.architecture}, found more: {listed(names)}. "
-            "Give --like (in Python: like=), the Hugging Face folder that holds them."
-        )
-    return {name: template.tensors[name][1] for name in names}
 
 
 def _shards(

@@ -1,5 +1,6 @@
-"""Which kind of checkpoint a folder is, and what to do about one that is not the kind asked for."""
+"""Which kind of checkpoint a folder is, and where the iteration lies that a run saved last."""
 
+import re
 from pathlib import Path
 
 from megatron_vlbridge.errors import VLBridgeError
@@ -61,3 +62,27 @@ def reject_other_formats(folder: Path) -> None:
             f"and fsdp_dtensor save it. Train with --ckpt-format torch_dist; if that was done, {FORMAT} is lost: copy "
             "the folder again."
         )
+
+
+def locate(folder: str | Path) -> Path:
+    """The folder of one saved iteration: `folder` itself, or the one that its tracker file names."""
+    folder = Path(folder)
+    reject_file(folder)
+    reject_other_formats(folder)
+    if (folder / _DCP).is_file():
+        return folder
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        reject_hugging_face(folder)
+        raise VLBridgeError(
+            f"{folder}: expected a torch_dist checkpoint ({_DCP}) or {TRACKER}, found neither. "
+            "Give the folder that Megatron saved to, or one iteration in it."
+        )
+    text = tracker.read_text(errors="replace").strip()
+    if text != "release" and not re.fullmatch("[0-9]{1,18}", text):
+        raise VLBridgeError(f"{tracker}: expected an iteration or 'release', found {text!r:.60}. Name one by hand.")
+    found = folder / ("release" if text == "release" else f"iter_{int(text):07}")
+    reject_other_formats(found)
+    if not (found / _DCP).is_file():
+        raise VLBridgeError(f"{tracker}: it names {found.name}, expected {_DCP} there, found none. Copy it again.")
+    return found

@@ -1,6 +1,6 @@
 """The plan of an import, verified from headers alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from megatron_vlbridge.checkpoint.conversion import Conversion, check_read_back, dtype_name
 from megatron_vlbridge.checkpoint.dtypes import as_dtype, megatron_tensors
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
-from megatron_vlbridge.checkpoint.hf.ignored import listed, read_notes
+from megatron_vlbridge.checkpoint.hf.reader import listed
 from megatron_vlbridge.checkpoint.hf.side_files import side_files
 from megatron_vlbridge.checkpoint.hf.source import HfSource, open_source
 from megatron_vlbridge.checkpoint.hf.template import keep_template
@@ -23,14 +23,10 @@ from megatron_vlbridge.weights import Plan, Region
 class Import(Conversion):
     """Hugging Face -> Megatron. `experts` and `dtype` are what the user asked for."""
 
+    kind = "import"
     hf: HfSource
     experts: str | None
     dtype: torch.dtype | None
-
-    @property
-    def kind(self) -> str:
-        """`import`."""
-        return "import"
 
     def complete(self, folder: Path) -> None:
         """Keep the source's other files, and what its weights were called."""
@@ -64,6 +60,8 @@ def plan_import(
         megatron_source="the new checkpoint",
     )
 
+    ignored = [f"ignored, as not part of the model: {listed(source.ignored)}"] if source.ignored else []
+
     def fill(region: Region, out: torch.Tensor) -> None:
         gather_into(out, table.hf_sources(region), weights.read_into, hf)
 
@@ -75,15 +73,9 @@ def plan_import(
         writer=ReleaseWriter(megatron, fill),
         source_files=weights.paths,
         side_files=tuple(side_files(weights.folder)),
-        notes=tuple(_notes(source)),
+        notes=(*weights.notes, *ignored),
         options={"--dtype": dtype_name(wanted), "--experts": experts, "--ignore": list(ignore)},
         hf=source,
         experts=experts,
         dtype=wanted,
     )
-
-
-def _notes(source: HfSource) -> Iterator[str]:
-    yield from read_notes(source.weights)
-    if source.ignored:
-        yield f"ignored, as not part of the model: {listed(source.ignored)}"

@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_vlbridge.checkpoint.formats import is_megatron
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
-from megatron_vlbridge.checkpoint.hf.ignored import read_notes
 from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
 from megatron_vlbridge.checkpoint.pipeline_split import layer_ranges, split_arguments, split_layers
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
@@ -110,7 +109,7 @@ def inspect(name: str | Path) -> Inspection:
         return Inspection(weights.folder, "megatron", config, weights.table)
     folder = find_folder(name)
     hf = SafetensorsFolder(folder)
-    return Inspection(folder, "hugging face", config, hf.table, tuple(read_notes(hf)))
+    return Inspection(folder, "hugging face", config, hf.table, tuple(hf.notes))
 
 
 def _part(name: str) -> str:

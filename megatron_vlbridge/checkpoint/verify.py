@@ -10,15 +10,14 @@ from pathlib import Path
 import torch
 
 from megatron_vlbridge import families
-from megatron_vlbridge.checkpoint.comparison import Difference, Report
-from megatron_vlbridge.checkpoint.config_differences import config_differences
+from megatron_vlbridge.checkpoint.comparison import Difference, Report, config_differences
 from megatron_vlbridge.checkpoint.dtypes import megatron_tensors
 from megatron_vlbridge.checkpoint.formats import is_megatron
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
 from megatron_vlbridge.checkpoint.hf.side_files import SIDE_FOLDER
 from megatron_vlbridge.checkpoint.hf.source import check_scales, check_tied_head
-from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
+from megatron_vlbridge.checkpoint.stream.parts import row_blocks
 from megatron_vlbridge.checkpoint.stream.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.config import Config

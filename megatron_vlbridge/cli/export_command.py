@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan and convert; gives the exit code."""
-    from megatron_vlbridge.checkpoint.export_plan import plan_export
+    from megatron_vlbridge.checkpoint.export_plan import ExportChoices, plan_export
 
-    names = ("like", "dtype", "experts", "max_shard_size", "portable_config")
-    plan = plan_export(args.megatron_folder, args.hf_folder, **{name: getattr(args, name) for name in names})
-    return convert(args, plan)
+    choices = ExportChoices(args.dtype, args.experts, args.max_shard_size, args.portable_config)
+    return convert(args, plan_export(args.megatron_folder, args.hf_folder, args.like, choices))

@@ -23,7 +23,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from transformers import AutoProcessor, BatchFeature
 
-from megatron_vlbridge.checkpoint.torch_dist import locate
+from megatron_vlbridge.checkpoint.formats import locate
 from megatron_vlbridge.demo.answers import MAX_NEW_TOKENS, ask
 from megatron_vlbridge.demo.digits import load_conversations
 from megatron_vlbridge.families import read_config

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
+from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.families import find
 from tests import digits_checkpoint, fp8_checkpoint, reference

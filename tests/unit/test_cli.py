@@ -17,8 +17,8 @@ from megatron_vlbridge.checkpoint.convert import import_checkpoint
 from megatron_vlbridge.checkpoint.formats import TRACKER
 from megatron_vlbridge.checkpoint.hf.reader import INDEX
 from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
 from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
+from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.cli.arguments import DTYPES, EXPERTS, size
 from megatron_vlbridge.cli.parser import COMMANDS, parse
 from megatron_vlbridge.cli.progress import Meter

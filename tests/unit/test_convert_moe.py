@@ -12,7 +12,7 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_vlbridge.checkpoint.export_plan import plan_export
+from megatron_vlbridge.checkpoint.export_plan import ExportChoices, plan_export
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import ExpertLayout, find
@@ -207,7 +207,7 @@ def test_extra_tensors_of_like_are_carried_into_every_form(form, asked, sources,
 @pytest.mark.parametrize("form", FORMS)
 def test_the_plan_says_where_the_form_is_not_the_hubs(form, asked, sources, tmp_path):
     import_checkpoint(sources[form, "alike"], tmp_path / "megatron")
-    summary = plan_export(tmp_path / "megatron", tmp_path / "back", experts=asked).summary()
+    summary = plan_export(tmp_path / "megatron", tmp_path / "back", choices=ExportChoices(experts=asked)).summary()
     notes = [note for note in summary["notes"] if note.startswith("experts ")]
     written = asked or form
     expected = f"experts are written as {written}; the Hub's form of them is fused_in_out: --experts fused_in_out"

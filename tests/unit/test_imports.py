@@ -40,7 +40,7 @@ ROOMS = {
     "torch_dist": {"torch_dist", "stream"},
     "live": {"live", "hf", "stream", "export_plan", "conversion"},
 }
-LEAVES = {"comparison", "config_differences", "dtypes", "formats", "pipeline_split"}
+LEAVES = {"comparison", "dtypes", "formats", "pipeline_split"}
 CHECKPOINT = Path(megatron_vlbridge.__file__).parent / "checkpoint"
 
 

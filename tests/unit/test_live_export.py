@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vlbridge import read_config
-from megatron_vlbridge.checkpoint.config_differences import config_differences
+from megatron_vlbridge.checkpoint.comparison import config_differences
 from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.checkpoint.live.export import fill_buckets, fused_groups
 from megatron_vlbridge.checkpoint.live.shards import check_complete

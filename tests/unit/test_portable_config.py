@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron_vlbridge.checkpoint.export_plan import plan_export
+from megatron_vlbridge.checkpoint.export_plan import ExportChoices, plan_export
 from megatron_vlbridge.checkpoint.hf.portable_config import differences_in_4, make_portable
 from tests import reference
 from tests.unit import test_convert_moe
@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def notes_of(folder: Path, target: Path, **options: Any) -> list[str]:
-    return [note for note in plan_export(folder, target, **options).notes if "4.57" in note]
+    return [note for note in plan_export(folder, target, choices=ExportChoices(**options)).notes if "4.57" in note]
 
 
 def test_a_portable_config_means_the_same(model: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from megatron_vlbridge.checkpoint.stream import engine, staging
 from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.stream.digest import digest_range
 from megatron_vlbridge.checkpoint.stream.engine import Options, Progress
-from megatron_vlbridge.checkpoint.stream.part import Part
+from megatron_vlbridge.checkpoint.stream.parts import Part
 from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families import qwen3_vl

@@ -15,8 +15,8 @@ from megatron_vlbridge.checkpoint.hf import writer as hf_writer
 from megatron_vlbridge.checkpoint.hf.header import encode_header
 from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder
 from megatron_vlbridge.checkpoint.hf.writer import SafetensorsWriter, plan_shards
-from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
 from megatron_vlbridge.checkpoint.stream.engine import Block
+from megatron_vlbridge.checkpoint.stream.parts import row_blocks
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region, TensorSpec
 

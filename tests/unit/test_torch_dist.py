@@ -27,9 +27,9 @@ from torch.serialization import _get_layout
 from torch.utils.serialization import config as serialization
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint
+from megatron_vlbridge.checkpoint.formats import locate
 from megatron_vlbridge.checkpoint.inspect import inspect
 from megatron_vlbridge.checkpoint.stream.engine import Block
-from megatron_vlbridge.checkpoint.torch_dist import locate
 from megatron_vlbridge.checkpoint.torch_dist.metadata import read_metadata
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder, _SafeReader
 from megatron_vlbridge.checkpoint.torch_dist.writer import ReleaseWriter

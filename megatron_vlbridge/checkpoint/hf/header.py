@@ -4,11 +4,10 @@ import json
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeGuard
 
 import torch
 
-from megatron_vlbridge.checkpoint.stream.json_file import MAX_DIMS, MAX_HEADER, MAX_SIZE, load_json_object, regular_size
+from megatron_vlbridge.checkpoint.stream.json_file import MAX_HEADER, are_sizes, load_json_object, regular_size
 from megatron_vlbridge.checkpoint.stream.raw import Stored
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import TensorSpec
@@ -68,7 +67,7 @@ def _parse_entry(path: Path, name: str, entry: object) -> tuple[int, int, str, T
     dtype, shape, offsets = values.get("dtype"), values.get("shape"), values.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BY_CODE:
         raise VLBridgeError(f"{path}: {name}: expected a dtype of {', '.join(_BY_CODE)}, found {dtype!r}.")
-    if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
+    if not (are_sizes(shape, list) and are_sizes(offsets, list) and len(offsets) == 2):
         raise VLBridgeError(f"{path}: {name}: expected a shape and two data offsets, found {entry!r:.120}.")
     spec = TensorSpec(tuple(shape), _BY_CODE[dtype])
     if offsets[1] - offsets[0] != spec.nbytes:
@@ -77,12 +76,6 @@ def _parse_entry(path: Path, name: str, entry: object) -> tuple[int, int, str, T
             "The header is damaged: fetch the file again."
         )
     return offsets[0], offsets[1], name, spec
-
-
-def _are_counts(value: object) -> TypeGuard[list[int]]:
-    if not isinstance(value, list) or len(value) > MAX_DIMS:
-        return False
-    return all(type(item) is int and 0 <= item < MAX_SIZE for item in value)
 
 
 def encode_header(tensors: Mapping[str, TensorSpec]) -> bytes:

@@ -1,6 +1,6 @@
 """Folders of safetensors files, read without trust in any header."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from megatron_vlbridge.weights import Region
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SHOWN = 8
 
 
 class SafetensorsFolder:
@@ -63,6 +64,12 @@ class SafetensorsFolder:
     def as_on_the_hub(self) -> bool:
         """Whether the files hold what `table` says, under these names."""
         return not self.renamed and not self.scaled
+
+    @property
+    def notes(self) -> list[str]:
+        """What is read otherwise than the files have it."""
+        scaled = [f"FP8 weights, dequantised to bfloat16 by their scales: {listed(self.scaled)}"] if self.scaled else []
+        return [*self.renamed, *scaled]
 
     def check_scales(self) -> None:
         """Read the scales of all 8-bit weights; raises VLBridgeError for one that is not positive and finite."""
@@ -145,3 +152,9 @@ class SafetensorsFolder:
                 "other tools read the one where this reads the other. Remove one of the two."
             )
         return weight_map
+
+
+def listed(names: Sequence[str]) -> str:
+    """`2 tensors: a, b`, the first few by name."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} tensor{'s' if len(names) != 1 else ''}: {', '.join(names[:_SHOWN])}{more}"

@@ -1,7 +1,8 @@
 """The tensors of a Hugging Face folder that make the model, after all checks that headers alone do not allow."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -9,9 +10,8 @@ import torch
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.dtypes import check_dtypes
 from megatron_vlbridge.checkpoint.formats import reject_megatron
-from megatron_vlbridge.checkpoint.hf.ignored import ignored_tensors
 from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
-from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
+from megatron_vlbridge.checkpoint.stream.parts import row_blocks
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family, read_config
@@ -47,13 +47,34 @@ def open_source(folder: Path, *, experts: str | None = None, ignore: Sequence[st
     check_scales(config, weights)
     check_mtp_tensors(config, weights.table, str(folder))
     table = family.table_for(config, weights.table, experts)
-    ignored = ignored_tensors(folder, weights.table, {*table.hf_shapes, family.head}, ignore)
+    ignored = _ignored_tensors(folder, weights.table, {*table.hf_shapes, family.head}, ignore)
     hf = {name: spec for name, spec in weights.table.items() if name not in ignored}
     check_dtypes(folder, {name: spec for name, spec in hf.items() if name in table.hf_shapes})
     if config.tie_word_embeddings and family.head in hf:
         check_tied_head(weights, family)
         del hf[family.head]
     return HfSource(weights, config, family, table, hf, ignored)
+
+
+def _ignored_tensors(
+    folder: Path, names: Collection[str], needed: Collection[str], patterns: Sequence[str]
+) -> list[str]:
+    """Those of a folder's tensors that match the user's `patterns` (`rotary.*`, as in a shell).
+
+    Raises VLBridgeError where a pattern matches no tensor, or one of those `needed` by the model.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        wanted = [name for name in matching if name in needed]
+        if not matching or wanted:
+            text = f"tensors of the model, such as {wanted[0]}" if wanted else "no tensor that it matches"
+            raise VLBridgeError(
+                f"{folder}: ignore: expected {pattern!r} to match tensors that are not part of the model, found "
+                f"{text}. Name those that the error without this option lists."
+            )
+        found |= dict.fromkeys(matching)
+    return list(found)
 
 
 def check_scales(config: Config, weights: SafetensorsFolder) -> None:

@@ -5,15 +5,14 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from megatron_vlbridge.checkpoint.hf.header import encode_header
 from megatron_vlbridge.checkpoint.hf.reader import INDEX, SINGLE
-from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
 from megatron_vlbridge.checkpoint.stream.digest import Hasher
 from megatron_vlbridge.checkpoint.stream.engine import Block
-from megatron_vlbridge.checkpoint.stream.part import PART_BYTES, Part
+from megatron_vlbridge.checkpoint.stream.parts import PART_BYTES, Part, group, row_blocks
 from megatron_vlbridge.checkpoint.stream.raw import Filler, as_bytes, write_exactly
 from megatron_vlbridge.weights import Region, TensorSpec
 
@@ -25,14 +24,7 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_
 
     The names are the Hub's: `model.safetensors`, or `model-00001-of-00002.safetensors` and so on.
     """
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, spec in specs.items():
-        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += spec.nbytes
+    shards = group(specs, lambda name: specs[name].nbytes, max_shard_bytes)
     if len(shards) == 1:
         return dict.fromkeys(shards[0], SINGLE)
     total = len(shards)
@@ -62,8 +54,8 @@ class SafetensorsWriter:
         cut = [[(file, regions) for regions in self._cut(tensors)] for file, tensors in ordered.items()]
         ranges = [found for turn in zip_longest(*cut) for found in turn if found is not None]
         self._regions = [regions for _, regions in ranges]
-        self.sizes = [sum(map(self._nbytes, regions)) for regions in self._regions]
-        self.block_bytes = max((self._nbytes(region) for regions in self._regions for region in regions), default=0)
+        nbytes = [[self._nbytes(region) for region in regions] for regions in self._regions]
+        self.sizes, self.block_bytes = list(map(sum, nbytes)), max(chain(*nbytes), default=0)
         self._parts: list[Part] = []
         self._lengths = dict.fromkeys(by_file, 0)
         for index, (file, _) in enumerate(ranges):
@@ -75,16 +67,8 @@ class SafetensorsWriter:
 
     def _cut(self, tensors: Mapping[str, TensorSpec]) -> list[list[Region]]:
         """The blocks of one file by parts. The first part, which has the header too, may hold no block."""
-        parts: list[list[Region]] = [[]]
-        filled = 0
-        for name, spec in tensors.items():
-            for region in row_blocks(Region.whole(name, spec.shape), spec.dtype.itemsize):
-                if parts[-1] and filled + self._nbytes(region) > PART_BYTES:
-                    parts.append([])
-                    filled = 0
-                parts[-1].append(region)
-                filled += self._nbytes(region)
-        return parts
+        whole = ((Region.whole(name, spec.shape), spec.dtype.itemsize) for name, spec in tensors.items())
+        return group((block for tensor in whole for block in row_blocks(*tensor)), self._nbytes, PART_BYTES)
 
     def _nbytes(self, region: Region) -> int:
         return region.volume * self.specs[region.name].dtype.itemsize

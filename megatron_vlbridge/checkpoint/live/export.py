@@ -1,7 +1,7 @@
 """Full Hugging Face tensors out of a live, sharded model, a bucket at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import batched
+from itertools import batched, chain
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.dtypes import as_dtype
 from megatron_vlbridge.checkpoint.live.shards import Model, modules_of
 from megatron_vlbridge.checkpoint.live.weights import LiveWeights
+from megatron_vlbridge.checkpoint.stream.parts import group
 from megatron_vlbridge.checkpoint.stream.raw import gather_into
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
@@ -61,28 +62,20 @@ def export_hf_weights(
 def fused_groups(rules: RuleTable) -> list[list[str]]:
     """All HF tensors in the order of the rules; together those of one rule, of single experts those of one."""
     seen: set[str] = set()
-    groups = []
+    groups: list[list[str]] = []
     for rule in rules.rules:
         names = [name for name in dict.fromkeys(move.hf.name for move in rule.moves()) if name not in seen]
         seen.update(names)
         if names:
             size = len(rule.hf) if isinstance(rule, SingleExperts) else len(names)
-            groups += [list(group) for group in batched(names, size)]
+            groups += map(list, batched(names, size))
     return groups
 
 
 def fill_buckets(groups: Sequence[Sequence[str]], specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
     """Neighbouring groups together, up to `limit` bytes in a bucket unless one group is larger."""
-    buckets: list[list[str]] = []
-    filled = 0
-    for group in groups:
-        nbytes = sum(specs[name].nbytes for name in group)
-        if not buckets or filled + nbytes > limit:
-            buckets.append([])
-            filled = 0
-        buckets[-1] += group
-        filled += nbytes
-    return buckets
+    buckets = group(groups, lambda names: sum(specs[name].nbytes for name in names), limit)
+    return [list(chain(*bucket)) for bucket in buckets]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_vlbridge.checkpoint.config_differences import config_differences
+from megatron_vlbridge.checkpoint.comparison import config_differences
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.hf.source import HfSource, open_source
 from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks

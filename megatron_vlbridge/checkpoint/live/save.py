@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from itertools import batched
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.conversion import Conversion
 from megatron_vlbridge.checkpoint.dtypes import as_dtype
-from megatron_vlbridge.checkpoint.export_plan import plan_export_of
+from megatron_vlbridge.checkpoint.export_plan import ExportChoices, plan_export_of
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.hf.template import find_template
 from megatron_vlbridge.checkpoint.hf.writer import SafetensorsWriter
@@ -21,8 +22,8 @@ from megatron_vlbridge.checkpoint.live.shards import Model, modules_of
 from megatron_vlbridge.checkpoint.live.weights import LiveWeights
 from megatron_vlbridge.checkpoint.stream.checksums import write_checksums
 from megatron_vlbridge.checkpoint.stream.engine import Block
-from megatron_vlbridge.checkpoint.stream.part import Part
-from megatron_vlbridge.checkpoint.stream.staging import staged_folder, sync
+from megatron_vlbridge.checkpoint.stream.parts import Part
+from megatron_vlbridge.checkpoint.stream.staging import staged_folder, sync, write_failure
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family, read_config
 from megatron_vlbridge.weights import Region
@@ -57,6 +58,7 @@ def save_hf(
     Example: `save_hf(model, "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
     """
     target, (rank, _) = Path(folder), rank_and_size()
+    choices = ExportChoices(dtype, experts, max_shard_size, portable_config)
     with raise_on_all_ranks():
         if rank == 0:  # a Hub id is fetched once
             find_folder(like)
@@ -68,19 +70,9 @@ def save_hf(
         family = families.find(config)
         rules = family.table_for(config, template.table, experts or template.experts)
         wanted = as_dtype(dtype)
-    files = {"max_shard_size": max_shard_size, "portable_config": portable_config}
-    options = {"folder": str(target), "dtype": str(dtype), "experts": experts, **files}
-    weights = LiveWeights(model, rules, wanted, options)
+    weights = LiveWeights(model, rules, wanted, {"folder": str(target), **asdict(choices)})
     with raise_on_all_ranks():
-        plan = plan_export_of(
-            weights,
-            target,
-            template,
-            dtype=wanted,
-            experts=experts,
-            max_shard_size=max_shard_size,
-            portable_config=portable_config,
-        )
+        plan = plan_export_of(weights, target, template, choices)
     _Save(plan, weights, family).run()
     return target
 
@@ -98,7 +90,7 @@ class _Save:
             with raise_on_all_ranks():
                 staging = stack.enter_context(staged_folder(self.plan.target, _ORIGIN)) if first else None
                 if staging is not None:
-                    self.plan.check_space(staging)
+                    self.plan.check_space()
                     self.writer.prepare(staging.folder)
             folder = gather(None if staging is None else staging.folder)[0]
             assert folder is not None
@@ -135,8 +127,7 @@ class _Save:
             if isinstance(failure, VLBridgeError):
                 raise failure
             if failure is not None:
-                text = f"expected to write it, found: {failure}. Check free space and permissions, and retry."
-                raise VLBridgeError(f"{self.plan.target}: {text}") from failure
+                raise VLBridgeError(write_failure(self.plan.target, failure)) from failure
         finished = [part for share in gather(done) for part in share]
         return sorted(finished, key=lambda part: part.index)
 

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,10 @@ from megatron_vlbridge.checkpoint.comparison import Difference, Report
 from megatron_vlbridge.checkpoint.formats import TRACKER
 from megatron_vlbridge.checkpoint.stream.digest import ALGORITHM, ALGORITHMS, Digest, digest_range
 from megatron_vlbridge.checkpoint.stream.json_file import MAX_SIZE, load_json_object
-from megatron_vlbridge.checkpoint.stream.part import Part
+from megatron_vlbridge.checkpoint.stream.parts import Part
 from megatron_vlbridge.errors import VLBridgeError
 
 CHECKSUMS = "vlbridge-checksums.json"
-
-
-@dataclass(frozen=True)
-class _Range:
-    """`length` bytes of a file from byte `start`, with their checksum."""
-
-    start: int
-    length: int
-    digest: Digest
 
 
 def write_checksums(folder: Path, finished: Sequence[Part], origin: Mapping[str, Any]) -> None:
@@ -56,8 +46,8 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     origin = load_json_object(path).get("origin")
-    for name, ranges in _read_checksums(path).items():
-        expected = sum(part.length for part in ranges)
+    for name, parts in _read_checksums(path).items():
+        expected = sum(part.length for part in parts)
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != expected:
             text = "no such file" if found is None else str(found)
@@ -81,21 +71,21 @@ def verify_checksums(folder: str | Path) -> Report:
     folder = Path(folder)
     files = _read_checksums(folder / CHECKSUMS)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        found = list(pool.map(lambda item: _check_file(folder / item[0], *item), files.items()))
-    differences = [difference for part in found for difference in part]
-    nbytes = sum(part.length for ranges in files.values() for part in ranges)
+        found = list(pool.map(lambda item: _check_file(folder, *item), files.items()))
+    differences = [difference for of_file in found for difference in of_file]
+    nbytes = sum(part.length for parts in files.values() for part in parts)
     return Report(str(folder), str(folder / CHECKSUMS), len(files), nbytes, tuple(differences), unit="files")
 
 
-def _check_file(path: Path, name: str, ranges: Sequence[_Range]) -> list[Difference]:
-    length = sum(part.length for part in ranges)
+def _check_file(folder: Path, name: str, parts: Sequence[Part]) -> list[Difference]:
+    length, path = sum(part.length for part in parts), folder / name
     try:
         size = path.stat().st_size
         if not path.is_file():  # reading a pipe may never end
             return [Difference(name, "expected a regular file, found another kind")]
         if size != length:
             return [Difference(name, f"expected {length} bytes, found {size}")]
-        changed = [part for part in ranges if not _is_intact(path, part)]
+        changed = [part for part in parts if not part.is_intact(folder)]
     except OSError as error:
         return [Difference(name, f"expected a readable file, found: {error}")]
     return [
@@ -103,12 +93,8 @@ def _check_file(path: Path, name: str, ranges: Sequence[_Range]) -> list[Differe
     ]
 
 
-def _is_intact(path: Path, part: _Range) -> bool:
-    return digest_range(path, part.start, part.length, part.digest.algorithm) == part.digest
-
-
-def _read_checksums(path: Path) -> dict[str, list[_Range]]:
-    """The ranges of each file; earlier versions wrote SHA-256."""
+def _read_checksums(path: Path) -> dict[str, list[Part]]:
+    """The parts of each file; earlier versions wrote SHA-256."""
     if not path.is_file():
         raise VLBridgeError(f"{path}: expected checksums, found none. Name a second folder to compare with.")
     content = load_json_object(path)
@@ -120,12 +106,15 @@ def _read_checksums(path: Path) -> dict[str, list[_Range]]:
             "Copy the file again, or verify with the version that wrote it."
         )
     files = content[found[0]]
-    result: dict[str, list[_Range]] = {}
+    result: dict[str, list[Part]] = {}
     for name, ranges in files.items() if isinstance(files, dict) else ():
-        parts = Path(name).parts
-        if not isinstance(ranges, list) or not all(map(_is_range, ranges)) or ".." in parts or Path(name).is_absolute():
+        outside = ".." in Path(name).parts or Path(name).is_absolute()
+        if outside or not isinstance(ranges, list) or not all(map(_is_range, ranges)):
             raise VLBridgeError(f"{path}: {name}: expected ranges with their checksums, found {ranges!r:.80}.")
-        result[name] = [_Range(start, length, Digest(found[0], value)) for start, length, value in ranges]
+        result[name] = [
+            Part(index, name, start, length, digest=Digest(found[0], value))
+            for index, (start, length, value) in enumerate(ranges)
+        ]
     if not result:
         raise VLBridgeError(f"{path}: expected files with their checksums, found {files!r:.80}.")
     return result

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from megatron_vlbridge.checkpoint.stream.digest import ALGORITHM, digest_range
-from megatron_vlbridge.checkpoint.stream.part import Part
+from megatron_vlbridge.checkpoint.stream.parts import Part
 from megatron_vlbridge.checkpoint.stream.raw import SPAN_BYTES
 from megatron_vlbridge.checkpoint.stream.staging import Staging, sync
 from megatron_vlbridge.errors import UsageError
@@ -32,32 +32,25 @@ class Writer(Protocol):
     @property
     def sizes(self) -> Sequence[int]:
         """Bytes of weights in each part."""
-        ...
 
     @property
     def block_bytes(self) -> int:
         """The largest block of weights that a part holds at once."""
-        ...
 
     def part(self, index: int) -> Part:
         """The file and the first byte of one part."""
-        ...
 
     def contents(self, index: int) -> str:
         """Which values one part holds, in their order, as text."""
-        ...
 
     def prepare(self, folder: Path) -> None:
         """Create the files or folders of the parts; keeps what an interrupted run has written."""
-        ...
 
     def write(self, index: int, folder: Path, block: "Block") -> Part:
         """Write one part, over whatever is there; returns it with its length, digest and entries."""
-        ...
 
     def finish(self, folder: Path, written: Sequence[Part]) -> None:
         """Write what needs all parts: indexes, metadata."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,7 @@ class _Run:
 
     def part(self, index: int) -> Part:
         kept = self.staging.finished.get(index)
-        if kept is not None and self._is_in_place(kept) and self._is_intact(kept):
+        if kept is not None and self._is_in_place(kept) and kept.is_intact(self.staging.folder):
             self._report(index, resumed=True)
             return self._with_present_digest(kept)
         block = self.blocks.get()
@@ -190,11 +183,6 @@ class _Run:
     def _is_in_place(self, part: Part) -> bool:
         planned = self.writer.part(part.index)
         return (part.file, part.start) == (planned.file, planned.start)
-
-    def _is_intact(self, part: Part) -> bool:
-        path = self.staging.folder / part.file
-        assert part.digest is not None
-        return path.is_file() and digest_range(path, part.start, part.length, part.digest.algorithm) == part.digest
 
     def _with_present_digest(self, part: Part) -> Part:
         """An intact part, with a new digest where an earlier version used another algorithm."""

@@ -4,14 +4,15 @@ import json
 import re
 import stat
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from megatron_vlbridge.errors import VLBridgeError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-MAX_DIMS, MAX_SIZE = 64, 2**63
-"""What a tensor of torch can have."""
+MAX_SIZE = 2**63  # of a dim of a torch tensor
+_MAX_DIMS = 64
 _LONGEST_FILE_NAME = 255
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -26,6 +27,13 @@ def is_file_name(value: object, suffix: str) -> TypeGuard[str]:
     if not isinstance(value, str) or not is_plain(value) or len(value) > _LONGEST_FILE_NAME:
         return False
     return re.fullmatch(r"[^/\\]+" + re.escape(suffix), value) is not None
+
+
+def are_sizes(value: object, kind: type[list[Any]] | type[tuple[Any, ...]]) -> TypeGuard[Sequence[int]]:
+    """Whether a value of this kind holds sizes or offsets that a tensor of torch can have."""
+    if not isinstance(value, kind) or len(value) > _MAX_DIMS:
+        return False
+    return all(type(item) is int and 0 <= item < MAX_SIZE for item in value)
 
 
 def load_json_object(path: Path, text: bytes | None = None) -> dict[str, Any]:

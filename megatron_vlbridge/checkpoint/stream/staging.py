@@ -13,9 +13,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_vlbridge.checkpoint.stream.origin import current, first_difference
-from megatron_vlbridge.checkpoint.stream.part import Part
+from megatron_vlbridge.checkpoint.stream.parts import Part
 from megatron_vlbridge.errors import VLBridgeError
+
+_FORMER_OPTIONS = {"--leave-out": "--ignore"}
 
 
 class Staging:
@@ -41,7 +42,7 @@ def staged_folder(target: Path, origin: Mapping[str, Any], *, resume: bool = Fal
     a run with `resume`; if there are none, nothing is kept.
 
     Raises VLBridgeError where `target` is taken, another run is writing it, an interrupted run's work is there and
-    `resume` is false or the origin has changed, and for what the file system refuses (a full disk, missing rights).
+    `resume` is false or the origin has changed, and where the file system fails (a full disk, missing permissions).
     """
     work = _work_of(target)
     try:
@@ -58,18 +59,20 @@ def staged_folder(target: Path, origin: Mapping[str, Any], *, resume: bool = Fal
                 _check_free(target)
                 staging.folder.rename(target)  # replaces an empty folder; fails if it is no longer empty
                 sync(target.parent)
-            except VLBridgeError as error:
-                raise VLBridgeError(f"{error} {_what_is_left(work, staging)}") from error
-            except OSError as error:
-                text = f"{target}: expected to write it, found: {error}. Check free space and permissions, and retry."
+            except (VLBridgeError, OSError) as error:
+                text = str(error) if isinstance(error, VLBridgeError) else write_failure(target, error)
                 raise VLBridgeError(f"{text} {_what_is_left(work, staging)}") from error
             except BaseException:
                 _what_is_left(work, staging)
                 raise
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        text = f"{target}: expected to write it, found: {error}. Check free space and permissions, and retry."
-        raise VLBridgeError(text) from error
+        raise VLBridgeError(write_failure(target, error)) from error
+
+
+def write_failure(target: Path, error: OSError) -> str:
+    """The message where a result cannot be written."""
+    return f"{target}: expected to write it, found: {error}. Check free space and permissions, and retry."
 
 
 def earlier_work(target: Path, origin: Mapping[str, Any], *, resume: bool = False) -> dict[int, Part]:
@@ -87,15 +90,17 @@ def earlier_work(target: Path, origin: Mapping[str, Any], *, resume: bool = Fals
                 held.enter_context(_locked(target, work))
             return _continued(target, work, origin, resume)
     except OSError as error:
-        text = f"{target}: expected to write it, found: {error}. Check free space and permissions, and retry."
-        raise VLBridgeError(text) from error
+        raise VLBridgeError(write_failure(target, error)) from error
+
+
+def existing_parent(target: Path) -> Path:
+    """The folder that exists and in which `target`, with the folders around it, will be made."""
+    return next(place for place in target.absolute().parents if place.exists())
 
 
 def _check_place(target: Path) -> None:
     """Reject a target whose folder cannot be created or written."""
-    place = target.absolute().parent
-    while not place.exists():
-        place = place.parent
+    place = existing_parent(target)
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise VLBridgeError(f"{target}: expected a folder with write permission, found {place}. Use another.")
 
@@ -215,6 +220,25 @@ def _read_journal(path: Path) -> tuple[Any, dict[int, Part]]:
         if not finished:
             return None, {}
     return origin, finished
+
+
+def current(origin: Any) -> Any:
+    """An origin that an earlier version may have noted, with the options' present names."""
+    options = origin.get("options") if isinstance(origin, dict) else None
+    if not isinstance(options, dict):
+        return origin
+    return {**origin, "options": {_FORMER_OPTIONS.get(name, name): value for name, value in options.items()}}
+
+
+def first_difference(before: Any, now: Any, where: str = "") -> str:
+    """The first place in which two origins differ, as text. Options have the names of the command line."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*now, *(key for key in before if key not in now)]:
+            if before.get(key) != now.get(key):
+                inner = f"{where}.{key}" if where not in ("", "options") else str(key)
+                return first_difference(before.get(key), now.get(key), inner)
+    shown, former = ("nothing" if value is None else f"{value!r:.120}" for value in (now, before))
+    return f"{where or 'origin'} {shown} where it was {former}"
 
 
 def sync_tree(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Megatron's `torch_dist` checkpoints: read and written region by region, through torch's distributed checkpoint (DCP).
+"""Megatron's `torch_dist` checkpoints, read region by region through torch's distributed checkpoint (DCP).
 
 A folder holds DCP's `.metadata` (a pickle, `metadata.py`) and `*.distcp` files, and Megatron's `metadata.json`.
 """
@@ -7,16 +7,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_vlbridge.checkpoint.formats import FORMAT
-from megatron_vlbridge.checkpoint.stream.json_file import MAX_DIMS, MAX_SIZE, is_file_name, load_json_object
+from megatron_vlbridge.checkpoint.formats import FORMAT, locate
+from megatron_vlbridge.checkpoint.stream.json_file import are_sizes, is_file_name, load_json_object
 from megatron_vlbridge.checkpoint.stream.raw import Stored, gather_into, span_of
-from megatron_vlbridge.checkpoint.torch_dist.locate import locate
 from megatron_vlbridge.checkpoint.torch_dist.metadata import read_metadata
 from megatron_vlbridge.checkpoint.torch_dist.unpickler import shown
 from megatron_vlbridge.errors import VLBridgeError
@@ -201,7 +200,7 @@ class TorchDistFolder:
                 continue
             size, chunks = getattr(entry, "size", None), getattr(entry, "chunks", None)
             dtype = getattr(getattr(entry, "properties", None), "dtype", None)
-            if not _are_sizes(size) or not isinstance(dtype, torch.dtype) or not isinstance(chunks, list):
+            if not are_sizes(size, tuple) or not isinstance(dtype, torch.dtype) or not isinstance(chunks, list):
                 found = f"{shown(size)}, {shown(dtype)}, {shown(chunks)}"
                 raise self._error(name, f"expected a shape, a dtype and a list of chunks, found {found}")
             stored[name] = TensorSpec(tuple(size), dtype)
@@ -211,9 +210,10 @@ class TorchDistFolder:
 
     def _note_chunk(self, name: str, spec: TensorSpec, chunk: Any) -> None:
         offset, shape = (getattr(chunk, key, None) for key in ("offsets", "sizes"))
-        if not _are_sizes(offset) or not _are_sizes(shape) or not len(offset) == len(shape) == len(spec.shape):
+        dims = len(spec.shape)
+        if not (are_sizes(offset, tuple) and are_sizes(shape, tuple) and len(offset) == len(shape) == dims):
             found = f"{shown(offset)} and {shown(shape)}"
-            raise self._error(name, f"expected chunks with {len(spec.shape)} offsets and sizes, found {found}")
+            raise self._error(name, f"expected chunks with {dims} offsets and sizes, found {found}")
         info: Any = self._reader.storage_data.get(MetadataIndex(name, offset))
         file = getattr(info, "relative_path", None)
         if not is_file_name(file, ".distcp"):
@@ -223,7 +223,7 @@ class TorchDistFolder:
         if size < 0:
             raise VLBridgeError(f"{path}: expected it to hold {name}, found no such file. Copy the folder again.")
         place: Any = (getattr(info, "offset", None), getattr(info, "length", None))
-        if not _are_sizes(place) or getattr(info, "transform_descriptors", None):
+        if not are_sizes(place, tuple) or getattr(info, "transform_descriptors", None):
             found = f"{shown(place)}, {shown(getattr(info, 'transform_descriptors', None))}"
             raise self._error(name, f"expected an offset and a length in {file}, untransformed, found {found}")
         noted = _Chunk(name, tuple(offset), tuple(shape), spec.dtype, file, *place)
@@ -256,9 +256,3 @@ class TorchDistFolder:
             except VLBridgeError as error:
                 raise self._error(name, str(error)) from error
         return {name: TensorSpec(shapes[name], found.pop()) for name, found in dtypes.items()}
-
-
-def _are_sizes(value: object) -> TypeGuard[Shape]:
-    if not isinstance(value, tuple) or len(value) > MAX_DIMS:
-        return False
-    return all(type(item) is int and 0 <= item < MAX_SIZE for item in value)

@@ -4,10 +4,10 @@ import io
 import json
 import os
 import re
-from collections.abc import Buffer, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Buffer, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -19,10 +19,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization
 
 from megatron_vlbridge.checkpoint.formats import FORMAT, TRACKER
-from megatron_vlbridge.checkpoint.stream.blocks import row_blocks
 from megatron_vlbridge.checkpoint.stream.digest import Hasher
 from megatron_vlbridge.checkpoint.stream.engine import Block
-from megatron_vlbridge.checkpoint.stream.part import PART_BYTES, Part
+from megatron_vlbridge.checkpoint.stream.parts import PART_BYTES, Part, group, row_blocks
 from megatron_vlbridge.checkpoint.stream.raw import WRITE_BYTES, Filler
 from megatron_vlbridge.weights import Region, TensorSpec
 
@@ -40,28 +39,16 @@ class ReleaseWriter:
     def __init__(self, specs: Mapping[str, TensorSpec], fill: Filler) -> None:
         self.specs, self._fill = specs, fill
         self._objects = {**_common_state(), **_extra_states(specs)}
-        chunks = [list(_chunk_grid(name, spec)) for name, spec in specs.items()]
-        self.block_bytes = max((self._nbytes(region) for regions in chunks for region in regions), default=0)
-        parts = self._cut(region for regions in chunks for region in regions)
-        self.sizes = [sum(map(self._nbytes, part)) for part in parts]
+        chunks = (chunk for name, spec in specs.items() for chunk in _chunk_grid(name, spec))
+        parts = group(chunks, self._nbytes, PART_BYTES)
+        nbytes = [[self._nbytes(chunk) for chunk in part] for part in parts]
+        self.sizes, self.block_bytes = list(map(sum, nbytes)), max(chain(*nbytes), default=0)
         plans = [SavePlan([self._item(region) for region in part], planner_data={}) for part in parts]
         plans[0].items[:0] = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._objects]
         # The planner's own call would compare every two chunks of a tensor, for minutes where there are many experts.
         plans, metadata = create_default_global_save_plan(plans)
         self._plans = _Storage(Path()).prepare_global_plan(plans)  # it names the files
         self._metadata = replace(metadata, planner_data={})
-
-    def _cut(self, regions: Iterable[Region]) -> list[list[Region]]:
-        """Neighbours together, up to 256 MiB in a part."""
-        parts: list[list[Region]] = [[]]
-        filled = 0
-        for region in regions:
-            if parts[-1] and filled + self._nbytes(region) > PART_BYTES:
-                parts.append([])
-                filled = 0
-            parts[-1].append(region)
-            filled += self._nbytes(region)
-        return parts
 
     def _nbytes(self, region: Region) -> int:
         return region.volume * self.specs[region.name].dtype.itemsize

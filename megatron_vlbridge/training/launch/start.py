@@ -15,7 +15,7 @@ from megatron.training.training import get_optimizer_param_scheduler
 
 from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.hf.source import open_source
-from megatron_vlbridge.checkpoint.torch_dist import TorchDistFolder
+from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
 from megatron_vlbridge.weights import Plan, TensorSpec
