@@ -63,15 +63,16 @@ def test_packs_of_many_short_segments(pool: Pool, slow: Path, layout: Layout) ->
 @pytest.mark.parametrize("layout", [Layout(), SPREAD], ids=str)
 def test_other_segments_change_no_bit(pool: Pool, slow: Path, layout: Layout) -> None:
     """Of a segment's logits and of the gradients of its loss, where no other has a label."""
-    lengths = (5, 70, 1, 30, 9)
-    kept = 1, 3
+    # The second, fourth and sixth lie across the ends of chunks.
+    lengths = (5, 70, 30, 40, 1, 60, 9)
+    kept = 2, 3, 5
     runs = []
     for seed in (1, 2):
         group = texts(lengths, seed)
         for number in kept:
             group[number] = texts(lengths)[number]
         group = [c if i in kept else replace(c, labels=torch.full_like(c.labels, -100)) for i, c in enumerate(group)]
-        runs.append(pool.run(ranks.forward_backward, layout, folder=slow, packs=[reference.pack(group, 128)]))
+        runs.append(pool.run(ranks.forward_backward, layout, folder=slow, packs=[reference.pack(group, 256)]))
     (before,), (after,) = (ranks.of_packs(run, "logits", layout, [lengths]) for run in runs)
     rows = (x[: sum(lengths)].split(lengths) for x in (before, after))
     for number, (mine, theirs) in enumerate(zip(*rows, strict=True)):
