@@ -98,7 +98,8 @@ Each row is a parallel layout on CPU processes over gloo, in fp32. Packs with im
 go through Megatron's own schedules, forward and backward, and logits, loss and every parameter's gradient (gathered to
 full tensors, in transformers' names) are compared with transformers, run conversation by conversation. The figures are
 the largest norm of a difference over the norm of transformers' result, over all variants of the row; each must be
-below {TOLERANCE:.0e}, where the gated delta rule is run below {DELTA_RULE:.0e}.
+below {TOLERANCE:.0e}, for models with linear attention below {DELTA_RULE:.0e}. Of those transformers runs the recurrent
+rule, token by token: the gradients of its chunked rule are less exact.
 
 A row is run without recomputation, with full and with selective recomputation, each with and without multi-token
 prediction, each with tied and with untied embeddings: twelve variants (on four and eight processes the six of them
