@@ -1,1 +1,1 @@
-"""The whole path on a laptop (`python -m megatron_vlbridge.demo`): digits, a small Qwen3-VL, Megatron and back."""
+"""The whole path on a laptop (`python -m megatron_vlbridge.demo`): digits, a small model, Megatron and back."""

@@ -40,10 +40,16 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_vlbridge.demo",
-        description="Teach a small Qwen3-VL to read handwritten digits, on the CPU: Hugging Face checkpoint -> "
+        description="Teach a small model of a family to read handwritten digits, on the CPU: Hugging Face checkpoint -> "
         "Megatron checkpoint -> Megatron's own pretrain -> Hugging Face checkpoint -> the same answers in both.",
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for all results (%(default)s)")
+    parser.add_argument(
+        "--family",
+        choices=("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+        default="qwen3_vl",
+        help="(%(default)s)",
+    )
     parser.add_argument("--tp", type=int, choices=(1, 2), default=1, help="tensor-parallel processes (%(default)s)")
     parser.add_argument("--pp", type=int, choices=(1, 2), default=1, help="pipeline stages (%(default)s)")
     parser.add_argument("--iterations", type=_at_least(1), default=450, help="training iterations (%(default)s)")

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin, Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, ProcessorMixin
 
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.demo.digits import answer, blank, images_of, question
@@ -53,7 +53,7 @@ class Answers:
 def ask_transformers(folder: Path, conversations: Sequence[Conversation]) -> Answers:
     """Load a Hugging Face checkpoint as any user of transformers does, and ask it."""
     processor = AutoProcessor.from_pretrained(folder)
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
     def generate(batch: BatchFeature) -> Tensor:
         tokens = model.generate(**batch, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)

@@ -20,7 +20,7 @@ from megatron_vlbridge.demo.drawing import draw_answer_sheet, draw_loss_curve
 from megatron_vlbridge.demo.output import Folder, Progress
 from megatron_vlbridge.demo.process import Recipe, follow, train
 from megatron_vlbridge.demo.report import Difference, Result, report_text
-from megatron_vlbridge.demo.start import IMAGE_SIZE, write_checkpoint
+from megatron_vlbridge.demo.start import FAMILIES, IMAGE_SIZE, write_checkpoint
 from megatron_vlbridge.training.log_lines import duration
 
 
@@ -33,6 +33,7 @@ class Options:
     pp: int = 1
     iterations: int = 450
     seed: int = 0
+    family: str = "qwen3_vl"
     train_scans: int = 1500
     train_pairs: int = 1500
     held_out_scans: int = 297
@@ -46,11 +47,12 @@ def run(options: Options, progress: Progress) -> Result:
         VLBridgeError: a stage failed, or `options.out` holds something else.
     """
     folder, recipe = Folder(options.out), Recipe(options.tp, options.pp, options.iterations, options.seed)
+    model = FAMILIES[options.family][0]
     folder.prepare()
     with progress.stage("Real handwritten digits become conversations"):
         train_count, held_out = _write_data(options, folder, progress)
-    with progress.stage("A small Qwen3-VL with random weights, as a Hugging Face checkpoint"):
-        parameters = write_checkpoint(folder.hf_start, options.seed)
+    with progress.stage(f"A small {model} with random weights, as a Hugging Face checkpoint"):
+        parameters = write_checkpoint(folder.hf_start, options.seed, options.family)
         progress.note(f"{parameters:,} parameters, fp32, with its processor: {folder.hf_start}")
     with progress.stage("Import: Hugging Face -> Megatron"):
         import_checkpoint(folder.hf_start, folder.megatron_start)
@@ -65,6 +67,7 @@ def run(options: Options, progress: Progress) -> Result:
         transformers, megatron = ask_transformers(folder.hf_trained, held_out), _ask_megatron(folder)
         result = Result(
             recipe=recipe,
+            model=model,
             parameters=parameters,
             train_conversations=train_count,
             held_out_conversations=len(held_out),
@@ -77,7 +80,7 @@ def run(options: Options, progress: Progress) -> Result:
             logits=Difference.of(megatron.logits, transformers.logits),
         )
     with progress.stage("Report"):
-        draw_loss_curve(losses, folder.loss, title="Qwen3-VL learns to read digits: training loss")
+        draw_loss_curve(losses, folder.loss, title=f"{model} learns to read digits: training loss")
         _draw_answers(held_out, transformers.texts, folder.answers)
     result = replace(result, seconds=progress.seconds)
     folder.report.write_text(report_text(result), encoding="utf-8")

@@ -47,6 +47,7 @@ class Result:
     """Everything that the run measured. Accuracies 0 to 1; losses in nats per answer token."""
 
     recipe: Recipe
+    model: str
     parameters: int
     train_conversations: int
     held_out_conversations: int
@@ -93,7 +94,7 @@ def report_text(result: Result) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return "\n".join(
         [
-            "# A small Qwen3-VL learns to read digits",
+            f"# A small {result.model} learns to read digits",
             "",
             "Hugging Face checkpoint → Megatron checkpoint → Megatron's own `pretrain` → Hugging Face checkpoint, and "
             "the same answers in both. All of it on the CPU.",
@@ -106,7 +107,8 @@ def report_text(result: Result) -> str:
             "",
             f"- **Data**: scikit-learn's handwritten digits as {result.train_conversations:,} conversations to learn "
             f"from and {result.held_out_conversations:,} about digits it never saw, with one or two images.",
-            f"- **Model**: Qwen3-VL with {result.parameters:,} parameters, random at the start (seed {recipe.seed}).",
+            f"- **Model**: {result.model} with {result.parameters:,} parameters, random at the start (seed "
+            f"{recipe.seed}).",
             f"- **Training**: {recipe.iterations} iterations of {PACKS_PER_ITERATION} packs of {SEQ_LENGTH} tokens, "
             f"{_layout(recipe)}. Loss {result.losses[0]:.3f} at first, {result.losses[-1]:.5f} at last.",
             f"- **Accuracy** (the whole answer, word for word): {result.accuracy_megatron:.2%} in Megatron, "

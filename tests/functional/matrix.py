@@ -30,18 +30,23 @@ def layouts(kind: str) -> list[Layout]:
     return rows + list(KINDS[kind].others)
 
 
-def variants(layout: Layout) -> list[Variant]:
+_TWO = (Variant(), Variant("block", mtp=True, tied=True))
+
+
+def variants(kind: str, layout: Layout) -> list[Variant]:
     """The variants that are run within a layout; a padded batch is offered where context parallelism does not cut it.
 
     On more than two processes half of them, which hold every pair of recomputation, multi-token prediction and tied
-    embeddings.
+    embeddings. Of a kind with a `small` set every layout has two, beside those of that set.
     """
+    if small := KINDS[kind].small:
+        return list(dict.fromkeys([*_TWO, *(variant for row, variant in small if row == layout)]))
     packs = [
         Variant(recompute, mtp, tied)
         for recompute, mtp, tied in product(("", "uniform", "selective"), (False, True), (False, True))
     ]
     if any(layout in kind.others for kind in KINDS.values()):
-        return [Variant(), Variant("block", mtp=True, tied=True), *[Variant(padded=True)] * (layout.cp == 1)]
+        return [*_TWO, *[Variant(padded=True)] * (layout.cp == 1)]
     if layout.world > 2:
         packs = [v for v in packs if (v.mtp == v.tied) != (v.recompute == "uniform")]
     if layout.cp > 1:
@@ -58,7 +63,7 @@ def small_set() -> Iterator[tuple[str, Layout, Variant]]:
     for kind, entry in KINDS.items():
         yield from ((kind, layout, variant) for layout, variant in entry.small)
         for number, layout in enumerate([] if entry.small else layouts(kind)):
-            choice = variants(layout)
+            choice = variants(kind, layout)
             if layout.world <= 4 or layout in entry.large:
                 yield kind, layout, choice[(5 * number + 1) % len(choice)]
 

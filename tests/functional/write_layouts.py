@@ -1,8 +1,9 @@
 """Runs every row of the matrix with its variants and writes docs/layouts.md.
 
-Use: python -m tests.functional.write_layouts.
+Use: python -m tests.functional.write_layouts [--kinds dense linear]
 
-Ends with an error where a figure is not within the tolerance. With `--check` the page is left as it is.
+Ends with an error where a figure is not within the tolerance. With `--check` the page is left as it is; with `--kinds`
+so are the sections of other kinds.
 """
 
 # What imports Megatron is imported inside the functions: the workers import this file too.
@@ -40,7 +41,7 @@ def measure(kind: str) -> tuple[list[str], list[str], int]:
         folders = matrix.write_folders(Path(where), [kind])
         for layout in matrix.layouts(kind):
             start = time.monotonic()
-            chosen = matrix.variants(layout)
+            chosen = matrix.variants(kind, layout)
             try:
                 errors = matrix.run(pool, kind, layout, chosen, folders)
             except AssertionError as error:
@@ -82,16 +83,31 @@ def _line(kind: str, layout: Layout, chosen: list[Any], errors: list[Any] | None
     return f"{first_cells(kind, layout)} {padded}{kept} | {' | '.join(f'{x:.1e}' for x in worst)} |"
 
 
-def page(tables: dict[str, list[str]], count: int, seconds: float) -> str:
-    """The whole page."""
-    from tests.functional.parity import DELTA_RULE, TOLERANCE
-
+def made(kind: str, count: int) -> str:
+    """The line of the page that says when a section was made."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("megatron-core", "transformers", "torch")
     )
+    return f"- {KINDS[kind].model}: {count} runs, {dt.date.today()}, {platform.machine()} CPU, {versions}"
+
+
+def on_the_page(kind: str) -> tuple[list[str], str]:
+    """The table's lines for this kind of model, and when they were made, as the page has them."""
+    text, model = PAGE.read_text(), KINDS[kind].model
+    section = text.split(f"\n## {model}\n")[1].split("\n## ")[0].strip()
+    return section.splitlines()[2:], next(x for x in text.splitlines() if x.startswith(f"- {model}: "))
+
+
+def page(sections_of: dict[str, tuple[list[str], str]]) -> str:
+    """The whole page, of the table's lines of each kind and when they were made."""
+    from tests.functional.parity import DELTA_RULE, TOLERANCE
+
     names = [*COLUMNS, "input", "logits", "loss", "worst gradient"]
     head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
-    sections = "\n\n".join(f"## {KINDS[kind].model}\n\n{head}\n" + "\n".join(lines) for kind, lines in tables.items())
+    sections = "\n\n".join(
+        f"## {KINDS[kind].model}\n\n{head}\n" + "\n".join(lines) for kind, (lines, _) in sections_of.items()
+    )
+    dates = "\n".join(date for _, date in sections_of.values())
     return f"""# Layouts that are proved
 
 Each row is a parallel layout on CPU processes over gloo, in fp32. Packs with images, videos and text-only conversations
@@ -105,17 +121,19 @@ A row is run without recomputation, with full and with selective recomputation, 
 prediction, each with tied and with untied embeddings: twelve variants (on four and eight processes the six of them
 that hold every pair), and where context parallelism does not cut them two more with padded `[B, S]` batches. Rows with
 "some variants" repeat a combination in other sizes or splits; they are run plain, with blockwise recomputation,
-multi-token prediction and tied embeddings together, and padded. An empty cell is a size of one; `stages` is Megatron's
+multi-token prediction and tied embeddings together, and padded. The rows of Qwen3.5 are run plain and with the latter
+three together, and ten or nine of them as `make test` runs them, which have every pair of dimensions. An empty cell is a size of one; `stages` is Megatron's
 pipeline layout string (an `m` is put before the `L` for multi-token prediction).
 
 The losses of the router (load balancing and z) are compared with their formulas in every row with experts, plain
 (`tests/functional/test_router_loss.py`).
 
-Any combination of dimensions that is no row here is refused at start, unless `--allow-unproved-combination` is given;
+Any combination of dimensions that is no row here is rejected at start, unless `--allow-unproved-combination` is given;
 sizes beyond these are arithmetic.
 
-Made by `make test-layouts` ({count} runs, {seconds / 60:.0f} minutes) on {dt.date.today()}, {platform.machine()} CPU,
-{versions}.
+Made by `make test-layouts`:
+
+{dates}
 
 {sections}
 """
@@ -125,20 +143,21 @@ def main() -> int:
     """Run, and write the page unless `--check`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="leave docs/layouts.md as it is")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which sections (all)")
     arguments = parser.parse_args()
     start = time.monotonic()
     # Two at once: while one compares, the other's workers run.
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as processes:
-        results = dict(zip(KINDS, processes.map(measure, KINDS), strict=True))
-    seconds = time.monotonic() - start
-    tables = {kind: lines for kind, (lines, _, _) in results.items()}
+        results = dict(zip(arguments.kinds, processes.map(measure, arguments.kinds), strict=True))
     failures = [failure for _, found, _ in results.values() for failure in found]
     count = sum(runs for _, _, runs in results.values())
-    print(f"{count} runs, {seconds:.0f} s, {len(failures)} failures")
+    print(f"{count} runs, {time.monotonic() - start:.0f} s, {len(failures)} failures")
     print("\n".join(failures), file=sys.stderr)
     if not arguments.check and not failures:
+        measured = {kind: (lines, made(kind, runs)) for kind, (lines, _, runs) in results.items()}
+        sections = {kind: measured[kind] if kind in measured else on_the_page(kind) for kind in KINDS}
         _, heading, section = PAGE.read_text().partition(TE_HEADING)
-        PAGE.write_text(f"{page(tables, count, seconds)}\n{heading}{section}")
+        PAGE.write_text(f"{page(sections)}\n{heading}{section}")
     return 1 if failures else 0
 
 

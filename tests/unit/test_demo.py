@@ -25,6 +25,7 @@ from tests.unit.time_limit import limit
 LINE = "iteration {:2}/20  loss {}  grad norm 0.921  5,386 tokens/s  1 min 15 s left\n"
 RECIPE = Recipe(tp=1, pp=1, iterations=20, seed=0)
 GOOD = Result(
+    model="Qwen3-VL",
     recipe=RECIPE,
     parameters=1_080_064,
     train_conversations=3000,
