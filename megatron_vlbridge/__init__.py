@@ -1,6 +1,6 @@
 """Train Qwen vision-language models on Megatron-Core, from a Hugging Face checkpoint and back to one.
 
-Every supported layout is proved equal to transformers on CPU processes; what is not proved is rejected.
+Every supported layout is verified equal to transformers on CPU processes; what is not verified is rejected.
 """
 
 import importlib

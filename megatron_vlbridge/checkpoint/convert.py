@@ -34,7 +34,7 @@ def import_checkpoint(
     `options` says with how many threads and how much memory; `resume` continues a run that was interrupted, with the
     same result.
 
-    Raises VLBridgeError, and leaves nothing under the new name, when the two do not fit each other exactly, a file is
+    Raises VLBridgeError, and leaves nothing under the new name, when the two do not match exactly, a file is
     missing or damaged, the target exists or is being written, or the disk is full.
 
     Example: `import_checkpoint("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron")`.
@@ -66,7 +66,7 @@ def export_checkpoint(
     is written so that transformers 4.57 and 5.x read the same model from it. `options` and `resume` are
     those of `import_checkpoint`.
 
-    Raises VLBridgeError, and leaves nothing under the new name, when the two do not fit each other exactly, a file is
+    Raises VLBridgeError, and leaves nothing under the new name, when the two do not match exactly, a file is
     missing or damaged, the target exists or is being written, the disk is full, or it is not known which config
     belongs to the weights.
 

@@ -24,6 +24,7 @@ from megatron_vlbridge.config import Config
 from megatron_vlbridge.families import read_config
 from megatron_vlbridge.families.experts import has_single_experts
 from megatron_vlbridge.weights import Plan, Region, RuleTable, TensorSpec
+from megatron_vlbridge.weights.plan import any_dtype
 
 _BLOCK_BYTES = 16 * 2**20
 _HF_UNIT = "Hugging Face tensors"
@@ -119,7 +120,7 @@ def _open(name: str | Path, config: Config | None, ignore: Sequence[str], expert
     if known is None:  # two folders of training runs: compared as they are, padding included
         return _Side(weights.folder, weights.table, weights.read_into, None)
     table = families.find(known).table(known)
-    hf = {name: TensorSpec(shape, torch.float32) for name, shape in table.hf_shapes.items()}
+    hf = any_dtype(table.hf_shapes)
     Plan(table, hf, weights.table, cast=True, hf_source="the config", megatron_source=str(weights.folder))
     found = {name: TensorSpec(shape, weights.table[name].dtype) for name, shape in table.megatron_shapes.items()}
     return _Side(weights.folder, found, weights.read_into, own)
@@ -203,7 +204,7 @@ def _compare_tables(left: _Side, right: _Side) -> Iterable[Difference]:
 
 
 def _compare(name: str, spec: TensorSpec, left: _Side, right: _Side) -> Difference | None:
-    """The first number that differs, and how many do."""
+    """The first value that differs, and how many do."""
     count, first = 0, ""
     for region in row_blocks(Region.whole(name, spec.shape), spec.dtype.itemsize, _BLOCK_BYTES):
         ours, theirs = (torch.empty(region.shape, dtype=spec.dtype) for _ in range(2))

@@ -24,7 +24,7 @@ from megatron_vlbridge.data.turns import (
 )
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.layout.positions import check_vision_tokens
+from megatron_vlbridge.layout.positions import mrope_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +176,8 @@ def _check_media(sample: Sample, num_images: int, num_videos: int, processor: Pr
                 f"{count} {kind}s in the messages: expected {count} grids and patches [{rows}, {width}], "
                 f"found {len(grid)} grids {grid.tolist()} and patches {list(pixels.shape)}"
             )
-    check_vision_tokens(
+    # Raises where placeholders and grids do not match.
+    mrope_positions(
         sample.input_ids,
         [len(sample.input_ids)],
         sample.image_grid_thw,

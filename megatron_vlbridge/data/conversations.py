@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlbridge.data.images import is_url
-from megatron_vlbridge.data.media import Conversation, Message
+from megatron_vlbridge.data.media import Conversation, Message, shown
 from megatron_vlbridge.data.messages import MEDIA_FORM, check_conversation, check_keys, message_name, message_parts
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -29,28 +29,21 @@ class FileConversation(list[Message]):
 
 
 def read_conversations(path: str | Path, *, split: str = "", literal_tags: bool = False) -> list[Conversation]:
-    """Read a JSONL file with `{"messages": [...]}` on each line, in the format of `chat.encode_conversation`.
+    """Read a JSONL file (UTF-8) with `{"messages": [...]}` on each line, in the format of `chat.encode_conversation`.
 
     Paths of images and frames are relative to the folder of the file. Blank lines and a byte order mark are skipped.
     Every conversation keeps its file and line, so that errors raised when it is encoded can name them.
 
-    Args:
-        path: the file, in UTF-8.
-        split: named in errors next to the file, such as "train" or "validation".
-        literal_tags: treat `<image>` and similar tags in texts as plain text. By default they are rejected: in files
-            converted from other formats they are placeholders for media listed elsewhere, and the model would be
-            trained on the tag. A tag after a backtick, and markup between a tag and its closing tag
-            (`<video>...</video>`, but not `<video>a.mp4</video>`), are always plain text.
+    `split`, such as "train" or "validation", is named in errors. With `literal_tags`, `<image>` and similar tags in
+    texts are plain text. By default they are rejected: in files converted from other formats they are placeholders for
+    media listed elsewhere, and the model would be trained on the tag. A tag after a backtick, and markup between a tag
+    and its closing tag (`<video>...</video>`, but not `<video>a.mp4</video>`), are always plain text.
 
     Raises:
         VLBridgeError: the file is missing, not UTF-8 or has no conversation; a line does not have this format, has an
             unknown key or a duplicate key. The error names file and line (from 1), message and part (from 0).
 
-    Example line::
-
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text":
-        "Who?"}]},
-                      {"role": "assistant", "content": "A cat."}]}
+    Example line: `{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]}`.
     """
     path = Path(path)
     name = f"{split} data {path}" if split else str(path)
@@ -127,7 +120,7 @@ def _integer(digits: str) -> int:
 
 def _messages(value: object) -> Any:
     if not isinstance(value, dict):
-        raise VLBridgeError(f'expected {{"messages": [...]}}, found {type(value).__name__} {str(value)[:80]!r}')
+        raise VLBridgeError(f'expected {{"messages": [...]}}, found {shown(value)}')
     if "messages" not in value:
         raise VLBridgeError(
             f'expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}, found the keys {sorted(value)}'

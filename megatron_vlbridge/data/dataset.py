@@ -82,7 +82,6 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.num_assistant_turns = self.num_excluded_turns = 0
         self._first_excluded_turn = ""
         self.lengths: list[int] = []
-        self._supervised: list[int] = []
         for index in range(len(conversations)):
             self._measure(index)
         self._epoch_starts = [0]
@@ -117,10 +116,6 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
             self._cached_epoch = epoch, packs
         return packs
 
-    def supervised_tokens(self, index: int) -> int:
-        """The number of supervised tokens of pack `index`, without encoding it."""
-        return sum(self._supervised[member] for member in self.members(index))
-
     @property
     def excluded_turns_report(self) -> str:
         """The number of assistant turns excluded from the loss, and the first of them; empty if there are none."""
@@ -135,7 +130,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         return -(-length // self.multiple_of) * self.multiple_of
 
     def _measure(self, index: int) -> None:
-        """Encode a conversation and record its length, its supervised tokens and its excluded turns."""
+        """Encode a conversation and record its length and its excluded turns."""
         sample = self._encode(index)
         length = len(sample.input_ids)
         if self._padded_length(length) > self.seq_length:
@@ -144,7 +139,6 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
                 "sequence length, shorten the conversation or scale its images down"
             )
         self.lengths.append(length)
-        self._supervised.append(int(sample.loss_mask.sum()))
         self.num_assistant_turns += sum(message["role"] == "assistant" for message in self.conversations[index])
         self.num_excluded_turns += len(sample.excluded_turns)
         if sample.excluded_turns and not self._first_excluded_turn:

@@ -70,16 +70,16 @@ def _frames(source: object, options: MediaOptions) -> Tensor:
         named = [(f"video frame {index}", frame) for index, frame in enumerate(source)]
         return _stack([read_image(_source(frame, name), name, options) for name, frame in named])
     if is_url(source):
-        raise VLBridgeError(f"video: {_kind(source)} is a URL, which is not supported; download it and {DECODE}")
+        raise VLBridgeError(f"video: {shown(source)} is a URL, which is not supported; download it and {DECODE}")
     raise VLBridgeError(
         "video: expected frames under the key 'video' (uint8 tensor [F, 3, H, W], or a list of paths or PIL "
-        f"images), found {_kind(source)}; {DECODE}"
+        f"images), found {shown(source)}; {DECODE}"
     )
 
 
 def _source(source: object, name: str, where: str = "") -> str | Path | Image.Image:
     if not isinstance(source, str | Path | Image.Image):
-        raise VLBridgeError(f"{name}: expected a path or a PIL image{where}, found {_kind(source)}")
+        raise VLBridgeError(f"{name}: expected a path or a PIL image{where}, found {shown(source)}")
     return source
 
 
@@ -98,5 +98,6 @@ def _stack(images: list[Image.Image]) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
 
 
-def _kind(source: object) -> str:
-    return "nothing" if source is None else f"{type(source).__name__} {str(source)[:80]!r}"
+def shown(value: object) -> str:
+    """A value in an error: its type, and the first characters of its text."""
+    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:80]!r}"

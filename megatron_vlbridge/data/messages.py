@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_vlbridge.data.media import Conversation, Message
+from megatron_vlbridge.data.media import Conversation, Message, shown
 from megatron_vlbridge.errors import VLBridgeError
 
 ROLES = ("system", "user", "assistant")
@@ -49,7 +49,7 @@ def check_conversation(messages: object) -> None:
             the message and the part by index, from 0.
     """
     if not isinstance(messages, list | tuple):
-        raise VLBridgeError(f"expected a list of messages, found {_brief(messages)}")
+        raise VLBridgeError(f"expected a list of messages, found {shown(messages)}")
     if not messages:
         raise VLBridgeError("expected a conversation of at least one message, found none")
     for index, message in enumerate(messages):
@@ -76,11 +76,11 @@ def message_name(messages: Conversation, index: int) -> str:
 
 def _check_message(index: int, message: object) -> None:
     if not isinstance(message, dict):
-        raise VLBridgeError(f"message {index}: expected an object with 'role' and 'content', found {_brief(message)}")
+        raise VLBridgeError(f"message {index}: expected an object with 'role' and 'content', found {shown(message)}")
     check_keys(f"message {index}", message, ("role", "content"))
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise VLBridgeError(f"message {index}: expected 'role' to be one of {', '.join(ROLES)}, found {_brief(role)}")
+        raise VLBridgeError(f"message {index}: expected 'role' to be one of {', '.join(ROLES)}, found {shown(role)}")
     name = f"message {index} ({role})"
     if isinstance(content, str):
         _check_text(name, content)
@@ -89,14 +89,14 @@ def _check_message(index: int, message: object) -> None:
             _check_part(f"{name}, part {part_index}", part, role)
     else:
         raise VLBridgeError(
-            f"{name}: expected 'content' to be a string or a list of at least one part, found {_brief(content)}"
+            f"{name}: expected 'content' to be a string or a list of at least one part, found {shown(content)}"
         )
 
 
 def _check_part(name: str, part: object, role: str) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not isinstance(kind, str) or kind not in PART_KEYS:
-        raise VLBridgeError(f"{name}: expected an object of type text, image or video, found {_brief(part)}")
+        raise VLBridgeError(f"{name}: expected an object of type text, image or video, found {shown(part)}")
     check_keys(f"{name}, {kind}", part, ("type", *PART_KEYS[kind]))
     if kind == "text":
         _check_text(name, part.get("text"))
@@ -106,14 +106,10 @@ def _check_part(name: str, part: object, role: str) -> None:
 
 def _check_text(name: str, text: object) -> None:
     if not isinstance(text, str):
-        raise VLBridgeError(f"{name}: expected a string under 'text', found {_brief(text)}")
+        raise VLBridgeError(f"{name}: expected a string under 'text', found {shown(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise VLBridgeError(
             f"{name}: expected Unicode text, found a lone surrogate, {text[error.start]!a}, at character {error.start}"
         ) from None
-
-
-def _brief(value: object) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:80]!r}"

@@ -145,11 +145,8 @@ def supervised_mask(
 ) -> tuple[Tensor, tuple[ExcludedTurn, ...]]:
     """Bool `[L]`, True for supervised tokens: assistant content and its `<|im_end|>`; and the turns without loss.
 
-    Args:
-        ids: int64 `[L]`, the tokens of the rendered conversation, placeholders expanded.
-        turns: the turn of each message.
-        messages: the conversation.
-        processor: with the chat template and the tokenizer.
+    `ids` int64 `[L]` are the tokens of the rendered conversation, placeholders expanded; `turns` has one turn for each
+    of `messages`.
     """
     prompts, tokens = generation_prompts(processor), ids.tolist()
     excluded: list[ExcludedTurn] = []

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.layout.frames import Grid, check_grids
+from megatron_vlbridge.layout.frames import Grid
+from megatron_vlbridge.layout.vision_items import VisionItems, as_int64, cumulative
 from megatron_vlbridge.layout.zigzag import check_divisible, zigzag_index
-
-KINDS = ("image", "video")
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ class ShardedPack:
 
     def __post_init__(self) -> None:
         check_divisible(self.segments, self.cp_size)
-        for kind, grids in zip(KINDS, (self.image_grids, self.video_grids), strict=True):
-            check_grids(kind, torch.tensor(grids, dtype=torch.int64).view(-1, 3), self.merge_size)
+        _ = self._items  # rejects invalid grids
 
     def count(self, kinds: Tensor) -> ShardCounts:
         """What a rank reports of its tokens; `kinds` bool `[2, T]`: which are image placeholders, which are videos'.
@@ -109,10 +107,10 @@ class ShardedPack:
                 `..._per_segment` says, if given), an image has no placeholders, or another token is inside one.
         """
         for kind, per_segment in enumerate((images_per_segment, videos_per_segment)):
-            by_rank = torch.stack([each.placeholders[:, :, kind].sum(1) for each in counts])
-            self._items[kind].check_segments(by_rank)
+            held = torch.stack([each.placeholders[:, :, kind].sum(1) for each in counts])
+            self._items[kind].check_segments(held)
             if per_segment is not None:
-                self._items[kind].check_counts(by_rank, per_segment)
+                self._items[kind].check_counts(held, as_int64(per_segment))
         stops = torch.cat([each.stops for each in counts])
         rank = torch.arange(len(counts)).repeat_interleave(torch.tensor([len(each.stops) for each in counts]))
         of_kind, run, count = stops.unbind(1)
@@ -146,10 +144,8 @@ class ShardedPack:
 
     @cached_property
     def _items(self) -> tuple["_Items", "_Items"]:
-        return (
-            _Items("image", self.image_grids, self.merge_size),
-            _Items("video", self.video_grids, self.merge_size),
-        )
+        images = _Items("image", self.image_grids, self.merge_size)
+        return images, _Items("video", self.video_grids, self.merge_size)
 
     def _chunks(self, cp_rank: int) -> Tensor:
         """The two chunks of every segment that a rank holds."""
@@ -169,25 +165,13 @@ class ShardedPack:
         return (chunks.flatten(1).cumsum(1) - chunks.flatten(1)).view(chunks.shape)
 
 
-class _Items:
-    """The images or the videos of a pack; their placeholders are indexed from 0.
-
-    A block is what has its placeholders in a row: an image, or one frame of a video. `bounds[k]` and `block_bounds[k]`
-    count the placeholders before item k and before block k.
-    """
+class _Items(VisionItems):
+    """The images or the videos of a pack, where a rank's tokens begin anywhere among them."""
 
     def __init__(self, kind: str, grids: Sequence[Grid], merge_size: int) -> None:
-        self.kind, self.grids = kind, tuple(grids)
-        merged = torch.tensor(self.grids, dtype=torch.int64).view(-1, 3) // torch.tensor([1, merge_size, merge_size])
-        self.bounds = _bounds(merged.prod(1))
-        self.item = torch.arange(len(self.grids))
-        if kind == "video":
-            self.item = self.item.repeat_interleave(merged[:, 0])
-            merged = merged[self.item]
-            merged[:, 0] = 1
-        self.merged = merged
-        self.block_bounds = _bounds(merged.prod(1))
-        self.advance = _bounds(merged[:, 1:].amax(1)) if len(merged) else torch.zeros(1, dtype=torch.int64)
+        super().__init__(kind, torch.tensor(grids, dtype=torch.int64).view(-1, 3), merge_size)
+        # How far the position has advanced before each block.
+        self.advance = cumulative(self.blocks[:, 1:].amax(1))
 
     def drift(self, seen: Tensor) -> Tensor:
         """After `seen` placeholders: what the whole blocks among them add to the position, less the placeholders."""
@@ -196,48 +180,9 @@ class _Items:
     def coordinates(self, index: Tensor) -> Tensor:
         """Frame, row and column of the placeholders at `index` `[n]`: int64 `[3, n]`."""
         block = self._whole_blocks(index)
-        _, rows, cols = self.merged[block].unbind(1)
+        _, rows, cols = self.blocks[block].unbind(1)
         inside = index - self.block_bounds[block]
         return torch.stack((inside // (rows * cols), inside // cols % rows, inside % cols))
-
-    def check_segments(self, by_rank: Tensor) -> None:
-        """Reject `by_rank` `[ranks, segments]` placeholders that are not those of whole items, and unused items."""
-        ends = by_rank.sum(0).cumsum(0)
-        cut = (~torch.isin(ends, self.bounds)).nonzero().flatten()
-        if len(cut):
-            segment = int(cut[0])
-            before = 0 if segment == 0 else int(ends[segment - 1])
-            first = int(torch.searchsorted(self.bounds, before))
-            raise VLBridgeError(
-                f"{self._found(segment, by_rank)}; the next grids, {list(self.grids[first : first + 3])} from "
-                f"{self.kind} {first} on, make {self._sizes(first)}, and a segment holds whole {self.kind}s. "
-                f"In all {int(ends[-1])} placeholders for {len(self.grids)} {self.kind}s of {int(self.bounds[-1])} "
-                f"tokens. Give every rank all grids of the pack in order, and split no {self.kind} at a segment's end"
-            )
-        if int(ends[-1]) != int(self.bounds[-1]):
-            first = int(torch.searchsorted(self.bounds, ends[-1]))
-            raise VLBridgeError(
-                f"{self.kind} {first} with grid {self.grids[first]} has no placeholders: the pack's {by_rank.shape[1]} "
-                f"segments hold {int(ends[-1])} {self.kind} placeholder tokens (context-parallel ranks: "
-                f"{by_rank.sum(1).tolist()}), its {len(self.grids)} grids make {int(self.bounds[-1])}. Leave out grids "
-                "and patches of images that are not in the pack, and check that no rank got another rank's tokens"
-            )
-
-    def check_counts(self, by_rank: Tensor, per_segment: Sequence[int]) -> None:
-        """Reject segments that do not hold the placeholders of as many items as `per_segment` says."""
-        if len(per_segment) != by_rank.shape[1] or min(per_segment) < 0 or sum(per_segment) != len(self.grids):
-            raise VLBridgeError(
-                f"{self.kind}s_per_segment: expected {by_rank.shape[1]} counts >= 0 that sum to {len(self.grids)}, "
-                f"the number of grids; found {list(per_segment)}"
-            )
-        expected = self.bounds[torch.tensor(per_segment).cumsum(0)].diff(prepend=self.bounds[:1])
-        wrong = (by_rank.sum(0) != expected).nonzero().flatten()
-        if len(wrong):
-            segment = int(wrong[0])
-            raise VLBridgeError(
-                f"{self._found(segment, by_rank)}; its {per_segment[segment]} {self.kind}s "
-                f"({self.kind}s_per_segment) make {int(expected[segment])}"
-            )
 
     def check_whole(self, seen: Tensor, segment: Tensor, rank: Tensor, cp_size: int) -> None:
         """Reject `seen` `[n]`: counts of placeholders after which a rank's other token interrupts a block."""
@@ -245,31 +190,14 @@ class _Items:
         broken = (self.block_bounds[block] != seen).nonzero().flatten()
         if len(broken):
             first = int(broken[0])
-            item = int(self.item[block[first]])
             start, end = (int(self.block_bounds[block[first] + i]) for i in (0, 1))
             raise VLBridgeError(
-                f"segment {int(segment[first])}: {self.kind} {item} with grid {self.grids[item]} needs "
-                f"{end - start} placeholder tokens in a row, but after {int(seen[first]) - start} of them "
-                f"context-parallel rank {int(rank[first])} holds another token. Each rank r of {cp_size} must hold "
-                f"chunks r and {2 * cp_size - 1} - r of each padded segment, images and video frames uninterrupted"
+                f"segment {int(segment[first])}: {self.name(int(self.item[block[first]]))} needs {end - start} "
+                f"placeholder tokens in a row, but after {int(seen[first]) - start} of them context-parallel rank "
+                f"{int(rank[first])} holds another token. Each rank r of {cp_size} must hold chunks r and "
+                f"{2 * cp_size - 1} - r of each padded segment, images and video frames uninterrupted"
             )
 
     def _whole_blocks(self, seen: Tensor) -> Tensor:
         """How many blocks are whole after `seen` placeholders."""
-        if not self.grids:
-            return torch.zeros_like(seen)
         return torch.searchsorted(self.block_bounds, seen.contiguous(), right=True) - 1
-
-    def _found(self, segment: int, by_rank: Tensor) -> str:
-        return (
-            f"segment {segment}: found {int(by_rank[:, segment].sum())} {self.kind} placeholder tokens "
-            f"(context-parallel ranks: {by_rank[:, segment].tolist()})"
-        )
-
-    def _sizes(self, first: int) -> list[int]:
-        return self.bounds.diff()[first : first + 3].tolist()
-
-
-def _bounds(sizes: Tensor) -> Tensor:
-    """0, then the cumulative sums."""
-    return torch.cat((torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)))

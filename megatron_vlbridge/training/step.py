@@ -1,4 +1,4 @@
-"""The forward step function for Megatron's `pretrain`."""
+"""The forward step for Megatron's `pretrain`, and its loss: a sum and a count, averaged over the global batch."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -10,7 +10,6 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.batch import next_inputs
 from megatron_vlbridge.training.guards import check_model
-from megatron_vlbridge.training.loss import token_loss
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -41,3 +40,20 @@ def vlm_step(
     )
     assert inputs.loss_mask is not None
     return model(inputs=inputs), partial(token_loss, inputs.loss_mask)
+
+
+def token_loss(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The sum of the losses of the supervised tokens, their count, and both for the log.
+
+    Takes `loss_mask` `[1, T]` (1 or 0) and the per-token `losses` `[1, T]`. Megatron divides by the number of
+    supervised tokens in the global batch (`--calculate-per-token-loss`), so every token has the same weight.
+
+    Example:
+        >>> token_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 9.0]]))[0]
+        tensor(2.)
+    """
+    total = (losses.float() * loss_mask).sum()
+    count = loss_mask.sum().to(torch.int)
+    return total, count, {"lm loss": torch.stack((total.detach(), count.to(total.dtype)))}

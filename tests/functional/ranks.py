@@ -19,8 +19,7 @@ from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.batch import read_pack
 from megatron_vlbridge.training.guards import check_layout
-from megatron_vlbridge.training.loss import token_loss
-from megatron_vlbridge.training.step import vlm_step
+from megatron_vlbridge.training.step import token_loss, vlm_step
 from tests.closeness import FP32, relative_error
 from tests.functional.pool import Layout
 

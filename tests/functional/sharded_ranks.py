@@ -11,7 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.training.loss import token_loss
+from megatron_vlbridge.training.step import token_loss
 from tests.functional import ranks
 from tests.functional.pool import Layout
 

@@ -64,7 +64,7 @@ def test_every_mismatch_is_listed_as_json(tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     found = run_json(capsys, "import", hf, tmp_path / "megatron")
     assert found["code"] == 1
-    assert "do not fit each other in 21 places" in found["error"]
+    assert "do not match in 21 places" in found["error"]
     assert (
         found["misfits"]
         == found["mismatches"]

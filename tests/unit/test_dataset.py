@@ -139,11 +139,6 @@ def test_workers_return_the_same_packs_with_a_batch_dimension(dataset: PackedCon
         assert equal({key: value[0] for key, value in batch.items()}, dataset[index])
 
 
-def test_supervised_tokens_are_counted_without_encoding(dataset: PackedConversations) -> None:
-    for index in range(len(dataset)):
-        assert dataset.supervised_tokens(index) == int((dataset[index]["labels"] != -100).sum())
-
-
 @pytest.mark.parametrize("index", [60, -1])
 def test_an_index_out_of_range_is_an_index_error(dataset: PackedConversations, index: int) -> None:
     with pytest.raises(IndexError):
@@ -214,10 +209,6 @@ def test_excluded_turns_are_counted_and_logged(
     assert report.startswith("2 of 5 assistant turns are excluded from the loss")
     assert f"{path}, line 2, message 3: expected '<think></think>b', found 'b'" in report
     assert [record.getMessage() for record in caplog.records] == [report]
-    assert dataset.supervised_tokens(0) == sum(
-        int(encode_conversation(talk, thinking(processor)).loss_mask.sum())
-        for talk in [dataset.conversations[member] for member in dataset.members(0)]
-    )
     caplog.clear()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     for rank, logged in ((0, 1), (1, 0)):

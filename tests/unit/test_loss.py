@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_vlbridge.training.loss import token_loss
+from megatron_vlbridge.training.step import token_loss
 
 
 def test_masked_tokens_are_neither_in_the_sum_nor_in_the_count():

@@ -34,7 +34,7 @@ def tables(dtype=torch.bfloat16):
 def test_what_fits_is_accepted_and_measured():
     plan = Plan(RULES, *tables())
     assert plan.notes == []
-    assert plan.nbytes == 2 * (10 * 4 + 2 * 6 * 4 + 4)
+    assert sum(spec.nbytes for spec in plan.hf.values()) == 2 * (10 * 4 + 2 * 6 * 4 + 4)
 
 
 def test_all_mismatches_are_listed_at_once():

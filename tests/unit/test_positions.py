@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.layout.positions import check_vision_tokens, mrope_positions
+from megatron_vlbridge.layout.positions import mrope_positions
 
 IMAGE, VIDEO, START, END, PAD = 10, 11, 8, 9, 0
 MERGE = 2
@@ -205,7 +205,12 @@ UNFIT = {
     "no grid": ([5, 5, IMAGE], [1, 2], [], r"segment 1: found 1 image placeholder tokens.*make 0 tokens"),
     "too few tokens": ([5, IMAGE, 5], [3], [[1, 2, 4]], r"segment 0: found 1 .*image 0 with grid \(1, 2, 4\) needs 2"),
     "too many tokens": ([5, IMAGE, IMAGE], [3], [[1, 2, 2]], r"segment 0: found 2 .*make 1 tokens"),
-    "grid left over": ([5, IMAGE], [2], [[1, 2, 2], [1, 2, 4]], r"1 image placeholder.*image 1 .*has no placeholders"),
+    "grid left over": (
+        [5, IMAGE],
+        [2],
+        [[1, 2, 2], [1, 2, 4]],
+        r"image 1 with grid .*has no placeholders.*1 image placeholder.*2 grids that make 3",
+    ),
     "cut by the end": ([IMAGE, IMAGE, 5], [1, 2], [[1, 2, 4]], r"segment 0: .*image 0 .*needs 2 tokens, but only 1"),
     "broken": ([IMAGE, 5, IMAGE], [3], [[1, 2, 4]], r"segment 0: image 0 .*needs 2 .*in a row from token 0, found 1"),
     "in the padding": ([5, 0, IMAGE], [1], [[1, 2, 2]], r"padding: 1 image placeholder tokens.*at token 2"),
@@ -241,7 +246,7 @@ def test_a_video_cut_between_its_frames_is_rejected() -> None:
 )
 def test_wrong_counts_per_segment_are_rejected(counts: list[int], message: str) -> None:
     with pytest.raises(VLBridgeError, match=message):
-        check_vision_tokens(
+        mrope_positions(
             torch.tensor([5, IMAGE, 5, IMAGE, IMAGE]),
             [2, 3],
             torch.tensor([[1, 2, 2], [1, 2, 4]]),

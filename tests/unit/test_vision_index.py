@@ -76,7 +76,7 @@ def test_wherever_chunks_cut_an_image_each_part_equals_the_whole(
             assert torch.equal(found.vision_embed_index, features[part][features[part] >= 0])
 
 
-def test_what_travels_is_a_few_numbers_however_long_the_pack() -> None:
+def test_what_a_rank_sends_is_a_few_integers_however_long_the_pack() -> None:
     segments = (4096, 4096)
     tokens = torch.full((8192,), WORD)
     tokens[100:1124] = IMAGE
@@ -136,18 +136,26 @@ WHOLE = torch.tensor([[WORD] * 10 + [IMAGE] * 4 + [WORD] * 2])
 TEXT = torch.full((1, 8), WORD)
 PER_SEGMENT = replace(batch().media, images_per_segment=torch.tensor([1, 0]))
 TOGETHER = {
-    "too few placeholders": ({"tokens": SHORT}, {}, r"segment 1: found 3 image .*ranks: \[1, 2\].*make \[4\]"),
-    "none": ({"tokens": TEXT}, {"tokens": TEXT}, r"image 0 with grid \(1, 4, 4\) has no placeholders.*hold 0 image"),
-    "too many": ({"media": NONE}, {"media": NONE}, r"segment 1: found 4 image .*4 placeholders for 0 images of 0 tok"),
+    "too few placeholders": (
+        {"tokens": SHORT},
+        {},
+        r"segment 1: found 3 image .*ranks: \[1, 2\].*needs 4 tokens, but only 3",
+    ),
+    "none": ({"tokens": TEXT}, {"tokens": TEXT}, r"image 0 with grid \(1, 4, 4\) has no placeholders.*in all 0 image"),
+    "too many": (
+        {"media": NONE},
+        {"media": NONE},
+        r"segment 1: found 4 image .*make 0 tokens; in all 4 image .*and 0 grids that make 0",
+    ),
     "a grid too many": (
         {"media": TWO},
         {"media": TWO},
-        r"image 1 .* has no placeholders.*hold 4 image .*2 grids make 8",
+        r"image 1 .* has no placeholders.*in all 4 image .*2 grids that make 8",
     ),
     "cut by the end": (
         {},
         {"tokens": EARLY},
-        r"segment 0: found 2 image .*ranks: \[0, 2\].*split no image at a segment",
+        r"segment 0: found 2 image .*ranks: \[0, 2\].*image 0 .*but only 2 .*all grids of the pack in order",
     ),
     "other grids": ({}, {"media": TWO}, "ranks 0 and 1 of 2 have different batches: they differ in image grids"),
     "other segments": ({}, {"cu_seqlens": [0, 4, 16]}, "they differ in cu_seqlens"),

@@ -15,7 +15,8 @@ from megatron_vlbridge.checkpoint.live.shards import Model, Shard, check_complet
 from megatron_vlbridge.checkpoint.stream.raw import gather_into
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.weights import Plan, TensorSpec
+from megatron_vlbridge.weights import Plan, Region
+from megatron_vlbridge.weights.plan import any_dtype
 
 
 @torch.no_grad()
@@ -42,12 +43,25 @@ def load_hf_weights(
 
     Example: `load_hf_weights(get_model(model_provider), "Qwen3-VL-2B-Instruct")`.
     """
+    source, held = fill(model, folder, experts, [*ignore, *leave_out])
+    everywhere = [region for regions in gather(held) for region in regions]
+    check_complete(source.table, everywhere, str(source.weights.folder))
+
+
+@torch.no_grad()
+def fill(
+    model: Model, folder: str | Path, experts: str | None = None, ignore: Sequence[str] = ()
+) -> tuple[HfSource, list[Region]]:
+    """Fill a model, or one chunk of it; gives what it was filled from, and the regions of its main shards.
+
+    Collective, and raises VLBridgeError on all ranks, as `load_hf_weights`, which then looks for weights on no rank.
+    """
     held = []
     with raise_on_all_ranks():
         folder = find_folder(folder)
-        source = open_source(folder, experts=experts, ignore=[*ignore, *leave_out])
-        _check_plan(source)
-        table = source.table
+        source = open_source(folder, experts=experts, ignore=ignore)
+        table, megatron = source.table, any_dtype(source.table.megatron_shapes)
+        Plan(table, source.tensors, megatron, cast=True, hf_source=str(folder), megatron_source="the model")
         for module in modules_of(model):
             check_config(folder, source.config, module)
             shards = shards_of(module, table, str(folder))
@@ -55,14 +69,7 @@ def load_hf_weights(
             for shard in shards:
                 _fill(shard, source)
             held += [shard.known for shard in shards if shard.main and shard.known is not None]
-    check_complete(table, [region for regions in gather(held) for region in regions], str(folder))
-
-
-def _check_plan(source: HfSource) -> None:
-    """Reject a folder whose headers do not match the rules, before the model is touched."""
-    megatron = {name: TensorSpec(shape, torch.float32) for name, shape in source.table.megatron_shapes.items()}
-    folder = str(source.weights.folder)
-    Plan(source.table, source.tensors, megatron, cast=True, hf_source=folder, megatron_source="the model")
+    return source, held
 
 
 def check_config(folder: Path, config: Config, module: Any) -> None:
@@ -93,7 +100,6 @@ def _check_every_parameter_is_filled(module: torch.nn.Module, shards: Sequence[S
 
 
 def _fill(shard: Shard, source: HfSource) -> None:
-    """Fill one shard."""
     if shard.known != shard.region:
         shard.values.zero_()
     if shard.known is not None:

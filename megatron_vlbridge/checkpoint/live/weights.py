@@ -23,14 +23,6 @@ _Entry = tuple[Region, torch.dtype]
 
 
 @dataclass(frozen=True)
-class _Holder:
-    """The shard `index` of one rank."""
-
-    rank: int
-    index: int
-
-
-@dataclass(frozen=True)
 class _Segment:
     """What one rank holds of the region `wanted`: the values at `place`, which are `source` in its shard `index`."""
 
@@ -79,12 +71,12 @@ class LiveWeights:
         _check_held(rules, held)
         self._dtypes = {region.name: dtype for entries in held for region, dtype in entries}
         self.table = {name: TensorSpec(shape, self._dtypes[name]) for name, shape in rules.megatron_shapes.items()}
-        self._holders: dict[str, _Holder] = {}  # by the name that a shard has in the index of regions
+        self._holders: dict[str, tuple[int, int]] = {}  # name of a shard in the index of regions -> rank, index there
         links = []
         for rank, entries in enumerate(held):
             for index, (region, _) in enumerate(entries):
                 name = str(len(self._holders))
-                self._holders[name] = _Holder(rank, index)
+                self._holders[name] = rank, index
                 links.append((region, Region.whole(name, region.shape), False))
         self._index = RegionIndex(links)
 
@@ -126,12 +118,12 @@ class LiveWeights:
     def _add(self, region: Region, by_owner: dict[int, list[_Segment]]) -> None:
         dtype = self._dtypes[region.name]
         for piece in self._index.pieces(region):
-            holder = self._holders[piece.source.name]
-            before = by_owner[holder.rank]
+            rank, index = self._holders[piece.source.name]
+            before = by_owner[rank]
             start = _end(before[-1]) if before else 0
             corner = tuple(a + b for a, b in zip(region.offset, piece.target.offset, strict=True))
             place = Region(region.name, corner, piece.target.shape)
-            before.append(_Segment(region, place, holder.index, piece.source, dtype, start))
+            before.append(_Segment(region, place, index, piece.source, dtype, start))
 
     def _bring(
         self, owner: int, segments: Sequence[_Segment], receiver: int | None

@@ -2,13 +2,12 @@
 
 import argparse
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.training.checkpointing import checkpoint_exists, get_checkpoint_name, get_checkpoint_tracker_filename
 from megatron.training.training import get_optimizer_param_scheduler
@@ -18,7 +17,8 @@ from megatron_vlbridge.checkpoint.hf.source import open_source
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
-from megatron_vlbridge.weights import Plan, TensorSpec
+from megatron_vlbridge.weights import Plan
+from megatron_vlbridge.weights.plan import any_dtype
 
 _SOURCES = ("--hf-weights", "--pretrained-checkpoint", "--random-weights")
 _STEP = "--ckpt-step"
@@ -100,7 +100,7 @@ def check_source(args: argparse.Namespace) -> None:
         )
     if args.hf_weights:
         source = open_source(Path(args.hf_folder))
-        model = _specs(source.table.megatron_shapes)
+        model = any_dtype(source.table.megatron_shapes)
         Plan(source.table, source.tensors, model, cast=True, hf_source=args.hf_folder, megatron_source="the model")
 
 
@@ -109,12 +109,8 @@ def _check_tensors(checkpoint: Path, hf_folder: str) -> None:
     if dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)):
         config = read_config(hf_folder)
         table = families.find(config).table_for(config)
-        hf, found = _specs(table.hf_shapes), TorchDistFolder(checkpoint).table
+        hf, found = any_dtype(table.hf_shapes), TorchDistFolder(checkpoint).table
         Plan(table, hf, found, cast=True, hf_source=f"the model of {hf_folder}", megatron_source=str(checkpoint))
-
-
-def _specs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(shape, torch.float32) for name, shape in shapes.items()}
 
 
 def _no_checkpoint(flag: str, folder: str) -> str:
