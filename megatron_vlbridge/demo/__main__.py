@@ -40,7 +40,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_vlbridge.demo",
-        description="Teach a small model of a family to read handwritten digits, on the CPU: Hugging Face checkpoint -> "
+        description="Teach a small model to read handwritten digits, on the CPU: Hugging Face checkpoint -> "
         "Megatron checkpoint -> Megatron's own pretrain -> Hugging Face checkpoint -> the same answers in both.",
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for all results (%(default)s)")

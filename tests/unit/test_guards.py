@@ -404,3 +404,11 @@ def test_sizes_that_linear_attention_cannot_be_spread_over_are_rejected_with_tho
     with pytest.raises(VLBridgeError, match=r"does not divide the 16 key heads .* one of 1, 2, 4, 8, 16$"):
         language_config(checkpoint, **dict(zip(names, sizes, strict=True)))
     language_config(checkpoint, **dict(zip(names, (8, 2), strict=True)))
+
+
+def test_linear_attention_is_rejected_on_transformer_engine(on_transformer_engine):
+    """No test runs flash-linear-attention."""
+    checkpoint = CHECKPOINTS["linear"]
+    config = language_config(checkpoint, calculate_per_token_loss=True, params_dtype=torch.bfloat16)
+    with pytest.raises(VLBridgeError, match=r"linear attention on the TE backend.*--cpu"):
+        guards.check_layout(config, checkpoint)
