@@ -90,7 +90,7 @@ REJECTED = {
     "deep": ("[" * 200_000, "one JSON object on the line"),
     "list": ("[]", 'expected {"messages"'),
     "number": ("3", "found int '3'"),
-    "null": ("null", "found NoneType"),
+    "null": ("null", "found nothing"),
     "no key": ("{}", "found the keys []"),
     "other format": ('{"conversations": [{"from": "human"}]}', "found the keys ['conversations']"),
     "messages as number": ('{"messages": 3}', "a list of messages, found int"),
