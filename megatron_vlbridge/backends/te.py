@@ -50,11 +50,6 @@ def faults(config: TransformerConfig) -> list[str]:
         for name, what in _VARIABLES.items()
         if (value := os.environ.get(name, "0")) not in ("", "0")
     ]
-    if config.experimental_attention_variant is not None:
-        found.append(
-            "linear attention on the TE backend: no test runs it there with flash-linear-attention; verified: the CPU "
-            "backend (--cpu)"
-        )
     if _prefers_flash_attention(config):
         found.append(
             "attention by flash-attention, which is installed and which Transformer Engine prefers before sm90: "
