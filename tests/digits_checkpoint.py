@@ -28,7 +28,8 @@ def write(folder: Path, conversations: int = 48, experts: bool = False, linear: 
     size = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24} if experts else {}
     if linear:
         rope |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
-        heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+        # transformers 5.8 saves the factor here too, with the default of the class if it is not given.
+        heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "partial_rotary_factor": 0.5}
         size |= heads | {"linear_key_head_dim": 8, "linear_value_head_dim": 12}
     deepstack = {} if linear else {"deepstack_visual_indexes": [0, 1]}
     config = getattr(transformers, f"{kind}Config")(

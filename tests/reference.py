@@ -58,6 +58,8 @@ _LINEAR = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
     "rope_parameters": _ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+    # transformers 5.8 saves it here too, with the default of the class if it is not given.
+    "partial_rotary_factor": 0.5,
 }
 _VISION = {
     "depth": 4,
