@@ -17,7 +17,7 @@ PATCH_SIZE, MERGE_SIZE = 8, 2
 # A multiple of 128 times each tensor-parallel size up to 4, so that Megatron adds no rows.
 VOCAB_SIZE = 512
 
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 # Three layers of linear attention and one of full attention, which rotates half of each head; an MTP layer.
 _LINEAR = {
     "linear_num_key_heads": 4,
