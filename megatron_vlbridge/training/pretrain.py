@@ -19,7 +19,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.initialize import initialize_megatron
 
 from megatron_vlbridge.backends import cpu_adam, cpu_runtime, cpu_saving
-from megatron_vlbridge.checkpoint.live.load import fill, load_hf_weights
+from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.mtp import embedding_ranks
@@ -33,6 +33,9 @@ from megatron_vlbridge.training.launch.start import loading_errors, loads_checkp
 from megatron_vlbridge.training.step import vlm_step
 
 __all__ = ["model_provider", "parse_arguments", "run"]
+
+# This rank's virtual stages, while Megatron has them built one by one.
+_chunks: list[Qwen3VLModel] = []
 
 
 def model_provider(
@@ -63,11 +66,21 @@ def model_provider(
     )
     model.layout_checked = True
     if args.hf_weights and not loads_checkpoint(args):
-        if vp_stage is None:
-            load_hf_weights(model, args.hf_folder)
-        else:  # the other weights are in virtual stages that are built before or after this one
-            fill(model, args.hf_folder)
+        _load_when_complete(model, vp_stage, args)
     return model
+
+
+def _load_when_complete(model: Qwen3VLModel, vp_stage: int | None, args: argparse.Namespace) -> None:
+    """Fill this rank's chunks when Megatron has built the last: only together they must hold every weight.
+
+    Building a chunk is collective where the embeddings are tied, so no rank may load between two of them.
+    """
+    if not vp_stage:
+        _chunks.clear()
+    _chunks.append(model)
+    if len(_chunks) == (args.virtual_pipeline_model_parallel_size or 1):
+        load_hf_weights(_chunks, args.hf_folder)
+        _chunks.clear()
 
 
 def run(
