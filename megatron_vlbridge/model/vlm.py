@@ -1,4 +1,4 @@
-"""Qwen3-VL on Megatron-Core."""
+"""The vision-language model on Megatron-Core."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,12 +23,12 @@ from megatron_vlbridge.model.inputs.build import RawBatch, build_inputs, check_p
 from megatron_vlbridge.model.language import LanguageModel
 from megatron_vlbridge.model.recompute import recomputable
 from megatron_vlbridge.model.transformer_config import vision_config
-from megatron_vlbridge.model.vision import VisionModel
-from megatron_vlbridge.model.vision_balance import tower_features
+from megatron_vlbridge.model.vision.balance import tower_features
+from megatron_vlbridge.model.vision.tower import VisionModel
 
 
 class Qwen3VLModel(MegatronModule):
-    """A pipeline stage of Qwen3-VL, dense or with experts: vision tower and embeddings first, the head last.
+    """A pipeline stage of the model of any family: vision tower and embeddings first, the head last.
 
     Args:
         config: the language model's `TransformerConfig` (`language_config(checkpoint, ...)`).

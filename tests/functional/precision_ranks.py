@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -45,3 +46,18 @@ def train_in_bf16(
         "before": before,
         "after": list(export_hf_weights(model)),
     }
+
+
+def fill_in_bf16(layout: Layout, folder: Path, checkpoint: Path) -> dict[str, Any]:
+    """The weights of a bf16 model that was filled from `folder`, and of one that Megatron's loader filled."""
+    exported = {}
+    for name in ("filled", "loaded"):
+        (chunk,) = ranks.build_chunks(layout, folder, load=False, params_dtype=torch.bfloat16, bf16=True)
+        model = Float16Module(chunk.config, chunk)
+        if name == "filled":
+            load_hf_weights(model, folder)
+        else:
+            state = dist_checkpointing.load(chunk.sharded_state_dict(), str(checkpoint / "release"))
+            chunk.load_state_dict({key: value for key, value in state.items() if key in chunk.state_dict()})
+        exported[name] = list(export_hf_weights(model))
+    return exported

@@ -1,10 +1,11 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from megatron_vlbridge.demo.output import STAGES, Folder, Progress
 from megatron_vlbridge.demo.pipeline import Options, run
@@ -12,11 +13,18 @@ from megatron_vlbridge.demo.pipeline import Options, run
 SMALL = Options(iterations=3, train_scans=30, train_pairs=10, held_out_scans=12, held_out_pairs=4)
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.layouts)], ids=["tp1-pp1", "tp2-pp2"])
-def test_the_whole_pipeline_gives_equal_models_and_all_files(tmp_path: Path, size: int) -> None:
+def also(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.layouts)
+
+
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [("qwen3_vl", 1), ("qwen3_5_moe", 1), also("qwen3_vl", 2), also("qwen3_5", 2), also("qwen3_vl_moe", 1)],
+)
+def test_the_whole_pipeline_gives_equal_models_and_all_files(tmp_path: Path, family: str, size: int) -> None:
     folder = Folder(tmp_path / "out")
     progress = Progress(sys.stdout)
-    result = run(replace(SMALL, out=folder.root, tp=size, pp=size), progress)
+    result = run(replace(SMALL, out=folder.root, tp=size, pp=size, family=family), progress)
 
     accurate, same_accuracy, same_logits, blind = result.claims
     assert same_accuracy.holds
@@ -38,4 +46,4 @@ def test_the_whole_pipeline_gives_equal_models_and_all_files(tmp_path: Path, siz
     assert before.keys() == after.keys()
     unchanged = [name for name in before if before[name].equal(after[name])]
     assert not unchanged
-    Qwen3VLForConditionalGeneration.from_pretrained(folder.hf_trained)
+    AutoModelForImageTextToText.from_pretrained(folder.hf_trained)

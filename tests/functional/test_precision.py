@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vlbridge.checkpoint.convert import import_checkpoint
 from tests import reference
 from tests.functional import precision_ranks
 from tests.functional.parity import PACK_LENGTH
@@ -43,3 +44,16 @@ def test_float32_weights_are_trained_and_exported_in_float32(
             # Adam's first step is `lr` for every element, less than half of what bf16 can tell apart near one.
             step = (after[name] - source[name]).abs()
             assert torch.allclose(step, torch.full_like(step, LR), rtol=0.02), name
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, world=2)], ids=str)
+def test_bfloat16_weights_become_float32_with_the_same_values(
+    pool: Pool, folder: Path, tmp_path: Path, layout: Layout
+) -> None:
+    """Of a file that holds all weights in bfloat16; filled by slices, and by Megatron's loader from an import."""
+    source = rewritten(folder, tmp_path / "hf", lambda name, x: {name: x.bfloat16()})
+    import_checkpoint(source, tmp_path / "megatron")
+    expected = {name: x.float() if name.endswith(FP32) else x for name, x in weights_of(source).items()}
+    for result in pool.run(precision_ranks.fill_in_bf16, layout, folder=source, checkpoint=tmp_path / "megatron"):
+        assert same(dict(result["filled"]), expected)
+        assert same(dict(result["loaded"]), expected)

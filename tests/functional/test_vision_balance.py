@@ -29,7 +29,7 @@ def run_tower(layout: Layout, patches: torch.Tensor) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from megatron_vlbridge.layout.frames import Frames
-    from megatron_vlbridge.model.vision_balance import balanced_features
+    from megatron_vlbridge.model.vision.balance import balanced_features
 
     tower: Any = Tower()
     patches.requires_grad_()

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from megatron_vlbridge.data.dataset import read_conversations
+from megatron_vlbridge.demo import __main__ as command
 from megatron_vlbridge.demo.answers import Answers, accuracy
 from megatron_vlbridge.demo.digits import conversations, load_conversations, load_scans, write_conversations
 from megatron_vlbridge.demo.output import Folder, Progress
 from megatron_vlbridge.demo.process import Follower, Recipe, arguments, follow, loss_of
 from megatron_vlbridge.demo.report import Difference, Result, report_text
+from megatron_vlbridge.demo.start import FAMILIES
 from megatron_vlbridge.errors import VLBridgeError
 from tests.unit.time_limit import limit
 
@@ -260,3 +262,11 @@ def test_a_wrong_option_is_usage(wrong: list[str]) -> None:
     )
     assert done.returncode == 2
     assert "usage:" in done.stderr
+
+
+def test_every_family_can_be_chosen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command names them before it imports what makes them."""
+    monkeypatch.setattr("sys.argv", ["demo", "--help"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert f"{{{','.join(FAMILIES)}}}" in capsys.readouterr().out

@@ -110,7 +110,7 @@ class PatchMergers(torch.nn.ModuleList):
 
 
 class VisionModel(MegatronModule):
-    """Qwen3-VL's vision tower: patches of images and videos -> tokens of the language model, and deepstack features.
+    """The vision tower: patches of images and videos -> tokens of the language model, and deepstack features.
 
     Args:
         config: the tower's `TransformerConfig` (`model.transformer_config.vision_config`).

@@ -10,7 +10,7 @@ from megatron_vlbridge.layout.balance import frame_work, partition
 from megatron_vlbridge.layout.frames import Frames
 from megatron_vlbridge.layout.zigzag import concat_aranges
 from megatron_vlbridge.model.inputs import PackedInputs
-from megatron_vlbridge.model.vision import VisionModel
+from megatron_vlbridge.model.vision.tower import VisionModel
 
 
 def tower_features(
