@@ -84,18 +84,20 @@ def write_checkpoint(
     shard: str = "100KB",
     experts: Mapping[str, object] | None = None,
     linear: Mapping[str, object] | None = None,
+    classes: str = "",
     text_fields: Mapping[str, object] | None = None,
     vision_fields: Mapping[str, object] | None = None,
 ) -> Path:
     """Write a tiny random fp32 checkpoint with transformers, in several shards.
 
     Dense Qwen3-VL, with `experts` Qwen3-VL-MoE, with `linear` Qwen3.5, with both Qwen3.5-MoE; these are fields of the
-    text config in addition to the sizes here. `text_fields` and `vision_fields` override fields of the text and vision
+    text config in addition to the sizes here. `classes` is the name that the classes of a model like one of these begin
+    with. `text_fields` and `vision_fields` override fields of the text and vision
     config.
     """
     import transformers
 
-    name = (_QWEN3_VL if linear is None else _QWEN3_5)[experts is not None]
+    name = classes or (_QWEN3_VL if linear is None else _QWEN3_5)[experts is not None]
     text: dict[str, object] = _TEXT | {"num_hidden_layers": layers, "rope_parameters": _ROPE}
     vision: dict[str, object] = dict(_VISION)
     if experts is not None:

@@ -168,7 +168,7 @@ def _tensors_to_write(
     hf = dict(plan.hf)
     if config.tie_word_embeddings and family.head in template.tensors:
         hf[family.head] = hf[family.embedding]
-    known = {*hf, *_own_names(template, config, family)}
+    known = {*hf, *_own_names(template, config, family), *family.find_other_tensors(template.tensors)}
     passthrough = [name for name in template.tensors if name not in known]
     if passthrough and template.weights is None:
         raise VLBridgeError(
@@ -240,7 +240,8 @@ def _shards(
     """Tensor -> file, and the template's own index where it is still right about sizes and files."""
     if max_shard_size is not None and max_shard_size <= 0:
         raise UsageError(f"max_shard_size: expected a positive number of bytes, found {max_shard_size}.")
-    if max_shard_size is not None or template.tensors.keys() != hf.keys():
+    in_folders = any("/" in file for file, _ in template.tensors.values())
+    if max_shard_size is not None or template.tensors.keys() != hf.keys() or in_folders:
         return plan_shards(hf, max_shard_size or DEFAULT_SHARD_BYTES), None
     files = {name: file for name, (file, _) in template.tensors.items()}
     same_sizes = all(hf[name].dtype == spec.dtype for name, (_, spec) in template.tensors.items())

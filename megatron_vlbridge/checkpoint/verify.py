@@ -134,6 +134,7 @@ def _read_hf(folder: Path, ignore: Sequence[str], experts: str | None) -> _Huggi
     asked = None if has_single_experts(weights.table, family.layers) else experts
     table = family.table_for(config, weights.table, asked)
     ignored = {name for name in weights.table if any(fnmatchcase(name, pattern) for pattern in ignore)}
+    ignored |= {*family.find_other_tensors(weights.table)}
     hf = {name: spec for name, spec in weights.table.items() if name not in ignored or name in table.hf_shapes}
     if config.tie_word_embeddings and family.head in hf:
         check_tied_head(weights, family)

@@ -30,11 +30,12 @@ def read_config_file(
     top.only("per_layer_config", None)
     _reject_unsupported(top, unsupported or {})
     found = _find_format(top, supported)
+    parts = found.parts or found.model_type
     config = Config(
         architecture=found.architecture,
         model_type=found.model_type,
-        text=read_text(top.section("text_config", defaults=found.text), found.model_type),
-        vision=read_vision(top.section("vision_config", defaults=found.vision), found.model_type),
+        text=read_text(top.section("text_config", defaults=found.text), parts),
+        vision=read_vision(top.section("vision_config", defaults=found.vision), parts),
         **{key: top.integer(key, default=token, minimum=0) for key, token in zip(_TOKENS, found.tokens, strict=True)},
         tie_word_embeddings=_read_tie(top),
         dtype=_read_dtype(top),

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from megatron_vlbridge.config import Config, read_config_file
-from megatron_vlbridge.families import qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
+from megatron_vlbridge.families import cosmos3_omni, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
 from megatron_vlbridge.families.experts import ExpertLayout
 from megatron_vlbridge.families.family import Family
 
-FAMILIES = (qwen3_vl.FAMILY, qwen3_vl_moe.FAMILY, qwen3_5.FAMILY, qwen3_5_moe.FAMILY)
+FAMILIES = (qwen3_vl.FAMILY, qwen3_vl_moe.FAMILY, qwen3_5.FAMILY, qwen3_5_moe.FAMILY, cosmos3_omni.FAMILY)
 
 _TEXT_ONLY = (
     "This is the language model alone, without a vision tower (no vision_config; names model.layers.*): only "

@@ -4,7 +4,7 @@ Everywhere else a tensor has the name that the Hub gives it: `model.language_mod
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_vlbridge.errors import VLBridgeError
@@ -25,9 +25,17 @@ PARTS = (
         ("model.language_model.model.", "language_model.model.", "language_model.", "model.", ""),
         ("embed_tokens", "layers", "norm"),
     ),
-    Part("model.visual.", ("visual.",), ("patch_embed", "pos_embed", "blocks", "merger", "deepstack_merger_list")),
+    Part("model.visual.", ("visual.", ""), ("patch_embed", "pos_embed", "blocks", "merger", "deepstack_merger_list")),
     Part("lm_head.", ("language_model.lm_head.", "model.lm_head."), ("weight",)),
 )
+MODULES = {
+    f".self_attn.{other}.": f".self_attn.{hub}."
+    for other, hub in (
+        *(("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "o_proj")),
+        *(("norm_q", "q_norm"), ("norm_k", "k_norm")),
+    )
+}
+"""Diffusers' names of the modules of an attention -> the Hub's."""
 WRAPPERS = ("module.",)
 """The prefix that a wrapper around the whole model adds to every name."""
 
@@ -41,11 +49,11 @@ def strip_wrappers(names: Sequence[str], wrappers: Sequence[str] = WRAPPERS) -> 
 
 
 def hub_names(names: Iterable[str], source: str) -> tuple[dict[str, str], list[str]]:
-    """Name -> the Hub's name for it, and notes on the prefixes that differ from the Hub's.
+    """Name -> the Hub's name for it, and notes on the names that differ from the Hub's.
 
     A name that belongs to no part stays as it is. `source` names the folder in errors.
 
-    Raises VLBridgeError, naming two tensors, where the names of one part have two prefixes.
+    Raises VLBridgeError, naming two tensors, where the names of one part have two prefixes, or two are one tensor's.
 
     Example: `hub_names(["visual.pos_embed.weight"], "old")[0]` is
     `{"visual.pos_embed.weight": "model.visual.pos_embed.weight"}`.
@@ -65,9 +73,28 @@ def hub_names(names: Iterable[str], source: str) -> tuple[dict[str, str], list[s
                     "The folder holds two checkpoints: remove the files of one."
                 )
             inner = part.hub + inner.removeprefix(prefix)
-        result[name] = inner
+        result[name] = _module_name(inner)
+    modules = sorted({word for word in MODULES for name in names if word in name})
+    _check_unique(result, source)
     prefixes = {part.hub: wrapper + prefix for part, (prefix, _) in first.items()}
-    return result, [f"names {found}* are read as {hub}*" for hub, found in prefixes.items() if found != hub]
+    notes = [f"names {found}* are read as {hub}*" for hub, found in prefixes.items() if found != hub]
+    return result, [*notes, *(f"names *{word}* are read as *{MODULES[word]}*" for word in modules)]
+
+
+def _module_name(name: str) -> str:
+    for other, hub in MODULES.items():
+        name = name.replace(other, hub)
+    return name
+
+
+def _check_unique(hub: Mapping[str, str], source: str) -> None:
+    seen: dict[str, str] = {}
+    for name, known in hub.items():
+        if (other := seen.setdefault(known, name)) != name:
+            raise VLBridgeError(
+                f"{source}: expected one tensor for {known}, found {other} and {name}. "
+                "The folder holds two checkpoints: remove the files of one."
+            )
 
 
 def _pattern(part: Part, prefix: str) -> re.Pattern[str]:

@@ -1,7 +1,8 @@
 """What a family declares."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any
 
@@ -33,7 +34,8 @@ class Family:
 
     `combinations` are the sets of parallel dimensions that the tests run together (`tests/functional/matrix.py`), with
     any data-parallel size; `tp`, `sp`, `pp`, `vpp`, `cp`, `ep` and `etp` (expert tensor parallel) stand for a size
-    above one. `mtp_settings` are the only values of some settings that are verified with an MTP layer.
+    above one. `other_tensors` are patterns (`proj_in.*`, as in a shell) of what its files may hold beside the model.
+    `mtp_settings` are the only values of some settings that are verified with an MTP layer.
     """
 
     config: ConfigFormat
@@ -46,6 +48,7 @@ class Family:
     combinations: frozenset[frozenset[str]]
     mtp_settings: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     expert_layout: ExpertLayout = ExpertLayout.FUSED_IN_OUT
+    other_tensors: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -56,6 +59,10 @@ class Family:
     def dimensions(self) -> frozenset[str]:
         """The parallel dimensions that some verified combination has."""
         return frozenset().union(*self.combinations)
+
+    def find_other_tensors(self, hf: Iterable[str]) -> list[str]:
+        """Those of a checkpoint's tensors that are known not to be part of the model."""
+        return [name for name in hf if any(fnmatchcase(name, pattern) for pattern in self.other_tensors)]
 
     def find_expert_layout(
         self, config: Config, hf: Mapping[str, TensorSpec] | None = None, asked: str | None = None

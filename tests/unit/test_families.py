@@ -71,4 +71,4 @@ def test_the_kinds_of_layers_are_those_of_layer_types(tmp_path: Path) -> None:
 
 def test_every_model_type_has_one_format() -> None:
     formats = [family.config for family in families.FAMILIES]
-    assert len({known.model_type for known in formats}) == len({known.architecture for known in formats}) == 4
+    assert len({known.model_type for known in formats}) == len({known.architecture for known in formats}) == 5

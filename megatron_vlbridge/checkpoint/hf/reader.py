@@ -8,7 +8,7 @@ import torch
 
 from megatron_vlbridge.checkpoint.hf.fp8 import BlockScaled, pair_scales
 from megatron_vlbridge.checkpoint.hf.header import read_header
-from megatron_vlbridge.checkpoint.stream.json_file import is_file_name, load_json_object
+from megatron_vlbridge.checkpoint.stream.json_file import is_file_path, load_json_object
 from megatron_vlbridge.checkpoint.stream.raw import Stored
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families.aliases import hub_names
@@ -57,7 +57,9 @@ class SafetensorsFolder:
         self.table = {name: stored.spec for name, stored in self._stored.items()}
         # In the order of the data, so that who writes the same shards again writes the same bytes.
         order = (names[name] for header in headers.values() for name in header)
-        self.files = {name: self._stored[name].path.name for name in order if name in self._stored}
+        self.files = {
+            name: str(self._stored[name].path.relative_to(self.folder)) for name in order if name in self._stored
+        }
         self.scaled = tuple(name for name, stored in self._stored.items() if isinstance(stored, BlockScaled))
 
     @property
@@ -139,9 +141,9 @@ class SafetensorsFolder:
                 f"{path}: weight_map: expected tensor names with their files, found {weight_map!r:.80}."
             )
         for name, file in weight_map.items():
-            if not is_file_name(file, ".safetensors"):
+            if not is_file_path(file, ".safetensors"):
                 raise VLBridgeError(
-                    f"{path}: {name}: expected the name of a safetensors file in the same folder, found {file!r}. "
+                    f"{path}: {name}: expected the name of a safetensors file in this folder, found {file!r}. "
                     "Fetch the index again from a source that you trust."
                 )
             if not (self.folder / file).is_file():

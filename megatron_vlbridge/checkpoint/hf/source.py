@@ -48,6 +48,7 @@ def open_source(folder: Path, *, experts: str | None = None, ignore: Sequence[st
     check_mtp_tensors(config, weights.table, str(folder))
     table = family.table_for(config, weights.table, experts)
     ignored = _ignored_tensors(folder, weights.table, {*table.hf_shapes, family.head}, ignore)
+    ignored += [name for name in family.find_other_tensors(weights.table) if name not in ignored]
     hf = {name: spec for name, spec in weights.table.items() if name not in ignored}
     check_dtypes(folder, {name: spec for name, spec in hf.items() if name in table.hf_shapes})
     if config.tie_word_embeddings and family.head in hf:

@@ -13,7 +13,7 @@ import torch
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder
 from megatron_vlbridge.checkpoint.hf.side_files import MANIFEST, SIDE_FOLDER, copy_side_files
-from megatron_vlbridge.checkpoint.stream.json_file import is_file_name, load_json_object
+from megatron_vlbridge.checkpoint.stream.json_file import is_file_path, load_json_object
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import TensorSpec
 
@@ -114,7 +114,7 @@ def _read_manifest(folder: Path) -> ExportTemplate:
         spec = _read_entry(entry)
         if spec is None:
             raise VLBridgeError(f"{path}: {name}: expected a file, dtype and shape, found {entry!r:.80}. Import again.")
-        if not is_file_name(entry[0], ".safetensors"):
+        if not is_file_path(entry[0], ".safetensors"):
             raise VLBridgeError(f"{path}: {name}: expected a plain safetensors name, found {entry[0]!r}. Import again.")
         result[name] = (entry[0], spec)
     if not result:

@@ -29,6 +29,14 @@ def is_file_name(value: object, suffix: str) -> TypeGuard[str]:
     return re.fullmatch(r"[^/\\]+" + re.escape(suffix), value) is not None
 
 
+def is_file_path(value: object, suffix: str) -> TypeGuard[str]:
+    """Whether a value names a file with this suffix in the folder or below it."""
+    if not isinstance(value, str):
+        return False
+    *folders, name = value.split("/")
+    return is_file_name(name, suffix) and all(is_file_name(f, "") and f not in (".", "..") for f in folders)
+
+
 def are_sizes(value: object, kind: type[list[Any]] | type[tuple[Any, ...]]) -> TypeGuard[Sequence[int]]:
     """Whether a value of this kind holds sizes or offsets that a tensor of torch can have."""
     if not isinstance(value, kind) or len(value) > _MAX_DIMS:
