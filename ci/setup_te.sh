@@ -3,4 +3,4 @@
 # compiled extension with the kernels is not installed: the tests replace it. Does nothing if up to date.
 set -euo pipefail
 exec "$(dirname "${BASH_SOURCE[0]}")/overlay.sh" .venv-te ci/constraints-te.txt --no-deps --only-binary :all: \
-    transformer_engine ml_dtypes onnx onnx-ir onnxscript protobuf
+    transformer_engine flash-linear-attention fla-core ml_dtypes onnx onnx-ir onnxscript protobuf

@@ -52,6 +52,7 @@ def enable() -> None:
     sys.modules["transformer_engine"] = None  # type: ignore[assignment]
     mode = CudaIsCpu()
     replace_cuda(mode)
+    delta_rule.install()
     _mode = mode
 
 
@@ -75,7 +76,6 @@ def replace_cuda(mode: "CudaIsCpu") -> None:
     torch.cuda.nvtx.range_push = _nothing
     torch.cuda.nvtx.range_pop = _nothing
     gloo.install()
-    delta_rule.install()
     _replace_rng_tracker_state()
     mode.__enter__()
 

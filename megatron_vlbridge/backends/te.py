@@ -43,13 +43,18 @@ def check_context_parallel(config: TransformerConfig) -> None:
         )
 
 
-def faults(config: TransformerConfig) -> list[str]:
-    """Settings with which Transformer Engine would run kernels that no test runs, a line each."""
+def faults(config: TransformerConfig, linear_attention: bool) -> list[str]:
+    """What Transformer Engine would run with kernels that no test runs, and kernels that are not there: a line each."""
     found = [
         f"{what}: {name}={value} in the environment, verified: not set"
         for name, what in _VARIABLES.items()
         if (value := os.environ.get(name, "0")) not in ("", "0")
     ]
+    if linear_attention and importlib.util.find_spec("fla") is None:
+        found.append(
+            "linear attention without flash-linear-attention, whose kernels it needs on a GPU: pip install "
+            '"megatron-vlbridge[fla]"'
+        )
     if _prefers_flash_attention(config):
         found.append(
             "attention by flash-attention, which is installed and which Transformer Engine prefers before sm90: "

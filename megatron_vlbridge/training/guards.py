@@ -80,9 +80,7 @@ def check_layout(config: TransformerConfig, checkpoint: Config, *, any_combinati
     check_cp_comm_type(config)
     faults = setting_faults(config, checkpoint)
     if not cpu_runtime.is_enabled():
-        faults += te.faults(config)
-        if checkpoint.text.num_linear_key_heads:
-            faults.append("linear attention on the TE backend, which no test runs; verified: the CPU backend (--cpu)")
+        faults += te.faults(config, linear_attention=bool(checkpoint.text.num_linear_key_heads))
     if config.virtual_pipeline_model_parallel_size and not config.overlap_p2p_comm:
         faults.append("virtual pipeline stages without overlap_p2p_comm: stages may receive each other's messages")
     faults += _mtp_faults(config, checkpoint)

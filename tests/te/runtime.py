@@ -25,6 +25,10 @@ def enable(fp32_as_bf16: bool = True) -> None:
     kernels, also over context-parallel ranks. Without it, Transformer Engine and the guards decide as for a user.
     """
     assert not torch.cuda.is_available(), "there is a GPU here: nothing has to be replaced"
+    # It asks for the properties of a GPU, if there seems to be one.
+    import fla.modules
+    import fla.ops.gated_delta_rule  # noqa: F401
+
     torch.cuda.is_available = lambda: True
     torch.cuda.is_current_stream_capturing = lambda: False
     # Torch's data loader asks this before it pins memory, which takes a driver.
@@ -36,6 +40,7 @@ def enable(fp32_as_bf16: bool = True) -> None:
     if fp32_as_bf16:
         _admit_fp32_to_fused_attention()
     _wait_once_for_p2p()
+    references.fla.install()
 
 
 def _replace_extension() -> None:

@@ -406,9 +406,11 @@ def test_sizes_that_linear_attention_cannot_be_spread_over_are_rejected_with_tho
     language_config(checkpoint, **dict(zip(names, (8, 2), strict=True)))
 
 
-def test_linear_attention_is_rejected_on_transformer_engine(on_transformer_engine):
-    """No test runs flash-linear-attention."""
+def test_linear_attention_on_a_gpu_needs_its_kernels(on_transformer_engine, monkeypatch):
     checkpoint = CHECKPOINTS["linear"]
     config = language_config(checkpoint, calculate_per_token_loss=True, params_dtype=torch.bfloat16)
-    with pytest.raises(VLBridgeError, match=r"linear attention on the TE backend.*--cpu"):
+    monkeypatch.setattr(te.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(VLBridgeError, match=r"without flash-linear-attention.*pip install"):
         guards.check_layout(config, checkpoint)
+    monkeypatch.setattr(te.importlib.util, "find_spec", lambda name: name if name == "fla" else None)
+    guards.check_layout(config, checkpoint)
