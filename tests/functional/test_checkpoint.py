@@ -52,7 +52,9 @@ CASES += [("untied", layout) for layout in DENSE_SPLITS] + [("experts", layout) 
 CASES += [(kind, layout) for kind in ("mtp", "mtp-tied") for layout in MTP_LAYOUTS]
 CASES += [("mtp-experts", layout) for layout in (*EXPERT_LAYOUTS, OWN_STAGE)]
 CASES += [("linear", layout) for layout in (*LAYOUTS, VIRTUAL, Layout(tp=2, cp=2, world=4))]
-CASES += [("mtp-linear-experts", layout) for layout in (*EXPERT_LAYOUTS, Layout(tp=2, sp=True, pp=2, ep=2, world=4))]
+CASES += [
+    ("mtp-linear-experts", layout) for layout in (*EXPERT_LAYOUTS, Layout(tp=2, sp=True, pp=2, ep=2, etp=1, world=4))
+]
 
 
 @pytest.fixture(scope="module")

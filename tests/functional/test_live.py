@@ -52,7 +52,9 @@ CASES = [("untied", layout) for layout in DENSE]
 CASES += [("tied", layout) for layout in (Layout(), Layout(pp=2, world=2), Layout(pp=2, vpp=2, world=2))]
 CASES += [("prediction", layout) for layout in (Layout(), Layout(ep=2, pp=2, world=4))]
 CASES += [("linear", layout) for layout in (Layout(tp=2, cp=2, world=4), Layout(pp=2, vpp=2, world=2))]
-CASES += [("linear-experts", layout) for layout in (Layout(tp=2, sp=True, pp=2, ep=2, world=4), Layout(cp=4, world=4))]
+CASES += [
+    ("linear-experts", layout) for layout in (Layout(tp=2, sp=True, pp=2, ep=2, etp=1, world=4), Layout(cp=4, world=4))
+]
 CASES += [("experts", layout) for layout in EXPERTS] + [("some-experts", Layout(ep=2, pp=2, world=4))]
 
 
