@@ -254,7 +254,8 @@ def run_transformers(
     """Forward and backward of each conversation separately; cached by checkpoint, conversations and dtype."""
     key = folder, digest(conversations), dtype
     if key not in _CACHE:
-        _CACHE[key] = _run_transformers(folder, conversations, dtype)
+        with recurrent_delta_rule():
+            _CACHE[key] = run_transformers_as_it_is(folder, conversations, dtype)
     return _CACHE[key]
 
 
@@ -281,8 +282,8 @@ def recurrent_delta_rule() -> Iterator[None]:
         yield
 
 
-@recurrent_delta_rule()
-def _run_transformers(folder: Path, conversations: Sequence[Conversation], dtype: torch.dtype) -> Reference:
+def run_transformers_as_it_is(folder: Path, conversations: Sequence[Conversation], dtype: torch.dtype) -> Reference:
+    """`run_transformers` with the chunked rule, where the model has linear attention."""
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).train()
