@@ -14,7 +14,8 @@ help:
 	@echo "make test-layouts  every layout in all variants, all random batches; writes docs/layouts.md unless LAYOUT_ARGS=--check"
 	@echo "make test-hf4    checkpoints saved and loaded by transformers 4.57, in .venv-hf4"
 	@echo "make test-versions  a selection of the tests with the oldest and the newest supported versions; two venvs of 5 GB"
-	@echo "make test-te     the Transformer Engine backend without a GPU, its compiled extension replaced; in .venv-te"
+	@echo "make test-te     the Transformer Engine backend without a GPU, its compiled extension replaced; in .venv-te. All its"
+	@echo "                 layouts: .venv-te/bin/python -m tests.te.write_layouts, which writes them to docs/layouts.md"
 	@echo "make lint        ruff and mypy              make format      reformat and fix with ruff"
 	@echo "make unit        unit tests                 make functional  functional tests"
 	@echo "make clean       remove generated files     make clean-venv  also remove the venvs"
@@ -53,7 +54,7 @@ test-versions:
 
 test-te: setup
 	@ci/setup_te.sh
-	.venv-te/bin/python -m pytest tests/te
+	.venv-te/bin/python -m pytest tests/te -m "not layouts" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(PY) -m ruff check .

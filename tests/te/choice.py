@@ -1,4 +1,4 @@
-"""What runs in the process that asks for Transformer Engine's choice of attention."""
+"""What runs in the process that asks for Transformer Engine's choice of attention: with a user's guards."""
 
 import dataclasses
 import os
@@ -9,16 +9,12 @@ from unittest import mock
 import torch
 
 
-def prepare() -> None:
-    """The stand-in, with a user's guards."""
-    torch.set_num_threads(1)
-    import tests.te.as_gpu  # noqa: F401
-
-
 def choose(capability: tuple[int, int], parameters: dict[str, Any]) -> str:
     """The attention for these fields of `AttentionParams`; `flash`: flash-attention is installed."""
     from packaging.version import Version
     from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    import tests.te.as_gpu  # noqa: F401
 
     flash = parameters.pop("flash", False)
     utils.FlashAttentionUtils.is_installed, utils.FlashAttentionUtils.version = flash, Version("2.8.3")
@@ -35,6 +31,7 @@ def called(folder: Path, chosen: str, store: Path, variables: dict[str, str] | N
     """What a forward and backward of the model in bf16 calls of the extension."""
     from megatron.core.transformer.enums import AttnBackend
 
+    import tests.te.as_gpu  # noqa: F401
     from tests import reference
     from tests.functional import matrix
     from tests.functional.parity import PACK_LENGTH

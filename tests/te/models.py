@@ -1,5 +1,6 @@
 """What runs in the processes: a model of the process's backend, what its checkpoint would hold, and its numbers."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tests.functional.pool import Layout
 Entry = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], str]
 
 
-def build(sizes: dict[str, int], folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def build(layout: Layout, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """This rank's model, with random weights, on the CPU."""
     from megatron_vlbridge import read_config
     from megatron_vlbridge.model.transformer_config import language_config
@@ -20,8 +21,10 @@ def build(sizes: dict[str, int], folder: Path, dtype: torch.dtype = torch.float3
     checkpoint = read_config(folder)
     config = language_config(
         checkpoint,
-        **sizes,
-        sequence_parallel=sizes.get("tensor_model_parallel_size", 1) > 1,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         use_cpu_initialization=True,
         params_dtype=dtype,
         gradient_accumulation_fusion=False,
@@ -29,12 +32,17 @@ def build(sizes: dict[str, int], folder: Path, dtype: torch.dtype = torch.float3
     return Qwen3VLModel(config, checkpoint)
 
 
-def describe(sizes: dict[str, int], folder: Path, dtype: torch.dtype) -> dict[str, list[Entry]]:
+def each(layout: Layout, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """`function(layout, *args)` of each of these calls."""
+    return [function(layout, *args) for function, args in calls]
+
+
+def describe(layout: Layout, folder: Path, dtype: torch.dtype) -> dict[str, list[Entry]]:
     """The entries of this rank's sharded checkpoint, by key."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     found: dict[str, list[Entry]] = {}
-    for entry in _entries(build(sizes, folder, dtype).sharded_state_dict()):
+    for entry in _entries(build(layout, folder, dtype).sharded_state_dict()):
         if isinstance(entry, ShardedTensor):
             described = "tensor", entry.global_shape, entry.global_offset, entry.local_shape, str(entry.dtype)
         else:
@@ -43,41 +51,33 @@ def describe(sizes: dict[str, int], folder: Path, dtype: torch.dtype) -> dict[st
     return {key: sorted(entries) for key, entries in found.items()}
 
 
-def classes(sizes: dict[str, int], folder: Path) -> set[str]:
+def classes(layout: Layout, folder: Path) -> set[str]:
     """The names of the model's classes."""
-    return {type(module).__name__ for module in build(sizes, folder).modules()}
+    return {type(module).__name__ for module in build(layout, folder).modules()}
 
 
-def load_hf(sizes: dict[str, int], folder: Path) -> list[Any]:
-    """This rank's shards after `load_hf_weights`."""
-    from megatron_vlbridge.checkpoint.live import load_hf_weights
-
-    model = build(sizes, folder)
-    load_hf_weights(model, folder)
-    return _shards(model)
-
-
-def load(sizes: dict[str, int], folder: Path, saved: Path, strict: str) -> list[Any]:
+def load(layout: Layout, folder: Path, saved: Path, strict: str) -> list[Any]:
     """This rank's shards after Megatron's loader, with this strictness, read `saved`."""
     from megatron.core import dist_checkpointing
 
-    model = build(sizes, folder)
+    model = build(layout, folder)
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(saved), strict=strict)
     model.load_state_dict(state["model"])
     return _shards(model)
 
 
-def load_hf_and_save(sizes: dict[str, int], folder: Path, saved: Path) -> None:
-    """Fill a model from the Hugging Face folder, and let Megatron's saver write it to `saved`."""
+def load_hf_and_save(layout: Layout, folder: Path, saved: Path) -> list[Any]:
+    """This rank's shards after `load_hf_weights`; Megatron's saver writes them to `saved`."""
     from megatron.core import dist_checkpointing
 
     from megatron_vlbridge.checkpoint.live import load_hf_weights
 
-    model = build(sizes, folder)
+    model = build(layout, folder)
     load_hf_weights(model, folder)
     saved.mkdir(exist_ok=True)
     torch.distributed.barrier()
     dist_checkpointing.save({"model": model.sharded_state_dict()}, str(saved))
+    return _shards(model)
 
 
 def called(layout: Layout, **arguments: Any) -> set[str]:

@@ -1,4 +1,4 @@
-"""Imported once, by the process from which all workers fork: they start with the TE backend in memory."""
+"""Imported once, by the process from which all others fork: they start with the TE backend in memory."""
 
 import logging
 import warnings

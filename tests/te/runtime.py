@@ -17,13 +17,15 @@ from megatron_vlbridge.backends import cpu_runtime
 from tests.te import extension, references
 from tests.te.references import fused_weight_gradient_mlp_cuda
 
+_enabled = False
 
-def enable(fp32_as_bf16: bool = True) -> None:
-    """Let Transformer Engine run on this process's CPU; before the first import of Megatron.
 
-    With `fp32_as_bf16` attention in fp32, in which results are compared, takes the way of attention in bf16: cuDNN's
-    kernels, also over context-parallel ranks. Without it, Transformer Engine and the guards decide as for a user.
-    """
+def enable() -> None:
+    """Let Transformer Engine run on this process's CPU; before the first import of Megatron. Once is enough."""
+    global _enabled
+    if _enabled:
+        return
+    _enabled = True
     assert not torch.cuda.is_available(), "there is a GPU here: nothing has to be replaced"
     # It asks for the properties of a GPU, if there seems to be one.
     import fla.modules
@@ -37,8 +39,6 @@ def enable(fp32_as_bf16: bool = True) -> None:
     mode = _TensorsOnCuda()
     cpu_runtime.replace_cuda(mode)
     _keep_in_backward(mode)
-    if fp32_as_bf16:
-        _admit_fp32_to_fused_attention()
     _wait_once_for_p2p()
     references.fla.install()
 
@@ -66,8 +66,11 @@ def _keep_in_backward(mode: torch.overrides.TorchFunctionMode) -> None:
     torch.autograd._engine_run_backward = run_in_mode
 
 
-def _admit_fp32_to_fused_attention() -> None:
-    """Let fp32 go where bf16 goes: cuDNN's attention takes 16 bits alone."""
+def admit_fp32_to_fused_attention() -> None:
+    """Let attention in fp32 go where bf16 goes: cuDNN's kernels, also over context-parallel ranks; once.
+
+    They take 16 bits alone. Without this, Transformer Engine and the guards decide as for a user.
+    """
     from transformer_engine.pytorch.attention.dot_product_attention import backends, utils
 
     from megatron_vlbridge.backends import te

@@ -1,7 +1,7 @@
 """Models of Transformer Engine's modules have the CPU backend's checkpoints, in every family, without a GPU."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from megatron_vlbridge.checkpoint.convert import import_checkpoint
 from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertLayout
 from tests import reference
+from tests.functional.pool import Layout
 from tests.mtp_reference import write_mtp_checkpoint
 from tests.te import models
-from tests.te.processes import Processes
+from tests.te.pool import Pool
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -26,18 +27,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dense-mtp": {},
     "experts-mtp": {"experts": {}, "tied": True},
 }
-ONE: dict[str, int] = {}
+ONE = Layout()
 LAYOUTS = {
-    "tp2": ("dense", {"tensor_model_parallel_size": 2}),
-    "ep2": ("experts", {"expert_model_parallel_size": 2}),
-    "tp2-etp1-ep2": (
-        "experts",
-        {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2},
-    ),
-    "tp2-etp2": ("experts-and-dense-layers", {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    "tp2": ("dense", Layout(tp=2, sp=True, world=2)),
+    "ep2": ("experts", Layout(ep=2, world=2)),
+    "tp2-etp1-ep2": ("experts", Layout(tp=2, sp=True, etp=1, ep=2, world=2)),
+    "tp2-etp2": ("experts-and-dense-layers", Layout(tp=2, sp=True, etp=2, world=2)),
 }
+DTYPES = (torch.float32, torch.bfloat16)
+STRICT = ("assume_ok_unexpected", "raise_unexpected")
 
-Run = Callable[..., list[Any]]
+Shards = list[Any]
+Pools = dict[str, Pool]
 
 
 @pytest.fixture(scope="module")
@@ -51,84 +52,103 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """`run(backend, world, function, sizes, *args)`: the results of the ranks."""
-    started: dict[tuple[str, int], Processes] = {}
-    stores = tmp_path_factory.mktemp("stores")
-    numbers = itertools.count()
-
-    def run_on(backend: str, world: int, function: Callable[..., Any], sizes: dict[str, int], *args: Any) -> list[Any]:
-        processes = started.get((backend, world)) or started.setdefault((backend, world), Processes(backend, world))
-        return processes.run(function, stores / str(next(numbers)), sizes, *args)
-
-    yield run_on
-    for processes in started.values():
-        processes.close()
+def pools(pool: Pool, cpu_pool: Pool) -> Pools:
+    return {"cpu": cpu_pool, "te": pool}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture(scope="module")
+def described(pools: Pools, folders: dict[str, Path]) -> Callable[[str], dict[tuple[str, torch.dtype], Any]]:
+    """What a backend's process has of each family in each dtype."""
+
+    @cache
+    def of(backend: str) -> dict[tuple[str, torch.dtype], Any]:
+        cases = [(kind, dtype) for kind in FAMILIES for dtype in DTYPES]
+        calls = [(models.describe, (folders[kind], dtype)) for kind, dtype in cases]
+        (found,) = pools[backend].run(models.each, ONE, calls=calls)
+        return dict(zip(cases, found, strict=True))
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def saved(
+    pools: Pools, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, list[Shards]]]:
+    """What a backend's ranks held after `load_hf_weights`, and where Megatron's saver wrote it."""
+
+    @cache
+    def by(backend: str, kind: str, layout: Layout = ONE) -> tuple[Path, list[Shards]]:
+        saved = tmp_path_factory.mktemp("saved")
+        return saved, pools[backend].run(models.load_hf_and_save, layout, folder=folders[kind], saved=saved)
+
+    return by
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_keys_shapes_and_dtypes_are_the_cpu_backends(
-    run: Run, folders: dict[str, Path], kind: str, dtype: torch.dtype
+    described: Callable[..., Any], kind: str, dtype: torch.dtype
 ) -> None:
-    (cpu,) = run("cpu", 1, models.describe, ONE, folders[kind], dtype)
-    (te,) = run("te", 1, models.describe, ONE, folders[kind], dtype)
-    assert te == cpu
+    assert described("te")[kind, dtype] == described("cpu")[kind, dtype]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_rank_holds_the_same_parts(run: Run, folders: dict[str, Path], layout: str) -> None:
-    kind, sizes = LAYOUTS[layout]
-    cpu = run("cpu", 2, models.describe, sizes, folders[kind], torch.float32)
-    te = run("te", 2, models.describe, sizes, folders[kind], torch.float32)
+def test_every_rank_holds_the_same_parts(pools: Pools, folders: dict[str, Path], layout: str) -> None:
+    kind, parts = LAYOUTS[layout]
+    cpu, te = (
+        pools[backend].run(models.describe, parts, folder=folders[kind], dtype=torch.float32) for backend in pools
+    )
     assert te == cpu
 
 
-def test_the_modules_are_transformer_engines(run: Run, folders: dict[str, Path]) -> None:
+def test_the_modules_are_transformer_engines(pool: Pool, folders: dict[str, Path]) -> None:
     """Else all of the above would compare the CPU backend with itself."""
-    (found,) = run("te", 1, models.classes, ONE, folders["experts-and-dense-layers"])
+    (found,) = pool.run(models.classes, ONE, folder=folders["experts-and-dense-layers"])
     expected = {"TEDotProductAttention", "TELayerNormColumnParallelLinear", "TEColumnParallelLinear", "RMSNorm"}
     assert expected | {"TEGroupedMLP", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"} <= found
     assert not found & {"PackedAttention", "SequentialMLP"}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_hugging_face_weights_fill_it_bit_for_bit(run: Run, folders: dict[str, Path], kind: str) -> None:
-    (shards,) = run("te", 1, models.load_hf, ONE, folders[kind])
-    assert_equal_to_source([shards], folders[kind])
-
-
-@pytest.mark.parametrize("strict", ["assume_ok_unexpected", "raise_unexpected"])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_megatron_loads_an_imported_checkpoint(
-    run: Run, folders: dict[str, Path], kind: str, strict: str, tmp_path: Path
+def test_hugging_face_weights_fill_it_bit_for_bit(
+    saved: Callable[..., Any], folders: dict[str, Path], kind: str
 ) -> None:
-    imported = tmp_path / "imported"
-    import_checkpoint(folders[kind], imported)
-    (shards,) = run("te", 1, models.load, ONE, folders[kind], imported / "release", strict)
-    assert_equal_to_source([shards], folders[kind])
+    _, shards = saved("te", kind)
+    assert_equal_to_source(shards, folders[kind])
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_megatron_loads_an_imported_checkpoint(pool: Pool, folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    """With either strictness of its loader."""
+    import_checkpoint(folders[kind], tmp_path / "imported")
+    calls = [(models.load, (folders[kind], tmp_path / "imported" / "release", strict)) for strict in STRICT]
+    (found,) = pool.run(models.each, ONE, calls=calls)
+    for shards in found:
+        assert_equal_to_source([shards], folders[kind])
 
 
 @pytest.mark.parametrize(("writer", "reader"), [("cpu", "te"), ("te", "cpu"), ("te", "te")])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_megatron_loads_what_either_backend_saved(
-    run: Run, folders: dict[str, Path], kind: str, writer: str, reader: str, tmp_path: Path
+    pools: Pools, saved: Callable[..., Any], folders: dict[str, Path], kind: str, writer: str, reader: str
 ) -> None:
-    run(writer, 1, models.load_hf_and_save, ONE, folders[kind], tmp_path / "saved")
-    (shards,) = run(reader, 1, models.load, ONE, folders[kind], tmp_path / "saved", "assume_ok_unexpected")
-    assert_equal_to_source([shards], folders[kind])
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_split_model_is_filled_and_saved(run: Run, folders: dict[str, Path], layout: str, tmp_path: Path) -> None:
-    kind, sizes = LAYOUTS[layout]
-    assert_equal_to_source(run("te", 2, models.load_hf, sizes, folders[kind]), folders[kind])
-    run("te", 2, models.load_hf_and_save, sizes, folders[kind], tmp_path / "saved")
-    shards = run("cpu", 1, models.load, ONE, folders[kind], tmp_path / "saved", "assume_ok_unexpected")
+    written, _ = saved(writer, kind)
+    shards = pools[reader].run(models.load, ONE, folder=folders[kind], saved=written, strict=STRICT[0])
     assert_equal_to_source(shards, folders[kind])
 
 
-def assert_equal_to_source(shards: list[Any], folder: Path) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_split_model_is_filled_and_saved(
+    cpu_pool: Pool, saved: Callable[..., Any], folders: dict[str, Path], layout: str
+) -> None:
+    kind, parts = LAYOUTS[layout]
+    written, shards = saved("te", kind, parts)
+    assert_equal_to_source(shards, folders[kind])
+    shards = cpu_pool.run(models.load, ONE, folder=folders[kind], saved=written, strict=STRICT[0])
+    assert_equal_to_source(shards, folders[kind])
+
+
+def assert_equal_to_source(shards: list[Shards], folder: Path) -> None:
     """The ranks' parameters, turned back by the rules, are the folder's tensors bit for bit."""
     from tests.functional.ranks import assemble
 

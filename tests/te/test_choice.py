@@ -3,9 +3,7 @@
 Its own choice, without an admission of fp32; cuDNN is taken to support everything.
 """
 
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +12,43 @@ import torch
 
 from tests import reference
 from tests.te import choice
+from tests.te.host import Worker, results
 
 TEXT = {"head_dim_qk": 128, "head_dim_v": 128, "num_gqa_groups": 8, "attn_mask_type": "padding_causal"}
 TOWER = {"head_dim_qk": 72, "head_dim_v": 72, "attn_mask_type": "padding"}
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
 
 Choose = Callable[..., str]
+Called = Callable[..., set[str]]
 
 
 @pytest.fixture(scope="module")
-def process() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), choice.prepare) as executor:
-        yield executor
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference.write_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
-def choose(process: ProcessPoolExecutor) -> Choose:
-    return lambda capability, **parameters: process.submit(choice.choose, capability, parameters).result()
+def choose() -> Iterator[Choose]:
+    process = Worker("te")
+
+    def in_process(capability: tuple[int, int], **parameters: Any) -> str:
+        process.begin(choice.choose, capability, parameters)
+        return results([process])[0]
+
+    yield in_process
+    process.kill()
+
+
+@pytest.fixture
+def called() -> Iterator[Called]:
+    process = Worker("te")
+
+    def in_process(*args: object) -> set[str]:
+        process.begin(choice.called, *args)
+        return results([process])[0]
+
+    yield in_process
+    process.kill()
 
 
 @pytest.mark.parametrize("shape", [TEXT, TOWER, TOWER | {"head_dim_qk": 64, "head_dim_v": 64}])
@@ -68,22 +86,19 @@ def test_flash_attention_is_preferred_before_sm90(choose: Choose) -> None:
 
 @pytest.mark.parametrize("chosen", ["fused", "unfused"])
 def test_the_attention_that_a_user_chooses_is_the_one_that_runs(
-    process: ProcessPoolExecutor, tmp_path: Path, chosen: str
+    called: Called, folder: Path, tmp_path: Path, chosen: str
 ) -> None:
     """In bf16, of both TE's functions for it are called; the other one's are not."""
-    called = process.submit(
-        choice.called, reference.write_checkpoint(tmp_path / "tiny"), chosen, tmp_path / "store"
-    ).result()
+    found = called(folder, chosen, tmp_path / "store")
     fused, unfused = {"fused_attn_fwd", "fused_attn_bwd"}, {"convert_thd_to_bshd", "convert_bshd_to_thd"}
     expected, other = (fused, unfused) if chosen == "fused" else (unfused, fused)
-    assert expected <= called
-    assert not other & called
+    assert expected <= found
+    assert not other & found
 
 
 @pytest.mark.parametrize("name", ["NVTE_FUSED_ATTN", "NVTE_FLASH_ATTN", "NVTE_UNFUSED_ATTN"])
 def test_a_variable_against_the_chosen_attention_fails_when_the_model_is_made(
-    process: ProcessPoolExecutor, tmp_path: Path, name: str
+    called: Called, folder: Path, tmp_path: Path, name: str
 ) -> None:
-    folder = reference.write_checkpoint(tmp_path / "tiny")
     with pytest.raises(AssertionError, match=f"{name} set to 0, but expected 1 for attention backend type auto"):
-        process.submit(choice.called, folder, "auto", tmp_path / "store", {name: "0"}).result()
+        called(folder, "auto", tmp_path / "store", {name: "0"})

@@ -3,7 +3,6 @@
 With Megatron's default fusions, FusedAdam and the multi-tensor operations of Transformer Engine's Python.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests import digits_checkpoint
 from tests.closeness import FP32, assert_close_in_norm, relative_error
-from tests.te.launcher import Launcher
+from tests.te import launcher
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
 ITERATIONS, HALF = 6, 3
@@ -44,7 +43,6 @@ class Curve:
 class Runs:
     """Runs of the example in a folder with conversations."""
 
-    launchers: dict[str, Launcher]
     folder: Path
 
     def train(self, backend: str, name: str, *arguments: object, processes: int = 1) -> tuple[Curve, set[str]]:
@@ -53,8 +51,8 @@ class Runs:
         common += ("--lr", 1e-3, "--lr-decay-style", "constant", "--train-iters", ITERATIONS, "--seed", 5)
         # The same packs under every layout: context parallelism needs room in them for its padding.
         common += ("--pack-multiple-of", 4, "--log-interval", 1, "--tensorboard-dir", f"{name}-events")
-        launcher = self.launchers.get(backend) or self.launchers.setdefault(backend, Launcher(backend))
-        called = launcher.run(SCRIPT, self.folder, *common, *BACKENDS[backend], *arguments, processes=processes)
+        command = (*common, *BACKENDS[backend], *arguments)
+        called = launcher.run(backend, SCRIPT, self.folder, *command, processes=processes)
         events = EventAccumulator(str(self.folder / f"{name}-events"))
         events.Reload()
         losses, norms = ([entry.value for entry in events.Scalars(tag)] for tag in ("lm loss", "grad-norm"))
@@ -62,21 +60,13 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def launchers() -> Iterator[dict[str, Launcher]]:
-    started: dict[str, Launcher] = {}
-    yield started
-    for launcher in started.values():
-        launcher.close()
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(digits_checkpoint.write(tmp_path_factory.mktemp("dense")))
 
 
 @pytest.fixture(scope="module")
-def dense(launchers: dict[str, Launcher], tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(launchers, digits_checkpoint.write(tmp_path_factory.mktemp("dense")))
-
-
-@pytest.fixture(scope="module")
-def experts(launchers: dict[str, Launcher], tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(launchers, digits_checkpoint.write(tmp_path_factory.mktemp("experts"), experts=True))
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(digits_checkpoint.write(tmp_path_factory.mktemp("experts"), experts=True))
 
 
 @pytest.fixture(scope="module")

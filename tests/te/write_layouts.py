@@ -5,7 +5,7 @@ Use: .venv-te/bin/python -m tests.te.write_layouts.
 Ends with an error where a figure is not within the tolerance. With `--check` the page is left as it is.
 """
 
-# What imports Megatron is imported inside the functions: the workers import this file too.
+# What imports Megatron is imported inside the functions, after the choice of the backend.
 import argparse
 import datetime as dt
 import importlib.metadata
@@ -20,10 +20,11 @@ import torch
 
 from megatron_vlbridge.backends import cpu_runtime
 from tests.functional.kinds import KINDS
-from tests.functional.pool import Pool
 from tests.functional.write_layouts import COLUMNS, PAGE
 from tests.functional.write_layouts import TE_HEADING as HEADING
 from tests.functional.write_layouts import first_cells as cells_of_layout
+from tests.te.host import Hosts
+from tests.te.pool import Pool
 
 
 def first_cells(row: Any) -> str:
@@ -40,7 +41,8 @@ def measure() -> tuple[list[str], list[str]]:
 
     torch.set_num_threads(1)  # the workers need the cores
     lines, failures = [], []
-    pool = Pool(preload="tests.te.preload")
+    hosts = Hosts()
+    pool = Pool("te")
     with tempfile.TemporaryDirectory() as where:
         folders = matrix.write_folders(Path(where), {row.kind for row in rows.ROWS})
         for row in rows.ROWS:
@@ -51,6 +53,7 @@ def measure() -> tuple[list[str], list[str]]:
             lines.append(f"{first_cells(row)} {' | '.join(f'{x:.1e}' for x in worst)} |")
             print(f"{row}: worst gradient {worst[-1]:.1e}", flush=True)
     pool.close()
+    hosts.close()
     return lines, failures
 
 
@@ -68,7 +71,7 @@ The same comparison with the TE backend: Megatron's modules of Transformer Engin
 kernel with its arguments; the kernels are references in torch, and attention in fp32 takes the way of bf16
 ([gpu.md](gpu.md)). The rows hold every pair of what the rows above combine, each in one variant. `settings` are further
 ones of Megatron's: `p2p`, `a2a` and `all_gather` are exchanges between context-parallel ranks (`cp_comm_type`), four of
-them one for each layer.
+them one for each layer. `make test-te` runs as many of the rows as still hold every pair and every setting.
 
 {head}
 {chr(10).join(lines)}
