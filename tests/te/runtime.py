@@ -5,6 +5,7 @@ the compiled extension is a stand-in (`tests.te.extension`), and CUDA calls are 
 """
 
 import dataclasses
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 
 from megatron_vlbridge.backends import cpu_runtime
 from tests.te import extension, references
-from tests.te.references import fused_weight_gradient_mlp_cuda
+from tests.te.references import fla, fused_weight_gradient_mlp_cuda
 
 _enabled = False
 
@@ -28,9 +29,7 @@ def enable() -> None:
     _enabled = True
     assert not torch.cuda.is_available(), "there is a GPU here: nothing has to be replaced"
     # It asks for the properties of a GPU, if there seems to be one.
-    import fla.modules
-    import fla.ops.gated_delta_rule  # noqa: F401
-
+    importlib.import_module("fla.ops.gated_delta_rule")
     torch.cuda.is_available = lambda: True
     torch.cuda.is_current_stream_capturing = lambda: False
     # Torch's data loader asks this before it pins memory, which takes a driver.
@@ -40,7 +39,7 @@ def enable() -> None:
     cpu_runtime.replace_cuda(mode)
     _keep_in_backward(mode)
     _wait_once_for_p2p()
-    references.fla.install()
+    fla.install()
 
 
 def _replace_extension() -> None:

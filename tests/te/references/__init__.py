@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tests.te.references import attention, context_parallel, device, fla, gemm, norms, optimizer
+from tests.te.references import attention, context_parallel, device, gemm, norms, optimizer
 
 _MODULES: tuple[ModuleType, ...] = (attention, context_parallel, device, gemm, norms, optimizer)
 

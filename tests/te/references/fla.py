@@ -9,6 +9,7 @@ Shapes: B batches of T tokens, D channels of a convolution, H heads, K and V dim
 import inspect
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def _lengths(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[int]:
     assert cu_seqlens.dtype in (torch.int32, torch.int64)
     ends = cu_seqlens.tolist()
     assert (ends[0], ends[-1]) == (0, x.shape[1]), f"segments {ends} of {x.shape[1]} tokens"
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _in_place_of(installed: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
