@@ -95,9 +95,9 @@ def main() -> None:
 Tiny random models in fp32 (4 decoder layers, 4 vision layers, grouped-query attention; 2 deepstack levels in Qwen3-VL,
 3 layers of linear and one of full attention in Qwen3.5), run by this project as one pack and by transformers
 conversation by conversation. The values are the norm of the difference over the norm of transformers' result, for the
-output of the vision tower (tokens and deepstack features), the logits, the token losses, the mean loss, and the gradient
-of the parameter with the largest error. The tests require less than {TOLERANCE:.0e}, with linear attention {DELTA_RULE:.0e}. The
-same comparison for every layout is in [layouts.md](layouts.md).
+output of the vision tower (tokens and deepstack features), the logits, the token losses, the mean loss, and the
+gradient of the parameter with the largest error. The tests require less than {TOLERANCE:.0e}, with linear attention
+{DELTA_RULE:.0e}. The same comparison for every layout is in [layouts.md](layouts.md).
 
 Measured by `.venv/bin/python -m tests.functional.write_parity` on {dt.date.today()}, {platform.machine()} CPU,
 {versions}.
