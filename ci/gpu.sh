@@ -5,7 +5,8 @@
 #   PYTHON=/a/python ci/gpu.sh   with this one
 #   ci/gpu.sh --layers 8         further arguments are those of the speed table (tests/gpu/speed.py)
 #
-# It needs torch, Transformer Engine with its compiled extension, the dependencies of this package, and pytest.
+# It needs torch, Transformer Engine with its compiled extension, flash-linear-attention, the dependencies of this
+# package, and pytest.
 #
 # Exit codes: 0 all passed, 3 no GPU and nothing was run, anything else a failure. See docs/gpu.md.
 set -euo pipefail
@@ -28,12 +29,12 @@ try:
     if not torch.cuda.is_available():
         print("no GPU: nothing was run", file=sys.stderr)
         sys.exit(3)
-    for name in ("transformer_engine.pytorch", "megatron.core", "transformers", "pytest"):
+    for name in ("transformer_engine.pytorch", "fla", "megatron.core", "transformers", "pytest"):
         importlib.import_module(name)
 except ImportError as error:
     sys.exit(f"{sys.executable} cannot import a required package: {error}")
 versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", "transformers")]
-versions.append(f"transformer_engine {importlib.metadata.version('transformer_engine')}")
+versions += [f"{name} {importlib.metadata.version(name)}" for name in ("transformer_engine", "flash-linear-attention")]
 print(datetime.date.today(), "|", torch.cuda.device_count(), "x", torch.cuda.get_device_name(), "|", ", ".join(versions))
 END
 "$python" -m pytest -s tests/gpu

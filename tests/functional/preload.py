@@ -16,4 +16,7 @@ import torch._dynamo  # noqa: E402  otherwise an export imports it, which takes 
 # A process with threads must not fork.
 torch.set_num_threads(1)
 
+import torch.utils.tensorboard  # noqa: E402
+import torchvision  # noqa: E402, F401
+
 import tests.functional.ranks  # noqa: E402, F401

@@ -1,8 +1,5 @@
 """Published forms in a live model, and the checkpoints that Megatron's own pretrain saves beside optimizer state."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,8 @@ from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.families import find
 from tests import digits_checkpoint, fp8_checkpoint, reference
 from tests.functional import ranks
+from tests.functional.launch import run_example
 from tests.functional.pool import Layout, Pool
-
-ROOT = Path(__file__).parents[2]
 
 
 def live_weights(layout: Layout, folder: Path, rows: int, checkpoint: Path | None = None) -> list[ranks.Shard]:
@@ -70,14 +66,10 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, processes: int, *arguments: object) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command += [ROOT / "examples" / "pretrain.py", "--cpu", "--conversations", folder / "train.jsonl"]
-    command += ["--hf-folder", "hf", "--hf-weights", "--seq-length", 256, "--micro-batch-size", 1]
-    command += ["--global-batch-size", 2, "--lr", 1e-3, "--lr-decay-style", "constant", "--seed", 5]
-    command += ["--train-iters", 2, "--save-interval", 2, "--num-workers", 0, "--pack-multiple-of", 4]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([str(p) for p in (*command, *arguments)], cwd=folder, env=environment, capture_output=True)
-    assert run.returncode == 0, run.stdout[-2000:].decode() + run.stderr[-4000:].decode()
+    common = ("--conversations", folder / "train.jsonl", "--hf-folder", "hf", "--hf-weights", "--seq-length", 256)
+    common += ("--micro-batch-size", 1, "--global-batch-size", 2, "--lr", 1e-3, "--lr-decay-style", "constant")
+    common += ("--train-iters", 2, "--save-interval", 2, "--num-workers", 0, "--pack-multiple-of", 4, "--seed", 5)
+    run_example(folder, *common, *arguments, processes=processes)
 
 
 TENSOR = ("--tensor-model-parallel-size", 2, "--sequence-parallel")

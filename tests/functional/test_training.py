@@ -1,9 +1,6 @@
-"""The example script under torchrun: all layouts have the same loss curve, and a resumed run continues it."""
+"""The example script: all layouts have the same loss curve, and a resumed run continues it."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import digits_checkpoint
 from tests.closeness import assert_close_in_norm, relative_error
+from tests.functional.launch import run_example
 from tests.functional.pool import Pool
 from tests.functional.test_arguments import said
 from tests.mtp_reference import add_prediction_layer
 
-ROOT = Path(__file__).parents[2]
 ITERATIONS = 10
 
 
@@ -29,18 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, *arguments: object, processes: int = 1) -> list[float]:
     """The losses of a run of the example, read from its log."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command += [ROOT / "examples" / "pretrain.py", "--cpu", "--conversations", folder / "train.jsonl"]
-    command += ["--seq-length", 256, "--micro-batch-size", 1, "--global-batch-size", 2, "--lr", 1e-3, "--seed", 5]
-    command += ["--train-iters", ITERATIONS, "--log-interval", 1, "--num-workers", 0, "--lr-decay-style", "constant"]
+    common = ("--conversations", folder / "train.jsonl", "--seq-length", 256, "--micro-batch-size", 1, "--seed", 5)
+    common += ("--global-batch-size", 2, "--lr", 1e-3, "--lr-decay-style", "constant", "--num-workers", 0)
     # The same packs in every layout: context parallelism needs space for its padding.
-    command += ["--pack-multiple-of", 4]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [str(part) for part in (*command, *arguments)], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    losses = [float(loss) for loss in re.findall(r"^iteration +\d+/\d+  loss (\S+)", run.stdout, re.MULTILINE)]
+    common += ("--train-iters", ITERATIONS, "--log-interval", 1, "--pack-multiple-of", 4)
+    output = run_example(folder, *common, *arguments, processes=processes)
+    losses = [float(loss) for loss in re.findall(r"^iteration +\d+/\d+  loss (\S+)", output, re.MULTILINE)]
     # Megatron does not reset its mean after the first iteration of a process: the second line is the mean of two.
     return [losses[0], 2 * losses[1] - losses[0], *losses[2:]]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests import digits_checkpoint
-from tests.functional.test_training import ROOT, assert_same_curve, scalars, train
+from tests.functional.test_training import assert_same_curve, scalars, train
 from tests.mtp_reference import add_prediction_layer
 
+ROOT = Path(__file__).parents[2]
 ITERATIONS, MORE = 20, 2
 EVERYTHING = (
     *("--tensor-model-parallel-size", 2, "--sequence-parallel"),

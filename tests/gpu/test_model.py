@@ -13,6 +13,8 @@ from tests.gpu.model import Result, build, run
 pytestmark = pytest.mark.gpu
 
 FAMILIES: dict[str, dict[str, Any]] = {"dense": {}, "dense-tied": {"tied": True}, "experts": {"experts": {}}}
+# In fp32 flash-linear-attention's matrix products are in TF32.
+LINEAR: dict[str, dict[str, Any]] = {"linear": {"linear": {}}}
 CONVERSATIONS = [
     reference.conversation(kind, seed) for seed, kind in enumerate(["text", "image", "mixed", "images", "video"], 1)
 ]
@@ -28,7 +30,7 @@ RECOMPUTATION: dict[str, dict[str, Any]] = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         kind: reference.write_checkpoint(tmp_path_factory.mktemp(kind), **arguments)
-        for kind, arguments in FAMILIES.items()
+        for kind, arguments in (FAMILIES | LINEAR).items()
     }
 
 
@@ -47,6 +49,7 @@ def on_the_cpu(folder: Path) -> Result:
     return Result(torch.cat(result.logits), result.loss, result.gradients)
 
 
+@reference.recurrent_delta_rule()
 def in_bf16(folder: Path, conversations: Sequence[reference.Conversation]) -> Result:
     """Transformers in bf16 on this GPU, each conversation alone."""
     from transformers import AutoModelForImageTextToText
@@ -80,7 +83,7 @@ def together(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
 
 
-@pytest.mark.parametrize("kind", ["dense", "dense-tied"])
+@pytest.mark.parametrize("kind", ["dense", "dense-tied", "linear"])
 def test_bf16_is_as_exact_as_transformers_in_bf16(folders: dict[str, Path], kind: str) -> None:
     """The distance from fp32 is at most twice theirs, of the logits and of all gradients together.
 

@@ -1,5 +1,6 @@
 """The tests' own process runs no model of Transformer Engine's; its processes do."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,8 @@ from tests.te.pool import Pool
 
 # Transformer Engine cannot be imported here: it has no extension.
 cpu_runtime.enable()
+# Transformers runs its rule of linear attention in torch; to import this takes long.
+sys.modules["fla"] = None  # type: ignore[assignment]
 
 # The longest first, so that the processes of pytest-xdist, each of which takes whole files, end together.
 ORDER = ("training", "gpu_checks", "parity", "checkpoints", "mutants", "bf16", "choice", "extension")

@@ -81,13 +81,15 @@ def load_hf_and_save(layout: Layout, folder: Path, saved: Path) -> list[Any]:
 
 
 def called(layout: Layout, **arguments: Any) -> set[str]:
-    """What of Transformer Engine's extension a step's forward and backward call, but for questions about libraries."""
+    """What a step's forward and backward call of the kernels that have references; questions about libraries aside."""
     from tests.functional.ranks import forward_backward
     from tests.te.extension import CALLS
+    from tests.te.references import fla
 
     CALLS.clear()
+    fla.CALLS.clear()
     forward_backward(layout, **arguments)
-    return {name for name in CALLS if not name.startswith("get_")}
+    return {name for name in (*CALLS, *fla.CALLS) if not name.startswith("get_")}
 
 
 def _shards(model: Any) -> list[Any]:

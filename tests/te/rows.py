@@ -4,12 +4,12 @@ They hold every pair of what the CPU backend's rows combine (tests/functional/ma
 context-parallel ranks, and settings of Megatron's that change what its modules of Transformer Engine do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.functional.matrix import Variant
+from tests.functional.kinds import KINDS, Variant
 from tests.functional.parity import Errors
 from tests.functional.pool import Layout, Pool
 
@@ -43,6 +43,12 @@ class Row:
 def exchange(*names: str) -> Mapping[str, Any]:
     """`cp_comm_type`: one for all layers, or one for each."""
     return {"cp_comm_type": names[0] if len(names) == 1 else list(names)}
+
+
+def _rows_of_small_sets(kind: str, fewer: tuple[int, ...]) -> Iterator[Row]:
+    """What `make test` runs of this kind on the CPU backend; of these, by their indexes, `make test-te`."""
+    for index, (layout, variant) in enumerate(KINDS[kind].small):
+        yield Row(kind, layout, variant, further=index not in fewer)
 
 
 ROWS: tuple[Row, ...] = (
@@ -79,6 +85,8 @@ ROWS: tuple[Row, ...] = (
     Row("experts", Layout(pp=2, vpp=2, cp=2, ep=2, world=4), Variant(mtp=True)),
     Row("experts", Layout(tp=2, sp=True, etp=2, cp=2, world=4), Variant("selective"), exchange("all_gather")),
     Row("experts", Layout(cp=2, ep=2, world=4)),
+    *_rows_of_small_sets("linear", (1, 4, 6)),
+    *_rows_of_small_sets("linear-experts", (1, 5)),
 )
 
 

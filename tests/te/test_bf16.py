@@ -25,6 +25,7 @@ CASES: list[tuple[str, Layout, dict[str, Any]]] = [
     ("experts", Layout(), {}),
     ("dense-mtp", Layout(), {}),
     ("dense", Layout(tp=2, sp=True, world=2), {}),
+    ("linear", Layout(tp=2, world=2), {}),
     ("dense", Layout(cp=2, world=2), {"cp_comm_type": "p2p"}),
     ("dense", Layout(cp=2, world=2), {"cp_comm_type": "a2a"}),
     ("dense", Layout(cp=2, world=2), {"cp_comm_type": "all_gather"}),
@@ -37,6 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "dense": reference.write_checkpoint(folder / "dense"),
         "experts": reference.write_checkpoint(folder / "experts", experts={}),
+        "linear": reference.write_checkpoint(folder / "linear", linear={}),
         "dense-mtp": mtp_reference.write_mtp_checkpoint(folder / "dense-mtp"),
     }
 

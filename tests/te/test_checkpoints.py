@@ -26,12 +26,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "experts-and-dense-layers": {"experts": {"mlp_only_layers": [1]}},
     "dense-mtp": {},
     "experts-mtp": {"experts": {}, "tied": True},
+    "linear": {"linear": {}},
+    "linear-experts-mtp": {"linear": {}, "experts": {}},
 }
 ONE = Layout()
 LAYOUTS = {
     "tp2": ("dense", Layout(tp=2, sp=True, world=2)),
     "ep2": ("experts", Layout(ep=2, world=2)),
     "tp2-etp1-ep2": ("experts", Layout(tp=2, sp=True, etp=1, ep=2, world=2)),
+    "linear-tp2": ("linear", Layout(tp=2, sp=True, world=2)),
     "tp2-etp2": ("experts-and-dense-layers", Layout(tp=2, sp=True, etp=2, world=2)),
 }
 DTYPES = (torch.float32, torch.bfloat16)

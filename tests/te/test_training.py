@@ -70,6 +70,11 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="module")
+def linear(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(digits_checkpoint.write(tmp_path_factory.mktemp("linear"), linear=True))
+
+
+@pytest.fixture(scope="module")
 def cpu(dense: Runs) -> Curve:
     curve, _ = dense.train("cpu", "cpu", *START, "--save", "cpu", "--save-interval", HALF)
     assert len(curve.losses) == len(curve.norms) == ITERATIONS
@@ -125,6 +130,12 @@ def test_grouped_experts_follow_the_cpu_backend(experts: Runs) -> None:
     curve, called = experts.train("te", "te", *START, *EP2, *OVERLAPPED, processes=2)
     assert_same(curve, expected)
     assert "te_general_grouped_gemm" in called
+
+
+def test_linear_attention_follows_the_cpu_backend(linear: Runs) -> None:
+    expected, _ = linear.train("cpu", "cpu", *START)
+    curve, _ = linear.train("te", "te", *START, *CP2, *SHARDED, processes=2)
+    assert_same(curve, expected)
 
 
 def test_a_resumed_run_goes_on_where_it_was(dense: Runs, te: tuple[Curve, set[str]]) -> None:
