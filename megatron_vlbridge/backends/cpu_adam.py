@@ -23,8 +23,7 @@ def install() -> None:
 class CpuAdam(torch.optim.Optimizer):
     """AdamW, or Adam where `adam_w_mode` is off, by torch's function; `step` is an entry of each group.
 
-    Example:
-        >>> optimizer = CpuAdam(model.parameters(), lr=1e-3)
+    Example: `optimizer = CpuAdam(model.parameters(), lr=1e-3)`.
     """
 
     def __init__(

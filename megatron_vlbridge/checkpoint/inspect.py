@@ -100,7 +100,6 @@ def inspect(name: str | Path) -> Inspection:
     """Read the headers of a Hugging Face folder (or Hub id) or of a Megatron folder.
 
     Raises VLBridgeError where they are damaged, or the config belongs to no supported family.
-
     Example: `inspect("Qwen/Qwen3-VL-2B-Instruct").parameters["vision tower"]`.
     """
     config = find_config(name)

@@ -78,7 +78,6 @@ def verify(
     `experts` (an `ExpertLayout`) is the form of fused experts in Hugging Face folders, where their shapes do not tell.
 
     Raises VLBridgeError where a folder is damaged or does not fit its own config.
-
     Example: `verify("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron").equal`.
     """
     left, right = _open_both(a, b, [*ignore, *leave_out], experts)

@@ -18,7 +18,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit code.
 
     Raises SystemExit with 2 for wrong usage and with 0 after `--help`.
-
     Example: `main(["inspect", "Qwen3-VL-2B-Instruct"])`.
     """
     open_closed_streams()

@@ -67,10 +67,9 @@ def encode_conversation(
     modifies (the template of a thinking model drops the reasoning of earlier turns, for example) is excluded from the
     loss and listed in `Sample.excluded_turns`. `media` sets how images and frames are read.
 
-    Raises:
-        VLBridgeError: a message does not have this format; a text contains a special token; the chat template modifies
-            system or user content; placeholders, grids, patches and media do not match; there is no supervised token
-            (unless `allow_no_loss`). Errors name messages and parts by index, from 0.
+    Raises VLBridgeError: a message does not have this format; a text contains a special token; the chat template
+    modifies system or user content; placeholders, grids, patches and media do not match; there is no supervised token
+    (unless `allow_no_loss`). Errors name messages and parts by index, from 0.
 
     Example:
         >>> sample = encode_conversation([

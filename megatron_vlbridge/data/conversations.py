@@ -39,9 +39,8 @@ def read_conversations(path: str | Path, *, split: str = "", literal_tags: bool 
     media listed elsewhere, and the model would be trained on the tag. A tag after a backtick, and markup between a tag
     and its closing tag (`<video>...</video>`, but not `<video>a.mp4</video>`), are always plain text.
 
-    Raises:
-        VLBridgeError: the file is missing, not UTF-8 or has no conversation; a line does not have this format, has an
-            unknown key or a duplicate key. The error names file and line (from 1), message and part (from 0).
+    Raises VLBridgeError: the file is missing, not UTF-8 or has no conversation; a line does not have this format, has
+    an unknown key or a duplicate key. The error names file and line (from 1), message and part (from 0).
 
     Example line: `{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]}`.
     """

@@ -46,9 +46,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
             padding: 2 * the context-parallel size if that is above 1. The space is reserved; the tensors are unpadded.
         media: how images and frames are read.
 
-    Raises:
-        VLBridgeError: the processor does not match the config; a conversation cannot be encoded or is longer than
-            `seq_length` (the error names its file and line, or its index); there are no conversations.
+    Raises VLBridgeError: the processor does not match the config; a conversation cannot be encoded or is longer than
+    `seq_length` (the error names its file and line, or its index); there are no conversations.
 
     Example:
         >>> packs = PackedConversations(read_conversations("train.jsonl"), processor, config,

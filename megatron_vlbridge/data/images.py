@@ -51,13 +51,10 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
 
     `name` describes the image in errors ("image", "video frame 3").
 
-    Raises:
-        VLBridgeError: the source is a URL; the file does not exist; it cannot be decoded completely; it has no
-        pixels, more than `max_image_pixels`, more than 8 bits per channel, or several frames.
-
-    Example:
-        >>> read_image(Image.new("LA", (4, 2), (0, 128)), "image", MediaOptions()).getpixel((0, 0))
-        (127, 127, 127)
+    Raises VLBridgeError: the source is a URL; the file does not exist; it cannot be decoded completely; it has no
+    pixels, more than `max_image_pixels`, more than 8 bits per channel, or several frames.
+    Example: `read_image(Image.new("LA", (4, 2), (0, 128)), "image", MediaOptions()).getpixel((0, 0))` is
+    `(127, 127, 127)`.
     """
     where = f"{name}: {_shown(source)}"
     if is_url(source):

@@ -31,8 +31,7 @@ class Video(NamedTuple):
 def load_image(part: dict[str, Any], options: MediaOptions = DEFAULTS) -> Image.Image:
     """Load the image of a part `{"type": "image", "image": path or PIL image}` as RGB (see `images.read_image`).
 
-    Raises:
-        VLBridgeError: the image or the file is missing, or it cannot be read as 8-bit RGB without loss.
+    Raises VLBridgeError: the image or the file is missing, or it cannot be read as 8-bit RGB without loss.
     """
     return read_image(_source(part.get("image"), "image", " under the key 'image'"), "image", options)
 
@@ -43,9 +42,8 @@ def load_video(part: dict[str, Any], options: MediaOptions = DEFAULTS) -> Video:
     Frames are a uint8 tensor `[F, 3, H, W]`, or a list of paths or PIL images of the same size, read like images. All
     frames are used; the timestamp of frame k is k / fps. Video files are not decoded.
 
-    Raises:
-        VLBridgeError: the frames have another type, cannot be read (the error names the index of the frame) or differ
-        in size, or `fps` is missing or not a positive finite number.
+    Raises VLBridgeError: the frames have another type, cannot be read (the error names the index of the frame) or
+    differ in size, or `fps` is missing or not a positive finite number.
     """
     fps = _frame_rate(part.get("fps"))
     frames = _frames(part.get("video"), options)

@@ -24,12 +24,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         lengths: number of tokens of each sample, positive.
         capacity: number of tokens of a pack.
 
-    Raises:
-        VLBridgeError: a length is not positive or exceeds the capacity.
-
-    Example:
-        >>> best_fit([5, 8, 3, 4], capacity=10)
-        [[0, 2], [1], [3]]
+    Raises VLBridgeError: a length is not positive or exceeds the capacity.
+    Example: `best_fit([5, 8, 3, 4], capacity=10)` is `[[0, 2], [1], [3]]`.
     """
     for index, length in enumerate(lengths):
         if not 0 < length <= capacity:
@@ -64,8 +60,7 @@ def build_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) ->
         `images_per_segment` and `videos_per_segment` int64 `[n]`. All keys are always present; without media the
         patches have 0 rows.
 
-    Raises:
-        VLBridgeError: there are no samples, or their total length exceeds `seq_length`.
+    Raises VLBridgeError: there are no samples, or their total length exceeds `seq_length`.
     """
     lengths = [len(sample.input_ids) for sample in samples]
     if not samples or sum(lengths) > seq_length:

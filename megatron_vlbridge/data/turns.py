@@ -66,9 +66,7 @@ def render(messages: Conversation, processor: ProcessorMixin, **variables: Any) 
 def split_turns(text: str) -> list[Turn]:
     r"""Split a rendered conversation into its turns; only whitespace is allowed between them.
 
-    Example:
-        >>> split_turns("<|im_start|>user\nWho?<|im_end|>\n")
-        [Turn(role='user', content='Who?')]
+    Example: `split_turns("<|im_start|>user\nWho?<|im_end|>\n")` is `[Turn(role='user', content='Who?')]`.
     """
     before, *pieces = text.split(TURN_START)
     turns: list[Turn] = []
@@ -95,8 +93,7 @@ def match_turns(turns: Sequence[Turn], messages: Conversation, placeholders: dic
     The template may start with its own system prompt. It may add to the texts and strip whitespace from their ends, as
     the published templates do. Assistant content is checked by `supervised_mask`.
 
-    Raises:
-        VLBridgeError: messages and turns do not match one to one; a text was modified, or an image or video dropped.
+    Raises VLBridgeError: messages and turns do not match one to one; a text was modified, or an image or video dropped.
     """
     roles, found = [message["role"] for message in messages], [turn.role for turn in turns]
     added = 1 if found[:1] == ["system"] and roles[0] != "system" else 0

@@ -45,8 +45,7 @@ def load_scans(size: int = 32) -> tuple[Scan, ...]:
 
     Each scan value becomes one square block of equal pixels, so the image holds the scan's values and nothing else.
 
-    Raises:
-        VLBridgeError: `size` is not a positive multiple of 8.
+    Raises VLBridgeError: `size` is not a positive multiple of 8.
 
     Example:
         >>> scan = load_scans(32)[0]
@@ -71,8 +70,7 @@ def load_scans(size: int = 32) -> tuple[Scan, ...]:
 def split_scans(scans: Sequence[Scan], held_out: int = 297, seed: int = 0) -> tuple[tuple[Scan, ...], tuple[Scan, ...]]:
     """Divides the scans into (train, held out), both in their original order, each digit in the same share in both.
 
-    Raises:
-        VLBridgeError: fewer than one scan of each digit would be in one of the two parts.
+    Raises VLBridgeError: fewer than one scan of each digit would be in one of the two parts.
 
     Example:
         >>> train, held_out = split_scans(load_scans())
@@ -93,8 +91,7 @@ def split_scans(scans: Sequence[Scan], held_out: int = 297, seed: int = 0) -> tu
 def conversation_about(*scans: Scan) -> Conversation:
     """A conversation about one image or two, in the Hugging Face messages format.
 
-    Raises:
-        VLBridgeError: neither one nor two scans are given.
+    Raises VLBridgeError: neither one nor two scans are given.
     """
     if len(scans) not in (1, 2):
         raise VLBridgeError(f"digit conversation: {len(scans)} images given; expected 1 or 2")
@@ -109,8 +106,7 @@ def conversations(scans: Sequence[Scan], pairs: int, seed: int = 0) -> list[Conv
 
     The same arguments give the same conversations in the same order.
 
-    Raises:
-        VLBridgeError: pairs are asked for and there are fewer than two scans.
+    Raises VLBridgeError: pairs are asked for and there are fewer than two scans.
 
     Example:
         >>> train, _ = split_scans(load_scans())

@@ -38,8 +38,7 @@ class Folder:
     def prepare(self) -> None:
         """Make the folder, or remove what an earlier run of the demo left in it; nothing else is touched.
 
-        Raises:
-            VLBridgeError: there is something under this name that no demo has written.
+        Raises VLBridgeError: there is something under this name that no demo has written.
         """
         if (self.root / MARKER).is_file():
             for path in self.contents:

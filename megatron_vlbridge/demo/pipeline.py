@@ -43,8 +43,7 @@ class Options:
 def run(options: Options, progress: Progress) -> Result:
     """Run all stages; leaves their results in `options.out` and returns what the report says.
 
-    Raises:
-        VLBridgeError: a stage failed, or `options.out` holds something else.
+    Raises VLBridgeError: a stage failed, or `options.out` holds something else.
     """
     folder, recipe = Folder(options.out), Recipe(options.tp, options.pp, options.iterations, options.seed)
     model = FAMILIES[options.family][0]

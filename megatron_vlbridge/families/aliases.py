@@ -54,7 +54,6 @@ def hub_names(names: Iterable[str], source: str) -> tuple[dict[str, str], list[s
     A name that belongs to no part stays as it is. `source` names the folder in errors.
 
     Raises VLBridgeError, naming two tensors, where the names of one part have two prefixes, or two are one tensor's.
-
     Example: `hub_names(["visual.pos_embed.weight"], "old")[0]` is
     `{"visual.pos_embed.weight": "model.visual.pos_embed.weight"}`.
     """

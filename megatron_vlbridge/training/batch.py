@@ -42,8 +42,7 @@ def next_inputs(
     data loaders. The first stage gets the patches, the last stage the labels, every stage the position ids and the
     layout.
 
-    Raises:
-        VLBridgeError: the pack is invalid; raised on every rank of the group, like any exception of the iterator.
+    Raises VLBridgeError: the pack is invalid; raised on every rank of the group, like any exception of the iterator.
     """
     inputs: PackedInputs | None = None
     failure: Exception | None = None
@@ -69,8 +68,7 @@ def next_inputs(
 def read_pack(batch: Mapping[str, Any], config: Config) -> PackedInputs:
     """Convert a micro-batch of a data loader (all tensors with a leading dimension of 1) to model inputs.
 
-    Raises:
-        VLBridgeError: a key is missing or unknown, the micro-batch is not one pack, or its tensors do not match.
+    Raises VLBridgeError: a key is missing or unknown, the micro-batch is not one pack, or its tensors do not match.
     """
     missing, unknown = [key for key in PACK_KEYS if key not in batch], sorted(set(batch) - set(PACK_KEYS))
     if missing or unknown:

@@ -152,9 +152,7 @@ def summary(args: argparse.Namespace, config: Config) -> list[str]:
 def note(text: str) -> None:
     """Print a line on the first rank only.
 
-    Example:
-        >>> note("data     48 conversations")
-        data     48 conversations
+    Example: `note("data     48 conversations")`.
     """
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)

@@ -31,8 +31,8 @@ class EagerDatasetProvider:
     def build(self) -> None:
         """Build all datasets, once; needs the process groups and Megatron's global arguments.
 
-        Raises:
-            VLBridgeError: the provider fails on any rank, or its datasets are too small; the same error on all ranks.
+        Raises VLBridgeError: the provider fails on any rank, or its datasets are too small; the same error on all
+        ranks.
         """
         args = get_args()
         if self._datasets is not None or args.phase_transition_iterations:

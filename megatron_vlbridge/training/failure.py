@@ -31,8 +31,7 @@ def report_failures() -> None:
     The report of a VLBridgeError is its message, that of any other exception a traceback with the rank. Under torchrun
     it is the last part of torchrun's own report, otherwise the last lines of stderr. The exit code is 1.
 
-    Example:
-        >>> report_failures()  # first in a script, since imports can fail too
+    Example: `report_failures()  # first in a script, since imports can fail too`.
     """
     # A spawned process also runs the first lines of the script; its parent reports its failure.
     if sys.excepthook is not _report and multiprocessing.parent_process() is None:

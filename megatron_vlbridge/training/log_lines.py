@@ -39,9 +39,8 @@ class Iteration:
     def text(self, seq_length: int, seconds_left: float | None) -> str:
         """Format as one line.
 
-        Example:
-            >>> iteration.text(4096, 3725.0)
-            'iteration   3/400  loss 2.345600  grad norm 1.234  12,345 tokens/s  1 h 02 min left'
+        Example: `iteration.text(4096, 3725.0)` is
+        `'iteration   3/400  loss 2.345600  grad norm 1.234  12,345 tokens/s  1 h 02 min left'`.
         """
         parts = [f"iteration {self.number:{len(str(self.last))}}/{self.last}"]
         losses = self.losses if "lm loss" in self.losses else {"lm loss": float("nan"), **self.losses}
@@ -92,9 +91,8 @@ def read_iteration(line: str) -> Iteration | None:
 def read_event(line: str) -> str | None:
     """The line of the short log for another line of Megatron's log, or None.
 
-    Example:
-        >>> read_event(" validation loss at iteration 20 | lm loss value: 1.0E+00 | lm loss PPL: 2.7E+00 | ")
-        'validation loss 1.000000 at iteration 20'
+    Example: `read_event(" validation loss at iteration 20 | lm loss value: 1.0E+00 | lm loss PPL: 2.7E+00 | ")` is
+    `'validation loss 1.000000 at iteration 20'`.
     """
     if found := _VALIDATION.search(line):
         values = re.findall(r"\s*([^|]+?) value: (\S+) \|", found[3])
@@ -112,9 +110,7 @@ def read_event(line: str) -> str | None:
 def duration(seconds: float) -> str:
     """Format seconds.
 
-    Example:
-        >>> duration(7.25), duration(125), duration(3725)
-        ('7.2 s', '2 min 5 s', '1 h 02 min')
+    Example: `duration(7.25), duration(125), duration(3725)` is `('7.2 s', '2 min 5 s', '1 h 02 min')`.
     """
     if seconds < 59.95:
         return f"{seconds:.1f} s"

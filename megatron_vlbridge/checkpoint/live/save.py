@@ -54,7 +54,6 @@ def save_hf(
     the ranks do not hold every weight exactly once, a value does not fit the dtype it is to have (`dtype`, or that of
     one of several in `like`), a file of `like` is damaged, the target exists or is being written, or the disk is full
     or fails.
-
     Example: `save_hf(model, "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
     """
     target, (rank, _) = Path(folder), rank_and_size()

@@ -82,10 +82,7 @@ class Options:
     report: Callable[[Progress], None] | None = None
 
     def threads(self, block_bytes: int) -> int:
-        """The number of workers that the memory allows.
-
-        Raises UsageError where it allows none.
-        """
+        """The number of workers that the memory allows. Raises UsageError where it allows none."""
         wanted = self.workers if self.workers is not None else len(os.sched_getaffinity(0))
         if wanted < 1:
             raise UsageError(f"workers: expected at least 1, found {wanted}.")

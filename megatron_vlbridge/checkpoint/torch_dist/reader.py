@@ -83,7 +83,6 @@ class TorchDistFolder:
 
     Raises VLBridgeError, naming file and tensor, for a folder of another kind, metadata that asks for foreign classes,
     a file that is missing or truncated, and chunks that leave gaps or overlap.
-
     Example: `TorchDistFolder("run").read(Region("language_model.decoder.final_layernorm.weight", (0,), (8,)))`.
     """
 

@@ -17,9 +17,8 @@ def from_thd(make_batch: Callable[[], ThdBatch], config: Config, cp_group: dist.
     One collective over `cp_group`, which every rank enters whatever its own batch is like; no token is exchanged.
     Every rank also receives the message of what `make_batch` raises.
 
-    Raises:
-        VLBridgeError: on every rank of the group alike, where one rank's batch is invalid, the ranks have different
-            segments or grids, or all placeholders together do not match the grids.
+    Raises VLBridgeError: on every rank of the group alike, where one rank's batch is invalid, the ranks have different
+    segments or grids, or all placeholders together do not match the grids.
 
     Example:
         >>> group = parallel_state.get_context_parallel_group()

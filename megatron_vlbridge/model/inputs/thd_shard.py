@@ -59,8 +59,7 @@ class ThdLayout(BatchLayout):
 class ThdShard:
     """One rank's batch, checked as far as the rank can alone; then `inputs` from the statuses of all ranks.
 
-    Raises:
-        VLBridgeError: where the batch's own parts do not match.
+    Raises VLBridgeError where the batch's own parts do not match.
     """
 
     def __init__(self, batch: ThdBatch, config: Config, cp_size: int, cp_rank: int) -> None:
@@ -99,8 +98,7 @@ class ThdShard:
     def inputs(self, statuses: Sequence[RankStatus]) -> PackedInputs:
         """This rank's inputs, from all ranks' statuses (in the order of the ranks).
 
-        Raises:
-            VLBridgeError: where the ranks' batches do not match; the same on every rank.
+        Raises VLBridgeError where the ranks' batches do not match; the same on every rank.
         """
         _check_same(statuses)
         if self._whole is not None:

@@ -81,8 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     Everything is checked here that can be checked without a model: sizes and layout, the source of the weights, and
     whether a checkpoint continues. A Hub id in `hf_folder` becomes the folder that it is in the Hub's cache.
 
-    Raises:
-        VLBridgeError: where an argument is unknown, cannot run, contradicts the checkpoint or is not verified.
+    Raises VLBridgeError where an argument is unknown, cannot run, contradicts the checkpoint or is not verified.
     """
     console.start()
     parser = make_parser(add_arguments)

@@ -75,8 +75,7 @@ def check_source(args: argparse.Namespace) -> None:
     `--load` wins where it holds a checkpoint. A folder without one is where a run that is to be resumed will save, so
     the first start needs one of the other sources.
 
-    Raises:
-        VLBridgeError: no source or several; a folder without a checkpoint; a checkpoint without its files.
+    Raises VLBridgeError: no source or several; a folder without a checkpoint; a checkpoint without its files.
     """
     given = [flag for flag in _SOURCES if getattr(args, flag[2:].replace("-", "_"))]
     if len(given) > 1:
@@ -140,8 +139,7 @@ def check_resumed(args: argparse.Namespace) -> None:
 
     Megatron's global arguments are set; they are not changed.
 
-    Raises:
-        VLBridgeError: naming every value of the schedule that differs, and what to do.
+    Raises VLBridgeError, naming every value of the schedule that differs, and what to do.
     """
     if not loads_checkpoint(args) or args.finetune or args.no_load_optim or args.skip_train:
         return
@@ -164,8 +162,7 @@ def check_backend(args: argparse.Namespace, saved: argparse.Namespace | None, fo
     Megatron-Core saves it as flat buffers in the order of the parameters, which differs between the backends, so the
     state of each parameter would silently become that of another; and a resumed run on the CPU has another curve.
 
-    Raises:
-        VLBridgeError: naming the checkpoint and both backends.
+    Raises VLBridgeError, naming the checkpoint and both backends.
     """
     written, read = (("GPUs", "the CPU")[bool(getattr(found, "cpu", False))] for found in (saved, args))
     if args.use_distributed_optimizer and "the CPU" in (written, read):
@@ -192,8 +189,7 @@ def schedule(args: argparse.Namespace) -> dict[str, Any]:
 def check_schedule(saved: dict[str, Any], given: dict[str, Any], folder: str) -> None:
     """Reject a schedule that Megatron would not continue: every value must be the saved one.
 
-    Raises:
-        VLBridgeError: naming each that differs.
+    Raises VLBridgeError, naming each that differs.
     """
     lines = [
         f"  {flag}: saved {saved[name]}, given {given[name]}"

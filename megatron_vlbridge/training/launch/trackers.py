@@ -9,8 +9,7 @@ from megatron_vlbridge.errors import VLBridgeError
 def check_trackers(args: argparse.Namespace) -> None:
     """Reject `--tensorboard-dir` and `--wandb-project` where Megatron would log nothing, or fail late.
 
-    Raises:
-        VLBridgeError: a package is not installed, or another required argument is missing.
+    Raises VLBridgeError: a package is not installed, or another required argument is missing.
     """
     if args.tensorboard_dir:
         _require("--tensorboard-dir", "tensorboard")
