@@ -84,7 +84,9 @@ def encode_conversation(
     images = _load_media(messages, "image", partial(load_image, options=media))
     videos = _load_media(messages, "video", partial(load_video, options=media))
     text = without_outer_pair(render(messages, processor), processor)
-    turns = match_turns(split_turns(text), messages, _placeholders(processor))
+    # What stands for an image and for a video, before the processor expands it.
+    image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
+    turns = match_turns(split_turns(text), messages, {"image": image, "video": processor.video_token})
     encoded = _run_processor(text, images, videos, processor)
     ids = encoded["input_ids"][0]
     loss_mask, excluded = supervised_mask(ids, turns, messages, processor)
@@ -197,12 +199,6 @@ def _special_tokens(processor: ProcessorMixin) -> list[str]:
         raise VLBridgeError(f"tokenizer: expected the special token {missing[0]} of the ChatML format, found none")
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return list(dict.fromkeys([*special, TURN_START, TURN_END, processor.image_token, processor.video_token]))
-
-
-def _placeholders(processor: ProcessorMixin) -> dict[str, str]:
-    """The placeholder of an image and of a video in the text, before the processor expands it."""
-    image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
-    return {"image": image, "video": processor.video_token}
 
 
 def _patch_dim(processor: ProcessorMixin) -> int:

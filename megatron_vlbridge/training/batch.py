@@ -48,9 +48,17 @@ def next_inputs(
     failure: Exception | None = None
     if pg_collection.tp.rank() == 0:
         try:
-            inputs = read_pack(_next(data_iterator), config)
+            if data_iterator is None:
+                raise VLBridgeError(
+                    "the first rank of the tensor-parallel group has no data iterator; the dataset provider must "
+                    "return a dataset on that rank"
+                )
+            inputs = read_pack(next(data_iterator), config)
             inputs = inputs.context_parallel(pg_collection.cp.size(), pg_collection.cp.rank(), config)
-            inputs = _for_stage(inputs, pre_process, post_process)
+            if not pre_process:
+                inputs = replace(inputs, patches=_no_patches(inputs))
+            if not post_process:
+                inputs = replace(inputs, labels=None, mtp=inputs.mtp and inputs.mtp.without_labels())
         except Exception as error:  # noqa: BLE001  the other ranks wait for the broadcast: they must receive any failure
             failure = error
     device = torch.device(torch.cuda.current_device())
@@ -106,26 +114,9 @@ def _check_tensors(batch: Mapping[str, Any]) -> None:
         raise VLBridgeError(f"micro-batch, {key}: expected a {kind} tensor with {dimensions} dims, found {found}")
 
 
-def _next(data_iterator: Iterator[Mapping[str, Any]] | None) -> Mapping[str, Any]:
-    if data_iterator is None:
-        raise VLBridgeError(
-            "the first rank of the tensor-parallel group has no data iterator; the dataset provider must return a "
-            "dataset on that rank"
-        )
-    return next(data_iterator)
-
-
 def _no_patches(inputs: PackedInputs) -> torch.Tensor:
     # A slice would keep the whole storage alive, and pickle it.
     return inputs.patches.new_empty(0, *inputs.patches.shape[1:])
-
-
-def _for_stage(inputs: PackedInputs, pre_process: bool, post_process: bool) -> PackedInputs:
-    if not pre_process:
-        inputs = replace(inputs, patches=_no_patches(inputs))
-    if not post_process:
-        inputs = replace(inputs, labels=None, mtp=inputs.mtp and inputs.mtp.without_labels())
-    return inputs
 
 
 def _broadcast(

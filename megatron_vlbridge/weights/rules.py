@@ -6,19 +6,10 @@ one layer, one rank) asks the same moves, so there is no second description that
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
 from megatron_vlbridge.weights.regions import Move, Piece, Region, RegionIndex, Shape, mixed_stacks, stack_layers
-
-
-class Rule(Protocol):
-    """Anything that expands to moves."""
-
-    def moves(self) -> Iterator[Move]:
-        """The pairs of regions that hold the same values."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -183,6 +174,9 @@ class SingleExperts:
                     self.megatron, (*stack, expert, index * rows, 0), (*(1 for _ in stack), 1, rows, columns)
                 )
                 yield Move(Region.whole(name.format(expert), (rows, columns)), target)
+
+
+Rule = Copy | GroupedQkv | SplitRows | VisionQkv | GateUp | FusedExperts | SingleExperts
 
 
 def _rows(name: str, layer: int | None, rows: tuple[int, int], columns: Shape) -> Region:

@@ -102,7 +102,10 @@ class _Save:
             finished = self._write(folder)
             with raise_on_all_ranks():
                 if first:
-                    self._finish(folder, finished)
+                    self.writer.finish(folder, finished)
+                    self.plan.complete(folder)
+                    self.plan.check(folder)
+                    write_checksums(folder, finished, _ORIGIN)
             with raise_on_all_ranks():
                 stack.close()  # the folder gets its name
 
@@ -133,14 +136,8 @@ class _Save:
     def _sources(self, index: int) -> Iterator[Region]:
         """The regions of the model that a part needs; a tied head is the embedding once more."""
         rules = self.plan.plan.table
-        for region in self.writer.regions(index):
+        for region in self.writer.regions[index]:
             if region.name == self.family.head and region.name not in rules.hf_shapes:
                 region = Region(self.family.embedding, region.offset, region.shape)
             if region.name in rules.hf_shapes:
                 yield from (piece.source for piece in rules.megatron_sources(region))
-
-    def _finish(self, folder: Path, finished: list[Part]) -> None:
-        self.writer.finish(folder, finished)
-        self.plan.complete(folder)
-        self.plan.check(folder)
-        write_checksums(folder, finished, _ORIGIN)

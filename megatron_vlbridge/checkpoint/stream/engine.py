@@ -37,8 +37,9 @@ class Writer(Protocol):
     def block_bytes(self) -> int:
         """The largest block of weights that a part holds at once."""
 
-    def part(self, index: int) -> Part:
-        """The file and the first byte of one part."""
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The file and the first byte of each part."""
 
     def contents(self, index: int) -> str:
         """Which values one part holds, in their order, as text."""
@@ -160,7 +161,9 @@ class _Run:
 
     def part(self, index: int) -> Part:
         kept = self.staging.finished.get(index)
-        if kept is not None and self._is_in_place(kept) and kept.is_intact(self.staging.folder):
+        planned = self.writer.parts[index]
+        in_place = kept is not None and (kept.file, kept.start) == (planned.file, planned.start)
+        if kept is not None and in_place and kept.is_intact(self.staging.folder):
             self._report(index, resumed=True)
             return self._with_present_digest(kept)
         block = self.blocks.get()
@@ -176,10 +179,6 @@ class _Run:
             self.staging.note(written)
         self._report(index)
         return written
-
-    def _is_in_place(self, part: Part) -> bool:
-        planned = self.writer.part(part.index)
-        return (part.file, part.start) == (planned.file, planned.start)
 
     def _with_present_digest(self, part: Part) -> Part:
         """An intact part, with a new digest where an earlier version used another algorithm."""

@@ -48,6 +48,8 @@ class ReleaseWriter:
         # The planner's own call would compare every two chunks of a tensor, for minutes where there are many experts.
         plans, metadata = create_default_global_save_plan(plans)
         self._plans = _Storage(Path()).prepare_global_plan(plans)  # it names the files
+        files = [f"{_RELEASE}/{plan.storage_data.prefix}0{DEFAULT_SUFFIX}" for plan in self._plans]
+        self.parts = [Part(index, file, 0) for index, file in enumerate(files)]
         self._metadata = replace(metadata, planner_data={})
 
     def _nbytes(self, region: Region) -> int:
@@ -58,10 +60,6 @@ class ReleaseWriter:
         chunk = ChunkStorageMetadata(torch.Size(region.offset), torch.Size(region.shape))
         data = TensorWriteData(chunk, TensorProperties(dtype=spec.dtype), torch.Size(spec.shape))
         return WriteItem(MetadataIndex(region.name, torch.Size(region.offset)), WriteItemType.SHARD, tensor_data=data)
-
-    def part(self, index: int) -> Part:
-        """A file, which DCP names after the part."""
-        return Part(index, f"{_RELEASE}/{self._plans[index].storage_data.prefix}0{DEFAULT_SUFFIX}", 0)
 
     def contents(self, index: int) -> str:
         """The entries of a part: names and chunks."""
@@ -81,7 +79,7 @@ class ReleaseWriter:
         infos: dict[MetadataIndex, _StorageInfo] = {result.index: result.storage_data for result in results}
         entries = tuple((infos[item.index].offset, infos[item.index].length) for item in plan.items)
         path = folder / _RELEASE / infos[plan.items[0].index].relative_path
-        return replace(self.part(index), length=path.stat().st_size, digest=writer.hasher.digest, entries=entries)
+        return replace(self.parts[index], length=path.stat().st_size, digest=writer.hasher.digest, entries=entries)
 
     def finish(self, folder: Path, written: Sequence[Part]) -> None:
         """Write DCP's metadata, and the files by which Megatron finds it."""

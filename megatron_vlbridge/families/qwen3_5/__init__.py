@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from megatron_vlbridge.families import qwen3_vl
-from megatron_vlbridge.families.qwen3_5.config import CONFIG
-from megatron_vlbridge.families.qwen3_5.fields import language_fields
+from megatron_vlbridge.families.qwen3_5.config import CONFIG, language_fields
 from megatron_vlbridge.families.qwen3_5.rules import rules
 
 FAMILY = replace(qwen3_vl.FAMILY, config=CONFIG, rules=rules, language_fields=language_fields)

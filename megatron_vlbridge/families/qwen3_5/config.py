@@ -1,9 +1,10 @@
-"""The `config.json` of Qwen3.5; defaults of transformers 5.23 (`configuration_qwen3_5.py`)."""
+"""What Qwen3.5's `config.json` holds and decides; defaults of transformers 5.23 (`configuration_qwen3_5.py`)."""
 
 from typing import Any
 
-from megatron_vlbridge.config import ConfigFormat
+from megatron_vlbridge.config import Config, ConfigFormat
 from megatron_vlbridge.families.qwen3_vl.config import VISION as TOWER
+from megatron_vlbridge.families.qwen3_vl.config import language_fields as full_attention_fields
 
 # What Qwen3.5-MoE has in common. Full attention is gated, rotates a part of each head and alternates with linear.
 TEXT: dict[str, Any] = {
@@ -35,3 +36,22 @@ CONFIG = ConfigFormat(
     vision=VISION,
     tokens=TOKENS,
 )
+
+
+def language_fields(config: Config) -> dict[str, Any]:
+    """The fields of Megatron's `TransformerConfig` that the text part decides."""
+    text, linear = config.text, config.text.linear_attention
+    assert linear is not None
+    kinds = (*text.layer_kinds, *(text.mtp_layer_kind,) * text.num_mtp_layers)
+    return full_attention_fields(config) | {
+        "layernorm_zero_centered_gamma": True,
+        "attention_output_gate": text.attention_output_gate,
+        "experimental_attention_variant": "gated_delta_net",
+        # With a list Megatron stores the layers one by one; its count of operations expects the MTP layers in it.
+        "linear_attention_freq": [int(kind.linear_attention) for kind in kinds],
+        "linear_conv_kernel_dim": linear.conv_kernel_dim,
+        "linear_key_head_dim": linear.key_head_dim,
+        "linear_value_head_dim": linear.value_head_dim,
+        "linear_num_key_heads": linear.num_key_heads,
+        "linear_num_value_heads": linear.num_value_heads,
+    }

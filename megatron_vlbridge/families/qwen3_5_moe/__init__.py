@@ -5,8 +5,7 @@ from dataclasses import replace
 from megatron_vlbridge.families import qwen3_vl_moe
 from megatron_vlbridge.families.experts import ExpertLayout
 from megatron_vlbridge.families.qwen3_5.rules import rules
-from megatron_vlbridge.families.qwen3_5_moe.config import CONFIG
-from megatron_vlbridge.families.qwen3_5_moe.fields import language_fields
+from megatron_vlbridge.families.qwen3_5_moe.config import CONFIG, language_fields
 
 FAMILY = replace(
     qwen3_vl_moe.FAMILY,

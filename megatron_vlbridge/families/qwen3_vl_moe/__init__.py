@@ -4,8 +4,7 @@ from dataclasses import replace
 
 from megatron_vlbridge.families import qwen3_vl
 from megatron_vlbridge.families.family import combinations
-from megatron_vlbridge.families.qwen3_vl_moe.config import CONFIG
-from megatron_vlbridge.families.qwen3_vl_moe.fields import language_fields
+from megatron_vlbridge.families.qwen3_vl_moe.config import CONFIG, language_fields
 from megatron_vlbridge.families.qwen3_vl_moe.rules import rules
 
 FAMILY = replace(

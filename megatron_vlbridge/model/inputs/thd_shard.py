@@ -78,7 +78,11 @@ class ThdShard:
         self._whole = None
         counts = None
         if self.sharded:
-            _check_no_mtp(config)
+            if config.text.num_mtp_layers:
+                raise VLBridgeError(
+                    "multi-token prediction needs the token after each one, which may be on another context-parallel "
+                    "rank. Give every rank the whole pack; the model then takes this rank's part"
+                )
             self._pack = ShardedPack(segments, cp_size, images, videos, config.vision.spatial_merge_size)
             counts = self._pack.count(self._kinds)
         else:
@@ -166,11 +170,3 @@ def _without_padding(
         )
     check_labels(labels[0], padding, "this rank's tokens", config)
     return tokens, labels
-
-
-def _check_no_mtp(config: Config) -> None:
-    if config.text.num_mtp_layers:
-        raise VLBridgeError(
-            "multi-token prediction needs the token after each one, which may be on another context-parallel rank. "
-            "Give every rank the whole pack; the model then takes this rank's part"
-        )
