@@ -95,13 +95,19 @@ def _read_moe(text: Section, num_layers: int) -> MoeConfig:
         text.only("mlp_only_layers", [])
     moe = MoeConfig(
         num_experts=text.integer("num_experts", "num_local_experts", maximum=MAX_EXPERTS),
-        num_experts_per_tok=_read_experts_per_token(text),
+        num_experts_per_tok=text.integer("num_experts_per_tok"),
         moe_intermediate_size=text.integer("moe_intermediate_size"),
         shared_expert_intermediate_size=text.integer("shared_expert_intermediate_size", default=0, minimum=0),
         decoder_sparse_step=text.integer("decoder_sparse_step", default=1),
         mlp_only_layers=text.integers("mlp_only_layers", default=[]),
         router_aux_loss_coef=text.number("router_aux_loss_coef", positive=False),
     )
+    if moe.num_experts_per_tok == 1:
+        remedy = (
+            "The weight of a single expert is renormalised to 1, so that its router cannot learn, and Megatron-Core "
+            "does not run such a router: use a checkpoint that takes several experts."
+        )
+        raise text.fail("num_experts_per_tok", 1, "an integer of at least 2", remedy)
     if moe.num_experts_per_tok > moe.num_experts:
         expected = f"at most num_experts ({moe.num_experts})"
         raise text.fail("num_experts_per_tok", moe.num_experts_per_tok, expected)
@@ -112,17 +118,6 @@ def _read_moe(text: Section, num_layers: int) -> MoeConfig:
         found = moe.shared_expert_intermediate_size
         raise text.fail("shared_expert_intermediate_size", found, "0", "This family has no shared expert.")
     return moe
-
-
-def _read_experts_per_token(text: Section) -> int:
-    found = text.integer("num_experts_per_tok")
-    if found == 1:
-        remedy = (
-            "The weight of a single expert is renormalised to 1, so that its router cannot learn, and Megatron-Core "
-            "does not run such a router: use a checkpoint that takes several experts."
-        )
-        raise text.fail("num_experts_per_tok", found, "an integer of at least 2", remedy)
-    return found
 
 
 def _read_linear_attention(text: Section, num_layers: int) -> LinearAttentionConfig:

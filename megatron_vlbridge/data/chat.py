@@ -31,14 +31,9 @@ from megatron_vlbridge.layout.positions import mrope_positions
 class Sample:
     """An encoded conversation of L tokens, n images and m videos.
 
-    Attributes:
-        input_ids: int64 `[L]`.
-        loss_mask: bool `[L]`, True for a supervised token (not shifted).
-        pixel_values: float32 `[P, patch_dim]`, the patches of all images in order; 0 rows without images.
-        image_grid_thw: int64 `[n, 3]`, in patches.
-        pixel_values_videos: float32 `[P, patch_dim]`.
-        video_grid_thw: int64 `[m, 3]`.
-        excluded_turns: the assistant turns excluded from the loss, with the reasons.
+    `input_ids` is int64 `[L]`; `loss_mask` bool `[L]`, True for a supervised token (not shifted). Patches are float32
+    `[P, patch_dim]`, in order, 0 rows where there are none; grids, in patches, int64 `[n, 3]` and `[m, 3]`.
+    `excluded_turns` are the assistant turns excluded from the loss, with the reasons.
     """
 
     input_ids: Tensor
@@ -71,13 +66,8 @@ def encode_conversation(
     modifies system or user content; placeholders, grids, patches and media do not match; there is no supervised token
     (unless `allow_no_loss`). Errors name messages and parts by index, from 0.
 
-    Example:
-        >>> sample = encode_conversation([
-        ...     {"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "Who?"}]},
-        ...     {"role": "assistant", "content": "A cat."},
-        ... ], processor)  # doctest: +SKIP
-        >>> processor.decode(sample.input_ids[sample.loss_mask])  # doctest: +SKIP
-        'A cat.<|im_end|>'
+    Example: of `[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]` the supervised text,
+    `processor.decode(sample.input_ids[sample.loss_mask])`, is `A cat.<|im_end|>`.
     """
     check_conversation(messages)
     _check_special_tokens(messages, _special_tokens(processor))

@@ -28,11 +28,7 @@ os.register_at_fork(
 
 @dataclass(frozen=True)
 class MediaOptions:
-    """How images and frames are read.
-
-    Attributes:
-        max_image_pixels: larger images are rejected before they are decoded. The default is Pillow's.
-    """
+    """How images and frames are read: those of more pixels are rejected before they are decoded (default: Pillow's)."""
 
     max_image_pixels: int = 178_956_970
 

@@ -104,12 +104,11 @@ def _find_fused(
     config: Config, hf: Collection[str], layers: str, indexes: Sequence[int] | None
 ) -> tuple[str, str] | None:
     """The names of both fused tensors of the first layer that has them."""
-    found = (_fused_names(layers, layer) for layer in (moe_layers(config) if indexes is None else indexes))
-    return next((names for names in found if all(name in hf for name in names)), None)
-
-
-def _fused_names(layers: str, layer: int) -> tuple[str, str]:
-    return f"{layers}.{layer}.mlp.experts.gate_up_proj", f"{layers}.{layer}.mlp.experts.down_proj"
+    for layer in moe_layers(config) if indexes is None else indexes:
+        names = f"{layers}.{layer}.mlp.experts.gate_up_proj", f"{layers}.{layer}.mlp.experts.down_proj"
+        if all(name in hf for name in names):
+            return names
+    return None
 
 
 def _orientation(config: Config, names: tuple[str, str], specs: tuple[TensorSpec, TensorSpec]) -> ExpertLayout:

@@ -52,9 +52,8 @@ class Frames:
     def table_weights(self, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """How to interpolate a `side` x `side` position table at each patch (bilinear, corners aligned).
 
-        Returns:
-            The four table rows of each patch, int64 `[4, patches]`, and their weights, fp32 `[4, patches]`.
-            Source of the formula: `get_vision_interpolation_indices_and_weights` of transformers' `vision_utils.py`.
+        Gives the four table rows of each patch, int64 `[4, patches]`, and their weights, fp32 `[4, patches]`.
+        Source of the formula: `get_vision_interpolation_indices_and_weights` of transformers' `vision_utils.py`.
         """
         _, height, width = self._per_patch(device)
         sizes = torch.stack((height, width))

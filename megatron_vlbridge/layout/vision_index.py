@@ -52,14 +52,8 @@ class ShardedPack:
 
     Raises VLBridgeError where a segment cannot be split, or a grid is invalid.
 
-    Example:
-        >>> pack = ShardedPack((8,), 2, image_grids=((1, 4, 4),), video_grids=(), merge_size=2)
-        >>> tokens = torch.tensor([5, 9, 9, 9, 9, 5, 5, 5])  # 9: the image's placeholder
-        >>> parts = [torch.stack((part == 9, part == 7)) for part in (tokens[[0, 1, 6, 7]], tokens[2:6])]
-        >>> counts = [pack.count(part) for part in parts]
-        >>> pack.check(counts)
-        >>> pack.places(parts[1], counts, 1).position_ids.tolist()
-        [[1, 1, 1, 3], [1, 2, 2, 3], [2, 1, 2, 3]]
+    Example: `pack = ShardedPack((8,), 2, image_grids=((1, 4, 4),), video_grids=(), merge_size=2)`; each rank calls
+    `pack.count(kinds)`, and with the `counts` of all ranks `pack.check(counts)` and `pack.places(kinds, counts, rank)`.
     """
 
     segments: tuple[int, ...]

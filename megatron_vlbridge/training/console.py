@@ -44,10 +44,7 @@ def start() -> None:
     With `--verbose` among the script's arguments Megatron's log is not changed. A second call does nothing. The output
     of the script itself is not changed.
 
-    Example:
-        >>> from megatron_vlbridge.training import console
-        >>> console.start()
-        >>> from megatron_vlbridge.training.pretrain import parse_arguments, run
+    Example: `console.start()`, before `from megatron_vlbridge.training.pretrain import parse_arguments, run`.
     """
     global _short_log
     report_failures()

@@ -17,10 +17,9 @@ _NAMES = ("training", "validation", "test")
 class EagerDatasetProvider:
     """A Megatron dataset provider whose datasets can be built before Megatron requests them.
 
-    Args:
-        provider: `provider(train_valid_test_num_samples)` -> three datasets, each of which may be `None`; with virtual
-            pipeline stages it also takes `vp_stage`. As in Megatron, it is called on the first rank of each
-            tensor-parallel group, or on all ranks if it has the attribute `is_distributed`.
+    `provider(train_valid_test_num_samples)` gives three datasets, each of which may be `None`; with virtual pipeline
+    stages it also takes `vp_stage`. As in Megatron, it is called on the first rank of each tensor-parallel group, or on
+    all ranks if it has the attribute `is_distributed`.
     """
 
     def __init__(self, provider: Callable[..., Any]) -> None:

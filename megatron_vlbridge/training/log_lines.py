@@ -20,10 +20,8 @@ _UNIMPORTANT = re.compile(r"^  \w+ \.* |one_logger package is required|could not
 class Iteration:
     """Megatron's log line of an iteration; losses are means since the previous line, in nats per token.
 
-    Attributes:
-        losses: by Megatron's names, in its order; a NaN loss is missing, as in Megatron's line.
-        skipped: iterations since the previous line whose gradients were not finite.
-        nan: iterations since the previous line whose loss was not finite.
+    `losses` have Megatron's names and order; a NaN loss is missing, as in Megatron's line. `skipped` and `nan` count
+    the iterations since the previous line whose gradients, or whose loss, were not finite.
     """
 
     number: int
@@ -62,9 +60,7 @@ class Iteration:
 def read_iteration(line: str) -> Iteration | None:
     """Parse the iteration in a line of Megatron's log, if any.
 
-    Example:
-        >>> read_iteration(" [...] iteration       3/     400 | ... | lm loss: 2.5E+00 | loss scale: 1.0 |").losses
-        {'lm loss': 2.5}
+    Example: `read_iteration(" iteration  3/  400 | ... | lm loss: 2.5E+00 |").losses` is `{"lm loss": 2.5}`.
     """
     found = _ITERATION.search(line)
     if found is None:

@@ -1,4 +1,4 @@
-"""What Qwen3.5-MoE's `config.json` holds and decides; defaults of transformers 5.23 (`configuration_qwen3_5_moe.py`)."""
+"""What Qwen3.5-MoE's `config.json` holds and decides; defaults: transformers 5.23 (`configuration_qwen3_5_moe.py`)."""
 
 from typing import Any
 

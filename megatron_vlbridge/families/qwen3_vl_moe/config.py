@@ -1,4 +1,4 @@
-"""What Qwen3-VL-MoE's `config.json` holds and decides; defaults of transformers 5.23 (`configuration_qwen3_vl_moe.py`)."""
+"""What the `config.json` of Qwen3-VL-MoE holds and decides; defaults of transformers 5.23 (`Qwen3VLMoeConfig`)."""
 
 from typing import Any
 
