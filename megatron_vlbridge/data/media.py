@@ -45,7 +45,12 @@ def load_video(part: dict[str, Any], options: MediaOptions = DEFAULTS) -> Video:
     Raises VLBridgeError: the frames have another type, cannot be read (the error names the index of the frame) or
     differ in size, or `fps` is missing or not a positive finite number.
     """
-    fps = _frame_rate(part.get("fps"))
+    fps: Any = part.get("fps")
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < float(fps) < math.inf:
+        raise VLBridgeError(
+            f"video: expected the frames per second under the key 'fps', a positive number, found {fps!r}"
+        )
+    fps = float(fps)
     frames = _frames(part.get("video"), options)
     count, _, height, width = frames.shape
     metadata = VideoMetadata(
@@ -66,7 +71,11 @@ def _frames(source: object, options: MediaOptions) -> Tensor:
         return source
     if isinstance(source, list) and source:
         named = [(f"video frame {index}", frame) for index, frame in enumerate(source)]
-        return _stack([read_image(_source(frame, name), name, options) for name, frame in named])
+        images = [read_image(_source(frame, name), name, options) for name, frame in named]
+        sizes = sorted({image.size for image in images})
+        if len(sizes) > 1:
+            raise VLBridgeError(f"video: expected frames of the same size, found (width, height) {sizes}")
+        return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
     if is_url(source):
         raise VLBridgeError(f"video: {shown(source)} is a URL, which is not supported; download it and {DECODE}")
     raise VLBridgeError(
@@ -79,21 +88,6 @@ def _source(source: object, name: str, where: str = "") -> str | Path | Image.Im
     if not isinstance(source, str | Path | Image.Image):
         raise VLBridgeError(f"{name}: expected a path or a PIL image{where}, found {shown(source)}")
     return source
-
-
-def _frame_rate(fps: object) -> float:
-    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < float(fps) < math.inf:
-        raise VLBridgeError(
-            f"video: expected the frames per second under the key 'fps', a positive number, found {fps!r}"
-        )
-    return float(fps)
-
-
-def _stack(images: list[Image.Image]) -> Tensor:
-    sizes = sorted({image.size for image in images})
-    if len(sizes) > 1:
-        raise VLBridgeError(f"video: expected frames of the same size, found (width, height) {sizes}")
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
 
 
 def shown(value: object) -> str:

@@ -39,10 +39,10 @@ ITERATION = re.compile(r"^iteration +\d+/\d+  loss (\S+)")
 class Recipe:
     """What a user chooses about the training."""
 
-    tp: int
-    pp: int
-    iterations: int
-    seed: int
+    tp: int = 1
+    pp: int = 1
+    iterations: int = 450
+    seed: int = 0
 
     @property
     def processes(self) -> int:

@@ -165,7 +165,10 @@ class _Run:
         in_place = kept is not None and (kept.file, kept.start) == (planned.file, planned.start)
         if kept is not None and in_place and kept.is_intact(self.staging.folder):
             self._report(index, resumed=True)
-            return self._with_present_digest(kept)
+            if kept.digest is None or kept.digest.algorithm == ALGORITHM:
+                return kept
+            # An earlier version used another algorithm.
+            return replace(kept, digest=digest_range(self.staging.folder / kept.file, kept.start, kept.length))
         block = self.blocks.get()
         try:
             written = self.writer.write(index, self.staging.folder, block)
@@ -179,13 +182,6 @@ class _Run:
             self.staging.note(written)
         self._report(index)
         return written
-
-    def _with_present_digest(self, part: Part) -> Part:
-        """An intact part, with a new digest where an earlier version used another algorithm."""
-        assert part.digest is not None
-        if part.digest.algorithm == ALGORITHM:
-            return part
-        return replace(part, digest=digest_range(self.staging.folder / part.file, part.start, part.length))
 
     def _report(self, index: int, *, resumed: bool = False) -> None:
         with self.lock:

@@ -38,7 +38,10 @@ class ReleaseWriter:
 
     def __init__(self, specs: Mapping[str, TensorSpec], fill: Filler) -> None:
         self.specs, self._fill = specs, fill
-        self._objects = {**_common_state(), **_extra_states(specs)}
+        # What Megatron's loader needs beside the tensors. Version 3 is the rules' order of rows in qkv.
+        content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+        common = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}
+        self._objects = {"common_state/shard_0_1": common, **_extra_states(specs)}
         chunks = (chunk for name, spec in specs.items() for chunk in _chunk_grid(name, spec))
         parts = group(chunks, self._nbytes, PART_BYTES)
         nbytes = [[self._nbytes(chunk) for chunk in part] for part in parts]
@@ -175,12 +178,6 @@ def _chunk_grid(name: str, spec: TensorSpec) -> Iterator[Region]:
     for index in product(*map(range, spec.shape[:dims])):
         one = Region(name, (*index, *corner), (*(1 for _ in index), *rest))
         yield from row_blocks(one, spec.dtype.itemsize, dim=dims)
-
-
-def _common_state() -> dict[str, object]:
-    """The entries beside the tensors that Megatron's loader needs. Version 3 is the rules' order of rows in qkv."""
-    content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    return {"common_state/shard_0_1": {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}}
 
 
 def _extra_states(specs: Mapping[str, TensorSpec]) -> dict[str, object]:

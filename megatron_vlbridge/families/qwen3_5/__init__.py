@@ -4,6 +4,5 @@ from dataclasses import replace
 
 from megatron_vlbridge.families import qwen3_vl
 from megatron_vlbridge.families.qwen3_5.config import CONFIG, language_fields
-from megatron_vlbridge.families.qwen3_5.rules import rules
 
-FAMILY = replace(qwen3_vl.FAMILY, config=CONFIG, rules=rules, language_fields=language_fields)
+FAMILY = replace(qwen3_vl.FAMILY, config=CONFIG, language_fields=language_fields)

@@ -4,13 +4,11 @@ from dataclasses import replace
 
 from megatron_vlbridge.families import qwen3_vl_moe
 from megatron_vlbridge.families.experts import ExpertLayout
-from megatron_vlbridge.families.qwen3_5.rules import rules
 from megatron_vlbridge.families.qwen3_5_moe.config import CONFIG, language_fields
 
 FAMILY = replace(
     qwen3_vl_moe.FAMILY,
     config=CONFIG,
-    rules=rules,
     language_fields=language_fields,
     expert_layout=ExpertLayout.FUSED_OUT_IN,
 )

@@ -5,12 +5,10 @@ from dataclasses import replace
 from megatron_vlbridge.families import qwen3_vl
 from megatron_vlbridge.families.family import combinations
 from megatron_vlbridge.families.qwen3_vl_moe.config import CONFIG, language_fields
-from megatron_vlbridge.families.qwen3_vl_moe.rules import rules
 
 FAMILY = replace(
     qwen3_vl.FAMILY,
     config=CONFIG,
-    rules=rules,
     language_fields=language_fields,
     combinations=combinations(
         ("", "ep", "tp sp", "tp sp etp", "tp sp ep", "tp sp ep etp"), qwen3_vl.PIPELINES, qwen3_vl.CONTEXTS
