@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +25,9 @@ from megatron_vlbridge.families import ExpertLayout, Family, read_config
 from megatron_vlbridge.families.experts import detect_layout_by_names
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Plan, Region, TensorSpec
+
+if TYPE_CHECKING:
+    from megatron_vlbridge.checkpoint.live.weights import LiveWeights
 
 
 @dataclass(frozen=True)
@@ -66,23 +69,8 @@ class Export(Conversion):
         check_read_back(folder, SafetensorsFolder(folder).table, self.tensors)
 
 
-class MegatronWeights(Protocol):
-    """A Megatron checkpoint, on disk or in a live model; `folder` names it in errors."""
-
-    @property
-    def folder(self) -> Path:
-        """Its folder, or what stands for it."""
-
-    @property
-    def table(self) -> Mapping[str, TensorSpec]:
-        """All tensors."""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """What it is read from."""
-
-    def read_into(self, region: Region, out: torch.Tensor) -> None:
-        """Copy the values of a region into a tensor of its shape, converted to the tensor's dtype."""
+type MegatronWeights = TorchDistFolder | LiveWeights
+"""A Megatron checkpoint, on disk or in a live model; `folder` names it in errors."""
 
 
 def plan_export(

@@ -1,7 +1,8 @@
 """Dense Qwen3-VL (2B, 4B, 8B, 32B)."""
 
 from megatron_vlbridge.families.family import Family, combinations
-from megatron_vlbridge.families.qwen3_vl.config import CONFIG, language_fields, vision_fields
+from megatron_vlbridge.families.qwen3_vl.config import CONFIG
+from megatron_vlbridge.families.qwen3_vl.fields import language_fields, vision_fields
 from megatron_vlbridge.families.qwen3_vl.rules import EMBEDDING, HF_LAYERS, rules
 
 # The choices that are independent of the experts; each is run with and without recomputation (full, selective),
