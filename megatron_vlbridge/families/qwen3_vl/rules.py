@@ -4,7 +4,7 @@ from megatron_vlbridge.config import Config, LayerKind, TextConfig, VisionConfig
 from megatron_vlbridge.families.experts import ExpertLayout, expert_rules
 from megatron_vlbridge.families.linear_attention import linear_attention_rules
 from megatron_vlbridge.families.mtp import mtp_rules
-from megatron_vlbridge.weights import Copy, GateUp, GroupedQkv, Rule, VisionQkv
+from megatron_vlbridge.weights import Copy, Rule, gate_up, grouped_qkv, vision_qkv
 
 _HF_TEXT, _TEXT = "model.language_model", "language_model"
 _HF_VISION, _VISION = "model.visual", "vision_model"
@@ -65,7 +65,7 @@ def _attention_rules(text: TextConfig, hf: str, to: str, layer: int | None) -> l
     attention = f"{to}.self_attention"
     return [
         Copy(f"{hf}.input_layernorm.weight", f"{attention}.linear_qkv.layer_norm_weight", (hidden,), layer),
-        GroupedQkv(
+        grouped_qkv(
             q,
             k,
             v,
@@ -89,7 +89,7 @@ def _mlp_rules(text: TextConfig, hf: str, to: str, layer: int | None) -> list[Ru
     gate, up = (f"{hf}.mlp.{part}_proj.weight" for part in ("gate", "up"))
     return [
         Copy(f"{hf}.post_attention_layernorm.weight", f"{mlp}.linear_fc1.layer_norm_weight", (hidden,), layer),
-        GateUp(gate, up, f"{mlp}.linear_fc1.weight", inner, (hidden,), layer),
+        gate_up(gate, up, f"{mlp}.linear_fc1.weight", inner, (hidden,), layer),
         Copy(f"{hf}.mlp.down_proj.weight", f"{mlp}.linear_fc2.weight", (hidden, inner), layer),
     ]
 
@@ -109,8 +109,8 @@ def _vision_block(vision: VisionConfig, layer: int) -> list[Rule]:
     return [
         Copy(f"{hf}.norm1.weight", f"{qkv}.layer_norm_weight", (hidden,), layer),
         Copy(f"{hf}.norm1.bias", f"{qkv}.layer_norm_bias", (hidden,), layer),
-        VisionQkv(f"{hf}.attn.qkv.weight", f"{qkv}.weight", heads, head_dim, (hidden,), layer),
-        VisionQkv(f"{hf}.attn.qkv.bias", f"{qkv}.bias", heads, head_dim, (), layer),
+        vision_qkv(f"{hf}.attn.qkv.weight", f"{qkv}.weight", heads, head_dim, (hidden,), layer),
+        vision_qkv(f"{hf}.attn.qkv.bias", f"{qkv}.bias", heads, head_dim, (), layer),
         *_linear(f"{hf}.attn.proj", f"{to}.self_attention.linear_proj", hidden, hidden, layer),
         Copy(f"{hf}.norm2.weight", f"{mlp}.linear_fc1.layer_norm_weight", (hidden,), layer),
         Copy(f"{hf}.norm2.bias", f"{mlp}.linear_fc1.layer_norm_bias", (hidden,), layer),
