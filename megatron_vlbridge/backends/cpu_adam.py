@@ -23,8 +23,7 @@ def install() -> None:
 class CpuAdam(torch.optim.Optimizer):
     """AdamW, or Adam where `adam_w_mode` is off, by torch's function; `step` is an entry of each group.
 
-    Example:
-        >>> optimizer = CpuAdam(model.parameters(), lr=1e-3)
+    Example: `optimizer = CpuAdam(model.parameters(), lr=1e-3)`.
     """
 
     def __init__(
@@ -47,7 +46,10 @@ class CpuAdam(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            states = [self._state_of(p) for p in parameters]
+            states: list[dict[str, torch.Tensor]] = [self.state[p] for p in parameters]
+            for parameter, state in zip(parameters, states, strict=True):
+                if not state:
+                    state.update({name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")})
             before = group.get("step", 0)
             group["step"] = before + 1
             adam(
@@ -76,9 +78,3 @@ class CpuAdam(torch.optim.Optimizer):
             for p in group["params"]:
                 if "step" in self.state[p]:
                     group["step"] = int(self.state[p].pop("step"))
-
-    def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        state: dict[str, torch.Tensor] = self.state[parameter]
-        if not state:
-            state.update({name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")})
-        return state

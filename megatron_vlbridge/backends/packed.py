@@ -29,9 +29,8 @@ class PackedSegments(PackedSeqParams):
     ) -> Self:
         """THD parameters of consecutive segments of these `lengths` (tokens); `fields` are a subclass's own.
 
-        Example:
-            >>> PackedSegments.from_lengths([3, 2], torch.device("cpu")).cu_seqlens_q
-            tensor([0, 3, 5], dtype=torch.int32)
+        Example: `PackedSegments.from_lengths([3, 2], torch.device("cpu")).cu_seqlens_q` is
+        `tensor([0, 3, 5], dtype=torch.int32)`.
         """
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
         longest = max(lengths)

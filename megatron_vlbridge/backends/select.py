@@ -11,8 +11,7 @@ from megatron_vlbridge.errors import VLBridgeError
 def spec_provider() -> BackendSpecProvider:
     """The reference kernels where the CPU runtime is enabled, Transformer Engine everywhere else.
 
-    Raises:
-        VLBridgeError: where neither can be used.
+    Raises VLBridgeError where neither can be used.
     """
     if cpu_runtime.is_enabled():
         return CpuSpecProvider()

@@ -158,8 +158,7 @@ class Conversion(ABC):
     def _files(self) -> dict[str, str]:
         """Each file that is written in parts, with a digest of what lies where in it."""
         texts: dict[str, list[str]] = {}
-        for index, size in enumerate(self.writer.sizes):
-            part = self.writer.part(index)
+        for index, (size, part) in enumerate(zip(self.writer.sizes, self.writer.parts, strict=True)):
             texts.setdefault(part.file, []).append(f"{index} {part.start} {size} {self.writer.contents(index)}")
         return {file: _digest("\n".join(parts)) for file, parts in texts.items()}
 

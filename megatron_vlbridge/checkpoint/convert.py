@@ -36,7 +36,6 @@ def import_checkpoint(
 
     Raises VLBridgeError, and leaves nothing under the new name, when the two do not match exactly, a file is
     missing or damaged, the target exists or is being written, or the disk is full.
-
     Example: `import_checkpoint("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron")`.
     """
     plan = plan_import(hf_folder, megatron_folder, dtype=dtype, experts=experts, ignore=[*ignore, *leave_out])
@@ -69,7 +68,6 @@ def export_checkpoint(
     Raises VLBridgeError, and leaves nothing under the new name, when the two do not match exactly, a file is
     missing or damaged, the target exists or is being written, the disk is full, or it is not known which config
     belongs to the weights.
-
     Example: `export_checkpoint("run", "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
     """
     choices = ExportChoices(dtype, experts, max_shard_size, portable_config)

@@ -1,10 +1,10 @@
 """The plan of an export, verified from headers alone."""
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,7 +24,10 @@ from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families import ExpertLayout, Family, read_config
 from megatron_vlbridge.families.experts import detect_layout_by_names
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
-from megatron_vlbridge.weights import Plan, Region, RuleTable, TensorSpec
+from megatron_vlbridge.weights import Plan, Region, TensorSpec
+
+if TYPE_CHECKING:
+    from megatron_vlbridge.checkpoint.live.weights import LiveWeights
 
 
 @dataclass(frozen=True)
@@ -66,23 +69,8 @@ class Export(Conversion):
         check_read_back(folder, SafetensorsFolder(folder).table, self.tensors)
 
 
-class MegatronWeights(Protocol):
-    """A Megatron checkpoint, on disk or in a live model; `folder` names it in errors."""
-
-    @property
-    def folder(self) -> Path:
-        """Its folder, or what stands for it."""
-
-    @property
-    def table(self) -> Mapping[str, TensorSpec]:
-        """All tensors."""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """What it is read from."""
-
-    def read_into(self, region: Region, out: torch.Tensor) -> None:
-        """Copy the values of a region into a tensor of its shape, converted to the tensor's dtype."""
+type MegatronWeights = TorchDistFolder | LiveWeights
+"""A Megatron checkpoint, on disk or in a live model; `folder` names it in errors."""
 
 
 def plan_export(
@@ -108,7 +96,17 @@ def plan_export_of(
     config = read_config(template.folder)
     family, experts = families.find(config), choices.experts or template.experts
     table = family.table_for(config, template.table, experts)
-    plan = _plan_weights(table, weights, target, template, dtype)
+    check_dtypes(weights.folder, weights.table)
+    hf, upcast = hf_tensors(table, weights.table, template.table, dtype)
+    plan = Plan(
+        table,
+        hf,
+        weights.table,
+        cast=dtype is not None,
+        upcast=upcast,
+        hf_source=f"{target} (made like {template.folder})",
+        megatron_source=str(weights.folder),
+    )
     tensors, passthrough = _tensors_to_write(plan, template, config, family)
     files, index = _shards(tensors, template, choices.max_shard_size)
     expert_layout = family.find_expert_layout(config, template.table, experts)
@@ -123,10 +121,7 @@ def plan_export_of(
             *dict.fromkeys(template.folder / template.tensors[name][0] for name in passthrough),
         ),
         side_files=tuple(side_files(template.folder)),
-        notes=(
-            *_weight_notes(template.folder, config, family, expert_layout, passthrough),
-            *_config_notes(template.folder, config, choices.portable_config),
-        ),
+        notes=tuple(_notes(template.folder, config, family, expert_layout, passthrough, choices.portable_config)),
         options={
             "--dtype": dtype_name(dtype),
             "--experts": choices.experts,
@@ -141,23 +136,6 @@ def plan_export_of(
     )
 
 
-def _plan_weights(
-    table: RuleTable, weights: MegatronWeights, target: Path, template: ExportTemplate, dtype: torch.dtype | None
-) -> Plan:
-    """How the model's tensors come from `weights`."""
-    check_dtypes(weights.folder, weights.table)
-    hf, upcast = hf_tensors(table, weights.table, template.table, dtype)
-    return Plan(
-        table,
-        hf,
-        weights.table,
-        cast=dtype is not None,
-        upcast=upcast,
-        hf_source=f"{target} (made like {template.folder})",
-        megatron_source=str(weights.folder),
-    )
-
-
 def _tensors_to_write(
     plan: Plan, template: ExportTemplate, config: Config, family: Family
 ) -> tuple[dict[str, TensorSpec], list[str]]:
@@ -168,7 +146,13 @@ def _tensors_to_write(
     hf = dict(plan.hf)
     if config.tie_word_embeddings and family.head in template.tensors:
         hf[family.head] = hf[family.embedding]
-    known = {*hf, *_own_names(template, config, family), *family.find_other_tensors(template.tensors)}
+    # The template's experts may have another form than the export's.
+    forms = (
+        detect_layout_by_names(config, template.tensors, family.layers),
+        detect_layout_by_names(config, template.tensors, MTP_LAYERS, [0]),
+    )
+    own = family.table(config, *forms).hf_shapes
+    known = {*hf, *own, *family.find_other_tensors(template.tensors)}
     passthrough = [name for name in template.tensors if name not in known]
     if passthrough and template.weights is None:
         raise VLBridgeError(
@@ -202,8 +186,8 @@ def _hf_filler(
     return fill
 
 
-def _weight_notes(
-    like: Path, config: Config, family: Family, layout: ExpertLayout, passthrough: Sequence[str]
+def _notes(
+    like: Path, config: Config, family: Family, layout: ExpertLayout, passthrough: Sequence[str], portable: bool
 ) -> Iterator[str]:
     hub = family.expert_layout
     if layout is not hub:
@@ -212,9 +196,6 @@ def _weight_notes(
         yield f"weights are not quantised again: quantization_config of {like} is removed from config.json"
     if passthrough:
         yield f"copied unchanged from {like}, as not part of the model: {listed(passthrough)}"
-
-
-def _config_notes(like: Path, config: Config, portable: bool) -> Iterator[str]:
     found = list(differences_in_4(load_json_object(like / "config.json"), config))
     if found and portable:
         yield f"config.json is written for transformers 4.57 too, which would have read {'; '.join(found)}"
@@ -223,15 +204,6 @@ def _config_notes(like: Path, config: Config, portable: bool) -> Iterator[str]:
             f"transformers 4.57 does not read config.json as 5.x does ({'; '.join(found)}): --portable-config (in "
             "Python: portable_config=True) writes one that both read alike"
         )
-
-
-def _own_names(template: ExportTemplate, config: Config, family: Family) -> Iterable[str]:
-    """The names of the model's tensors in the template, whose experts may have another form than the export's."""
-    forms = (
-        detect_layout_by_names(config, template.tensors, family.layers),
-        detect_layout_by_names(config, template.tensors, MTP_LAYERS, [0]),
-    )
-    return family.table(config, *forms).hf_shapes
 
 
 def _shards(

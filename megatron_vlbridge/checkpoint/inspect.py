@@ -48,7 +48,8 @@ class Inspection:
         """The number of elements of each part."""
         counts: Counter[str] = Counter()
         for name, spec in self.table.items():
-            counts[_part(name)] += spec.nbytes // spec.dtype.itemsize
+            part = next((part for part, pattern in _PARTS if re.search(pattern, name)), "other")
+            counts[part] += spec.nbytes // spec.dtype.itemsize
         return dict(counts)
 
     @property
@@ -100,7 +101,6 @@ def inspect(name: str | Path) -> Inspection:
     """Read the headers of a Hugging Face folder (or Hub id) or of a Megatron folder.
 
     Raises VLBridgeError where they are damaged, or the config belongs to no supported family.
-
     Example: `inspect("Qwen/Qwen3-VL-2B-Instruct").parameters["vision tower"]`.
     """
     config = find_config(name)
@@ -110,10 +110,6 @@ def inspect(name: str | Path) -> Inspection:
     folder = find_folder(name)
     hf = SafetensorsFolder(folder)
     return Inspection(folder, "hugging face", config, hf.table, tuple(hf.notes))
-
-
-def _part(name: str) -> str:
-    return next((part for part, pattern in _PARTS if re.search(pattern, name)), "other")
 
 
 def _stage_lines(stages: Sequence[range]) -> Iterator[str]:

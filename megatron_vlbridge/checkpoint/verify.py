@@ -78,11 +78,14 @@ def verify(
     `experts` (an `ExpertLayout`) is the form of fused experts in Hugging Face folders, where their shapes do not tell.
 
     Raises VLBridgeError where a folder is damaged or does not fit its own config.
-
     Example: `verify("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron").equal`.
     """
     left, right = _open_both(a, b, [*ignore, *leave_out], experts)
-    differences = [*_compare_configs(left, right), *_compare_tables(left, right)]
+    differences = []
+    if left.config is not None and right.config is not None:
+        for name, ours, theirs in config_differences(left.config, right.config):
+            differences.append(Difference(f"config.json: {name}", f"{ours} and {theirs}"))
+    differences += _compare_tables(left, right)
     names = [name for name, spec in left.table.items() if right.table.get(name) == spec]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = pool.map(lambda name: _compare(name, left.table[name], left, right), names)
@@ -186,13 +189,6 @@ def _through(table: RuleTable, read: Filler) -> Filler:
             read(region, out)
 
     return fill
-
-
-def _compare_configs(left: _Side, right: _Side) -> Iterable[Difference]:
-    if left.config is None or right.config is None:
-        return
-    for name, ours, theirs in config_differences(left.config, right.config):
-        yield Difference(f"config.json: {name}", f"{ours} and {theirs}")
 
 
 def _compare_tables(left: _Side, right: _Side) -> Iterable[Difference]:

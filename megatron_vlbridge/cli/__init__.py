@@ -4,13 +4,13 @@ Exit codes: 0 done, 1 a difference or an invalid input was found, 2 wrong usage,
 """
 
 import argparse
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable, Sequence
 
 from megatron_vlbridge.cli.output import flush, open_closed_streams, show
 from megatron_vlbridge.cli.parser import make_parser, parse
-from megatron_vlbridge.cli.version import versions
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 
 
@@ -18,7 +18,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit code.
 
     Raises SystemExit with 2 for wrong usage and with 0 after `--help`.
-
     Example: `main(["inspect", "Qwen3-VL-2B-Instruct"])`.
     """
     open_closed_streams()
@@ -28,12 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         flush()  # the reader of a help text may be gone
         raise
     if args.version:
-        show(versions())
+        others = ", ".join(f"{name} {_version(name)}" for name in ("megatron-core", "torch", "transformers"))
+        show(f"vlbridge {_version('megatron-vlbridge')} ({others})")
         return 0
     if args.command is None:
         show(make_parser()[0].format_help(), stream=sys.stderr)
         return 2
     return _run(args)
+
+
+def _version(name: str) -> str:
+    """The version of a package, which is not imported."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -38,7 +38,13 @@ def convert(args: argparse.Namespace, plan: "Conversion") -> int:
     options = Options(args.workers, args.memory or DEFAULT_MEMORY, Meter(as_json=args.json))
     summary = plan.summary(options)
     if args.dry_run:
-        return _show_plan(args, plan, options, summary)
+        estimate = {rate: summary["bytes"] / rate / 1e6 for rate in _ESTIMATES}
+        if not args.json:  # people see the plan also of what is refused
+            show("\n".join(_summary_lines(summary, estimate)))
+        plan.check_run(options, resume=args.resume)
+        if args.json:
+            show(json.dumps({**summary, "seconds_at_mb_per_s": estimate}))
+        return 0
     if not args.json:
         for note in summary["notes"]:
             show(f"note: {note}", stream=sys.stderr)
@@ -46,16 +52,6 @@ def convert(args: argparse.Namespace, plan: "Conversion") -> int:
             show(f"{plan.target} is complete: nothing to do", stream=sys.stderr)
     done = plan.run(options, resume=args.resume)
     show(json.dumps({"done": str(done), **summary}) if args.json else str(done))
-    return 0
-
-
-def _show_plan(args: argparse.Namespace, plan: "Conversion", options: Any, summary: dict[str, Any]) -> int:
-    estimate = {rate: summary["bytes"] / rate / 1e6 for rate in _ESTIMATES}
-    if not args.json:  # people see the plan also of what is refused
-        show("\n".join(_summary_lines(summary, estimate)))
-    plan.check_run(options, resume=args.resume)
-    if args.json:
-        show(json.dumps({**summary, "seconds_at_mb_per_s": estimate}))
     return 0
 
 

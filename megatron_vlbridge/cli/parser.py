@@ -5,15 +5,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from megatron_vlbridge.cli import export_command, import_command, inspect_command, verify_command
 from megatron_vlbridge.cli.arguments import suggestion
+from megatron_vlbridge.cli.commands import COMMANDS
 
-COMMANDS = {
-    "import": import_command,
-    "export": export_command,
-    "verify": verify_command,
-    "inspect": inspect_command,
-}
 _DESCRIPTION = "Vision-language checkpoints between Hugging Face and Megatron-Core, bit for bit."
 _EXIT_CODES = """`vlbridge COMMAND --help` shows the options of a command and an example.
 
@@ -50,10 +44,10 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     found: dict[str, Parser] = {}
-    for name, module in COMMANDS.items():
-        found[name] = commands.add_parser(name, help=module.SUMMARY, description=module.DESCRIPTION)
-        module.add_arguments(found[name])
-        found[name].set_defaults(run=module.run)
+    for name, command in COMMANDS.items():
+        found[name] = commands.add_parser(name, help=command.summary, description=command.description)
+        command.add_arguments(found[name])
+        found[name].set_defaults(run=command.run)
     return parser, found
 
 

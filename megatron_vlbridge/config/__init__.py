@@ -6,11 +6,11 @@ The keys of a model type and their defaults are data that a family gives (`Confi
 does not compute exactly is refused.
 """
 
-from megatron_vlbridge.config.format import ConfigFormat
 from megatron_vlbridge.config.reader import read_config_file
 from megatron_vlbridge.config.schema import (
     WEIGHT_DTYPES,
     Config,
+    ConfigFormat,
     LayerKind,
     LinearAttentionConfig,
     MoeConfig,

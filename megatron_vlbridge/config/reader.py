@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vlbridge.config.format import ConfigFormat
-from megatron_vlbridge.config.schema import WEIGHT_DTYPES, Config
+from megatron_vlbridge.config.schema import WEIGHT_DTYPES, Config, ConfigFormat
 from megatron_vlbridge.config.section import Section
 from megatron_vlbridge.config.text import read_text
 from megatron_vlbridge.config.vision import read_vision

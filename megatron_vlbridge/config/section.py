@@ -90,3 +90,22 @@ class Section:
         if not isinstance(value, dict):
             raise self.fail(key, value, "a JSON object", "Use the config.json that belongs to the checkpoint.")
         return Section(self.file, value, f"{self.prefix}{key}.", defaults)
+
+
+def rope_section(part: Section) -> Section:
+    """`rope_parameters` and `rope_scaling` of a part, merged; they and the keys beside them must agree."""
+    new, old = part.section("rope_parameters", required=False), part.section("rope_scaling", required=False)
+    for key, value in old.values.items():
+        if key in new.values and new.values[key] != value:
+            raise old.fail(key, value, f"{new.values[key]!r} as in rope_parameters", "Remove the wrong one.")
+    prefix = part.prefix + ("rope_parameters." if new.values else "rope_scaling.")
+    rope = Section(part.file, {**old.values, **new.values}, prefix)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope.values and part.values.get(key) not in (None, rope.values[key]):
+            raise part.fail(
+                key, part.value(key), f"{rope.values[key]!r} as in {rope.prefix}{key}", "Remove the wrong one."
+            )
+    for key, value in rope.values.items():
+        if isinstance(value, dict):
+            raise rope.fail(key, value, "one setting for all layers", "Settings of single layers are not supported.")
+    return rope

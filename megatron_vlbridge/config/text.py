@@ -1,8 +1,7 @@
 """`text_config` -> `TextConfig`."""
 
-from megatron_vlbridge.config.rope import read_rope
 from megatron_vlbridge.config.schema import LinearAttentionConfig, MoeConfig, TextConfig
-from megatron_vlbridge.config.section import MAX_EXPERTS, MAX_LAYERS, Section
+from megatron_vlbridge.config.section import MAX_EXPERTS, MAX_LAYERS, Section, rope_section
 
 _LAYER_TYPES = ("linear_attention", "full_attention")
 
@@ -14,7 +13,7 @@ def read_text(text: Section, model_type: str) -> TextConfig:
     heads = text.integer("num_attention_heads")
     # null means: as many as there are heads
     kv_heads = heads if text.values.get("num_key_value_heads", heads) is None else None
-    theta, section, factor = read_rope(text)
+    theta, section, factor = _read_rope(text)
     linear = "full_attention_interval" in text.defaults
     gated = bool(text.defaults.get("attn_output_gate"))
     result = TextConfig(
@@ -43,6 +42,20 @@ def read_text(text: Section, model_type: str) -> TextConfig:
     text.only("mtp_use_dedicated_embeddings", False)
     _check_text(text, result)
     return result
+
+
+def _read_rope(text: Section) -> tuple[float, tuple[int, int, int], float]:
+    """`(rope_theta, mrope_section, partial_rotary_factor)` of the language model."""
+    rope = rope_section(text)
+    rope.only("rope_type", "default")
+    rope.only("type", "default")
+    rope.only("mrope_interleaved", True)
+    theta = rope.number("rope_theta", default=text.number("rope_theta"))
+    section = rope.integers("mrope_section", default=text.defaults["mrope_section"])
+    if len(section) != 3:
+        raise rope.fail("mrope_section", list(section), "three integers (time, height, width)", "Correct the value.")
+    factor = rope.number("partial_rotary_factor", default=text.number("partial_rotary_factor", default=1.0))
+    return theta, (section[0], section[1], section[2]), factor
 
 
 def _check_fixed(text: Section, model_type: str) -> None:
@@ -95,13 +108,19 @@ def _read_moe(text: Section, num_layers: int) -> MoeConfig:
         text.only("mlp_only_layers", [])
     moe = MoeConfig(
         num_experts=text.integer("num_experts", "num_local_experts", maximum=MAX_EXPERTS),
-        num_experts_per_tok=_read_experts_per_token(text),
+        num_experts_per_tok=text.integer("num_experts_per_tok"),
         moe_intermediate_size=text.integer("moe_intermediate_size"),
         shared_expert_intermediate_size=text.integer("shared_expert_intermediate_size", default=0, minimum=0),
         decoder_sparse_step=text.integer("decoder_sparse_step", default=1),
         mlp_only_layers=text.integers("mlp_only_layers", default=[]),
         router_aux_loss_coef=text.number("router_aux_loss_coef", positive=False),
     )
+    if moe.num_experts_per_tok == 1:
+        remedy = (
+            "The weight of a single expert is renormalised to 1, so that its router cannot learn, and Megatron-Core "
+            "does not run such a router: use a checkpoint that takes several experts."
+        )
+        raise text.fail("num_experts_per_tok", 1, "an integer of at least 2", remedy)
     if moe.num_experts_per_tok > moe.num_experts:
         expected = f"at most num_experts ({moe.num_experts})"
         raise text.fail("num_experts_per_tok", moe.num_experts_per_tok, expected)
@@ -112,17 +131,6 @@ def _read_moe(text: Section, num_layers: int) -> MoeConfig:
         found = moe.shared_expert_intermediate_size
         raise text.fail("shared_expert_intermediate_size", found, "0", "This family has no shared expert.")
     return moe
-
-
-def _read_experts_per_token(text: Section) -> int:
-    found = text.integer("num_experts_per_tok")
-    if found == 1:
-        remedy = (
-            "The weight of a single expert is renormalised to 1, so that its router cannot learn, and Megatron-Core "
-            "does not run such a router: use a checkpoint that takes several experts."
-        )
-        raise text.fail("num_experts_per_tok", found, "an integer of at least 2", remedy)
-    return found
 
 
 def _read_linear_attention(text: Section, num_layers: int) -> LinearAttentionConfig:

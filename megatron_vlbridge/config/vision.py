@@ -2,9 +2,8 @@
 
 import math
 
-from megatron_vlbridge.config.rope import rope_section
 from megatron_vlbridge.config.schema import VisionConfig
-from megatron_vlbridge.config.section import MAX_LAYERS, Section
+from megatron_vlbridge.config.section import MAX_LAYERS, Section, rope_section
 
 _SIZES = (
     *("hidden_size", "intermediate_size", "in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size"),

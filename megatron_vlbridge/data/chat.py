@@ -31,14 +31,9 @@ from megatron_vlbridge.layout.positions import mrope_positions
 class Sample:
     """An encoded conversation of L tokens, n images and m videos.
 
-    Attributes:
-        input_ids: int64 `[L]`.
-        loss_mask: bool `[L]`, True for a supervised token (not shifted).
-        pixel_values: float32 `[P, patch_dim]`, the patches of all images in order; 0 rows without images.
-        image_grid_thw: int64 `[n, 3]`, in patches.
-        pixel_values_videos: float32 `[P, patch_dim]`.
-        video_grid_thw: int64 `[m, 3]`.
-        excluded_turns: the assistant turns excluded from the loss, with the reasons.
+    `input_ids` is int64 `[L]`; `loss_mask` bool `[L]`, True for a supervised token (not shifted). Patches are float32
+    `[P, patch_dim]`, in order, 0 rows where there are none; grids, in patches, int64 `[n, 3]` and `[m, 3]`.
+    `excluded_turns` are the assistant turns excluded from the loss, with the reasons.
     """
 
     input_ids: Tensor
@@ -67,25 +62,21 @@ def encode_conversation(
     modifies (the template of a thinking model drops the reasoning of earlier turns, for example) is excluded from the
     loss and listed in `Sample.excluded_turns`. `media` sets how images and frames are read.
 
-    Raises:
-        VLBridgeError: a message does not have this format; a text contains a special token; the chat template modifies
-            system or user content; placeholders, grids, patches and media do not match; there is no supervised token
-            (unless `allow_no_loss`). Errors name messages and parts by index, from 0.
+    Raises VLBridgeError: a message does not have this format; a text contains a special token; the chat template
+    modifies system or user content; placeholders, grids, patches and media do not match; there is no supervised token
+    (unless `allow_no_loss`). Errors name messages and parts by index, from 0.
 
-    Example:
-        >>> sample = encode_conversation([
-        ...     {"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "Who?"}]},
-        ...     {"role": "assistant", "content": "A cat."},
-        ... ], processor)  # doctest: +SKIP
-        >>> processor.decode(sample.input_ids[sample.loss_mask])  # doctest: +SKIP
-        'A cat.<|im_end|>'
+    Example: of `[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]` the supervised text,
+    `processor.decode(sample.input_ids[sample.loss_mask])`, is `A cat.<|im_end|>`.
     """
     check_conversation(messages)
     _check_special_tokens(messages, _special_tokens(processor))
     images = _load_media(messages, "image", partial(load_image, options=media))
     videos = _load_media(messages, "video", partial(load_video, options=media))
     text = without_outer_pair(render(messages, processor), processor)
-    turns = match_turns(split_turns(text), messages, _placeholders(processor))
+    # What stands for an image and for a video, before the processor expands it.
+    image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
+    turns = match_turns(split_turns(text), messages, {"image": image, "video": processor.video_token})
     encoded = _run_processor(text, images, videos, processor)
     ids = encoded["input_ids"][0]
     loss_mask, excluded = supervised_mask(ids, turns, messages, processor)
@@ -198,12 +189,6 @@ def _special_tokens(processor: ProcessorMixin) -> list[str]:
         raise VLBridgeError(f"tokenizer: expected the special token {missing[0]} of the ChatML format, found none")
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return list(dict.fromkeys([*special, TURN_START, TURN_END, processor.image_token, processor.video_token]))
-
-
-def _placeholders(processor: ProcessorMixin) -> dict[str, str]:
-    """The placeholder of an image and of a video in the text, before the processor expands it."""
-    image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
-    return {"image": image, "video": processor.video_token}
 
 
 def _patch_dim(processor: ProcessorMixin) -> int:

@@ -39,9 +39,8 @@ def read_conversations(path: str | Path, *, split: str = "", literal_tags: bool 
     media listed elsewhere, and the model would be trained on the tag. A tag after a backtick, and markup between a tag
     and its closing tag (`<video>...</video>`, but not `<video>a.mp4</video>`), are always plain text.
 
-    Raises:
-        VLBridgeError: the file is missing, not UTF-8 or has no conversation; a line does not have this format, has an
-            unknown key or a duplicate key. The error names file and line (from 1), message and part (from 0).
+    Raises VLBridgeError: the file is missing, not UTF-8 or has no conversation; a line does not have this format, has
+    an unknown key or a duplicate key. The error names file and line (from 1), message and part (from 0).
 
     Example line: `{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]}`.
     """
@@ -133,18 +132,14 @@ def _check_tags(messages: Conversation) -> None:
     for index, message in enumerate(messages):
         text = "".join(part["text"] for part in message_parts(message) if part["type"] == "text")
         for tag in MEDIA_TAG.finditer(text):
-            if _is_placeholder(tag):
+            # `<img>`, a tag that is not closed, or one around a file name.
+            end = text.find(f"</{tag[1]}>", tag.end())
+            if tag[1] == "img" or end < 0 or SOURCE.fullmatch(text, tag.end(), end):
                 raise VLBridgeError(
                     f"{message_name(messages, index)}: the text contains {tag[0]!r}, which would be trained on as "
                     f"text; expected {MEDIA_FORM}; if it is plain text, use --literal-tags or "
                     "read_conversations(..., literal_tags=True)"
                 )
-
-
-def _is_placeholder(tag: re.Match[str]) -> bool:
-    """Whether a tag is a media placeholder: `<img>`, a tag that is not closed, or one around a file name."""
-    end = tag.string.find(f"</{tag[1]}>", tag.end())
-    return tag[1] == "img" or end < 0 or SOURCE.fullmatch(tag.string, tag.end(), end) is not None
 
 
 def _resolve_paths(content: Any, folder: Path) -> Any:

@@ -35,26 +35,16 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     loss (see `chat.encode_conversation`) are counted in `num_assistant_turns` and `num_excluded_turns`, and
     `excluded_turns_report` describes them; rank 0 logs it as a warning.
 
-    Args:
-        conversations: in the format of `chat.encode_conversation`.
-        processor: of the checkpoint.
-        config: of the checkpoint; the tokens and patches of the processor must match it.
-        seq_length: number of tokens of a pack.
-        num_samples: number of packs, over as many epochs as needed.
-        seed: of the shuffle.
-        multiple_of: the length of a conversation in a pack is rounded up to a multiple of this, for context-parallel
-            padding: 2 * the context-parallel size if that is above 1. The space is reserved; the tensors are unpadded.
-        media: how images and frames are read.
+    The conversations have the format of `chat.encode_conversation`; `processor` and `config` are those of one
+    checkpoint. A pack has `seq_length` tokens. The length of a conversation in it is rounded up to a multiple of
+    `multiple_of`, for context-parallel padding: 2 * the context-parallel size if that is above 1. The space is
+    reserved; the tensors are unpadded. `media` says how images and frames are read.
 
-    Raises:
-        VLBridgeError: the processor does not match the config; a conversation cannot be encoded or is longer than
-            `seq_length` (the error names its file and line, or its index); there are no conversations.
+    Raises VLBridgeError: the processor does not match the config; a conversation cannot be encoded or is longer than
+    `seq_length` (the error names its file and line, or its index); there are no conversations.
 
-    Example:
-        >>> packs = PackedConversations(read_conversations("train.jsonl"), processor, config,
-        ...                             seq_length=4096, num_samples=1000)  # doctest: +SKIP
-        >>> packs[0]["tokens"].shape  # doctest: +SKIP
-        torch.Size([4096])
+    Example: `PackedConversations(read_conversations("train.jsonl"), processor, config, seq_length=4096,
+    num_samples=1000)[0]["tokens"]` has the shape `[4096]`.
     """
 
     def __init__(

@@ -28,11 +28,7 @@ os.register_at_fork(
 
 @dataclass(frozen=True)
 class MediaOptions:
-    """How images and frames are read.
-
-    Attributes:
-        max_image_pixels: larger images are rejected before they are decoded. The default is Pillow's.
-    """
+    """How images and frames are read: those of more pixels are rejected before they are decoded (default: Pillow's)."""
 
     max_image_pixels: int = 178_956_970
 
@@ -51,13 +47,10 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
 
     `name` describes the image in errors ("image", "video frame 3").
 
-    Raises:
-        VLBridgeError: the source is a URL; the file does not exist; it cannot be decoded completely; it has no
-        pixels, more than `max_image_pixels`, more than 8 bits per channel, or several frames.
-
-    Example:
-        >>> read_image(Image.new("LA", (4, 2), (0, 128)), "image", MediaOptions()).getpixel((0, 0))
-        (127, 127, 127)
+    Raises VLBridgeError: the source is a URL; the file does not exist; it cannot be decoded completely; it has no
+    pixels, more than `max_image_pixels`, more than 8 bits per channel, or several frames.
+    Example: `read_image(Image.new("LA", (4, 2), (0, 128)), "image", MediaOptions()).getpixel((0, 0))` is
+    `(127, 127, 127)`.
     """
     where = f"{name}: {_shown(source)}"
     if is_url(source):
@@ -66,7 +59,8 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
         )
     try:
         with _pillow_settings(options.max_image_pixels):
-            source = _by_path_if_lazy_tiff(source)
+            if isinstance(source, TiffImagePlugin.TiffImageFile) and source.tile and source.filename:
+                source = Path(os.fsdecode(source.filename))  # opened by path, and not loaded yet
             if isinstance(source, Image.Image):
                 return _to_rgb(source, options.max_image_pixels)
             # Given a path, Pillow 13 memory-maps an uncompressed TIFF and scrambles it if it has to be rotated.
@@ -81,13 +75,6 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
     except Exception as error:
         # On a corrupt file Pillow's decoders raise errors of any type.
         raise VLBridgeError(f"{where} cannot be decoded as an image ({type(error).__name__}: {error})") from error
-
-
-def _by_path_if_lazy_tiff(source: str | Path | Image.Image) -> str | Path | Image.Image:
-    """The path of a TIFF image that was opened by path and is not loaded yet; any other source unchanged."""
-    if isinstance(source, TiffImagePlugin.TiffImageFile) and source.tile and source.filename:
-        return Path(os.fsdecode(source.filename))
-    return source
 
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
@@ -110,14 +97,10 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
         )
     upright = ImageOps.exif_transpose(image)
     if upright.has_transparency_data:
-        return _on_white(upright.convert("RGBA"))
+        rgba, white = upright.convert("RGBA"), Image.new("RGB", upright.size, WHITE)
+        white.paste(rgba, mask=rgba.getchannel("A"))
+        return white
     return upright if upright.mode == "RGB" else upright.convert("RGB")
-
-
-def _on_white(rgba: Image.Image) -> Image.Image:
-    white = Image.new("RGB", rgba.size, WHITE)
-    white.paste(rgba, mask=rgba.getchannel("A"))
-    return white
 
 
 def _too_large(max_pixels: int, found: str) -> str:

@@ -31,8 +31,7 @@ class Video(NamedTuple):
 def load_image(part: dict[str, Any], options: MediaOptions = DEFAULTS) -> Image.Image:
     """Load the image of a part `{"type": "image", "image": path or PIL image}` as RGB (see `images.read_image`).
 
-    Raises:
-        VLBridgeError: the image or the file is missing, or it cannot be read as 8-bit RGB without loss.
+    Raises VLBridgeError: the image or the file is missing, or it cannot be read as 8-bit RGB without loss.
     """
     return read_image(_source(part.get("image"), "image", " under the key 'image'"), "image", options)
 
@@ -43,11 +42,15 @@ def load_video(part: dict[str, Any], options: MediaOptions = DEFAULTS) -> Video:
     Frames are a uint8 tensor `[F, 3, H, W]`, or a list of paths or PIL images of the same size, read like images. All
     frames are used; the timestamp of frame k is k / fps. Video files are not decoded.
 
-    Raises:
-        VLBridgeError: the frames have another type, cannot be read (the error names the index of the frame) or differ
-        in size, or `fps` is missing or not a positive finite number.
+    Raises VLBridgeError: the frames have another type, cannot be read (the error names the index of the frame) or
+    differ in size, or `fps` is missing or not a positive finite number.
     """
-    fps = _frame_rate(part.get("fps"))
+    fps: Any = part.get("fps")
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < float(fps) < math.inf:
+        raise VLBridgeError(
+            f"video: expected the frames per second under the key 'fps', a positive number, found {fps!r}"
+        )
+    fps = float(fps)
     frames = _frames(part.get("video"), options)
     count, _, height, width = frames.shape
     metadata = VideoMetadata(
@@ -68,7 +71,11 @@ def _frames(source: object, options: MediaOptions) -> Tensor:
         return source
     if isinstance(source, list) and source:
         named = [(f"video frame {index}", frame) for index, frame in enumerate(source)]
-        return _stack([read_image(_source(frame, name), name, options) for name, frame in named])
+        images = [read_image(_source(frame, name), name, options) for name, frame in named]
+        sizes = sorted({image.size for image in images})
+        if len(sizes) > 1:
+            raise VLBridgeError(f"video: expected frames of the same size, found (width, height) {sizes}")
+        return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
     if is_url(source):
         raise VLBridgeError(f"video: {shown(source)} is a URL, which is not supported; download it and {DECODE}")
     raise VLBridgeError(
@@ -81,21 +88,6 @@ def _source(source: object, name: str, where: str = "") -> str | Path | Image.Im
     if not isinstance(source, str | Path | Image.Image):
         raise VLBridgeError(f"{name}: expected a path or a PIL image{where}, found {shown(source)}")
     return source
-
-
-def _frame_rate(fps: object) -> float:
-    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < float(fps) < math.inf:
-        raise VLBridgeError(
-            f"video: expected the frames per second under the key 'fps', a positive number, found {fps!r}"
-        )
-    return float(fps)
-
-
-def _stack(images: list[Image.Image]) -> Tensor:
-    sizes = sorted({image.size for image in images})
-    if len(sizes) > 1:
-        raise VLBridgeError(f"video: expected frames of the same size, found (width, height) {sizes}")
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
 
 
 def shown(value: object) -> str:

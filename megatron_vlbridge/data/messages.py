@@ -44,9 +44,8 @@ def check_keys(where: str, found: Iterable[object], expected: Iterable[str]) -> 
 def check_conversation(messages: object) -> None:
     """Check the format of all messages and parts, but not the media.
 
-    Raises:
-        VLBridgeError: a message does not have the format that `chat.encode_conversation` describes. The error names
-            the message and the part by index, from 0.
+    Raises VLBridgeError: a message does not have the format that `chat.encode_conversation` describes. The error names
+    the message and the part by index, from 0.
     """
     if not isinstance(messages, list | tuple):
         raise VLBridgeError(f"expected a list of messages, found {shown(messages)}")

@@ -17,19 +17,11 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
     Each sample goes into the fullest pack that still has space for it (the oldest on a tie), otherwise into a new one.
     Every sample is in exactly one pack. Packs are ordered by their first sample, and the indices in a pack ascend.
-    The result depends only on the arguments. Samples are not sorted by length first: that would fill the packs
-    slightly better, but the same samples would share a pack in every epoch, however they are shuffled.
+    Samples are not sorted by length first: that would fill the packs slightly better, but the same samples would share
+    a pack in every epoch, however they are shuffled.
 
-    Args:
-        lengths: number of tokens of each sample, positive.
-        capacity: number of tokens of a pack.
-
-    Raises:
-        VLBridgeError: a length is not positive or exceeds the capacity.
-
-    Example:
-        >>> best_fit([5, 8, 3, 4], capacity=10)
-        [[0, 2], [1], [3]]
+    Raises VLBridgeError: a length is not positive or exceeds the capacity.
+    Example: `best_fit([5, 8, 3, 4], capacity=10)` is `[[0, 2], [1], [3]]`.
     """
     for index, length in enumerate(lengths):
         if not 0 < length <= capacity:
@@ -58,14 +50,11 @@ def build_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) ->
     A label is the next token of the same sample, or -100 where that token is not supervised; the last token of a
     sample and padding have -100.
 
-    Returns:
-        `tokens` int64 `[T]`, `labels` int64 `[T]`, `segment_lengths` int64 `[n]`, `pixel_values` and
-        `pixel_values_videos` float32 `[P, patch_dim]`, `image_grid_thw` and `video_grid_thw` int64 `[k, 3]`,
-        `images_per_segment` and `videos_per_segment` int64 `[n]`. All keys are always present; without media the
-        patches have 0 rows.
+    Keys: `tokens` int64 `[T]`, `labels` int64 `[T]`, `segment_lengths` int64 `[n]`, `pixel_values` and
+    `pixel_values_videos` float32 `[P, patch_dim]`, `image_grid_thw` and `video_grid_thw` int64 `[k, 3]`,
+    `images_per_segment` and `videos_per_segment` int64 `[n]`. All are always there; without media there are 0 patches.
 
-    Raises:
-        VLBridgeError: there are no samples, or their total length exceeds `seq_length`.
+    Raises VLBridgeError: there are no samples, or their total length exceeds `seq_length`.
     """
     lengths = [len(sample.input_ids) for sample in samples]
     if not samples or sum(lengths) > seq_length:

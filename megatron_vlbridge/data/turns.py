@@ -66,9 +66,7 @@ def render(messages: Conversation, processor: ProcessorMixin, **variables: Any) 
 def split_turns(text: str) -> list[Turn]:
     r"""Split a rendered conversation into its turns; only whitespace is allowed between them.
 
-    Example:
-        >>> split_turns("<|im_start|>user\nWho?<|im_end|>\n")
-        [Turn(role='user', content='Who?')]
+    Example: `split_turns("<|im_start|>user\nWho?<|im_end|>\n")` is `[Turn(role='user', content='Who?')]`.
     """
     before, *pieces = text.split(TURN_START)
     turns: list[Turn] = []
@@ -95,8 +93,7 @@ def match_turns(turns: Sequence[Turn], messages: Conversation, placeholders: dic
     The template may start with its own system prompt. It may add to the texts and strip whitespace from their ends, as
     the published templates do. Assistant content is checked by `supervised_mask`.
 
-    Raises:
-        VLBridgeError: messages and turns do not match one to one; a text was modified, or an image or video dropped.
+    Raises VLBridgeError: messages and turns do not match one to one; a text was modified, or an image or video dropped.
     """
     roles, found = [message["role"] for message in messages], [turn.role for turn in turns]
     added = 1 if found[:1] == ["system"] and roles[0] != "system" else 0
@@ -108,17 +105,14 @@ def match_turns(turns: Sequence[Turn], messages: Conversation, placeholders: dic
     matched = list(turns[added:])
     for index, (message, turn) in enumerate(zip(messages, matched, strict=True)):
         expected = message_text(message, placeholders).strip()
-        if message["role"] != "assistant" and not _is_kept(expected, turn.content, placeholders):
+        kept = expected in turn.content
+        kept &= all(expected.count(mark) == turn.content.count(mark) for mark in placeholders.values())
+        if message["role"] != "assistant" and not kept:
             raise VLBridgeError(
                 f"{message_name(messages, index)}: the chat template changes the text: "
                 f"{_difference(expected, turn.content)}"
             )
     return matched
-
-
-def _is_kept(expected: str, found: str, placeholders: dict[str, str]) -> bool:
-    counts_match = all(expected.count(mark) == found.count(mark) for mark in placeholders.values())
-    return expected in found and counts_match
 
 
 def generation_prompts(processor: ProcessorMixin) -> list[GenerationPrompt]:
@@ -160,7 +154,9 @@ def supervised_mask(
                 reason = _prompt_mismatch(message_text(messages[index], {}), turns[index], prompts)
                 excluded.append(ExcludedTurn(index, reason))
     mask = torch.zeros_like(ids, dtype=torch.bool)
-    decoded = _decode_turns([tokens[span] for _, _, span in candidates], processor.tokenizer)
+    # One call is several times faster than one for each turn.
+    supervised = [token for _, _, span in candidates for token in tokens[span]]
+    decoded = processor.tokenizer.decode(supervised, clean_up_tokenization_spaces=False).split(TURN_END)[:-1]
     for (index, prompt, span), found in zip(candidates, decoded, strict=True):
         text = message_text(messages[index], {})
         if found in (text, text.removeprefix(prompt.prefix)):
@@ -181,12 +177,6 @@ def _turn_spans(ids: Tensor, count: int, tokenizer: Any) -> list[tuple[int, int]
             f"and {len(ends)} {TURN_END}"
         )
     return list(zip(starts, ends, strict=True))[-count:]
-
-
-def _decode_turns(spans: list[list[int]], tokenizer: Any) -> list[str]:
-    """The text of each span without its `<|im_end|>`. One call is several times faster than one for each span."""
-    text = tokenizer.decode([token for span in spans for token in span], clean_up_tokenization_spaces=False)
-    return text.split(TURN_END)[:-1]
 
 
 def _prompt_mismatch(text: str, turn: Turn, prompts: Sequence[GenerationPrompt]) -> str:

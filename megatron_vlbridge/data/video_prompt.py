@@ -14,9 +14,8 @@ def without_outer_pair(text: str, processor: ProcessorMixin) -> str:
 
     Call it between `apply_chat_template(..., tokenize=False)` and the processor, also for inference.
 
-    Example:
-        >>> without_outer_pair("<|vision_start|><|video_pad|><|vision_end|>What?", processor)  # doctest: +SKIP
-        '<|video_pad|>What?'
+    Example: `without_outer_pair("<|vision_start|><|video_pad|><|vision_end|>What?", processor)` is
+    `'<|video_pad|>What?'`.
     """
     start, video, end = processor.vision_start_token, processor.video_token, processor.vision_end_token
     return text.replace(f"{start}{video}{end}", video)

@@ -22,12 +22,9 @@ CONVERSATIONS_AT_ONCE = 64
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What one model answers in n conversations of T tokens in total.
+    """What one model answers, greedily, in n conversations of T tokens in total, with the images and with blanked ones.
 
-    Attributes:
-        texts: n answers, generated greedily.
-        texts_blind: the same with blanked images.
-        logits: float32 `[T, V]`, of all tokens of the conversations, the expected answers included.
+    `logits` float32 `[T, V]` are those of all tokens of the conversations, the expected answers included.
     """
 
     texts: tuple[str, ...]

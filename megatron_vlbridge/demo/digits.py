@@ -45,13 +45,9 @@ def load_scans(size: int = 32) -> tuple[Scan, ...]:
 
     Each scan value becomes one square block of equal pixels, so the image holds the scan's values and nothing else.
 
-    Raises:
-        VLBridgeError: `size` is not a positive multiple of 8.
+    Raises VLBridgeError: `size` is not a positive multiple of 8.
 
-    Example:
-        >>> scan = load_scans(32)[0]
-        >>> scan.word, scan.image.size, scan.image.mode
-        ('zero', (32, 32), 'RGB')
+    Example: `load_scans(32)[0].word` is `zero`.
     """
     if size <= 0 or size % SCAN_SIZE:
         raise VLBridgeError(
@@ -71,13 +67,9 @@ def load_scans(size: int = 32) -> tuple[Scan, ...]:
 def split_scans(scans: Sequence[Scan], held_out: int = 297, seed: int = 0) -> tuple[tuple[Scan, ...], tuple[Scan, ...]]:
     """Divides the scans into (train, held out), both in their original order, each digit in the same share in both.
 
-    Raises:
-        VLBridgeError: fewer than one scan of each digit would be in one of the two parts.
+    Raises VLBridgeError: fewer than one scan of each digit would be in one of the two parts.
 
-    Example:
-        >>> train, held_out = split_scans(load_scans())
-        >>> len(train), len(held_out)
-        (1500, 297)
+    Example: `train, held_out = split_scans(load_scans())` gives 1,500 and 297.
     """
     kinds = len({scan.digit for scan in scans})
     if not kinds <= held_out <= len(scans) - kinds:
@@ -93,8 +85,7 @@ def split_scans(scans: Sequence[Scan], held_out: int = 297, seed: int = 0) -> tu
 def conversation_about(*scans: Scan) -> Conversation:
     """A conversation about one image or two, in the Hugging Face messages format.
 
-    Raises:
-        VLBridgeError: neither one nor two scans are given.
+    Raises VLBridgeError: neither one nor two scans are given.
     """
     if len(scans) not in (1, 2):
         raise VLBridgeError(f"digit conversation: {len(scans)} images given; expected 1 or 2")
@@ -109,13 +100,9 @@ def conversations(scans: Sequence[Scan], pairs: int, seed: int = 0) -> list[Conv
 
     The same arguments give the same conversations in the same order.
 
-    Raises:
-        VLBridgeError: pairs are asked for and there are fewer than two scans.
+    Raises VLBridgeError: pairs are asked for and there are fewer than two scans.
 
-    Example:
-        >>> train, _ = split_scans(load_scans())
-        >>> len(conversations(train, pairs=500))
-        2000
+    Example: `len(conversations(train, pairs=500))` is 2,000 for the 1,500 scans of `split_scans`.
     """
     if pairs and len(scans) < 2:
         raise VLBridgeError(f"digit conversations: {pairs} pairs asked for, but only {len(scans)} scans given")

@@ -24,8 +24,7 @@ INK, FAINT, ACCENT, WRONG = "#1f2933", "#9aa5b1", "#1f6feb", "#d1242f"
 def draw_loss_curve(losses: Sequence[float], path: str | Path, *, title: str = "Training loss") -> None:
     """Draws the loss of each iteration (nats per answer token, logarithmic) and its running mean; 1000 x 560 pixels.
 
-    Raises:
-        VLBridgeError: there is no loss, or one is not finite.
+    Raises VLBridgeError: there is no loss, or one is not finite.
     """
     values = np.asarray(losses, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
@@ -68,8 +67,7 @@ def draw_answer_sheet(
 
     The sheet has up to 18 images in a row, each in a cell of 86 x 106 pixels, below a headline with the count.
 
-    Raises:
-        VLBridgeError: no image is given, or the three sequences differ in length.
+    Raises VLBridgeError: no image is given, or the three sequences differ in length.
     """
     if not len(images) == len(expected) == len(answered) > 0:
         raise VLBridgeError(

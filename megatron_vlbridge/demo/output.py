@@ -38,12 +38,14 @@ class Folder:
     def prepare(self) -> None:
         """Make the folder, or remove what an earlier run of the demo left in it; nothing else is touched.
 
-        Raises:
-            VLBridgeError: there is something under this name that no demo has written.
+        Raises VLBridgeError: there is something under this name that no demo has written.
         """
         if (self.root / MARKER).is_file():
             for path in self.contents:
-                _remove(path)
+                if path.is_dir() and not path.is_symlink():
+                    rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
         elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise VLBridgeError(
                 f"{self.root}: expected no such folder, an empty one or the result of an earlier demo, found something "
@@ -53,13 +55,6 @@ class Folder:
         (self.root / MARKER).write_text(
             "Written by the demo, which may replace its own files here.\n", encoding="utf-8"
         )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 class Progress:

@@ -25,14 +25,10 @@ from megatron_vlbridge.training.log_lines import duration
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Recipe):
     """What a user chooses, and how much data there is (all scans by default)."""
 
     out: Path = Path("demo-out")
-    tp: int = 1
-    pp: int = 1
-    iterations: int = 450
-    seed: int = 0
     family: str = "qwen3_vl"
     train_scans: int = 1500
     train_pairs: int = 1500
@@ -43,11 +39,9 @@ class Options:
 def run(options: Options, progress: Progress) -> Result:
     """Run all stages; leaves their results in `options.out` and returns what the report says.
 
-    Raises:
-        VLBridgeError: a stage failed, or `options.out` holds something else.
+    Raises VLBridgeError: a stage failed, or `options.out` holds something else.
     """
-    folder, recipe = Folder(options.out), Recipe(options.tp, options.pp, options.iterations, options.seed)
-    model = FAMILIES[options.family][0]
+    folder, model = Folder(options.out), FAMILIES[options.family][0]
     folder.prepare()
     with progress.stage("Real handwritten digits become conversations"):
         train_count, held_out = _write_data(options, folder, progress)
@@ -57,8 +51,8 @@ def run(options: Options, progress: Progress) -> Result:
     with progress.stage("Import: Hugging Face -> Megatron"):
         import_checkpoint(folder.hf_start, folder.megatron_start)
         progress.note(f"{folder.megatron_start}")
-    with progress.stage(f"Training with Megatron's own pretrain, TP={recipe.tp} x PP={recipe.pp}"):
-        losses = train(folder, recipe, progress)
+    with progress.stage(f"Training with Megatron's own pretrain, TP={options.tp} x PP={options.pp}"):
+        losses = train(folder, options, progress)
         progress.note(f"loss {losses[0]:.3f} -> {losses[-1]:.5f}: {folder.megatron_trained}")
     with progress.stage("Export: Megatron -> Hugging Face"):
         export_checkpoint(folder.megatron_trained, folder.hf_trained, like=folder.hf_start)
@@ -66,7 +60,7 @@ def run(options: Options, progress: Progress) -> Result:
     with progress.stage("Digits that it has never seen, in transformers and in Megatron"):
         transformers, megatron = ask_transformers(folder.hf_trained, held_out), _ask_megatron(folder)
         result = Result(
-            recipe=recipe,
+            recipe=options,
             model=model,
             parameters=parameters,
             train_conversations=train_count,

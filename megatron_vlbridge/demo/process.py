@@ -39,10 +39,10 @@ ITERATION = re.compile(r"^iteration +\d+/\d+  loss (\S+)")
 class Recipe:
     """What a user chooses about the training."""
 
-    tp: int
-    pp: int
-    iterations: int
-    seed: int
+    tp: int = 1
+    pp: int = 1
+    iterations: int = 450
+    seed: int = 0
 
     @property
     def processes(self) -> int:
@@ -101,9 +101,7 @@ class Follower:
 def loss_of(line: str) -> float | None:
     """The loss (nats a token) in a line of the training's log, where there is one.
 
-    Example:
-        >>> loss_of("iteration   3/400  loss 2.500000  grad norm 0.921  5,386 tokens/s  1 min 15 s left")
-        2.5
+    Example: `loss_of("iteration   3/400  loss 2.500000  grad norm 0.921  5,386 tokens/s  1 min 15 s left")` is `2.5`.
     """
     found = ITERATION.search(line)
     return float(found[1]) if found else None
@@ -112,8 +110,7 @@ def loss_of(line: str) -> float | None:
 def train(folder: Folder, recipe: Recipe, progress: Progress) -> list[float]:
     """Train from the imported checkpoint into `megatron_trained`; the loss of each iteration.
 
-    Raises:
-        VLBridgeError: the script is not there, the training failed, or its log has fewer losses than iterations.
+    Raises VLBridgeError: the script is not there, the training failed, or its log has fewer losses than iterations.
     """
     if not SCRIPT.is_file():
         raise VLBridgeError(f"{SCRIPT}: no such file; the demo needs the project's folder, not only its package")
@@ -132,8 +129,7 @@ def follow(command: Sequence[str], log: Path, on_line: Callable[[str], None] | N
 
     However this is left, also by Ctrl-C, the process and its children have ended.
 
-    Raises:
-        VLBridgeError: the process failed; with what it reported, or the end of the log.
+    Raises VLBridgeError: the process failed; with what it reported, or the end of the log.
     """
     # The same code as here, installed or not.
     code = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -89,6 +89,9 @@ class Result:
 def report_text(result: Result) -> str:
     """The report as Markdown; it shows `loss.png` and `answers.png` beside it."""
     recipe = result.recipe
+    layout = "in one process"
+    if recipe.processes > 1:
+        layout = f"on {recipe.processes} processes (TP={recipe.tp} x PP={recipe.pp})"
     claims = [f"| {claim.text} | {claim.found} | {'yes' if claim.holds else '**no**'} |" for claim in result.claims]
     times = [f"| {title} | {duration(seconds)} |" for title, seconds in result.seconds.items()]
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
@@ -110,7 +113,7 @@ def report_text(result: Result) -> str:
             f"- **Model**: {result.model} with {result.parameters:,} parameters, random at the start (seed "
             f"{recipe.seed}).",
             f"- **Training**: {recipe.iterations} iterations of {PACKS_PER_ITERATION} packs of {SEQ_LENGTH} tokens, "
-            f"{_layout(recipe)}. Loss {result.losses[0]:.3f} at first, {result.losses[-1]:.5f} at last.",
+            f"{layout}. Loss {result.losses[0]:.3f} at first, {result.losses[-1]:.5f} at last.",
             f"- **Accuracy** (the whole answer, word for word): {result.accuracy_megatron:.2%} in Megatron, "
             f"{result.accuracy_transformers:.2%} in transformers; {result.other_answers} answers differ. "
             f"With blanked images {result.blind_megatron:.2%} and {result.blind_transformers:.2%}.",
@@ -142,9 +145,3 @@ def report_text(result: Result) -> str:
             "",
         ]
     )
-
-
-def _layout(recipe: Recipe) -> str:
-    if recipe.processes == 1:
-        return "in one process"
-    return f"on {recipe.processes} processes (TP={recipe.tp} x PP={recipe.pp})"

@@ -51,13 +51,9 @@ def build_processor(
     `patch_size * merge_size`. The same arguments give the same processor. It can be saved with `save_pretrained` and
     loaded with `AutoProcessor`.
 
-    Raises:
-        VLBridgeError: `max_pixels` is less than one merged patch, or than `min_pixels`.
+    Raises VLBridgeError: `max_pixels` is less than one merged patch, or than `min_pixels`.
 
-    Example:
-        >>> processor = build_processor(["seven"], patch_size=8, merge_size=2, min_pixels=256, max_pixels=4096)
-        >>> processor.tokenizer.tokenize("seven seven")
-        ['seven', 'Ġseven']
+    Example: `build_processor(["seven"], patch_size=8, merge_size=2, min_pixels=256, max_pixels=4096)`.
     """
     smallest = (patch_size * merge_size) ** 2
     if not max(smallest, min_pixels) <= max_pixels:

@@ -34,7 +34,6 @@ def read_config(path: str | Path) -> Config:
 
     Raises VLBridgeError, with file, key, value, what was expected and a remedy, for a missing or malformed file, an
     architecture that is not known, a value that matters and is not supported, and values that contradict each other.
-
     Example: `read_config("Qwen3-VL-2B-Instruct").text.num_layers` is 28.
     """
     return read_config_file(path, [family.config for family in FAMILIES], UNSUPPORTED)

@@ -54,7 +54,6 @@ def hub_names(names: Iterable[str], source: str) -> tuple[dict[str, str], list[s
     A name that belongs to no part stays as it is. `source` names the folder in errors.
 
     Raises VLBridgeError, naming two tensors, where the names of one part have two prefixes, or two are one tensor's.
-
     Example: `hub_names(["visual.pos_embed.weight"], "old")[0]` is
     `{"visual.pos_embed.weight": "model.visual.pos_embed.weight"}`.
     """
@@ -73,18 +72,14 @@ def hub_names(names: Iterable[str], source: str) -> tuple[dict[str, str], list[s
                     "The folder holds two checkpoints: remove the files of one."
                 )
             inner = part.hub + inner.removeprefix(prefix)
-        result[name] = _module_name(inner)
+        for other, hub in MODULES.items():
+            inner = inner.replace(other, hub)
+        result[name] = inner
     modules = sorted({word for word in MODULES for name in names if word in name})
     _check_unique(result, source)
     prefixes = {part.hub: wrapper + prefix for part, (prefix, _) in first.items()}
     notes = [f"names {found}* are read as {hub}*" for hub, found in prefixes.items() if found != hub]
     return result, [*notes, *(f"names *{word}* are read as *{MODULES[word]}*" for word in modules)]
-
-
-def _module_name(name: str) -> str:
-    for other, hub in MODULES.items():
-        name = name.replace(other, hub)
-    return name
 
 
 def _check_unique(hub: Mapping[str, str], source: str) -> None:
@@ -97,11 +92,11 @@ def _check_unique(hub: Mapping[str, str], source: str) -> None:
             )
 
 
-def _pattern(part: Part, prefix: str) -> re.Pattern[str]:
-    return re.compile(rf"{re.escape(prefix)}({'|'.join(part.words)})(?![a-z0-9])")
-
-
-_PATTERNS = [(_pattern(part, prefix), part, prefix) for part in PARTS for prefix in (part.hub, *part.others)]
+_PATTERNS = [
+    (re.compile(rf"{re.escape(prefix)}({'|'.join(part.words)})(?![a-z0-9])"), part, prefix)
+    for part in PARTS
+    for prefix in (part.hub, *part.others)
+]
 
 
 def _find_part(name: str) -> tuple[Part | None, str]:

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.weights import Copy, FusedExperts, GateUp, Rule, SingleExperts, TensorSpec
+from megatron_vlbridge.weights import Copy, FusedExperts, Rule, SingleExperts, TensorSpec, gate_up
 
 Shapes = tuple[tuple[int, int, int], tuple[int, int, int]]
 
@@ -94,7 +94,7 @@ def _shared_expert_rules(hidden: int, inner: int, hf: str, megatron: str, layer:
     expert, to = f"{hf}.shared_expert", f"{megatron}.shared_experts"
     gate, up = f"{expert}.gate_proj.weight", f"{expert}.up_proj.weight"
     return [
-        GateUp(gate, up, f"{to}.linear_fc1.weight", inner, (hidden,), layer),
+        gate_up(gate, up, f"{to}.linear_fc1.weight", inner, (hidden,), layer),
         Copy(f"{expert}.down_proj.weight", f"{to}.linear_fc2.weight", (hidden, inner), layer),
         Copy(f"{hf}.shared_expert_gate.weight", f"{to}.gate_weight", (1, hidden), layer),
     ]
@@ -104,12 +104,11 @@ def _find_fused(
     config: Config, hf: Collection[str], layers: str, indexes: Sequence[int] | None
 ) -> tuple[str, str] | None:
     """The names of both fused tensors of the first layer that has them."""
-    found = (_fused_names(layers, layer) for layer in (moe_layers(config) if indexes is None else indexes))
-    return next((names for names in found if all(name in hf for name in names)), None)
-
-
-def _fused_names(layers: str, layer: int) -> tuple[str, str]:
-    return f"{layers}.{layer}.mlp.experts.gate_up_proj", f"{layers}.{layer}.mlp.experts.down_proj"
+    for layer in moe_layers(config) if indexes is None else indexes:
+        names = f"{layers}.{layer}.mlp.experts.gate_up_proj", f"{layers}.{layer}.mlp.experts.down_proj"
+        if all(name in hf for name in names):
+            return names
+    return None
 
 
 def _orientation(config: Config, names: tuple[str, str], specs: tuple[TensorSpec, TensorSpec]) -> ExpertLayout:

@@ -19,9 +19,7 @@ def partition(work: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
     load is at most 4/3 - 1 / (3 * ranks) times the optimum (Graham 1969), and on random images and videos within a few
     per cent (`benchmarks/layout.py`). The result depends on the arguments alone, so all ranks compute the same.
 
-    Example:
-        >>> partition([64, 4096, 64, 64], 2)
-        ((1,), (0, 2, 3))
+    Example: `partition([64, 4096, 64, 64], 2)` is `((1,), (0, 2, 3))`.
     """
     loads = [(0, rank) for rank in range(ranks)]
     shares: list[list[int]] = [[] for _ in range(ranks)]

@@ -17,9 +17,7 @@ class BatchLayout:
     tokens that `zigzag_index` gives it. `table_index` is set where the batch came as a padded `[B, S]` table: the place
     of each packed token in it.
 
-    Example:
-        >>> BatchLayout.packed([3, 2], total=8).segments
-        (3, 2, 3)
+    Example: `BatchLayout.packed([3, 2], total=8).segments` is `(3, 2, 3)`.
     """
 
     lengths: tuple[int, ...]
@@ -33,8 +31,7 @@ class BatchLayout:
     def packed(cls, lengths: Sequence[int], total: int) -> "BatchLayout":
         """The layout of a row of `total` tokens that already holds segments of these `lengths`.
 
-        Raises:
-            VLBridgeError: where a length is not positive, or the lengths exceed `total`.
+        Raises VLBridgeError where a length is not positive, or the lengths exceed `total`.
         """
         lengths = tuple(int(length) for length in lengths)
         for segment, length in enumerate(lengths):
@@ -53,8 +50,7 @@ class BatchLayout:
 
         `total` is rounded up to `multiple_of` (the tensor-parallel size under sequence parallelism).
 
-        Raises:
-            VLBridgeError: where the mask is not `[B, S]` of 0 and 1, or a sample has no token.
+        Raises VLBridgeError where the mask is not `[B, S]` of 0 and 1, or a sample has no token.
         """
         if attention_mask.dim() != 2 or not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
             raise VLBridgeError(
@@ -71,8 +67,7 @@ class BatchLayout:
     def context_parallel(self, cp_size: int, cp_rank: int) -> "BatchLayout":
         """The same segments, spread over `cp_size` ranks.
 
-        Raises:
-            VLBridgeError: where the padded segments do not fit the pack, or it cannot be split.
+        Raises VLBridgeError where the padded segments do not fit the pack, or it cannot be split.
         """
         spread = replace(self, cp_size=cp_size, cp_rank=cp_rank)
         if sum(spread.padded_lengths) > self.total or self.total % (2 * cp_size):

@@ -18,9 +18,7 @@ Grid = tuple[int, int, int]
 class Frames:
     """The frames of all images and videos of a batch, from their `grids` `(frames, height, width)` in patches.
 
-    Example:
-        >>> Frames(((1, 4, 2), (2, 2, 2))).lengths
-        (8, 4, 4)
+    Example: `Frames(((1, 4, 2), (2, 2, 2))).lengths` is `(8, 4, 4)`.
     """
 
     grids: tuple[Grid, ...]
@@ -54,9 +52,8 @@ class Frames:
     def table_weights(self, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """How to interpolate a `side` x `side` position table at each patch (bilinear, corners aligned).
 
-        Returns:
-            The four table rows of each patch, int64 `[4, patches]`, and their weights, fp32 `[4, patches]`.
-            Source of the formula: `get_vision_interpolation_indices_and_weights` of transformers' `vision_utils.py`.
+        Gives the four table rows of each patch, int64 `[4, patches]`, and their weights, fp32 `[4, patches]`.
+        Source of the formula: `get_vision_interpolation_indices_and_weights` of transformers' `vision_utils.py`.
         """
         _, height, width = self._per_patch(device)
         sizes = torch.stack((height, width))
@@ -90,8 +87,7 @@ def grids_of(grid_thw: torch.Tensor | Sequence[Sequence[int]]) -> tuple[Grid, ..
 def check_grids(kind: str, grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
     """The grids of one kind ("image" or "video") as int64 `[n, 3]` (frames, height, width in patches).
 
-    Raises:
-        VLBridgeError: where they are no integers `[n, 3]`, not positive or not divisible by `merge_size`.
+    Raises VLBridgeError where they are no integers `[n, 3]`, not positive or not divisible by `merge_size`.
     """
     if grid_thw.numel() == 0:
         return torch.zeros(0, 3, dtype=torch.int64)

@@ -50,17 +50,10 @@ class ShardPlaces:
 class ShardedPack:
     """A pack of padded `segments`, spread over `cp_size` ranks, and the grids of all its images and videos in order.
 
-    Raises:
-        VLBridgeError: where a segment cannot be split, or a grid is invalid.
+    Raises VLBridgeError where a segment cannot be split, or a grid is invalid.
 
-    Example:
-        >>> pack = ShardedPack((8,), 2, image_grids=((1, 4, 4),), video_grids=(), merge_size=2)
-        >>> tokens = torch.tensor([5, 9, 9, 9, 9, 5, 5, 5])  # 9: the image's placeholder
-        >>> parts = [torch.stack((part == 9, part == 7)) for part in (tokens[[0, 1, 6, 7]], tokens[2:6])]
-        >>> counts = [pack.count(part) for part in parts]
-        >>> pack.check(counts)
-        >>> pack.places(parts[1], counts, 1).position_ids.tolist()
-        [[1, 1, 1, 3], [1, 2, 2, 3], [2, 1, 2, 3]]
+    Example: `pack = ShardedPack((8,), 2, image_grids=((1, 4, 4),), video_grids=(), merge_size=2)`; each rank calls
+    `pack.count(kinds)`, and with the `counts` of all ranks `pack.check(counts)` and `pack.places(kinds, counts, rank)`.
     """
 
     segments: tuple[int, ...]
@@ -76,8 +69,7 @@ class ShardedPack:
     def count(self, kinds: Tensor) -> ShardCounts:
         """What a rank reports of its tokens; `kinds` bool `[2, T]`: which are image placeholders, which are videos'.
 
-        Raises:
-            VLBridgeError: where T is not the length of a rank's part.
+        Raises VLBridgeError where T is not the length of a rank's part.
         """
         expected = sum(self.segments) // self.cp_size
         if kinds.shape != (2, expected):
@@ -102,9 +94,8 @@ class ShardedPack:
     ) -> None:
         """Reject placeholders that do not match the grids; every rank that has all `counts` gets the same result.
 
-        Raises:
-            VLBridgeError: where a segment does not hold the placeholders of whole images (as many as
-                `..._per_segment` says, if given), an image has no placeholders, or another token is inside one.
+        Raises VLBridgeError where a segment does not hold the placeholders of whole images (as many as
+        `..._per_segment` says, if given), an image has no placeholders, or another token is inside one.
         """
         for kind, per_segment in enumerate((images_per_segment, videos_per_segment)):
             held = torch.stack([each.placeholders[:, :, kind].sum(1) for each in counts])

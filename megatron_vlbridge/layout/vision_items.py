@@ -16,8 +16,7 @@ class VisionItems:
     merged grids of all blocks, `item` `[B]` the item of each; `bounds[k]` and `block_bounds[k]` count the placeholders
     before item k and before block k.
 
-    Raises:
-        VLBridgeError: a grid is invalid (see `check_grids`).
+    Raises VLBridgeError: a grid is invalid (see `check_grids`).
     """
 
     def __init__(self, kind: str, grid_thw: Tensor, merge_size: int) -> None:

@@ -16,12 +16,8 @@ from megatron_vlbridge.errors import VLBridgeError
 def zigzag_index(segments: tuple[int, ...], cp_size: int, cp_rank: int) -> torch.Tensor:
     """The places in the pack of this rank's tokens, in its order: int64 `[sum(segments) / cp_size]`, on the CPU.
 
-    Raises:
-        VLBridgeError: where a segment's (padded) length is no multiple of 2 * cp_size.
-
-    Example:
-        >>> zigzag_index((4, 8), cp_size=2, cp_rank=0)
-        tensor([ 0,  3,  4,  5, 10, 11])
+    Raises VLBridgeError where a segment's (padded) length is no multiple of 2 * cp_size.
+    Example: `zigzag_index((4, 8), cp_size=2, cp_rank=0)` is `tensor([ 0,  3,  4,  5, 10, 11])`.
     """
     check_divisible(segments, cp_size)
     lengths = torch.tensor(segments)
@@ -55,9 +51,7 @@ def concat_aranges(firsts: torch.Tensor, sizes: torch.Tensor, total: int | None 
 
     On the device of its arguments; with `total`, the sum of the sizes, there is no sync.
 
-    Example:
-        >>> concat_aranges(torch.tensor([7, 0]), torch.tensor([2, 3]))
-        tensor([7, 8, 0, 1, 2])
+    Example: `concat_aranges(torch.tensor([7, 0]), torch.tensor([2, 3]))` is `tensor([7, 8, 0, 1, 2])`.
     """
     before = sizes.cumsum(0) - sizes
     shifts = (firsts - before).repeat_interleave(sizes, output_size=total)

@@ -79,8 +79,7 @@ def split_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states `[tokens, 1, H]` and features `[levels, images, 1, H]`, as the previous stage joined them.
 
-    Raises:
-        VLBridgeError: where `received` has another length.
+    Raises VLBridgeError where `received` has another length.
     """
     if received.shape[0] != tokens + levels * images:
         raise VLBridgeError(

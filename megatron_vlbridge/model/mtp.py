@@ -178,8 +178,7 @@ def embedding_ranks(pp_ranks: list[int], config: TransformerConfig, tied: bool) 
     These are the first, the one with the MTP layer, and the last where both ends of the model are `tied`.
     Megatron's default is the first and the last, which are others where the MTP layer has a stage of its own.
 
-    Example:
-        >>> initialize_model_parallel(1, 4, get_embedding_ranks=lambda ranks: embedding_ranks(ranks, config, False))
+    Example: `initialize_model_parallel(1, 4, get_embedding_ranks=lambda ranks: embedding_ranks(ranks, config, False))`.
     """
     last = [pp_ranks[-1]] if tied else []
     return sorted({pp_ranks[0], *last, *get_mtp_ranks(pp_ranks, config)})

@@ -13,9 +13,7 @@ def mrope_axes(mrope_section: Sequence[int]) -> list[int]:
     Frequency j is turned by the row where j % 3 == 1, by the column where j % 3 == 2, up to three times the axis's
     section, and by time everywhere else. Source: `apply_interleaved_mrope` of transformers' `modeling_qwen3_vl.py`.
 
-    Example:
-        >>> mrope_axes([3, 3, 2])
-        [0, 1, 2, 0, 1, 2, 0, 1]
+    Example: `mrope_axes([3, 3, 2])` is `[0, 1, 2, 0, 1, 2, 0, 1]`.
     """
     axes = [0] * sum(mrope_section)
     for axis in (1, 2):

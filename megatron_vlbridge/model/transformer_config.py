@@ -30,8 +30,7 @@ def language_config(config: Config, base: TransformerConfig | None = None, **ove
 
     Without `base` the loss is averaged over tokens (`calculate_per_token_loss`), the only average that is supported.
 
-    Example:
-        >>> language_config(read_config("Qwen3-VL-2B-Instruct"), tensor_model_parallel_size=2)
+    Example: `language_config(read_config("Qwen3-VL-2B-Instruct"), tensor_model_parallel_size=2)`.
     """
     asked = 0 if base is None else base.mtp_num_layers or 0
     if asked not in (0, config.text.num_mtp_layers):

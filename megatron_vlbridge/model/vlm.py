@@ -121,9 +121,8 @@ class Qwen3VLModel(MegatronModule):
         zigzag part of it, in which case the output is that of its part too. Every rank takes all media; later pipeline
         stages only need the grids.
 
-        Raises:
-            VLBridgeError: where the parts of the batch do not match; with a packed batch on every context-parallel
-                rank alike.
+        Raises VLBridgeError where the parts of the batch do not match; with a packed batch on every context-parallel
+        rank alike.
         """
         media = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, mm_token_type_ids)
         raw = RawBatch(input_ids, attention_mask, labels, *media, cu_seqlens, lengths, packed_seq_params)

@@ -42,16 +42,23 @@ def next_inputs(
     data loaders. The first stage gets the patches, the last stage the labels, every stage the position ids and the
     layout.
 
-    Raises:
-        VLBridgeError: the pack is invalid; raised on every rank of the group, like any exception of the iterator.
+    Raises VLBridgeError: the pack is invalid; raised on every rank of the group, like any exception of the iterator.
     """
     inputs: PackedInputs | None = None
     failure: Exception | None = None
     if pg_collection.tp.rank() == 0:
         try:
-            inputs = read_pack(_next(data_iterator), config)
+            if data_iterator is None:
+                raise VLBridgeError(
+                    "the first rank of the tensor-parallel group has no data iterator; the dataset provider must "
+                    "return a dataset on that rank"
+                )
+            inputs = read_pack(next(data_iterator), config)
             inputs = inputs.context_parallel(pg_collection.cp.size(), pg_collection.cp.rank(), config)
-            inputs = _for_stage(inputs, pre_process, post_process)
+            if not pre_process:
+                inputs = replace(inputs, patches=_no_patches(inputs))
+            if not post_process:
+                inputs = replace(inputs, labels=None, mtp=inputs.mtp and inputs.mtp.without_labels())
         except Exception as error:  # noqa: BLE001  the other ranks wait for the broadcast: they must receive any failure
             failure = error
     device = torch.device(torch.cuda.current_device())
@@ -69,8 +76,7 @@ def next_inputs(
 def read_pack(batch: Mapping[str, Any], config: Config) -> PackedInputs:
     """Convert a micro-batch of a data loader (all tensors with a leading dimension of 1) to model inputs.
 
-    Raises:
-        VLBridgeError: a key is missing or unknown, the micro-batch is not one pack, or its tensors do not match.
+    Raises VLBridgeError: a key is missing or unknown, the micro-batch is not one pack, or its tensors do not match.
     """
     missing, unknown = [key for key in PACK_KEYS if key not in batch], sorted(set(batch) - set(PACK_KEYS))
     if missing or unknown:
@@ -108,26 +114,9 @@ def _check_tensors(batch: Mapping[str, Any]) -> None:
         raise VLBridgeError(f"micro-batch, {key}: expected a {kind} tensor with {dimensions} dims, found {found}")
 
 
-def _next(data_iterator: Iterator[Mapping[str, Any]] | None) -> Mapping[str, Any]:
-    if data_iterator is None:
-        raise VLBridgeError(
-            "the first rank of the tensor-parallel group has no data iterator; the dataset provider must return a "
-            "dataset on that rank"
-        )
-    return next(data_iterator)
-
-
 def _no_patches(inputs: PackedInputs) -> torch.Tensor:
     # A slice would keep the whole storage alive, and pickle it.
     return inputs.patches.new_empty(0, *inputs.patches.shape[1:])
-
-
-def _for_stage(inputs: PackedInputs, pre_process: bool, post_process: bool) -> PackedInputs:
-    if not pre_process:
-        inputs = replace(inputs, patches=_no_patches(inputs))
-    if not post_process:
-        inputs = replace(inputs, labels=None, mtp=inputs.mtp and inputs.mtp.without_labels())
-    return inputs
 
 
 def _broadcast(

@@ -44,10 +44,7 @@ def start() -> None:
     With `--verbose` among the script's arguments Megatron's log is not changed. A second call does nothing. The output
     of the script itself is not changed.
 
-    Example:
-        >>> from megatron_vlbridge.training import console
-        >>> console.start()
-        >>> from megatron_vlbridge.training.pretrain import parse_arguments, run
+    Example: `console.start()`, before `from megatron_vlbridge.training.pretrain import parse_arguments, run`.
     """
     global _short_log
     report_failures()
@@ -139,10 +136,13 @@ def begin(args: argparse.Namespace, config: Config) -> None:
 
 def summary(args: argparse.Namespace, config: Config) -> list[str]:
     """Four lines about the run; `args` are Megatron's validated arguments."""
+    from megatron_vlbridge import families
+
     tokens = args.seq_length * args.global_batch_size
+    parameters = sum(math.prod(shape) for shape in families.find(config).table(config).hf_shapes.values())
     length = f"{args.train_iters:,} iterations" if args.train_iters else f"{args.train_samples:,} packs"
     return [
-        f"model    {config.architecture}, {_parameters(config):,} parameters, {'bf16' if args.bf16 else 'fp32'}",
+        f"model    {config.architecture}, {parameters:,} parameters, {'bf16' if args.bf16 else 'fp32'}",
         f"layout   {_layout(args)}",
         f"batch    {args.global_batch_size:,} packs of {args.seq_length:,} tokens ({tokens:,}), {length}",
         f"weights  {_weights(args)}",
@@ -152,9 +152,7 @@ def summary(args: argparse.Namespace, config: Config) -> list[str]:
 def note(text: str) -> None:
     """Print a line on the first rank only.
 
-    Example:
-        >>> note("data     48 conversations")
-        data     48 conversations
+    Example: `note("data     48 conversations")`.
     """
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
@@ -187,12 +185,6 @@ def _seq_length() -> int:
     from megatron.training import get_args
 
     return int(get_args().seq_length)
-
-
-def _parameters(config: Config) -> int:
-    from megatron_vlbridge import families
-
-    return sum(math.prod(shape) for shape in families.find(config).table(config).hf_shapes.values())
 
 
 def _layout(args: argparse.Namespace) -> str:

@@ -17,10 +17,9 @@ _NAMES = ("training", "validation", "test")
 class EagerDatasetProvider:
     """A Megatron dataset provider whose datasets can be built before Megatron requests them.
 
-    Args:
-        provider: `provider(train_valid_test_num_samples)` -> three datasets, each of which may be `None`; with virtual
-            pipeline stages it also takes `vp_stage`. As in Megatron, it is called on the first rank of each
-            tensor-parallel group, or on all ranks if it has the attribute `is_distributed`.
+    `provider(train_valid_test_num_samples)` gives three datasets, each of which may be `None`; with virtual pipeline
+    stages it also takes `vp_stage`. As in Megatron, it is called on the first rank of each tensor-parallel group, or on
+    all ranks if it has the attribute `is_distributed`.
     """
 
     def __init__(self, provider: Callable[..., Any]) -> None:
@@ -31,8 +30,8 @@ class EagerDatasetProvider:
     def build(self) -> None:
         """Build all datasets, once; needs the process groups and Megatron's global arguments.
 
-        Raises:
-            VLBridgeError: the provider fails on any rank, or its datasets are too small; the same error on all ranks.
+        Raises VLBridgeError: the provider fails on any rank, or its datasets are too small; the same error on all
+        ranks.
         """
         args = get_args()
         if self._datasets is not None or args.phase_transition_iterations:
@@ -44,12 +43,14 @@ class EagerDatasetProvider:
                 self._build(args)
         except Exception as error:  # noqa: BLE001  the other ranks wait for the gather: they must receive any failure
             cause = error
-            failure = str(error) if isinstance(error, VLBridgeError) else _describe(error)
+            failure = f"the dataset provider failed with {type(error).__name__}: {error}"
+            if isinstance(error, VLBridgeError):
+                failure = str(error)
         failures = [text for text in gather(failure) if text is not None]
         if failures:
             raise VLBridgeError(failures[0]) from cause
         # Megatron decides on the first rank whether to evaluate.
-        if not gather(self._has_validation())[0]:
+        if not gather(any(validation is not None for _, validation, _ in self._datasets.values()))[0]:
             args.eval_iters = 0
 
     def __call__(self, train_valid_test_num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
@@ -62,7 +63,11 @@ class EagerDatasetProvider:
         chunks = args.virtual_pipeline_model_parallel_size
         if chunks and "vp_stage" not in inspect.signature(self.provider).parameters:
             raise VLBridgeError("virtual pipeline stages need a dataset provider with an argument vp_stage")
-        counts = _num_samples(args)
+        # What Megatron will request; with --train-samples, it derives the iterations only after building the model.
+        given = args.train_iters
+        update_train_iters(args)
+        counts: Sequence[int] = get_train_valid_test_num_samples()
+        args.train_iters = given
         for stage in range(chunks) if chunks else [None]:
             datasets = self._call(counts, stage)
             _check(datasets, counts, args)
@@ -71,20 +76,6 @@ class EagerDatasetProvider:
 
     def _call(self, counts: Sequence[int], stage: int | None) -> Any:
         return self.provider(counts) if stage is None else self.provider(counts, vp_stage=stage)
-
-    def _has_validation(self) -> bool:
-        assert self._datasets is not None
-        return any(validation is not None for _, validation, _ in self._datasets.values())
-
-
-def _num_samples(args: Any) -> Sequence[int]:
-    """The numbers of samples that Megatron will request."""
-    given = args.train_iters
-    # With --train-samples, Megatron derives the iterations only after building the model.
-    update_train_iters(args)
-    counts: Sequence[int] = get_train_valid_test_num_samples()
-    args.train_iters = given
-    return counts
 
 
 def _check(datasets: Any, counts: Sequence[int | None], args: Any) -> None:
@@ -104,7 +95,3 @@ def _check(datasets: Any, counts: Sequence[int | None], args: Any) -> None:
                 f"the {name} dataset has {len(dataset)} packs, expected at least {count}, the number of samples passed "
                 "to the dataset provider (iterations x global batch size)"
             )
-
-
-def _describe(error: Exception) -> str:
-    return f"the dataset provider failed with {type(error).__name__}: {error}"

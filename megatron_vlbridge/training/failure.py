@@ -31,8 +31,7 @@ def report_failures() -> None:
     The report of a VLBridgeError is its message, that of any other exception a traceback with the rank. Under torchrun
     it is the last part of torchrun's own report, otherwise the last lines of stderr. The exit code is 1.
 
-    Example:
-        >>> report_failures()  # first in a script, since imports can fail too
+    Example: `report_failures()  # first in a script, since imports can fail too`.
     """
     # A spawned process also runs the first lines of the script; its parent reports its failure.
     if sys.excepthook is not _report and multiprocessing.parent_process() is None:
@@ -42,18 +41,12 @@ def report_failures() -> None:
 def describe(error: BaseException) -> str:
     """The report of an error."""
     if isinstance(error, VLBridgeError):
-        return f"Error: {_message(error)}"
+        text = str(error)
+        if text.startswith("Caught "):  # with the traceback of a data loader's worker process before it
+            text = text.rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")[2].rstrip()
+        return f"Error: {text}"
     trace = "".join(traceback.format_exception(error)).rstrip()
     return f"Unexpected error on rank {os.environ.get('RANK', '0')}:\n{trace}"
-
-
-def _message(error: VLBridgeError) -> str:
-    """The message without the traceback that the worker process of a data loader adds."""
-    text = str(error)
-    if not text.startswith("Caught "):
-        return text
-    name = f"{type(error).__module__}.{type(error).__qualname__}: "
-    return text.rpartition(f"\n{name}")[2].rstrip()
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -69,17 +62,13 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     if file and "TORCHELASTIC_RUN_ID" in os.environ:
         _report_to_torchrun(Path(file), text, rejected=isinstance(error, VLBridgeError))
     else:
-        _print(text)
+        if os.environ.get("RANK", "0") != "0":
+            # Another launcher terminates this rank once the first one has failed.
+            time.sleep(SECONDS_FOR_FIRST_RANK)
+        # Not sys.stderr: torch.distributed prefixes each line that an excepthook writes there with the rank.
+        print(text, file=sys.__stderr__, flush=True)
     # W&B hooks sys.exit to mark the run as failed.
     sys.exit(1)
-
-
-def _print(text: str) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        # Another launcher terminates this rank once the first one has failed.
-        time.sleep(SECONDS_FOR_FIRST_RANK)
-    # Not sys.stderr: torch.distributed prefixes each line that an excepthook writes there with the rank.
-    print(text, file=sys.__stderr__, flush=True)
 
 
 def _report_to_torchrun(file: Path, text: str, *, rejected: bool) -> None:

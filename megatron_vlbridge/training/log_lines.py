@@ -20,10 +20,8 @@ _UNIMPORTANT = re.compile(r"^  \w+ \.* |one_logger package is required|could not
 class Iteration:
     """Megatron's log line of an iteration; losses are means since the previous line, in nats per token.
 
-    Attributes:
-        losses: by Megatron's names, in its order; a NaN loss is missing, as in Megatron's line.
-        skipped: iterations since the previous line whose gradients were not finite.
-        nan: iterations since the previous line whose loss was not finite.
+    `losses` have Megatron's names and order; a NaN loss is missing, as in Megatron's line. `skipped` and `nan` count
+    the iterations since the previous line whose gradients, or whose loss, were not finite.
     """
 
     number: int
@@ -39,9 +37,8 @@ class Iteration:
     def text(self, seq_length: int, seconds_left: float | None) -> str:
         """Format as one line.
 
-        Example:
-            >>> iteration.text(4096, 3725.0)
-            'iteration   3/400  loss 2.345600  grad norm 1.234  12,345 tokens/s  1 h 02 min left'
+        Example: `iteration.text(4096, 3725.0)` is
+        `'iteration   3/400  loss 2.345600  grad norm 1.234  12,345 tokens/s  1 h 02 min left'`.
         """
         parts = [f"iteration {self.number:{len(str(self.last))}}/{self.last}"]
         losses = self.losses if "lm loss" in self.losses else {"lm loss": float("nan"), **self.losses}
@@ -63,9 +60,7 @@ class Iteration:
 def read_iteration(line: str) -> Iteration | None:
     """Parse the iteration in a line of Megatron's log, if any.
 
-    Example:
-        >>> read_iteration(" [...] iteration       3/     400 | ... | lm loss: 2.5E+00 | loss scale: 1.0 |").losses
-        {'lm loss': 2.5}
+    Example: `read_iteration(" iteration  3/  400 | ... | lm loss: 2.5E+00 |").losses` is `{"lm loss": 2.5}`.
     """
     found = _ITERATION.search(line)
     if found is None:
@@ -92,9 +87,8 @@ def read_iteration(line: str) -> Iteration | None:
 def read_event(line: str) -> str | None:
     """The line of the short log for another line of Megatron's log, or None.
 
-    Example:
-        >>> read_event(" validation loss at iteration 20 | lm loss value: 1.0E+00 | lm loss PPL: 2.7E+00 | ")
-        'validation loss 1.000000 at iteration 20'
+    Example: `read_event(" validation loss at iteration 20 | lm loss value: 1.0E+00 | lm loss PPL: 2.7E+00 | ")` is
+    `'validation loss 1.000000 at iteration 20'`.
     """
     if found := _VALIDATION.search(line):
         values = re.findall(r"\s*([^|]+?) value: (\S+) \|", found[3])
@@ -112,9 +106,7 @@ def read_event(line: str) -> str | None:
 def duration(seconds: float) -> str:
     """Format seconds.
 
-    Example:
-        >>> duration(7.25), duration(125), duration(3725)
-        ('7.2 s', '2 min 5 s', '1 h 02 min')
+    Example: `duration(7.25), duration(125), duration(3725)` is `('7.2 s', '2 min 5 s', '1 h 02 min')`.
     """
     if seconds < 59.95:
         return f"{seconds:.1f} s"

@@ -93,12 +93,9 @@ def run(
     `dataset_provider(train_valid_test_num_samples, vp_stage=None)` gives datasets of packs, as for any Megatron run.
     `model_provider` is called as Megatron's; it gives a :class:`Qwen3VLModel`.
 
-    Raises:
-        VLBridgeError: on all ranks, where the dataset provider fails on one, or a layout is not verified; where no
-            launcher such as torchrun has started the script.
-
-    Example:
-        >>> run(parse_arguments(), my_dataset_provider)
+    Raises VLBridgeError: on all ranks, where the dataset provider fails on one, or a layout is not verified; where no
+    launcher such as torchrun has started the script.
+    Example: `run(parse_arguments(), my_dataset_provider)`.
     """
     if not torch.distributed.is_initialized() and "MASTER_ADDR" not in os.environ:
         raise VLBridgeError(

@@ -54,10 +54,12 @@ _FREE_NAMES = """
 """
 FREE = frozenset(_FREE_NAMES.split())
 
+_plain_config = functools.cache(language_config)
+
 
 def setting_faults(config: TransformerConfig, checkpoint: Config) -> list[str]:
     """Every setting in `config` that is neither verified nor free, as a line with its verified values."""
-    plain, decided = _plain(checkpoint), families.find(checkpoint).language_fields(checkpoint)
+    plain, decided = _plain_config(checkpoint), families.find(checkpoint).language_fields(checkpoint)
     faults = []
     for name in sorted({field.name for field in dataclasses.fields(config)} - FREE):
         found, values = getattr(config, name), VERIFIED.get(name, (getattr(plain, name),))
@@ -66,8 +68,3 @@ def setting_faults(config: TransformerConfig, checkpoint: Config) -> list[str]:
             note = f" ({NOTES[name]})" if name in NOTES else ""
             faults.append(f"{name}={found!r}, verified: {' or '.join(map(repr, values))}{kind}{note}")
     return faults
-
-
-@functools.cache
-def _plain(checkpoint: Config) -> TransformerConfig:
-    return language_config(checkpoint)

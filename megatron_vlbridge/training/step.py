@@ -22,11 +22,8 @@ def vlm_step(
     Reads a pack (see `training.batch.PACK_KEYS`) from `data_iterator`. Returns the output of the stage and the loss
     function, which Megatron calls on the last stage.
 
-    Raises:
-        VLBridgeError: at the first call, the model's layout or a setting is not verified; the pack is invalid.
-
-    Example:
-        >>> pretrain(config, dataset_provider, ModelType.encoder_or_decoder, vlm_step, model_provider)
+    Raises VLBridgeError: at the first call, the model's layout or a setting is not verified; the pack is invalid.
+    Example: `pretrain(config, dataset_provider, ModelType.encoder_or_decoder, vlm_step, model_provider)`.
     """
     stage: Qwen3VLModel = get_attr_wrapped_model(model, "checkpoint", return_model_obj=True)
     check_model(stage)
@@ -50,9 +47,7 @@ def token_loss(
     Takes `loss_mask` `[1, T]` (1 or 0) and the per-token `losses` `[1, T]`. Megatron divides by the number of
     supervised tokens in the global batch (`--calculate-per-token-loss`), so every token has the same weight.
 
-    Example:
-        >>> token_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 9.0]]))[0]
-        tensor(2.)
+    Example: `token_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 9.0]]))[0]` is `tensor(2.)`.
     """
     total = (losses.float() * loss_mask).sum()
     count = loss_mask.sum().to(torch.int)

@@ -6,19 +6,10 @@ one layer, one rank) asks the same moves, so there is no second description that
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
 from megatron_vlbridge.weights.regions import Move, Piece, Region, RegionIndex, Shape, mixed_stacks, stack_layers
-
-
-class Rule(Protocol):
-    """Anything that expands to moves."""
-
-    def moves(self) -> Iterator[Move]:
-        """The pairs of regions that hold the same values."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -42,44 +33,63 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class GroupedQkv:
+class RowBlocks:
+    """Rows of HF tensors, block after block, are one Megatron tensor: `blocks` are (HF tensor, first row, rows)."""
+
+    megatron: str
+    blocks: tuple[tuple[str, int, int], ...]
+    columns: Shape
+    layer: int | None = None
+
+    def moves(self) -> Iterator[Move]:
+        """One move per block."""
+        row = 0
+        for hf, first, rows in self.blocks:
+            target = _rows(self.megatron, self.layer, (row, rows), self.columns)
+            yield Move(_rows(hf, None, (first, rows), self.columns), target)
+            row += rows
+
+
+def grouped_qkv(
+    q: str,
+    k: str,
+    v: str,
+    megatron: str,
+    num_heads: int,
+    num_groups: int,
+    head_dim: int,
+    columns: Shape,
+    layer: int | None = None,
+    gated: bool = False,
+) -> RowBlocks:
     """q, k, v -> Megatron's `linear_qkv`: for each KV group its q heads, then its k head, then its v head.
 
     Where `gated`, HF's q holds for each head its query and then its output gate; Megatron has all gates of a group
     after its q heads.
     """
+    heads, blocks = num_heads // num_groups, []
+    for group in range(num_groups):
+        first = group * heads
+        if gated:
+            blocks += [(q, 2 * head + part, 1) for part in (0, 1) for head in range(first, first + heads)]
+        else:
+            blocks.append((q, first, heads))
+        blocks += [(k, group, 1), (v, group, 1)]
+    rows = tuple((hf, start * head_dim, count * head_dim) for hf, start, count in blocks)
+    return RowBlocks(megatron, rows, columns, layer)
 
-    q: str
-    k: str
-    v: str
-    megatron: str
-    num_heads: int
-    num_groups: int
-    head_dim: int
-    columns: Shape
-    layer: int | None = None
-    gated: bool = False
 
-    def moves(self) -> Iterator[Move]:
-        """Three moves per KV group; where gated, two per q head and two per KV group."""
-        row = 0
-        for hf, first, count in self._heads():
-            source = _rows(hf, None, (first * self.head_dim, count * self.head_dim), self.columns)
-            yield Move(source, _rows(self.megatron, self.layer, (row, count * self.head_dim), self.columns))
-            row += count * self.head_dim
+def vision_qkv(
+    hf: str, megatron: str, num_heads: int, head_dim: int, columns: Shape, layer: int | None = None
+) -> RowBlocks:
+    """The vision tower's fused qkv: HF holds all q, all k, all v; Megatron for each head its q, k, v."""
+    places = [part * num_heads + head for head in range(num_heads) for part in range(3)]
+    return RowBlocks(megatron, tuple((hf, place * head_dim, head_dim) for place in places), columns, layer)
 
-    def _heads(self) -> Iterator[tuple[str, int, int]]:
-        """The blocks of `head_dim` rows in Megatron's order: HF tensor, first block, number of blocks."""
-        heads = self.num_heads // self.num_groups
-        for group in range(self.num_groups):
-            first = group * heads
-            if self.gated:
-                for part in (0, 1):
-                    yield from ((self.q, 2 * head + part, 1) for head in range(first, first + heads))
-            else:
-                yield self.q, first, heads
-            yield self.k, group, 1
-            yield self.v, group, 1
+
+def gate_up(gate: str, up: str, megatron: str, rows: int, columns: Shape, layer: int | None = None) -> RowBlocks:
+    """Gate and up of a SwiGLU MLP -> Megatron's `linear_fc1`: all gate rows, then all up rows."""
+    return RowBlocks(megatron, ((gate, 0, rows), (up, 0, rows)), columns, layer)
 
 
 @dataclass(frozen=True)
@@ -89,53 +99,14 @@ class SplitRows:
     hf: str
     parts: tuple[tuple[str, int], ...]
     columns: Shape
-    layer: int | None = None
 
     def moves(self) -> Iterator[Move]:
         """One move per part."""
         row = 0
         for name, rows in self.parts:
             source = _rows(self.hf, None, (row, rows), self.columns)
-            yield Move(source, _rows(name, self.layer, (0, rows), self.columns))
+            yield Move(source, _rows(name, None, (0, rows), self.columns))
             row += rows
-
-
-@dataclass(frozen=True)
-class VisionQkv:
-    """The vision tower's fused qkv: HF holds all q, all k, all v; Megatron for each head its q, k, v."""
-
-    hf: str
-    megatron: str
-    num_heads: int
-    head_dim: int
-    columns: Shape
-    layer: int | None = None
-
-    def moves(self) -> Iterator[Move]:
-        """Three moves per head."""
-        size = self.head_dim
-        for head in range(self.num_heads):
-            for part in range(3):
-                source = _rows(self.hf, None, ((part * self.num_heads + head) * size, size), self.columns)
-                yield Move(source, _rows(self.megatron, self.layer, ((3 * head + part) * size, size), self.columns))
-
-
-@dataclass(frozen=True)
-class GateUp:
-    """gate and up of a SwiGLU MLP -> Megatron's `linear_fc1`: all gate rows, then all up rows."""
-
-    gate: str
-    up: str
-    megatron: str
-    rows: int
-    columns: Shape
-    layer: int | None = None
-
-    def moves(self) -> Iterator[Move]:
-        """Two moves."""
-        for index, hf in enumerate((self.gate, self.up)):
-            target = _rows(self.megatron, self.layer, (index * self.rows, self.rows), self.columns)
-            yield Move(_rows(hf, None, (0, self.rows), self.columns), target)
 
 
 @dataclass(frozen=True)
@@ -183,6 +154,9 @@ class SingleExperts:
                     self.megatron, (*stack, expert, index * rows, 0), (*(1 for _ in stack), 1, rows, columns)
                 )
                 yield Move(Region.whole(name.format(expert), (rows, columns)), target)
+
+
+Rule = Copy | RowBlocks | SplitRows | FusedExperts | SingleExperts
 
 
 def _rows(name: str, layer: int | None, rows: tuple[int, int], columns: Shape) -> Region:

@@ -187,7 +187,7 @@ SEAMS: dict[str, dict[str, str]] = {
             "subclassed without arguments; resolve_data is overridden"
         ),
     },
-    "checkpoint/torch_dist/unpickler.py": {
+    "checkpoint/torch_dist/metadata.py": {
         _CHECKPOINTS + "strategies.torch:MCoreMetadata": "a class in the pickle of the metadata, read as DCP's",
         _CHECKPOINTS + "strategies.torch:MCoreSavePlan": "a class in the pickle of the metadata, read as DCP's",
         _DCP + "metadata:_MEM_FORMAT_ENCODING": "private: an enum in the pickle of TensorProperties",

@@ -20,7 +20,8 @@ from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.cli.arguments import DTYPES, EXPERTS, size
-from megatron_vlbridge.cli.parser import COMMANDS, parse
+from megatron_vlbridge.cli.commands import COMMANDS
+from megatron_vlbridge.cli.parser import parse
 from megatron_vlbridge.cli.progress import Meter
 from megatron_vlbridge.config import WEIGHT_DTYPES
 from megatron_vlbridge.families import ExpertLayout
@@ -314,8 +315,8 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
     assert cli.main([]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    for command, module in COMMANDS.items():
-        assert re.search(rf"^ +{command} +{re.escape(module.SUMMARY[:30])}", err, re.MULTILINE)
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^ +{name} +{re.escape(command.summary[:30])}", err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -17,7 +17,7 @@ from megatron_vlbridge import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.console import ShortLog, argument_warnings, summary
 from megatron_vlbridge.training.failure import describe
-from megatron_vlbridge.training.launch.trackers import check_trackers
+from megatron_vlbridge.training.launch.start import check_trackers
 from megatron_vlbridge.weights.plan import MismatchError
 from tests import reference
 from tests.errors import rejects

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_vlbridge import read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import ExpertLayout, find
-from megatron_vlbridge.weights import Copy, GateUp, Plan, Region, RuleTable, TensorSpec
+from megatron_vlbridge.weights import Copy, Plan, Region, RuleTable, TensorSpec, gate_up
 from megatron_vlbridge.weights.plan import MismatchError
 from megatron_vlbridge.weights.regions import check_exact_cover
 
@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 RULES = RuleTable(
     [
         Copy("embed", "embedding", (10, 4), padded_rows=True),
-        GateUp("gate", "up", "fc1", 6, (4,), layer=0),
+        gate_up("gate", "up", "fc1", 6, (4,), layer=0),
         Copy("norm", "final", (4,)),
     ]
 )

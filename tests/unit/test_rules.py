@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_vlbridge.config import Config, TextConfig, VisionConfig
 from megatron_vlbridge.families import find
-from megatron_vlbridge.weights import GroupedQkv, Region, RuleTable, SplitRows, VisionQkv
+from megatron_vlbridge.weights import Region, RuleTable, SplitRows, grouped_qkv, vision_qkv
 from megatron_vlbridge.weights.rules import assemble
 
 SETTINGS = settings(max_examples=25, deadline=None)
@@ -129,7 +129,7 @@ def test_a_layer_asked_for_by_its_number_is_that_layer_of_the_stack(config):
 def test_grouped_qkv_gives_each_head_its_own_rows(groups, per_group, head_dim, hidden, gated):
     """Reads q, the gates, k and v of each head out of the fused weight, head by head, as grouped attention does."""
     heads = groups * per_group
-    table = RuleTable([GroupedQkv("q", "k", "v", "qkv", heads, groups, head_dim, (hidden,), gated=gated)])
+    table = RuleTable([grouped_qkv("q", "k", "v", "qkv", heads, groups, head_dim, (hidden,), gated=gated)])
     hf = distinct(table.hf_shapes)
     fused = table.to_megatron(hf)["qkv"]
     # `[heads, 1 or 2, head_dim, hidden]`, as transformers views it: each head's query, then its gate.
@@ -241,8 +241,8 @@ def test_vision_qkv_is_right_at_every_tensor_parallel_size():
     heads, head_dim, hidden = 8, 4, 32
     table = RuleTable(
         [
-            VisionQkv("qkv.weight", "fused.weight", heads, head_dim, (hidden,), layer=0),
-            VisionQkv("qkv.bias", "fused.bias", heads, head_dim, (), layer=0),
+            vision_qkv("qkv.weight", "fused.weight", heads, head_dim, (hidden,), layer=0),
+            vision_qkv("qkv.bias", "fused.bias", heads, head_dim, (), layer=0),
         ]
     )
     generator = torch.Generator().manual_seed(0)
@@ -286,5 +286,5 @@ def test_pieces_equal_brute_force_over_every_move(config, data):
 
 
 def test_an_unknown_name_has_no_pieces():
-    table = RuleTable([VisionQkv("qkv", "fused", 1, 1, ())])
+    table = RuleTable([vision_qkv("qkv", "fused", 1, 1, ())])
     assert table.hf_sources(Region("other", (0,), (1,))) == []

@@ -365,7 +365,7 @@ def test_a_hostile_pickle_takes_neither_memory_nor_time(content, tmp_path):
 STANDARD = """
 import pickle, resource, sys
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-from megatron_vlbridge.checkpoint.torch_dist.unpickler import _Unpickler
+from megatron_vlbridge.checkpoint.torch_dist.metadata import _Unpickler
 class Standard(pickle.Unpickler):
     find_class = _Unpickler.find_class
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -19,7 +19,6 @@ def find_folder(name: str | Path, *, weights: bool = True) -> Path:
     (`HF_HUB_OFFLINE=1`); what the cache lacks is downloaded into it, `weights` only where they are wanted.
 
     Raises VLBridgeError where there is no such folder and the Hub does not give it.
-
     Example: `find_folder("Qwen/Qwen3-VL-2B-Instruct")` is the snapshot's folder in the cache.
     """
     path = Path(name)

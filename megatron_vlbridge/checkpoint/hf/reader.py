@@ -30,7 +30,6 @@ class SafetensorsFolder:
 
     Raises VLBridgeError, naming file and tensor, for a missing, truncated or malformed file, an index entry that points
     nowhere or out of the folder, a tensor that is there twice or in two spellings, and scales that fit no weight.
-
     Example: `SafetensorsFolder("Qwen3-VL-2B-Instruct").read(Region("lm_head.weight", (0, 0), (8, 2048)))`.
     """
 

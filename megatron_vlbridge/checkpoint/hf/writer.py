@@ -53,15 +53,15 @@ class SafetensorsWriter:
         self._heads = {file: encode_header(tensors) for file, tensors in ordered.items()}
         cut = [[(file, regions) for regions in self._cut(tensors)] for file, tensors in ordered.items()]
         ranges = [found for turn in zip_longest(*cut) for found in turn if found is not None]
-        self._regions = [regions for _, regions in ranges]
-        nbytes = [[self._nbytes(region) for region in regions] for regions in self._regions]
+        self.regions = [regions for _, regions in ranges]  # of each part
+        nbytes = [[self._nbytes(region) for region in regions] for regions in self.regions]
         self.sizes, self.block_bytes = list(map(sum, nbytes)), max(chain(*nbytes), default=0)
-        self._parts: list[Part] = []
+        self.parts: list[Part] = []
         self._lengths = dict.fromkeys(by_file, 0)
         for index, (file, _) in enumerate(ranges):
             start = self._lengths[file]
             length = self.sizes[index] + (0 if start else len(self._heads[file]))
-            self._parts.append(Part(index, file, start, length))
+            self.parts.append(Part(index, file, start, length))
             self._lengths[file] += length
         self._alone = {file: threading.Lock() for file in by_file}
 
@@ -73,20 +73,12 @@ class SafetensorsWriter:
     def _nbytes(self, region: Region) -> int:
         return region.volume * self.specs[region.name].dtype.itemsize
 
-    def regions(self, index: int) -> Sequence[Region]:
-        """What one part holds."""
-        return self._regions[index]
-
-    def part(self, index: int) -> Part:
-        """A range of a file: its header, if it is the first, and blocks of rows."""
-        return self._parts[index]
-
     def contents(self, index: int) -> str:
         """The header and the regions of a part."""
-        return f"{self._head(index)!r} {self._regions[index]}"
+        return f"{self._head(index)!r} {self.regions[index]}"
 
     def _head(self, index: int) -> bytes:
-        part = self._parts[index]
+        part = self.parts[index]
         return b"" if part.start else self._heads[part.file]
 
     def prepare(self, folder: Path) -> None:
@@ -97,13 +89,13 @@ class SafetensorsWriter:
 
     def write(self, index: int, folder: Path, block: Block) -> Part:
         """Write one range of one file."""
-        part, head = self._parts[index], self._head(index)
+        part, head = self.parts[index], self._head(index)
         position, hasher = part.start + len(head), Hasher()
         hasher.update(head)
         handle = os.open(folder / part.file, os.O_WRONLY)
         try:
             write_exactly(handle, part.start, head)
-            for region in self._regions[index]:
+            for region in self.regions[index]:
                 held = block.take(region.shape, self.specs[region.name].dtype)
                 self._fill(region, held)
                 hasher.update(as_bytes(held))

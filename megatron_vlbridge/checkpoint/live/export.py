@@ -44,7 +44,6 @@ def export_hf_weights(
 
     Raises VLBridgeError, on all ranks and before the first tensor, where an argument is invalid or differs between the
     ranks, the ranks do not hold every weight exactly once, or a value is too large for `dtype`.
-
     Example: `for name, tensor in export_hf_weights(model): engine.load_weights([(name, tensor)])`.
     """
     if bucket_bytes < 1:

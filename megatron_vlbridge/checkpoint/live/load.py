@@ -40,7 +40,6 @@ def load_hf_weights(
     Raises VLBridgeError, on all ranks, when the folder does not match its config or the model's config, a slice has no
     source, a parameter is not filled or its dtype cannot hold its values, or a part of a weight of the folder (an
     expert, some rows) is on no rank.
-
     Example: `load_hf_weights(get_model(model_provider), "Qwen3-VL-2B-Instruct")`.
     """
     source, held = fill(model, folder, experts, [*ignore, *leave_out])

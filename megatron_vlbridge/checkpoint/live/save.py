@@ -54,7 +54,6 @@ def save_hf(
     the ranks do not hold every weight exactly once, a value does not fit the dtype it is to have (`dtype`, or that of
     one of several in `like`), a file of `like` is damaged, the target exists or is being written, or the disk is full
     or fails.
-
     Example: `save_hf(model, "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
     """
     target, (rank, _) = Path(folder), rank_and_size()
@@ -103,7 +102,10 @@ class _Save:
             finished = self._write(folder)
             with raise_on_all_ranks():
                 if first:
-                    self._finish(folder, finished)
+                    self.writer.finish(folder, finished)
+                    self.plan.complete(folder)
+                    self.plan.check(folder)
+                    write_checksums(folder, finished, _ORIGIN)
             with raise_on_all_ranks():
                 stack.close()  # the folder gets its name
 
@@ -134,14 +136,8 @@ class _Save:
     def _sources(self, index: int) -> Iterator[Region]:
         """The regions of the model that a part needs; a tied head is the embedding once more."""
         rules = self.plan.plan.table
-        for region in self.writer.regions(index):
+        for region in self.writer.regions[index]:
             if region.name == self.family.head and region.name not in rules.hf_shapes:
                 region = Region(self.family.embedding, region.offset, region.shape)
             if region.name in rules.hf_shapes:
                 yield from (piece.source for piece in rules.megatron_sources(region))
-
-    def _finish(self, folder: Path, finished: list[Part]) -> None:
-        self.writer.finish(folder, finished)
-        self.plan.complete(folder)
-        self.plan.check(folder)
-        write_checksums(folder, finished, _ORIGIN)

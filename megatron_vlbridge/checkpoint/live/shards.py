@@ -95,7 +95,12 @@ def check_complete(table: RuleTable, held: Iterable[Region], source: str) -> Non
     by_name: dict[str, list[Region]] = {name: [] for name in table.megatron_shapes}
     for region in held:
         by_name[region.name].append(region)
-    missing = [hole for name, regions in by_name.items() for hole in _holes(table, name, regions)]
+    missing: list[Region] = []
+    for name, regions in by_name.items():
+        holes = [Region.whole(name, table.megatron_shapes[name])]
+        for region in sorted(regions, key=lambda region: region.offset):
+            holes = [rest for hole in holes for rest in _without(hole, region)]
+        missing += holes
     if missing:
         lines = "".join(f"\n  {_describe(table, hole)}" for hole in missing[:_SHOWN])
         more = f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
@@ -103,14 +108,6 @@ def check_complete(table: RuleTable, held: Iterable[Region], source: str) -> Non
             f"{source}: expected every weight to be on some rank, found {len(missing)} on none:{lines}{more}\n"
             "Build the whole model, on all pipeline stages and expert-parallel ranks, and give all its chunks."
         )
-
-
-def _holes(table: RuleTable, name: str, regions: Iterable[Region]) -> list[Region]:
-    """What of a tensor none of these regions covers."""
-    holes = [Region.whole(name, table.megatron_shapes[name])]
-    for region in sorted(regions, key=lambda region: region.offset):
-        holes = [rest for hole in holes for rest in _without(hole, region)]
-    return holes
 
 
 def _without(hole: Region, region: Region) -> Iterator[Region]:

@@ -51,13 +51,18 @@ class LiveWeights:
         self.rank, self.size = rank_and_size()
         self._found: dict[Region, list[tuple[Region, torch.Tensor]]] = defaultdict(list)
         self._shards: list[Shard] = []
-        for module in model if isinstance(model, Sequence) else [model]:
-            _finish_param_sync(module)
+        modules: Sequence[Any] = model if isinstance(model, Sequence) else [model]
+        for module in modules:
+            ddp = getattr(module, "ddp_config", None)
+            # Parameters that Megatron gathers only when the next forward pass needs them are still the old ones.
+            if ddp is not None and ddp.overlap_param_gather:
+                module.start_param_sync(force_sync=True)
         with raise_on_all_ranks():
             for module in modules_of(model):
                 self._shards += [x for x in shards_of(module, rules, _SOURCE) if x.main and x.known is not None]
-            if dtype is not None:  # before any communication, in which a rank that fails would leave others waiting
-                self._check_all_fit(dtype)
+            for shard in self._shards:  # before any communication, in which a rank that fails leaves others waiting
+                if dtype is not None and may_overflow(shard.values.dtype, dtype):
+                    check_fits(f"{_SOURCE}: {shard.known}", shard.known_values, dtype)
         self.device = self._shards[0].values.device if self._shards else _default_device()
         mine = [(known, dtype or x.values.dtype) for x in self._shards if (known := x.known) is not None]
         everyone: list[tuple[Any, list[_Entry]]] = gather((options, mine))
@@ -79,11 +84,6 @@ class LiveWeights:
                 self._holders[name] = rank, index
                 links.append((region, Region.whole(name, region.shape), False))
         self._index = RegionIndex(links)
-
-    def _check_all_fit(self, dtype: torch.dtype) -> None:
-        for shard in self._shards:
-            if may_overflow(shard.values.dtype, dtype):
-                check_fits(f"{_SOURCE}: {shard.known}", shard.known_values, dtype)
 
     def fetch(self, regions: Iterable[Region], receiver: int | None = None) -> None:
         """Bring the values of some regions to one rank, or to all where `receiver` is None, for `read_into` there.
@@ -148,13 +148,6 @@ class LiveWeights:
 
     def _own(self, segment: _Segment) -> torch.Tensor:
         return self._shards[segment.index].known_values[segment.source.slices]
-
-
-def _finish_param_sync(module: Any) -> None:
-    """Parameters that Megatron gathers only when the next forward pass needs them are still the old ones."""
-    config = getattr(module, "ddp_config", None)
-    if config is not None and config.overlap_param_gather:
-        module.start_param_sync(force_sync=True)
 
 
 def _default_device() -> torch.device:

@@ -65,7 +65,6 @@ def verify_checksums(folder: str | Path) -> Report:
     not read.
 
     Raises VLBridgeError where the folder has no checksums, or they are damaged.
-
     Example: `verify_checksums("qwen3-vl-2b-megatron").equal`.
     """
     folder = Path(folder)

@@ -37,8 +37,9 @@ class Writer(Protocol):
     def block_bytes(self) -> int:
         """The largest block of weights that a part holds at once."""
 
-    def part(self, index: int) -> Part:
-        """The file and the first byte of one part."""
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The file and the first byte of each part."""
 
     def contents(self, index: int) -> str:
         """Which values one part holds, in their order, as text."""
@@ -82,10 +83,7 @@ class Options:
     report: Callable[[Progress], None] | None = None
 
     def threads(self, block_bytes: int) -> int:
-        """The number of workers that the memory allows.
-
-        Raises UsageError where it allows none.
-        """
+        """The number of workers that the memory allows. Raises UsageError where it allows none."""
         wanted = self.workers if self.workers is not None else len(os.sched_getaffinity(0))
         if wanted < 1:
             raise UsageError(f"workers: expected at least 1, found {wanted}.")
@@ -163,9 +161,14 @@ class _Run:
 
     def part(self, index: int) -> Part:
         kept = self.staging.finished.get(index)
-        if kept is not None and self._is_in_place(kept) and kept.is_intact(self.staging.folder):
+        planned = self.writer.parts[index]
+        in_place = kept is not None and (kept.file, kept.start) == (planned.file, planned.start)
+        if kept is not None and in_place and kept.is_intact(self.staging.folder):
             self._report(index, resumed=True)
-            return self._with_present_digest(kept)
+            if kept.digest is None or kept.digest.algorithm == ALGORITHM:
+                return kept
+            # An earlier version used another algorithm.
+            return replace(kept, digest=digest_range(self.staging.folder / kept.file, kept.start, kept.length))
         block = self.blocks.get()
         try:
             written = self.writer.write(index, self.staging.folder, block)
@@ -179,17 +182,6 @@ class _Run:
             self.staging.note(written)
         self._report(index)
         return written
-
-    def _is_in_place(self, part: Part) -> bool:
-        planned = self.writer.part(part.index)
-        return (part.file, part.start) == (planned.file, planned.start)
-
-    def _with_present_digest(self, part: Part) -> Part:
-        """An intact part, with a new digest where an earlier version used another algorithm."""
-        assert part.digest is not None
-        if part.digest.algorithm == ALGORITHM:
-            return part
-        return replace(part, digest=digest_range(self.staging.folder / part.file, part.start, part.length))
 
     def _report(self, index: int, *, resumed: bool = False) -> None:
         with self.lock:

@@ -58,7 +58,11 @@ def load_json_object(path: Path, text: bytes | None = None) -> dict[str, Any]:
         return result
 
     try:
-        value = json.loads(_read_small(path) if text is None else text, object_pairs_hook=checked)
+        if text is None:
+            if regular_size(path) > MAX_HEADER:
+                raise OSError(f"a file of more than {MAX_HEADER} bytes")
+            text = path.read_bytes()
+        value = json.loads(text, object_pairs_hook=checked)
     except VLBridgeError:
         raise
     # ValueError is bytes that are no text, text that is no JSON, or an integer of thousands of digits.
@@ -67,13 +71,6 @@ def load_json_object(path: Path, text: bytes | None = None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise VLBridgeError(f"{path}: expected a JSON object, found {type(value).__name__}. Fetch the file again.")
     return value
-
-
-def _read_small(path: Path) -> bytes:
-    """A file's content; OSError where it is larger than any header."""
-    if regular_size(path) > MAX_HEADER:
-        raise OSError(f"a file of more than {MAX_HEADER} bytes")
-    return path.read_bytes()
 
 
 def regular_size(path: Path) -> int:

@@ -84,7 +84,9 @@ def earlier_work(target: Path, origin: Mapping[str, Any], *, resume: bool = Fals
     work = _work_of(target)
     try:
         _check_free(target)
-        _check_place(target)
+        place = existing_parent(target)
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            raise VLBridgeError(f"{target}: expected a folder with write permission, found {place}. Use another.")
         with ExitStack() as held:
             if (work / "lock").exists():
                 held.enter_context(_locked(target, work))
@@ -96,13 +98,6 @@ def earlier_work(target: Path, origin: Mapping[str, Any], *, resume: bool = Fals
 def existing_parent(target: Path) -> Path:
     """The folder that exists and in which `target`, with the folders around it, will be made."""
     return next(place for place in target.absolute().parents if place.exists())
-
-
-def _check_place(target: Path) -> None:
-    """Reject a target whose folder cannot be created or written."""
-    place = existing_parent(target)
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise VLBridgeError(f"{target}: expected a folder with write permission, found {place}. Use another.")
 
 
 def _work_of(target: Path) -> Path:

@@ -16,8 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from megatron_vlbridge.checkpoint.formats import FORMAT, locate
 from megatron_vlbridge.checkpoint.stream.json_file import are_sizes, is_file_name, load_json_object
 from megatron_vlbridge.checkpoint.stream.raw import Stored, gather_into, span_of
-from megatron_vlbridge.checkpoint.torch_dist.metadata import read_metadata
-from megatron_vlbridge.checkpoint.torch_dist.unpickler import shown
+from megatron_vlbridge.checkpoint.torch_dist.metadata import read_metadata, shown
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families.aliases import strip_wrappers
 from megatron_vlbridge.weights import Region, TensorSpec, mixed_stacks, stack_layers
@@ -83,7 +82,6 @@ class TorchDistFolder:
 
     Raises VLBridgeError, naming file and tensor, for a folder of another kind, metadata that asks for foreign classes,
     a file that is missing or truncated, and chunks that leave gaps or overlap.
-
     Example: `TorchDistFolder("run").read(Region("language_model.decoder.final_layernorm.weight", (0,), (8,)))`.
     """
 

@@ -38,7 +38,10 @@ class ReleaseWriter:
 
     def __init__(self, specs: Mapping[str, TensorSpec], fill: Filler) -> None:
         self.specs, self._fill = specs, fill
-        self._objects = {**_common_state(), **_extra_states(specs)}
+        # What Megatron's loader needs beside the tensors. Version 3 is the rules' order of rows in qkv.
+        content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+        common = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}
+        self._objects = {"common_state/shard_0_1": common, **_extra_states(specs)}
         chunks = (chunk for name, spec in specs.items() for chunk in _chunk_grid(name, spec))
         parts = group(chunks, self._nbytes, PART_BYTES)
         nbytes = [[self._nbytes(chunk) for chunk in part] for part in parts]
@@ -48,6 +51,8 @@ class ReleaseWriter:
         # The planner's own call would compare every two chunks of a tensor, for minutes where there are many experts.
         plans, metadata = create_default_global_save_plan(plans)
         self._plans = _Storage(Path()).prepare_global_plan(plans)  # it names the files
+        files = [f"{_RELEASE}/{plan.storage_data.prefix}0{DEFAULT_SUFFIX}" for plan in self._plans]
+        self.parts = [Part(index, file, 0) for index, file in enumerate(files)]
         self._metadata = replace(metadata, planner_data={})
 
     def _nbytes(self, region: Region) -> int:
@@ -58,10 +63,6 @@ class ReleaseWriter:
         chunk = ChunkStorageMetadata(torch.Size(region.offset), torch.Size(region.shape))
         data = TensorWriteData(chunk, TensorProperties(dtype=spec.dtype), torch.Size(spec.shape))
         return WriteItem(MetadataIndex(region.name, torch.Size(region.offset)), WriteItemType.SHARD, tensor_data=data)
-
-    def part(self, index: int) -> Part:
-        """A file, which DCP names after the part."""
-        return Part(index, f"{_RELEASE}/{self._plans[index].storage_data.prefix}0{DEFAULT_SUFFIX}", 0)
 
     def contents(self, index: int) -> str:
         """The entries of a part: names and chunks."""
@@ -81,7 +82,7 @@ class ReleaseWriter:
         infos: dict[MetadataIndex, _StorageInfo] = {result.index: result.storage_data for result in results}
         entries = tuple((infos[item.index].offset, infos[item.index].length) for item in plan.items)
         path = folder / _RELEASE / infos[plan.items[0].index].relative_path
-        return replace(self.part(index), length=path.stat().st_size, digest=writer.hasher.digest, entries=entries)
+        return replace(self.parts[index], length=path.stat().st_size, digest=writer.hasher.digest, entries=entries)
 
     def finish(self, folder: Path, written: Sequence[Part]) -> None:
         """Write DCP's metadata, and the files by which Megatron finds it."""
@@ -177,12 +178,6 @@ def _chunk_grid(name: str, spec: TensorSpec) -> Iterator[Region]:
     for index in product(*map(range, spec.shape[:dims])):
         one = Region(name, (*index, *corner), (*(1 for _ in index), *rest))
         yield from row_blocks(one, spec.dtype.itemsize, dim=dims)
-
-
-def _common_state() -> dict[str, object]:
-    """The entries beside the tensors that Megatron's loader needs. Version 3 is the rules' order of rows in qkv."""
-    content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    return {"common_state/shard_0_1": {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}}
 
 
 def _extra_states(specs: Mapping[str, TensorSpec]) -> dict[str, object]:

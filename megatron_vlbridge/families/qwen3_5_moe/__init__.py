@@ -1,17 +1,31 @@
-"""Qwen3.5 with experts and a shared expert (35B-A3B, 122B-A10B, 397B-A17B)."""
+"""Qwen3.5 with experts and a shared expert (35B-A3B, 122B-A10B, 397B-A17B).
+
+Defaults are those of transformers 5.23 (`configuration_qwen3_5_moe.py`).
+"""
 
 from dataclasses import replace
 
+from megatron_vlbridge.config import ConfigFormat
 from megatron_vlbridge.families import qwen3_vl_moe
 from megatron_vlbridge.families.experts import ExpertLayout
-from megatron_vlbridge.families.qwen3_5.rules import rules
-from megatron_vlbridge.families.qwen3_5_moe.config import CONFIG
-from megatron_vlbridge.families.qwen3_5_moe.fields import language_fields
+from megatron_vlbridge.families.qwen3_5 import TEXT, TOKENS, VISION
 
-FAMILY = replace(
-    qwen3_vl_moe.FAMILY,
-    config=CONFIG,
-    rules=rules,
-    language_fields=language_fields,
-    expert_layout=ExpertLayout.FUSED_OUT_IN,
+CONFIG = ConfigFormat(
+    model_type="qwen3_5_moe",
+    architecture="Qwen3_5MoeForConditionalGeneration",
+    text=TEXT
+    | {
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "router_aux_loss_coef": 0.001,
+    },
+    vision=VISION,
+    tokens=TOKENS,
 )
+
+FAMILY = replace(qwen3_vl_moe.FAMILY, config=CONFIG, expert_layout=ExpertLayout.FUSED_OUT_IN)

@@ -1,9 +1,10 @@
-"""Dense Qwen3-VL: the whole correspondence of names and shapes."""
+"""The whole correspondence of names and shapes: Qwen3-VL and Qwen3.5, dense or with experts."""
 
-from megatron_vlbridge.config import Config, TextConfig, VisionConfig
-from megatron_vlbridge.families.experts import ExpertLayout
+from megatron_vlbridge.config import Config, LayerKind, TextConfig, VisionConfig
+from megatron_vlbridge.families.experts import ExpertLayout, expert_rules
+from megatron_vlbridge.families.linear_attention import linear_attention_rules
 from megatron_vlbridge.families.mtp import mtp_rules
-from megatron_vlbridge.weights import Copy, GateUp, GroupedQkv, Rule, VisionQkv
+from megatron_vlbridge.weights import Copy, Rule, gate_up, grouped_qkv, vision_qkv
 
 _HF_TEXT, _TEXT = "model.language_model", "language_model"
 _HF_VISION, _VISION = "model.visual", "vision_model"
@@ -11,19 +12,40 @@ HF_LAYERS, LAYERS = f"{_HF_TEXT}.layers", f"{_TEXT}.decoder.layers"
 EMBEDDING = f"{_HF_TEXT}.embed_tokens.weight"
 
 
-def rules(config: Config, _experts: ExpertLayout, _mtp_experts: ExpertLayout) -> list[Rule]:
-    """All rules of a dense Qwen3-VL checkpoint."""
+def rules(config: Config, experts: ExpertLayout, mtp_experts: ExpertLayout) -> list[Rule]:
+    """All rules of a checkpoint whose experts, and those of its MTP layer, HF holds in these layouts.
 
-    def layer_rules(hf: str, to: str, layer: int | None = None) -> list[Rule]:
-        return attention_rules(config.text, hf, to, layer) + mlp_rules(config.text, hf, to, layer)
+    Megatron stacks the layers where all are alike, otherwise it names them `layers.0`, `layers.1` and so on.
+    """
 
-    result = embedding_rules(config)
-    for layer in range(config.text.num_layers):
-        result += layer_rules(f"{HF_LAYERS}.{layer}", LAYERS, layer)
-    return result + mtp_rules(config, layer_rules) + vision_rules(config.vision)
+    def mtp_layer(hf: str, to: str) -> list[Rule]:
+        return _layer_rules(config, config.text.mtp_layer_kind, mtp_experts, hf, to, None)
+
+    kinds = config.text.layer_kinds
+    stacked = len(set(kinds)) == 1
+    result = _embedding_rules(config)
+    for layer, kind in enumerate(kinds):
+        to, index = (LAYERS, layer) if stacked else (f"{LAYERS}.{layer}", None)
+        result += _layer_rules(config, kind, experts, f"{HF_LAYERS}.{layer}", to, index)
+    return result + mtp_rules(config, mtp_layer) + _vision_rules(config.vision)
 
 
-def embedding_rules(config: Config) -> list[Rule]:
+def _layer_rules(
+    config: Config, kind: LayerKind, experts: ExpertLayout, hf: str, to: str, layer: int | None
+) -> list[Rule]:
+    """The decoder layer `hf`: layer `layer` of the stack `to`, or `to` itself where that is None."""
+    text = config.text
+    linear = kind.linear_attention
+    attention = linear_attention_rules(text, hf, to) if linear else _attention_rules(text, hf, to, layer)
+    if not kind.experts:
+        return attention + _mlp_rules(text, hf, to, layer)
+    # No linear follows the norm before the experts directly, so it stays a tensor of its own.
+    norm = f"{hf}.post_attention_layernorm.weight", f"{to}.pre_mlp_layernorm.weight"
+    sparse = expert_rules(config, experts, f"{hf}.mlp", f"{to}.mlp", layer)
+    return [*attention, Copy(*norm, (text.hidden_size,), layer), *sparse]
+
+
+def _embedding_rules(config: Config) -> list[Rule]:
     """Both ends of the language model. Where the embeddings are tied, neither side has an output head."""
     hidden, vocabulary = config.text.hidden_size, (config.text.vocab_size, config.text.hidden_size)
     embedding = EMBEDDING, f"{_TEXT}.embedding.word_embeddings.weight"
@@ -36,15 +58,14 @@ def embedding_rules(config: Config) -> list[Rule]:
     return result
 
 
-def attention_rules(text: TextConfig, hf: str, to: str, layer: int | None) -> list[Rule]:
-    """The attention of the decoder layer `hf`: layer `layer` of the stack `to`, or `to` itself where that is None."""
+def _attention_rules(text: TextConfig, hf: str, to: str, layer: int | None) -> list[Rule]:
     hidden, head_dim = text.hidden_size, text.head_dim
     heads, groups = text.num_attention_heads, text.num_key_value_heads
     q, k, v = (f"{hf}.self_attn.{part}_proj.weight" for part in "qkv")
     attention = f"{to}.self_attention"
     return [
         Copy(f"{hf}.input_layernorm.weight", f"{attention}.linear_qkv.layer_norm_weight", (hidden,), layer),
-        GroupedQkv(
+        grouped_qkv(
             q,
             k,
             v,
@@ -62,19 +83,18 @@ def attention_rules(text: TextConfig, hf: str, to: str, layer: int | None) -> li
     ]
 
 
-def mlp_rules(text: TextConfig, hf: str, to: str, layer: int | None) -> list[Rule]:
-    """The dense MLP of a decoder layer and the norm before it; names and `layer` as in `attention_rules`."""
+def _mlp_rules(text: TextConfig, hf: str, to: str, layer: int | None) -> list[Rule]:
+    """The dense MLP of a decoder layer and the norm before it."""
     hidden, inner, mlp = text.hidden_size, text.intermediate_size, f"{to}.mlp"
     gate, up = (f"{hf}.mlp.{part}_proj.weight" for part in ("gate", "up"))
     return [
         Copy(f"{hf}.post_attention_layernorm.weight", f"{mlp}.linear_fc1.layer_norm_weight", (hidden,), layer),
-        GateUp(gate, up, f"{mlp}.linear_fc1.weight", inner, (hidden,), layer),
+        gate_up(gate, up, f"{mlp}.linear_fc1.weight", inner, (hidden,), layer),
         Copy(f"{hf}.mlp.down_proj.weight", f"{mlp}.linear_fc2.weight", (hidden, inner), layer),
     ]
 
 
-def vision_rules(vision: VisionConfig) -> list[Rule]:
-    """The whole vision tower."""
+def _vision_rules(vision: VisionConfig) -> list[Rule]:
     result = _vision_ends(vision)
     for layer in range(vision.depth):
         result += _vision_block(vision, layer)
@@ -89,8 +109,8 @@ def _vision_block(vision: VisionConfig, layer: int) -> list[Rule]:
     return [
         Copy(f"{hf}.norm1.weight", f"{qkv}.layer_norm_weight", (hidden,), layer),
         Copy(f"{hf}.norm1.bias", f"{qkv}.layer_norm_bias", (hidden,), layer),
-        VisionQkv(f"{hf}.attn.qkv.weight", f"{qkv}.weight", heads, head_dim, (hidden,), layer),
-        VisionQkv(f"{hf}.attn.qkv.bias", f"{qkv}.bias", heads, head_dim, (), layer),
+        vision_qkv(f"{hf}.attn.qkv.weight", f"{qkv}.weight", heads, head_dim, (hidden,), layer),
+        vision_qkv(f"{hf}.attn.qkv.bias", f"{qkv}.bias", heads, head_dim, (), layer),
         *_linear(f"{hf}.attn.proj", f"{to}.self_attention.linear_proj", hidden, hidden, layer),
         Copy(f"{hf}.norm2.weight", f"{mlp}.linear_fc1.layer_norm_weight", (hidden,), layer),
         Copy(f"{hf}.norm2.bias", f"{mlp}.linear_fc1.layer_norm_bias", (hidden,), layer),

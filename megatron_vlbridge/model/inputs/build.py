@@ -70,8 +70,7 @@ def build_inputs(
 ) -> PackedInputs:
     """The pack of a call's arguments, on the host, where its lengths and grids are needed.
 
-    Raises:
-        VLBridgeError: where the arguments do not match; with a packed batch on every context-parallel rank alike.
+    Raises VLBridgeError where the arguments do not match; with a packed batch on every context-parallel rank alike.
     """
     # Under context parallelism a rank must not raise on its own arguments before the others can receive the failure.
     if config.context_parallel_size == 1 and raw.bounds() is None:
@@ -140,8 +139,7 @@ def _thd_batch(raw: RawBatch, config: TransformerConfig, with_patches: bool) -> 
 def check_pack(inputs: PackedInputs, config: TransformerConfig, seq_length: int | None) -> None:
     """Reject a pack whose length the parallel layout does not support; `seq_length`: that of all packs, if fixed.
 
-    Raises:
-        VLBridgeError: naming the length and the one expected.
+    Raises VLBridgeError, naming the length and the one expected.
     """
     total, cp_size = inputs.layout.total, inputs.layout.cp_size
     tokens, tp_size = inputs.tokens.shape[1], config.tensor_model_parallel_size

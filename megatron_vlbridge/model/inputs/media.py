@@ -36,8 +36,7 @@ class Media:
     def patches(self, config: Config) -> torch.Tensor:
         """Patches of the images, then of the videos: fp32 `[P, patch_dim]`, `[0, patch_dim]` where not wanted.
 
-        Raises:
-            VLBridgeError: where their number or size does not match the grids.
+        Raises VLBridgeError where their number or size does not match the grids.
         """
         empty = torch.empty(0, config.vision.patch_dim)
         found = []

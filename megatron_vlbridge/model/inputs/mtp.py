@@ -30,9 +30,8 @@ class MtpInputs:
     ) -> Self:
         """From a whole pack: its tokens and labels `[1, T]` (`ignored` where there is no loss) and true lengths.
 
-        Example:
-            >>> MtpInputs.from_pack(torch.tensor([[5, 6, 7, 8]]), None, [3, 1], filler=0, ignored=-100).tokens
-            tensor([[6, 7, 0, 0]])
+        Example: `MtpInputs.from_pack(torch.tensor([[5, 6, 7, 8]]), None, [3, 1], filler=0, ignored=-100).tokens` is
+        `tensor([[6, 7, 0, 0]])`.
         """
         next_tokens = next_in_segment(tokens, lengths, filler)
         if labels is None:

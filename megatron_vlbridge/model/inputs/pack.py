@@ -37,8 +37,7 @@ class PackedInputs:
     its `vision_token_index` (None: all, in order). Under sequence parallelism `shard` says which of them lie in this
     tensor-parallel rank's part. `mtp` is what an MTP layer needs, where the checkpoint has one.
 
-    Example:
-        >>> inputs = PackedInputs.from_padded(batch["input_ids"], batch["attention_mask"], media, config)
+    Example: `inputs = PackedInputs.from_padded(batch["input_ids"], batch["attention_mask"], media, config)`.
     """
 
     layout: BatchLayout
@@ -64,8 +63,7 @@ class PackedInputs:
     ) -> Self:
         """From tokens `[1, T]` on the host (and `labels`, -100 where there is no loss) that already follow `layout`.
 
-        Raises:
-            VLBridgeError: where tokens, layout, grids, counts and patches do not match.
+        Raises VLBridgeError where tokens, layout, grids, counts and patches do not match.
         """
         if tokens.shape != (1, layout.total):
             raise VLBridgeError(f"tokens of a pack are [1, {layout.total}], found {list(tokens.shape)}")

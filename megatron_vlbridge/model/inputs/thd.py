@@ -17,13 +17,10 @@ def from_thd(make_batch: Callable[[], ThdBatch], config: Config, cp_group: dist.
     One collective over `cp_group`, which every rank enters whatever its own batch is like; no token is exchanged.
     Every rank also receives the message of what `make_batch` raises.
 
-    Raises:
-        VLBridgeError: on every rank of the group alike, where one rank's batch is invalid, the ranks have different
-            segments or grids, or all placeholders together do not match the grids.
+    Raises VLBridgeError: on every rank of the group alike, where one rank's batch is invalid, the ranks have different
+    segments or grids, or all placeholders together do not match the grids.
 
-    Example:
-        >>> group = parallel_state.get_context_parallel_group()
-        >>> inputs = from_thd(lambda: ThdBatch(tokens, [0, 64, 96], media), config, group)
+    Example: `inputs = from_thd(lambda: ThdBatch(tokens, [0, 64, 96], media), config, cp_group)`.
     """
     size, rank = cp_group.size(), cp_group.rank()
     if size == 1:

@@ -12,7 +12,6 @@ from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.layout.frames import Frames
 from megatron_vlbridge.layout.vision_index import ShardCounts, ShardedPack
 from megatron_vlbridge.layout.zigzag import check_divisible
-from megatron_vlbridge.model.inputs.media import Media
 from megatron_vlbridge.model.inputs.pack import PackedInputs
 from megatron_vlbridge.model.inputs.thd_batch import ThdBatch, integers
 from megatron_vlbridge.model.inputs.tokens import IGNORED, check_labels, check_vocabulary, filler_token, placeholders
@@ -59,8 +58,7 @@ class ThdLayout(BatchLayout):
 class ThdShard:
     """One rank's batch, checked as far as the rank can alone; then `inputs` from the statuses of all ranks.
 
-    Raises:
-        VLBridgeError: where the batch's own parts do not match.
+    Raises VLBridgeError where the batch's own parts do not match.
     """
 
     def __init__(self, batch: ThdBatch, config: Config, cp_size: int, cp_rank: int) -> None:
@@ -79,11 +77,18 @@ class ThdShard:
         self._whole = None
         counts = None
         if self.sharded:
-            _check_no_mtp(config)
+            if config.text.num_mtp_layers:
+                raise VLBridgeError(
+                    "multi-token prediction needs the token after each one, which may be on another context-parallel "
+                    "rank. Give every rank the whole pack; the model then takes this rank's part"
+                )
             self._pack = ShardedPack(segments, cp_size, images, videos, config.vision.spatial_merge_size)
             counts = self._pack.count(self._kinds)
         else:
-            self._whole = self._from_whole(media, config)
+            # Padding stays where it is: it counts as text at its segment's end, only the layout distinguishes it.
+            layout = BatchLayout.packed(segments, sum(segments))
+            whole = PackedInputs.from_pack(layout, self._tokens, media, config, self._labels)
+            self._whole = replace(whole.context_parallel(cp_size, cp_rank, config), layout=self._layout)
         shared = {
             "a whole pack or a part of it (T)": self.sharded,
             "cu_seqlens": segments,
@@ -99,10 +104,15 @@ class ThdShard:
     def inputs(self, statuses: Sequence[RankStatus]) -> PackedInputs:
         """This rank's inputs, from all ranks' statuses (in the order of the ranks).
 
-        Raises:
-            VLBridgeError: where the ranks' batches do not match; the same on every rank.
+        Raises VLBridgeError where the ranks' batches do not match; the same on every rank.
         """
-        _check_same(statuses)
+        for rank, status in enumerate(statuses):
+            for what, checksum in status.shared.items():
+                if checksum != statuses[0].shared[what]:
+                    raise VLBridgeError(
+                        f"context-parallel ranks 0 and {rank} of {len(statuses)} have different batches: they differ "
+                        f"in {what}. All ranks must get the same segments and grids, and a part of the same pack"
+                    )
         if self._whole is not None:
             return self._whole
         counts = [status.counts for status in statuses if status.counts is not None]
@@ -119,23 +129,6 @@ class ThdShard:
             loss_mask=None if self._labels is None else (self._labels != IGNORED).float(),
             vision_embed_index=places.vision_embed_index,
         )
-
-    def _from_whole(self, media: Media, config: Config) -> PackedInputs:
-        """Padding stays where it is: it counts as text at its segment's end, only the layout distinguishes it."""
-        layout = BatchLayout.packed(self._layout.padded, self._layout.total)
-        whole = PackedInputs.from_pack(layout, self._tokens, media, config, self._labels)
-        part = whole.context_parallel(self._layout.cp_size, self._layout.cp_rank, config)
-        return replace(part, layout=self._layout)
-
-
-def _check_same(statuses: Sequence[RankStatus]) -> None:
-    for rank, status in enumerate(statuses):
-        for what, checksum in status.shared.items():
-            if checksum != statuses[0].shared[what]:
-                raise VLBridgeError(
-                    f"context-parallel ranks 0 and {rank} of {len(statuses)} have different batches: they differ in "
-                    f"{what}. All ranks must get the same segments and grids, and a part of the same pack"
-                )
 
 
 def _is_shard(tokens: torch.Tensor, segments: tuple[int, ...], cp_size: int) -> bool:
@@ -168,11 +161,3 @@ def _without_padding(
         )
     check_labels(labels[0], padding, "this rank's tokens", config)
     return tokens, labels
-
-
-def _check_no_mtp(config: Config) -> None:
-    if config.text.num_mtp_layers:
-        raise VLBridgeError(
-            "multi-token prediction needs the token after each one, which may be on another context-parallel rank. "
-            "Give every rank the whole pack; the model then takes this rank's part"
-        )

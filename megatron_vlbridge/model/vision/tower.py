@@ -112,11 +112,7 @@ class PatchMergers(torch.nn.ModuleList):
 class VisionModel(MegatronModule):
     """The vision tower: patches of images and videos -> tokens of the language model, and deepstack features.
 
-    Args:
-        config: the tower's `TransformerConfig` (`model.transformer_config.vision_config`).
-        checkpoint: what the checkpoint is.
-        backend: which kernels.
-        pg_collection: Megatron's process groups (`tp`, `cp`, `pp`).
+    `config` is the tower's own (`model.transformer_config.vision_config`).
     """
 
     def __init__(

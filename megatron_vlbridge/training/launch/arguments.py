@@ -28,11 +28,11 @@ from megatron_vlbridge.training.launch.preflight import check_arguments
 from megatron_vlbridge.training.launch.start import (
     check_resumed,
     check_source,
+    check_trackers,
     loads_checkpoint,
     megatron_errors,
     schedule,
 )
-from megatron_vlbridge.training.launch.trackers import check_trackers
 
 # Fields of Megatron's TransformerConfig that the arguments have under another name.
 _RENAMED = {"num_moe_experts": "num_experts", "gated_linear_unit": "swiglu"}
@@ -81,8 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     Everything is checked here that can be checked without a model: sizes and layout, the source of the weights, and
     whether a checkpoint continues. A Hub id in `hf_folder` becomes the folder that it is in the Hub's cache.
 
-    Raises:
-        VLBridgeError: where an argument is unknown, cannot run, contradicts the checkpoint or is not verified.
+    Raises VLBridgeError where an argument is unknown, cannot run, contradicts the checkpoint or is not verified.
     """
     console.start()
     parser = make_parser(add_arguments)
@@ -107,7 +106,10 @@ def parse_arguments() -> argparse.Namespace:
         )
         layout = language_config(config, core_transformer_config_from_args(args))
     check_layout(layout, config, any_combination=args.allow_unproved_combination)
-    _set_intervals(args)
+    if args.eval_interval is None:
+        # Megatron counts the samples of evaluations even where there are none. Never during training, as it reads None
+        # where it trains: once, after the last iteration.
+        args.eval_interval = 1 + (args.train_iters or args.train_samples // args.global_batch_size)
     with megatron_errors():
         set_global_variables(args)
     if not args.skip_train:
@@ -166,13 +168,6 @@ def _set_defaults(args: argparse.Namespace) -> None:
     if args.save and args.save_interval is None:
         # Megatron needs an interval; a run also saves at its end.
         args.save_interval = args.train_iters or args.train_samples
-
-
-def _set_intervals(args: argparse.Namespace) -> None:
-    """Megatron counts the samples of evaluations even where there are none."""
-    if args.eval_interval is None:
-        # Never during training, as Megatron reads None where it trains: once, after the last iteration.
-        args.eval_interval = 1 + (args.train_iters or args.train_samples // args.global_batch_size)
 
 
 def _architecture_arguments(config: Config) -> dict[str, Any]:

@@ -46,8 +46,7 @@ def make_parser(add_arguments: Callable[[argparse.ArgumentParser], object]) -> a
 def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """`parser.parse_args`, which names the argument that an unknown one resembles.
 
-    Raises:
-        VLBridgeError: an unknown argument, a value that no argument takes, or a value of the wrong type.
+    Raises VLBridgeError: an unknown argument, a value that no argument takes, or a value of the wrong type.
     """
     args, unknown = parser.parse_known_args(words)
     names = [word.partition("=")[0] for word in unknown if word.startswith("-")]

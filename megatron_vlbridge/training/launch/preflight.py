@@ -36,8 +36,7 @@ _NAMES = {"--microbatch-group-size-per-virtual-pipeline-stage": "microbatch_grou
 def check_arguments(args: argparse.Namespace, config: Config) -> None:
     """Reject sizes that cannot run; `args` as they are parsed, before Megatron's `validate_args`.
 
-    Raises:
-        VLBridgeError: naming each argument with its value, what it contradicts, and valid values.
+    Raises VLBridgeError, naming each argument with its value, what it contradicts, and valid values.
     """
     _reject([*_missing(args), *_not_positive(args)])
     _reject(

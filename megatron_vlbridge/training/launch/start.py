@@ -1,6 +1,7 @@
 """Where a run starts from: which weights, and whether its checkpoint continues with these arguments."""
 
 import argparse
+import importlib.util
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,8 +76,7 @@ def check_source(args: argparse.Namespace) -> None:
     `--load` wins where it holds a checkpoint. A folder without one is where a run that is to be resumed will save, so
     the first start needs one of the other sources.
 
-    Raises:
-        VLBridgeError: no source or several; a folder without a checkpoint; a checkpoint without its files.
+    Raises VLBridgeError: no source or several; a folder without a checkpoint; a checkpoint without its files.
     """
     given = [flag for flag in _SOURCES if getattr(args, flag[2:].replace("-", "_"))]
     if len(given) > 1:
@@ -140,8 +140,7 @@ def check_resumed(args: argparse.Namespace) -> None:
 
     Megatron's global arguments are set; they are not changed.
 
-    Raises:
-        VLBridgeError: naming every value of the schedule that differs, and what to do.
+    Raises VLBridgeError, naming every value of the schedule that differs, and what to do.
     """
     if not loads_checkpoint(args) or args.finetune or args.no_load_optim or args.skip_train:
         return
@@ -164,8 +163,7 @@ def check_backend(args: argparse.Namespace, saved: argparse.Namespace | None, fo
     Megatron-Core saves it as flat buffers in the order of the parameters, which differs between the backends, so the
     state of each parameter would silently become that of another; and a resumed run on the CPU has another curve.
 
-    Raises:
-        VLBridgeError: naming the checkpoint and both backends.
+    Raises VLBridgeError, naming the checkpoint and both backends.
     """
     written, read = (("GPUs", "the CPU")[bool(getattr(found, "cpu", False))] for found in (saved, args))
     if args.use_distributed_optimizer and "the CPU" in (written, read):
@@ -192,8 +190,7 @@ def schedule(args: argparse.Namespace) -> dict[str, Any]:
 def check_schedule(saved: dict[str, Any], given: dict[str, Any], folder: str) -> None:
     """Reject a schedule that Megatron would not continue: every value must be the saved one.
 
-    Raises:
-        VLBridgeError: naming each that differs.
+    Raises VLBridgeError, naming each that differs.
     """
     lines = [
         f"  {flag}: saved {saved[name]}, given {given[name]}"
@@ -205,4 +202,35 @@ def check_schedule(saved: dict[str, Any], given: dict[str, Any], folder: str) ->
             "\n".join([f"{folder} was trained with another schedule of learning rate and weight decay:", *lines])
             + "\nTo continue with the given values add --override-opt_param-scheduler, with the saved ones "
             "--use-checkpoint-opt_param-scheduler; --finetune starts a new schedule from these weights"
+        )
+
+
+def check_trackers(args: argparse.Namespace) -> None:
+    """Reject `--tensorboard-dir` and `--wandb-project` where Megatron would log nothing, or fail late.
+
+    Raises VLBridgeError: a package is not installed, or another required argument is missing.
+    """
+    if args.tensorboard_dir:
+        _require("--tensorboard-dir", "tensorboard")
+    if not args.wandb_project:
+        return
+    _require("--wandb-project", "wandb")
+    missing = {
+        "--tensorboard-dir DIR (Megatron-Core 0.19 logs to W&B only what it logs to TensorBoard)": (
+            not args.tensorboard_dir
+        ),
+        "--wandb-exp-name NAME": not args.wandb_exp_name,
+        "--wandb-save-dir DIR or --save DIR": not (args.wandb_save_dir or args.save),
+    }
+    needed = [argument for argument, is_missing in missing.items() if is_missing]
+    if needed:
+        raise VLBridgeError(f"--wandb-project {args.wandb_project}  also needs:\n  " + "\n  ".join(needed))
+
+
+def _require(argument: str, package: str) -> None:
+    spec = importlib.util.find_spec(package)
+    # W&B creates a folder `wandb`, which Python would import as a namespace package.
+    if spec is None or spec.origin is None:
+        raise VLBridgeError(
+            f"{argument}: the package {package} is not installed; pip install 'megatron-vlbridge[{package}]'"
         )
