@@ -46,7 +46,8 @@ def dequantise(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 def is_quantised(name: str) -> bool:
     """As published: the linears of the language model."""
-    return ".layers." in name and ("_proj.weight" in name or name.endswith(("gate_up_proj", "down_proj")))
+    linears = ("_proj.weight", "in_proj_qkv.weight", "in_proj_z.weight", "gate_up_proj", "down_proj")
+    return ".layers." in name and name.endswith(linears)
 
 
 def quantise_folder(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from megatron_vlbridge.checkpoint.inspect import inspect
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region
+from tests import reference
 from tests.fp8_checkpoint import CONFIG, dequantise, quantise, quantise_folder
 from tests.unit import test_convert, test_convert_moe
 from tests.unit.test_convert import assert_same_bits, assert_side_files_are_the_same, tensors
@@ -26,11 +27,13 @@ from tests.unit.test_convert import assert_same_bits, assert_side_files_are_the_
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 DOWN = "model.language_model.layers.1.mlp.down_proj.weight"
-KINDS = ["dense", "fused_in_out", "fused_out_in", "per_expert"]
+KINDS = ["dense", "fused_in_out", "fused_out_in", "per_expert", "linear-experts"]
 
 
 def make(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     """Sizes that no block divides, some larger than one block; gives what the tensors stand for."""
+    if kind == "linear-experts":
+        return make_linear(folder)
     module, model = test_convert, Qwen3VLForConditionalGeneration
     config = test_convert.tiny_config(False)
     if kind != "dense":
@@ -51,6 +54,18 @@ def make(folder: Path, kind: str) -> dict[str, torch.Tensor]:
             found |= module.other_form(name, found.pop(name), kind)
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "model.safetensors")
     return quantise_folder(folder, torch.bfloat16 if kind == "fused_out_in" else torch.float32)
+
+
+def make_linear(folder: Path) -> dict[str, torch.Tensor]:
+    """Qwen3.5-MoE, whose decay and norm after linear attention stay in float32."""
+    reference.write_checkpoint(folder, **reference.KINDS["linear-experts"])
+    for path in folder.glob("*.safetensors"):
+        found = {
+            name: tensor if name.endswith((".A_log", ".linear_attn.norm.weight")) else tensor.bfloat16()
+            for name, tensor in load_file(path).items()
+        }
+        save_file(found, path)
+    return quantise_folder(folder)
 
 
 @pytest.fixture(scope="module")
