@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megatron_vlbridge.checkpoint.verify import verify
     from megatron_vlbridge.families import read_config
     from megatron_vlbridge.layout.batch_layout import BatchLayout
+    from megatron_vlbridge.layout.samples import check_batch, select_samples, split_global_batch
     from megatron_vlbridge.model.vlm import Qwen3VLModel
     from megatron_vlbridge.training.pretrain import model_provider
     from megatron_vlbridge.training.step import vlm_step
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BatchLayout": "layout.batch_layout",
     "Qwen3VLModel": "model.vlm",
+    "check_batch": "layout.samples",
     "export_checkpoint": "checkpoint.convert",
     "export_hf_weights": "checkpoint.live",
     "import_checkpoint": "checkpoint.convert",
@@ -32,6 +34,8 @@ _HOMES = {
     "model_provider": "training.pretrain",
     "read_config": "families",
     "save_hf": "checkpoint.live",
+    "select_samples": "layout.samples",
+    "split_global_batch": "layout.samples",
     "verify": "checkpoint.verify",
     "vlm_step": "training.step",
 }
@@ -41,6 +45,7 @@ __all__ = [
     "Config",
     "Qwen3VLModel",
     "VLBridgeError",
+    "check_batch",
     "export_checkpoint",
     "export_hf_weights",
     "import_checkpoint",
@@ -49,6 +54,8 @@ __all__ = [
     "model_provider",
     "read_config",
     "save_hf",
+    "select_samples",
+    "split_global_batch",
     "verify",
     "vlm_step",
 ]
