@@ -28,8 +28,8 @@ class DeepstackSegments(PackedSegments):
     vision_token_index: torch.Tensor | None = None
 
 
-def segments_of(inputs: PackedInputs) -> DeepstackSegments:
-    """The THD parameters of a pack, with its image tokens."""
+def packed_seq_params(inputs: PackedInputs) -> DeepstackSegments:
+    """Those of a pack, for every attention, with its image tokens, for deepstack."""
     layout = inputs.layout
     order = pack_order(layout.segments, layout.cp_size) if layout.cp_size > 1 else None
     return DeepstackSegments.from_lengths(

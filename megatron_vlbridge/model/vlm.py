@@ -33,12 +33,14 @@ class Qwen3VLModel(MegatronModule):
     Args:
         config: the language model's `TransformerConfig` (`language_config(checkpoint, ...)`).
         checkpoint: what the checkpoint is (`read_config(folder)`).
-        vocab_size: rows of the embedding, where the vocabulary is padded (default: the checkpoint's).
+        vocab_size: the padded vocabulary size (default: the checkpoint's).
         pre_process, post_process, vp_stage: this stage's part, as Megatron's pretrain passes them.
-        balance_vision: partition the tower's frames over the context-parallel ranks; else each rank runs all of them.
-        seq_length: length of all packs, where stages (or the all-gather dispatcher) exchange tensors of one length.
+        balance_vision: partition the vision frames (an image is one) over the context-parallel ranks; else each rank
+            runs all of them.
+        seq_length: if given, every pack must have this length where pipeline stages or the all-gather dispatcher
+            exchange tensors of one size; only checked.
         parallel_output: leave the logits split over the tensor-parallel ranks.
-        backend: which kernels (default: the CPU's where the CPU runtime is enabled, else Transformer Engine).
+        backend: which kernels (default: the CPU backend after `cpu_runtime.enable()`, else Transformer Engine).
 
     Example:
         >>> checkpoint = read_config("Qwen3-VL-2B-Instruct")
@@ -48,7 +50,7 @@ class Qwen3VLModel(MegatronModule):
     """
 
     layout_checked = False
-    """Whether the guards have accepted the layout of `config`."""
+    """Whether `training.guards.check_layout` has accepted the parallel layout and settings of `config`."""
 
     def __init__(
         self,
@@ -70,8 +72,8 @@ class Qwen3VLModel(MegatronModule):
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.checkpoint = checkpoint
         first_layer = get_transformer_layer_offset(config, vp_stage, self.pg_collection.pp.rank())
-        # The deepstack levels that this stage and later ones add.
-        self._levels = max(0, len(checkpoint.vision.deepstack_visual_indexes) - first_layer)
+        # Of the deepstack features, those that this stage and later ones add.
+        self._remaining_levels = max(0, len(checkpoint.vision.deepstack_visual_indexes) - first_layer)
         self._received: torch.Tensor | None = None
         self.balance_vision, self.seq_length = balance_vision, seq_length
         # Megatron's schedules, DDP and gradient finalisation look for these names.
@@ -111,10 +113,12 @@ class Qwen3VLModel(MegatronModule):
         """Logits, or the loss of each token where there are labels.
 
         Takes a padded batch (`input_ids`, `attention_mask`, `labels` `[B, S]` and the processor's media, on any device)
-        and gives `[B, S, V]` or `[B, S]`, V being this rank's part of the padded vocabulary; or takes `inputs`, a pack,
-        and gives `[1, T, V]` or `[1, T]`. Labels are next tokens; where they are -100 the loss is 0.
-        `mm_token_type_ids` `[B, S]` (1 image, 2 video) is only checked.
-        A stage without the head gives hidden states `[T, 1, H]` for the next one.
+        and gives `[B, S, V]` or `[B, S]`; or takes `inputs`, a pack, and gives `[1, T, V]` or `[1, T]`. V is the padded
+        vocabulary, divided by the tensor-parallel size with `parallel_output`.
+        Labels are already shifted, unlike those of transformers: `labels[t]` is the target of token t; where it is -100
+        the loss is 0. `mm_token_type_ids` `[B, S]` (1 image, 2 video) is only checked.
+        A stage without the head gives `[rows, 1, H]` for the next one: hidden states (this rank's part under sequence
+        parallelism), those of the MTP layer if an earlier stage ran it, then deepstack features.
 
         With `cu_seqlens` (of the whole pack, padding included; `lengths` without it) or Megatron's `packed_seq_params`,
         `input_ids` and `labels` are a packed batch `[1, T]`: the whole pack, or under context parallelism this rank's
@@ -141,14 +145,14 @@ class Qwen3VLModel(MegatronModule):
         check_pack(inputs, self.config, self.seq_length)
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
-            inputs = inputs.sequence_parallel(tp.size(), tp.rank())
+            inputs = inputs.with_sequence_shard(tp.size(), tp.rank())
         # Only these losses of the router distinguish padding.
         router_loss = self.config.moe_aux_loss_coeff or self.config.moe_z_loss_coeff
         embeddings, features = self._embed(inputs) if self.pre_process else (None, self._receive(inputs))
         output = self.language_model(
             embeddings,
             inputs.position_ids,
-            deepstack.segments_of(inputs),
+            deepstack.packed_seq_params(inputs),
             features,
             padding_mask=inputs.padding_mask(tp.size(), tp.rank()) if router_loss else None,
             labels=inputs.labels,
@@ -160,18 +164,22 @@ class Qwen3VLModel(MegatronModule):
         return output
 
     def _embed(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings `[s, 1, H]` with the images in place, and this rank's deepstack features `[levels, n, 1, H]`."""
-        words = self.language_model.embedding(input_ids=inputs.tokens, position_ids=None)
+        """Embeddings `[s, 1, H]`, and this rank's deepstack features `[levels, n, 1, H]`.
+
+        Those of the tower are at the placeholder tokens.
+        """
+        text = self.language_model.embedding(input_ids=inputs.tokens, position_ids=None)
         decoder, scatter = self.language_model.decoder, self.language_model.scatter
         if not inputs.frames.grids:
-            embeddings = scatter(words + self.vision_model.dummy_forward(words))
-            return recomputable(embeddings, decoder), words.new_zeros(self._levels, 0, *words.shape[1:])
-        features = tower_features(self.vision_model, inputs, self.pg_collection.cp, self.balance_vision).to(words.dtype)
-        embeddings = scatter(words.index_copy(0, inputs.vision_token_index, features[0]))
-        levels = features[1:]
+            embeddings = scatter(text + self.vision_model.dummy_forward(text))
+            return recomputable(embeddings, decoder), text.new_zeros(self._remaining_levels, 0, *text.shape[1:])
+        features = tower_features(self.vision_model, inputs, self.pg_collection.cp, self.balance_vision).to(text.dtype)
+        embeddings = scatter(text.index_copy(0, inputs.vision_token_index, features[0]))
+        deepstack_features = features[1:]
         if inputs.shard is not None:
-            levels = deepstack.local_features(levels, inputs.shard.embed_index, self.pg_collection.tp)
-        return recomputable(embeddings, decoder), levels
+            index = inputs.shard.embed_index
+            deepstack_features = deepstack.local_features(deepstack_features, index, self.pg_collection.tp)
+        return recomputable(embeddings, decoder), deepstack_features
 
     def _receive(self, inputs: PackedInputs) -> torch.Tensor:
         """The previous stage's hidden states go to the decoder; gives its deepstack features `[levels, n, 1, H]`."""
@@ -179,15 +187,17 @@ class Qwen3VLModel(MegatronModule):
         if received is None:
             raise VLBridgeError("a stage without embeddings needs the hidden states of the previous one")
         tokens = inputs.tokens.shape[1] // (1 if inputs.shard is None else self.pg_collection.tp.size())
-        # After the stage of the MTP layer, its output follows that of the decoder.
+        # Where an earlier stage ran the MTP layer, its hidden states follow those of the decoder.
         tokens *= 1 + get_mtp_layer_offset(self.config, self.vp_stage)
-        images, stage = len(inputs.deepstack_token_index), self.pg_collection.pp.rank()
-        hidden_states, features = deepstack.split_features(received, tokens, self._levels, images, stage)
+        vision_tokens, stage = len(inputs.deepstack_token_index), self.pg_collection.pp.rank()
+        hidden_states, features = deepstack.split_features(
+            received, tokens, self._remaining_levels, vision_tokens, stage
+        )
         self.language_model.decoder.set_input_tensor(hidden_states)
         return features
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Megatron's, see there; the same entries on every backend."""
+        """See `MegatronModule.sharded_state_dict`; the entries are the same on every backend."""
         return without_extra_states(super().sharded_state_dict(*args, **kwargs))
 
     def set_input_tensor(self, input_tensor: Any) -> None:

@@ -69,7 +69,7 @@ def next_inputs(
     assert inputs is not None
     if sequence_parallel:
         # Before the copy to the device, so that the number of rows is known without a synchronization.
-        inputs = inputs.sequence_parallel(pg_collection.tp.size(), pg_collection.tp.rank())
+        inputs = inputs.with_sequence_shard(pg_collection.tp.size(), pg_collection.tp.rank())
     return inputs.to(device)
 
 

@@ -1,4 +1,4 @@
-"""The forward step for Megatron's `pretrain`, and its loss: a sum and a count, averaged over the global batch."""
+"""The forward step for Megatron's `pretrain`, and its loss: a sum and a token count, which Megatron divides."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -19,10 +19,12 @@ def vlm_step(
 ) -> tuple[torch.Tensor, LossFunction]:
     """Megatron's `forward_step_func` for a :class:`Qwen3VLModel`, wrapped by Megatron or not.
 
-    Reads a pack (see `training.batch.PACK_KEYS`) from `data_iterator`. Returns the output of the stage and the loss
+    The first tensor-parallel rank of every pipeline stage reads the same pack (see `training.batch.PACK_KEYS`) from its
+    `data_iterator` and broadcasts it to the others, which may have None. Returns the output of the stage and the loss
     function, which Megatron calls on the last stage.
 
-    Raises VLBridgeError: at the first call, the model's layout or a setting is not verified; the pack is invalid.
+    Raises VLBridgeError: at the first call, if the parallel layout or a setting is not verified; at any call, if the
+    pack is invalid.
     Example: `pretrain(config, dataset_provider, ModelType.encoder_or_decoder, vlm_step, model_provider)`.
     """
     stage: Qwen3VLModel = get_attr_wrapped_model(model, "checkpoint", return_model_obj=True)

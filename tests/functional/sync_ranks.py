@@ -171,7 +171,7 @@ def _prepare(
     inputs = read_pack({key: value[None] for key, value in pack.items()}, model.checkpoint)
     inputs = inputs.context_parallel(layout.cp, parallel_state.get_context_parallel_rank(), model.checkpoint)
     if layout.sp:
-        inputs = inputs.sequence_parallel(layout.tp, parallel_state.get_tensor_model_parallel_rank())
+        inputs = inputs.with_sequence_shard(layout.tp, parallel_state.get_tensor_model_parallel_rank())
     return model, inputs
 
 

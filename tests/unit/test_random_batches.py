@@ -42,7 +42,7 @@ def check(found: PackedInputs, expected: list[Token], tp: int, known: bool = Tru
 def check_sequence_parallel(found: PackedInputs, features: list[int], images: dict[int, int], tp: int) -> None:
     size = found.tokens.shape[1] // tp
     for rank in range(tp):
-        shard = found.sequence_parallel(tp, rank).shard
+        shard = found.with_sequence_shard(tp, rank).shard
         assert shard is not None
         mine = dict(zip(shard.token_index.tolist(), (features[i] for i in shard.embed_index.tolist()), strict=True))
         inside = {place - rank * size: row for place, row in images.items() if place // size == rank}

@@ -1,4 +1,4 @@
-"""The whole correspondence of names and shapes: Qwen3-VL and Qwen3.5, dense or with experts."""
+"""The HF <-> Megatron weight mapping of every family: Qwen3-VL, Qwen3.5 and Cosmos3, dense or with experts."""
 
 from megatron_vlbridge.config import Config, LayerKind, TextConfig, VisionConfig
 from megatron_vlbridge.families.experts import ExpertLayout, expert_rules
@@ -13,9 +13,10 @@ EMBEDDING = f"{_HF_TEXT}.embed_tokens.weight"
 
 
 def rules(config: Config, experts: ExpertLayout, mtp_experts: ExpertLayout) -> list[Rule]:
-    """All rules of a checkpoint whose experts, and those of its MTP layer, HF holds in these layouts.
+    """All rules of a checkpoint; `experts` and `mtp_experts` say how HF stores the experts of decoder and MTP layer.
 
-    Megatron stacks the layers where all are alike, otherwise it names them `layers.0`, `layers.1` and so on.
+    In torch_dist checkpoints Megatron stores layers that are all alike as one tensor with a leading layer axis, others
+    as `layers.0.*`, `layers.1.*` and so on.
     """
 
     def mtp_layer(hf: str, to: str) -> list[Rule]:
@@ -33,7 +34,10 @@ def rules(config: Config, experts: ExpertLayout, mtp_experts: ExpertLayout) -> l
 def _layer_rules(
     config: Config, kind: LayerKind, experts: ExpertLayout, hf: str, to: str, layer: int | None
 ) -> list[Rule]:
-    """The decoder layer `hf`: layer `layer` of the stack `to`, or `to` itself where that is None."""
+    """One decoder layer: prefixes of its names on both sides, and its index in tensors that stack the layers, or None.
+
+    Linear attention stands beside full attention, so its layers are never stacked.
+    """
     text = config.text
     linear = kind.linear_attention
     attention = linear_attention_rules(text, hf, to) if linear else _attention_rules(text, hf, to, layer)

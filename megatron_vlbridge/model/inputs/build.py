@@ -79,7 +79,7 @@ def build_inputs(
         inputs = from_thd(lambda: _thd_batch(raw, config, with_patches), checkpoint, pg_collection.cp)
     if config.sequence_parallel:
         # On the host: on a device, the number of image tokens would be a sync.
-        inputs = inputs.sequence_parallel(pg_collection.tp.size(), pg_collection.tp.rank())
+        inputs = inputs.with_sequence_shard(pg_collection.tp.size(), pg_collection.tp.rank())
     return inputs
 
 

@@ -137,8 +137,8 @@ class PackedInputs:
             mtp=self.mtp and self.mtp.gather(index, filler),
         )
 
-    def sequence_parallel(self, size: int, rank: int) -> Self:
-        """The same pack with the image tokens in the part of tensor-parallel rank `rank` of `size`."""
+    def with_sequence_shard(self, size: int, rank: int) -> Self:
+        """The same whole pack, knowing which image tokens are in the part of tensor-parallel rank `rank` of `size`."""
         if self.shard is not None:
             return self
         tokens = self.tokens.shape[1] // size
