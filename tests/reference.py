@@ -1,6 +1,7 @@
 """The oracle: a tiny random Qwen3-VL or Qwen3.5 of transformers, run conversation by conversation."""
 
 import hashlib
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -275,11 +276,10 @@ def recurrent_delta_rule() -> Iterator[None]:
     from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as experts
 
-    chunked = "torch_chunk_gated_delta_rule"
-    with (
-        mock.patch.object(dense, chunked, dense.torch_recurrent_gated_delta_rule.__wrapped__),
-        mock.patch.object(experts, chunked, experts.torch_recurrent_gated_delta_rule.__wrapped__),
-    ):
+    chunked, recurrent = "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
+    # Newer versions wrap the rule in torch by one that takes flash-linear-attention's if it is installed.
+    dense_rule, experts_rule = (inspect.unwrap(getattr(module, recurrent)) for module in (dense, experts))
+    with mock.patch.object(dense, chunked, dense_rule), mock.patch.object(experts, chunked, experts_rule):
         yield
 
 

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.ssm import gated_delta_net
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlbridge.errors import VLBridgeError
 
-# The dtypes of attention over context-parallel ranks (flash-attention's and cuDNN's kernels). Attention in fp32 is
-# written in torch and has no context parallelism.
+# The dtypes of kernels that are verified: of attention over context-parallel ranks (flash-attention's and cuDNN's; fp32
+# attention is written in torch and has none), and of linear attention.
 # Source: `get_attention_backend` (attention/dot_product_attention/utils.py) of Transformer Engine 2.20.
-CP_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+KERNEL_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
 # Environment variables of Transformer Engine 2.20 that choose kernels which no test runs.
 _VARIABLES = {
@@ -30,7 +31,7 @@ def check_context_parallel(config: TransformerConfig) -> None:
     Raises:
         VLBridgeError: naming the setting, and what to use.
     """
-    if config.params_dtype not in CP_DTYPES:
+    if config.params_dtype not in KERNEL_DTYPES:
         raise VLBridgeError(
             f"context parallelism (context_parallel_size={config.context_parallel_size}) in "
             f"{str(config.params_dtype).removeprefix('torch.')}: Transformer Engine has no attention for it. "
@@ -50,10 +51,15 @@ def faults(config: TransformerConfig, linear_attention: bool) -> list[str]:
         for name, what in _VARIABLES.items()
         if (value := os.environ.get(name, "0")) not in ("", "0")
     ]
-    if linear_attention and importlib.util.find_spec("fla") is None:
+    if linear_attention and not gated_delta_net.HAVE_FLA:
         found.append(
             "linear attention without flash-linear-attention, whose kernels it needs on a GPU: pip install "
             '"megatron-vlbridge[fla]"'
+        )
+    if linear_attention and config.params_dtype not in KERNEL_DTYPES:
+        found.append(
+            "linear attention in float32: flash-linear-attention's matrix products are in TF32 then, verified: "
+            "bfloat16 (use --bf16)"
         )
     if _prefers_flash_attention(config):
         found.append(

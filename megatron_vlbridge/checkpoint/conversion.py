@@ -193,11 +193,11 @@ def _digest(text: str) -> str:
 
 
 def _fingerprint(paths: Iterable[Path]) -> dict[str, dict[str, int | str]]:
-    """Size, first bytes and times of each file, by name; of the target where it is a link."""
+    """Size, first bytes and times of each file, by its name or, if another has it, path; of a link's target."""
     result: dict[str, dict[str, int | str]] = {}
     for path in paths:
         status = path.stat()
-        result[path.name] = {
+        result[str(path) if path.name in result else path.name] = {
             "size": status.st_size,
             "first bytes": digest_range(path, 0, _HEAD_BYTES, "sha256").value,
             "modified": status.st_mtime_ns,

@@ -121,7 +121,7 @@ def plan_export_of(
             *dict.fromkeys(template.folder / template.tensors[name][0] for name in passthrough),
         ),
         side_files=tuple(side_files(template.folder)),
-        notes=tuple(_notes(template.folder, config, family, expert_layout, passthrough, choices.portable_config)),
+        notes=tuple(_notes(template, config, family, expert_layout, passthrough, choices.portable_config)),
         options={
             "--dtype": dtype_name(dtype),
             "--experts": choices.experts,
@@ -187,16 +187,24 @@ def _hf_filler(
 
 
 def _notes(
-    like: Path, config: Config, family: Family, layout: ExpertLayout, passthrough: Sequence[str], portable: bool
+    template: ExportTemplate,
+    config: Config,
+    family: Family,
+    layout: ExpertLayout,
+    passthrough: Sequence[str],
+    portable: bool,
 ) -> Iterator[str]:
-    hub = family.expert_layout
+    like, hub = template.folder, family.expert_layout
     if layout is not hub:
         yield f"experts are written as {layout}; the Hub's form of them is {hub}: --experts {hub}"
     if config.fp8:
         yield f"weights are not quantised again: quantization_config of {like} is removed from config.json"
     if passthrough:
         yield f"copied unchanged from {like}, as not part of the model: {listed(passthrough)}"
-    found = list(differences_in_4(load_json_object(like / "config.json"), config))
+    if left_out := family.find_other_tensors(template.tensors):
+        yield f"left out, as not part of the model: {listed(left_out)}"
+    raw = load_json_object(like / "config.json")
+    found = list(differences_in_4(raw, config)) if family.config.in_transformers_4 else []
     if found and portable:
         yield f"config.json is written for transformers 4.57 too, which would have read {'; '.join(found)}"
     elif found:

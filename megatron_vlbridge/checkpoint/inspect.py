@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.formats import is_megatron
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
@@ -47,8 +48,9 @@ class Inspection:
     def parameters(self) -> dict[str, int]:
         """The number of elements of each part."""
         counts: Counter[str] = Counter()
+        others = set(families.find(self.config).find_other_tensors(self.table)) if self.config else set()
         for name, spec in self.table.items():
-            part = next((part for part, pattern in _PARTS if re.search(pattern, name)), "other")
+            part = next((part for part, pattern in _PARTS if name not in others and re.search(pattern, name)), "other")
             counts[part] += spec.nbytes // spec.dtype.itemsize
         return dict(counts)
 

@@ -73,8 +73,8 @@ def verify(
     layouts, forms of experts and rows that pad the vocabulary do not matter; values and dtypes do. Weights in FP8 are
     compared as the bfloat16 values that they stand for.
     Optimizer state is skipped, and so are tensors of Hugging Face folders that match the patterns `ignore`, such as an
-    import ignored (`leave_out` is its former name). Where a config is known on both sides, its architecture and sizes
-    are compared.
+    import ignored (`leave_out` is its former name), and, against a Megatron folder, those that an import leaves out.
+    Where a config is known on both sides, its architecture and sizes are compared.
     `experts` (an `ExpertLayout`) is the form of fused experts in Hugging Face folders, where their shapes do not tell.
 
     Raises VLBridgeError where a folder is damaged or does not fit its own config.
@@ -137,7 +137,6 @@ def _read_hf(folder: Path, ignore: Sequence[str], experts: str | None) -> _Huggi
     asked = None if has_single_experts(weights.table, family.layers) else experts
     table = family.table_for(config, weights.table, asked)
     ignored = {name for name in weights.table if any(fnmatchcase(name, pattern) for pattern in ignore)}
-    ignored |= {*family.find_other_tensors(weights.table)}
     hf = {name: spec for name, spec in weights.table.items() if name not in ignored or name in table.hf_shapes}
     if config.tie_word_embeddings and family.head in hf:
         check_tied_head(weights, family)
@@ -151,7 +150,9 @@ def _read_hf(folder: Path, ignore: Sequence[str], experts: str | None) -> _Huggi
 
 def _as_megatron(hf: _HuggingFace) -> _Side:
     found, _ = megatron_tensors(hf.rules, hf.model)
-    return _Side(hf.folder, {**found, **hf.others}, _through(hf.rules, hf.read), hf.config)
+    left_out = families.find(hf.config).find_other_tensors(hf.others)
+    others = {name: spec for name, spec in hf.others.items() if name not in left_out}
+    return _Side(hf.folder, {**found, **others}, _through(hf.rules, hf.read), hf.config)
 
 
 def _as_hf(hf: _HuggingFace, rules: RuleTable) -> _Side:

@@ -29,7 +29,7 @@ def read_config_file(
     top.only("per_layer_config", None)
     _reject_unsupported(top, unsupported or {})
     found = _find_format(top, supported)
-    parts = found.parts or found.model_type
+    parts = found.parts_model_type or found.model_type
     config = Config(
         architecture=found.architecture,
         model_type=found.model_type,
@@ -75,7 +75,9 @@ def _find_format(top: Section, supported: Sequence[ConfigFormat]) -> ConfigForma
     if not isinstance(named, list) or len(named) > 1 or any(not isinstance(name, str) for name in named):
         raise top.fail("architectures", named, "a list with one name", "Name the one architecture of the checkpoint.")
     formats = {known.model_type: known for known in supported}
-    by_name = {known.architecture: model_type for model_type, known in formats.items()}
+    by_name = {
+        name: known.model_type for known in supported for name in (known.architecture, *known.other_architectures)
+    }
     remedy = f"Supported architectures: {', '.join(known.architecture for known in supported)}."
     if named and named[0] not in by_name:
         raise top.fail("architectures", named[0], "a supported architecture", remedy)

@@ -166,8 +166,9 @@ class ConfigFormat:
     `text` and `vision` hold, for each key of `text_config` and `vision_config` that the reader looks for, what
     transformers 5.23 takes where it is absent. A key that is not here is one that the model type does not have: with
     `num_experts` it has experts, with `full_attention_interval` linear attention, and so on. `tokens` are the defaults
-    of the tokens image, video, vision start and vision end. `parts` is the model type whose text and vision configs it
-    has, where that is another.
+    of the tokens image, video, vision start and vision end. `parts_model_type` is the model type whose text and vision
+    configs it has, where that is another; `other_architectures` are further names of the architecture.
+    `in_transformers_4` tells whether transformers 4.57 has the model type too.
     """
 
     model_type: str
@@ -175,4 +176,6 @@ class ConfigFormat:
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
     tokens: tuple[int, int, int, int]
-    parts: str = ""
+    parts_model_type: str = ""
+    other_architectures: tuple[str, ...] = ()
+    in_transformers_4: bool = False

@@ -59,12 +59,14 @@ def hub_names(names: Iterable[str], source: str) -> tuple[dict[str, str], list[s
     """
     names = list(names)
     wrapper = strip_wrappers(names)
+    parts = {name: _find_part(name.removeprefix(wrapper)) for name in names}
+    prefixed = {part for part, prefix in parts.values() if prefix}
     first: dict[Part, tuple[str, str]] = {}
     result = {}
-    for name in names:
+    for name, (part, prefix) in parts.items():
         inner = name.removeprefix(wrapper)
-        part, prefix = _find_part(inner)
-        if part is not None:
+        # Beside names with a prefix, one without is not of the part: `merger.extra` is no tensor of the tower.
+        if part is not None and (prefix or part not in prefixed):
             known, other = first.setdefault(part, (prefix, name))
             if known != prefix:
                 raise VLBridgeError(
@@ -72,13 +74,17 @@ def hub_names(names: Iterable[str], source: str) -> tuple[dict[str, str], list[s
                     "The folder holds two checkpoints: remove the files of one."
                 )
             inner = part.hub + inner.removeprefix(prefix)
-        for other, hub in MODULES.items():
-            inner = inner.replace(other, hub)
+            for other, hub in MODULES.items():
+                inner = inner.replace(other, hub)
         result[name] = inner
-    modules = sorted({word for word in MODULES for name in names if word in name})
+    modules = sorted({word for word in MODULES for name in names if word in name and word not in result[name]})
     _check_unique(result, source)
     prefixes = {part.hub: wrapper + prefix for part, (prefix, _) in first.items()}
-    notes = [f"names {found}* are read as {hub}*" for hub, found in prefixes.items() if found != hub]
+    notes = [
+        f"names {found}* are read as {hub}*" if found else f"names without a prefix are read as {hub}*"
+        for hub, found in prefixes.items()
+        if found != hub
+    ]
     return result, [*notes, *(f"names *{word}* are read as *{MODULES[word]}*" for word in modules)]
 
 

@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 import tempfile
+import time
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from tests.functional.pool import PRELOAD
 
+TIMEOUT = 300
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
 
 
@@ -43,10 +45,15 @@ def run_example(folder: Path, *arguments: object, processes: int = 1) -> str:
 
 
 def _wait(ranks: list[Any]) -> None:
-    """Until all have ended. The others wait for one that fails, and are ended."""
+    """Until all have ended. The others wait for one that fails, and are ended, as all are after `TIMEOUT` seconds."""
     running = {rank.sentinel: rank for rank in ranks}
+    deadline = time.monotonic() + TIMEOUT
     while running:
-        for sentinel in wait(list(running)):
+        ended = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
+        if not ended:
+            for rank in running.values():
+                rank.kill()
+        for sentinel in ended:
             rank = running.pop(sentinel)  # type: ignore[arg-type]
             rank.join()
             if rank.exitcode:

@@ -15,7 +15,7 @@ cpu_runtime.enable()
 sys.modules["fla"] = None  # type: ignore[assignment]
 
 # The longest first, so that the processes of pytest-xdist, each of which takes whole files, end together.
-ORDER = ("training", "gpu_checks", "parity", "checkpoints", "mutants", "bf16", "choice", "extension")
+ORDER = {f"test_{name}": place for place, name in enumerate(("training", "gpu_checks", "parity", "checkpoints"))}
 HOSTS = pytest.StashKey[Hosts]()
 
 
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: ORDER.index(item.path.stem.removeprefix("test_")))
+    items.sort(key=lambda item: ORDER.get(item.path.stem, len(ORDER)))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -75,12 +75,14 @@ class Forked:
         self.connection = Connection(client.detach())
         self.connection.send(bytes(multiprocessing.current_process().authkey))
         self.connection.send((function, args))
-        self._group: int = self.connection.recv()
+        self._group: int | None = self.connection.recv()
 
     def kill(self) -> None:
         """End the process, if it has not ended, and with it all that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._group, signal.SIGKILL)
+        group, self._group = self._group, None
+        if group is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
         self.connection.close()
 
 

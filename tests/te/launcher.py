@@ -54,6 +54,6 @@ def _rank(backend: str, command: list[str], folder: Path, environment: dict[str,
 
 def _called() -> set[str]:
     from tests.te.extension import CALLS
-    from tests.te.references import fused_weight_gradient_mlp_cuda
+    from tests.te.references import fla, fused_weight_gradient_mlp_cuda
 
-    return set(CALLS) | set(fused_weight_gradient_mlp_cuda.CALLS)
+    return {*CALLS, *fla.CALLS, *fused_weight_gradient_mlp_cuda.CALLS}

@@ -18,7 +18,8 @@ from tests.functional.pool import Layout, Pool
 class Row:
     """A layout, its variant, and settings of Megatron's config beside them.
 
-    `make test-te` leaves out the rows that are `further`: the others hold every pair and setting without them.
+    `make test-te` leaves out the rows that are `further`: the others hold every pair and setting of
+    Qwen3-VL without them.
     """
 
     kind: str

@@ -79,7 +79,7 @@ def admit_fp32_to_fused_attention() -> None:
     # FusedAttention asserts float16 or bfloat16.
     backends.torch = _TorchWithFloat32AsFloat16("torch")
     # So do the guards of a user's run.
-    te.CP_DTYPES = (*te.CP_DTYPES, torch.float32)
+    te.KERNEL_DTYPES = (*te.KERNEL_DTYPES, torch.float32)
 
 
 class _TorchWithFloat32AsFloat16(ModuleType):

@@ -134,8 +134,9 @@ def test_grouped_experts_follow_the_cpu_backend(experts: Runs) -> None:
 
 def test_linear_attention_follows_the_cpu_backend(linear: Runs) -> None:
     expected, _ = linear.train("cpu", "cpu", *START)
-    curve, _ = linear.train("te", "te", *START, *CP2, *SHARDED, processes=2)
+    curve, called = linear.train("te", "te", *START, *CP2, *SHARDED, processes=2)
     assert_same(curve, expected)
+    assert {"l2norm", "causal_conv1d", "chunk_gated_delta_rule"} <= called
 
 
 def test_a_resumed_run_goes_on_where_it_was(dense: Runs, te: tuple[Curve, set[str]]) -> None:

@@ -71,7 +71,8 @@ The same comparison with the TE backend: Megatron's modules of Transformer Engin
 kernel with its arguments; the kernels are references in torch, and attention in fp32 takes the way of bf16
 ([gpu.md](gpu.md)). The rows hold every pair of what the rows above combine, each in one variant. `settings` are further
 ones of Megatron's: `p2p`, `a2a` and `all_gather` are exchanges between context-parallel ranks (`cp_comm_type`), four of
-them one for each layer. `make test-te` runs as many of the rows as still hold every pair and every setting.
+them one for each layer. `make test-te` runs as many rows of Qwen3-VL as still hold every pair
+and every setting, and a few of Qwen3.5.
 
 {head}
 {chr(10).join(lines)}

@@ -406,11 +406,13 @@ def test_sizes_that_linear_attention_cannot_be_spread_over_are_rejected_with_tho
     language_config(checkpoint, **dict(zip(names, (8, 2), strict=True)))
 
 
-def test_linear_attention_on_a_gpu_needs_its_kernels(on_transformer_engine, monkeypatch):
+def test_linear_attention_on_a_gpu_needs_its_kernels_and_their_dtypes(on_transformer_engine, monkeypatch):
     checkpoint = CHECKPOINTS["linear"]
     config = language_config(checkpoint, calculate_per_token_loss=True, params_dtype=torch.bfloat16)
-    monkeypatch.setattr(te.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(te.gated_delta_net, "HAVE_FLA", True)
+    guards.check_layout(config, checkpoint)
+    with pytest.raises(VLBridgeError, match=r"linear attention in float32.*--bf16"):
+        guards.check_layout(language_config(checkpoint, calculate_per_token_loss=True), checkpoint)
+    monkeypatch.setattr(te.gated_delta_net, "HAVE_FLA", False)
     with pytest.raises(VLBridgeError, match=r"without flash-linear-attention.*pip install"):
         guards.check_layout(config, checkpoint)
-    monkeypatch.setattr(te.importlib.util, "find_spec", lambda name: name if name == "fla" else None)
-    guards.check_layout(config, checkpoint)

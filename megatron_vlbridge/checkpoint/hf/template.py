@@ -115,7 +115,9 @@ def _read_manifest(folder: Path) -> ExportTemplate:
         if spec is None:
             raise VLBridgeError(f"{path}: {name}: expected a file, dtype and shape, found {entry!r:.80}. Import again.")
         if not is_file_path(entry[0], ".safetensors"):
-            raise VLBridgeError(f"{path}: {name}: expected a plain safetensors name, found {entry[0]!r}. Import again.")
+            raise VLBridgeError(
+                f"{path}: {name}: expected the name of a safetensors file, found {entry[0]!r}. Import again."
+            )
         result[name] = (entry[0], spec)
     if not result:
         raise VLBridgeError(f"{path}: tensors: expected names with their files, found {tensors!r:.80}. Import again.")

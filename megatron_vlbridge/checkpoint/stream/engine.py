@@ -165,7 +165,8 @@ class _Run:
         in_place = kept is not None and (kept.file, kept.start) == (planned.file, planned.start)
         if kept is not None and in_place and kept.is_intact(self.staging.folder):
             self._report(index, resumed=True)
-            if kept.digest is None or kept.digest.algorithm == ALGORITHM:
+            assert kept.digest is not None
+            if kept.digest.algorithm == ALGORITHM:
                 return kept
             # An earlier version used another algorithm.
             return replace(kept, digest=digest_range(self.staging.folder / kept.file, kept.start, kept.length))

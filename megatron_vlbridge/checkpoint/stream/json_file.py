@@ -14,6 +14,7 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_SIZE = 2**63  # of a dim of a torch tensor
 _MAX_DIMS = 64
 _LONGEST_FILE_NAME = 255
+_LONGEST_PATH = 1024
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -31,7 +32,7 @@ def is_file_name(value: object, suffix: str) -> TypeGuard[str]:
 
 def is_file_path(value: object, suffix: str) -> TypeGuard[str]:
     """Whether a value names a file with this suffix in the folder or below it."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > _LONGEST_PATH:
         return False
     *folders, name = value.split("/")
     return is_file_name(name, suffix) and all(is_file_name(f, "") and f not in (".", "..") for f in folders)

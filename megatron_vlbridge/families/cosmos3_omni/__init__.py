@@ -19,7 +19,10 @@ FAMILY = replace(
         qwen3_vl.FAMILY.config,
         model_type="cosmos3_omni",
         architecture="Cosmos3OmniForConditionalGeneration",
-        parts=qwen3_vl.FAMILY.config.model_type,
+        parts_model_type=qwen3_vl.FAMILY.config.model_type,
+        in_transformers_4=False,
+        # That of the published files.
+        other_architectures=("Cosmos3ForConditionalGeneration",),
     ),
     other_tensors=_GENERATOR,
 )

@@ -44,4 +44,5 @@ CONFIG = ConfigFormat(
     },
     vision=VISION,
     tokens=TOKENS,
+    in_transformers_4=True,
 )

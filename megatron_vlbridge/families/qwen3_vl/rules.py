@@ -24,6 +24,7 @@ def rules(config: Config, experts: ExpertLayout, mtp_experts: ExpertLayout) -> l
 
     kinds = config.text.layer_kinds
     stacked = len(set(kinds)) == 1
+    assert not (stacked and kinds[0].linear_attention), "linear attention has no rules for stacked layers"
     result = _embedding_rules(config)
     for layer, kind in enumerate(kinds):
         to, index = (LAYERS, layer) if stacked else (f"{LAYERS}.{layer}", None)

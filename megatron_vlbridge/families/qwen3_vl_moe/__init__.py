@@ -27,6 +27,7 @@ CONFIG = ConfigFormat(
     },
     vision=VISION,
     tokens=TOKENS,
+    in_transformers_4=True,
 )
 
 FAMILY = replace(
