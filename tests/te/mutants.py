@@ -45,6 +45,24 @@ def _kernel(name: str, change: Callable[[Arguments], object]) -> Iterator[None]:
         REFERENCES[name] = original
 
 
+@contextmanager
+def _linear_attention(name: str, change: Callable[[Arguments], object]) -> Iterator[None]:
+    """A fault in the keywords that Megatron's `GatedDeltaNet` gives a function of flash-linear-attention."""
+    from megatron.core.ssm.gated_delta_net import gdn
+
+    original = getattr(gdn, name)
+
+    def call(*args: Any, **keywords: Any) -> Any:
+        change(keywords)
+        return original(*args, **keywords)
+
+    setattr(gdn, name, call)
+    try:
+        yield
+    finally:
+        setattr(gdn, name, original)
+
+
 def _changed(original: Callable[..., Any], change: Callable[[Arguments], object]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
@@ -73,6 +91,14 @@ def _one_segment(arguments: Arguments) -> None:
     for name in ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
         arguments[name] = arguments[name][[0, -1]]
     arguments["max_seqlen_q"] = arguments["max_seqlen_kv"] = len(arguments["query_layer"])
+
+
+def _one_segment_of_linear_attention(arguments: Arguments) -> None:
+    arguments["cu_seqlens"] = arguments["cu_seqlens"][[0, -1]]
+
+
+def _without_the_last_segment(arguments: Arguments) -> None:
+    arguments["cu_seqlens"] = arguments["cu_seqlens"][:-1]
 
 
 def _other_end(arguments: Arguments) -> None:
@@ -186,5 +212,10 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "gradient of the bias": partial(_kernel, "generic_gemm", _no_bias_gradient),
     "tokens of another expert": partial(_kernel, "te_general_grouped_gemm", _splits),
     "weights of another expert": partial(_kernel, "te_general_grouped_gemm", _other_expert),
+    "state across segments": partial(_linear_attention, "chunk_gated_delta_rule", _one_segment_of_linear_attention),
+    "convolution across segments": partial(_linear_attention, "causal_conv1d", _one_segment_of_linear_attention),
+    "tokens of no segment": partial(_linear_attention, "chunk_gated_delta_rule", _without_the_last_segment),
+    "no activation": partial(_linear_attention, "causal_conv1d", _value("activation", None)),
+    "norm in the kernel": partial(_linear_attention, "chunk_gated_delta_rule", _value("use_qk_l2norm_in_kernel", True)),
     "one expert for all": partial(_kernel, "te_general_grouped_gemm", _first_expert_alone),
 }

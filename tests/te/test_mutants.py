@@ -45,6 +45,11 @@ FAULTS: dict[str, tuple[str, Layout, str]] = {
     "gradient of the bias": ("dense", ONE, DIFFERENT),
     "tokens of another expert": ("experts", ONE, "torch.Size"),
     "weights of another expert": ("experts", ONE, DIFFERENT),
+    "state across segments": ("linear", ONE, DIFFERENT),
+    "convolution across segments": ("linear", ONE, DIFFERENT),
+    "tokens of no segment": ("linear", ONE, "segments .* of 128 tokens"),
+    "no activation": ("linear", ONE, "AssertionError"),
+    "norm in the kernel": ("linear", ONE, "AssertionError"),
     "one expert for all": ("experts", ONE, DIFFERENT),
 }
 
@@ -55,6 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "dense": reference.write_checkpoint(folder / "dense"),
         "experts": reference.write_checkpoint(folder / "experts", experts={}),
+        "linear": reference.write_checkpoint(folder / "linear", linear={}),
     }
 
 
