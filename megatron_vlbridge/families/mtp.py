@@ -6,23 +6,41 @@ through the model's own head. Megatron stores it as layer `0`, never stacked.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Copy, Rule
 
 HF_LAYERS = "mtp.layers"
-_BLOCK = "language_model.mtp.layers.0"
+MEGATRON = "language_model.mtp."
+_BLOCK = f"{MEGATRON}layers.0"
 
 
-def check_mtp_tensors(config: Config, names: Iterable[str], source: str) -> None:
-    """Reject a checkpoint without a tensor of the MTP layer that its config has (VLBridgeError)."""
-    if config.text.num_mtp_layers and not any(name.startswith("mtp.") for name in names):
+def check_mtp_tensors(config: Config, names: Iterable[str], source: str, random_mtp: bool = False) -> None:
+    """Reject a checkpoint without a tensor of the MTP layer that its config has, or, for a random start, with one.
+
+    Raises VLBridgeError.
+    """
+    layers, found = config.text.num_mtp_layers, any(name.startswith("mtp.") for name in names)
+    if random_mtp and (found or not layers):
+        expected = "no such tensors" if found else "text_config.mtp_num_hidden_layers 1 in config.json"
+        raise VLBridgeError(
+            f"{source}: mtp.*: expected {expected} for a random start of the MTP layer, found "
+            f"{'some' if found else layers}. Leave out --random-mtp (random_mtp=True){'' if found else ', or set it'}."
+        )
+    if layers and not found and not random_mtp:
         raise VLBridgeError(
             f"{source}: mtp.*: expected the tensors of the MTP layer, as text_config.mtp_num_hidden_layers in "
             "config.json is 1, found none. transformers leaves them out when it saves a model: copy the file that has "
-            "them, and its lines of the index, from the original checkpoint; or set mtp_num_hidden_layers to 0."
+            "them, and its lines of the index, from the original checkpoint; or set mtp_num_hidden_layers to 0; or "
+            "train the layer from random weights with --random-mtp (random_mtp=True)."
         )
+
+
+def without_mtp(config: Config) -> Config:
+    """The config of the model without its MTP layer."""
+    return replace(config, text=replace(config.text, num_mtp_layers=0))
 
 
 def mtp_rules(config: Config, layer_rules: Callable[[str, str], list[Rule]]) -> list[Rule]:

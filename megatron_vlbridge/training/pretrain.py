@@ -79,7 +79,7 @@ def _load_when_complete(model: Qwen3VLModel, vp_stage: int | None, args: argpars
         _chunks.clear()
     _chunks.append(model)
     if len(_chunks) == (args.virtual_pipeline_model_parallel_size or 1):
-        load_hf_weights(_chunks, args.hf_folder)
+        load_hf_weights(_chunks, args.hf_folder, random_mtp=args.random_mtp)
         _chunks.clear()
 
 

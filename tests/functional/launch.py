@@ -65,6 +65,8 @@ def _rank(command: list[str], folder: Path, environment: dict[str, object], outp
     for file, descriptor in ((output, sys.stdout.fileno()), (errors, sys.stderr.fileno())):
         log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, descriptor)
+    # As in a process that torchrun starts.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update({name: str(value) for name, value in environment.items()})
     os.chdir(folder)
     sys.argv = command

@@ -45,6 +45,14 @@ def export_in_all_modes(layout: Layout, folder: Path, experts: ExpertLayout | No
     }
 
 
+def random_mtp(layout: Layout, folder: Path) -> list[ranks.Shard]:
+    """The weights after a load that leaves the MTP layer as it was built."""
+    torch.manual_seed(5)
+    chunks = ranks.build_chunks(layout, folder, load=False)
+    load_hf_weights(chunks, folder, random_mtp=True)
+    return [shard for chunk in chunks for shard in ranks.weight_shards(chunk)]
+
+
 def export_without(layout: Layout, folder: Path, ignore: list[str]) -> Named:
     """Of a model that was filled from a folder which holds further tensors."""
     chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY, load=False)

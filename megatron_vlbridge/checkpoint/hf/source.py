@@ -15,7 +15,7 @@ from megatron_vlbridge.checkpoint.stream.parts import row_blocks
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import Family, read_config
-from megatron_vlbridge.families.mtp import check_mtp_tensors
+from megatron_vlbridge.families.mtp import check_mtp_tensors, without_mtp
 from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
 
 
@@ -34,8 +34,12 @@ class HfSource:
     ignored: list[str]
 
 
-def open_source(folder: Path, *, experts: str | None = None, ignore: Sequence[str] = ()) -> HfSource:
+def open_source(
+    folder: Path, *, experts: str | None = None, ignore: Sequence[str] = (), random_mtp: bool = False
+) -> HfSource:
     """Read headers and scales of a folder; `experts` and `ignore` are those of `import_checkpoint`.
+
+    With `random_mtp` there are no rules for the MTP layer, which the folder must not have.
 
     Raises VLBridgeError, naming file and tensor, for damaged files, tensors that are not weights, invalid scales, a
     tied head with other values, and patterns that match nothing or the model's own tensors.
@@ -45,8 +49,8 @@ def open_source(folder: Path, *, experts: str | None = None, ignore: Sequence[st
     family = families.find(config)
     weights = SafetensorsFolder(folder)
     check_scales(config, weights)
-    check_mtp_tensors(config, weights.table, str(folder))
-    table = family.table_for(config, weights.table, experts)
+    check_mtp_tensors(config, weights.table, str(folder), random_mtp)
+    table = family.table_for(without_mtp(config) if random_mtp else config, weights.table, experts)
     ignored = _ignored_tensors(folder, weights.table, {*table.hf_shapes, family.head}, ignore)
     ignored += [name for name in family.find_other_tensors(weights.table) if name not in ignored]
     hf = {name: spec for name, spec in weights.table.items() if name not in ignored}

@@ -15,6 +15,7 @@ from megatron_vlbridge.checkpoint.live.shards import Model, Shard, check_complet
 from megatron_vlbridge.checkpoint.stream.raw import gather_into
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families.mtp import MEGATRON as MTP
 from megatron_vlbridge.weights import Plan, Region
 from megatron_vlbridge.weights.plan import any_dtype
 
@@ -27,6 +28,7 @@ def load_hf_weights(
     experts: str | None = None,
     ignore: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    random_mtp: bool = False,
 ) -> None:
     """Copy the weights of a Hugging Face folder (or Hub id) into a model that is already sharded, in place.
 
@@ -35,21 +37,22 @@ def load_hf_weights(
     those are read (of columns, also what lies between them in the file, up to 4 MiB at once), and converted to the
     dtype of the parameter. Rows that pad the vocabulary become zero. All ranks must call it. `experts` (an
     `ExpertLayout`) says how the folder holds its experts where its tensors do not tell, `ignore` are patterns
-    (`rotary.*`) for tensors that are not part of the model; `leave_out` is its former name.
+    (`rotary.*`) for tensors that are not part of the model; `leave_out` is its former name. With `random_mtp` the MTP
+    layer, which the config has and the folder has not, keeps the weights that the model was built with.
 
     Raises VLBridgeError, on all ranks, when the folder does not match its config or the model's config, a slice has no
     source, a parameter is not filled or its dtype cannot hold its values, or a part of a weight of the folder (an
     expert, some rows) is on no rank.
     Example: `load_hf_weights(get_model(model_provider), "Qwen3-VL-2B-Instruct")`.
     """
-    source, held = fill(model, folder, experts, [*ignore, *leave_out])
+    source, held = fill(model, folder, experts, [*ignore, *leave_out], random_mtp)
     everywhere = [region for regions in gather(held) for region in regions]
     check_complete(source.table, everywhere, str(source.weights.folder))
 
 
 @torch.no_grad()
 def fill(
-    model: Model, folder: str | Path, experts: str | None = None, ignore: Sequence[str] = ()
+    model: Model, folder: str | Path, experts: str | None = None, ignore: Sequence[str] = (), random_mtp: bool = False
 ) -> tuple[HfSource, list[Region]]:
     """Fill a model, or one chunk of it; gives what it was filled from, and the regions of its main shards.
 
@@ -58,13 +61,14 @@ def fill(
     held = []
     with raise_on_all_ranks():
         folder = find_folder(folder)
-        source = open_source(folder, experts=experts, ignore=ignore)
+        source = open_source(folder, experts=experts, ignore=ignore, random_mtp=random_mtp)
         table, megatron = source.table, any_dtype(source.table.megatron_shapes)
         Plan(table, source.tensors, megatron, cast=True, hf_source=str(folder), megatron_source="the model")
         for module in modules_of(model):
             check_config(folder, source.config, module)
-            shards = shards_of(module, table, str(folder))
-            _check_every_parameter_is_filled(module, shards)
+            kept = MTP if random_mtp else None
+            shards = shards_of(module, table, str(folder), kept)
+            _check_every_parameter_is_filled(module, shards, kept)
             for shard in shards:
                 _fill(shard, source)
             held += [shard.known for shard in shards if shard.main and shard.known is not None]
@@ -83,15 +87,15 @@ def check_config(folder: Path, config: Config, module: Any) -> None:
         raise VLBridgeError(f"{folder}: {text}{end}Build the model from this folder's config.")
 
 
-def _check_every_parameter_is_filled(module: torch.nn.Module, shards: Sequence[Shard]) -> None:
-    """Reject parameters whose memory is not that of their shards: the copy would not reach them."""
+def _check_every_parameter_is_filled(module: torch.nn.Module, shards: Sequence[Shard], kept: str | None) -> None:
+    """Reject parameters, but those under `kept`, whose memory is not that of their shards: no copy would reach them."""
     sizes = {shard.values.data_ptr(): shard.values.numel() for shard in shards}
     addresses = sorted(sizes)
     for name, parameter in module.named_parameters():
         start = parameter.data_ptr()
         inside = addresses[bisect_left(addresses, start) : bisect_left(addresses, start + parameter.nbytes)]
         found = sum(sizes[address] for address in inside)
-        if found != parameter.numel():
+        if found != parameter.numel() and not (kept and name.startswith(kept)):
             raise VLBridgeError(
                 f"{name}: expected all {parameter.numel()} elements in the model's sharded_state_dict, found {found}. "
                 "The module must describe each parameter there, in its own memory."

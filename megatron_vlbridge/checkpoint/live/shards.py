@@ -47,12 +47,15 @@ def _unwrap(module: torch.nn.Module) -> Any:
     return _unwrap(inner) if isinstance(inner, torch.nn.Module) else module
 
 
-def shards_of(module: Any, table: RuleTable, source: str) -> list[Shard]:
+def shards_of(module: Any, table: RuleTable, source: str, without: str | None = None) -> list[Shard]:
     """This rank's part of a module, from its `sharded_state_dict`. `source` begins the errors.
+
+    Leaves out the tensors whose names begin with `without`.
 
     Raises VLBridgeError for a tensor that the rules do not have, or have in another shape.
     """
-    return [_shard(tensor, table, source) for tensor in _sharded_tensors(module.sharded_state_dict())]
+    tensors = _sharded_tensors(module.sharded_state_dict())
+    return [_shard(x, table, source) for x in tensors if without is None or not x.key.startswith(without)]
 
 
 def _sharded_tensors(value: object) -> Iterator["ShardedTensor"]:

@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("megatron-vlbridge")
     group.add_argument("--hf-folder", help="(required) Hugging Face folder or Hub id: config.json and processor files")
     group.add_argument("--hf-weights", action="store_true", help="start from the weights in --hf-folder")
+    group.add_argument(
+        "--random-mtp",
+        action="store_true",
+        help="with --hf-weights: the MTP layer, which the config.json has and the weights have not, starts at random",
+    )
     group.add_argument("--random-weights", action="store_true", help="start from random weights")
     group.add_argument("--conversations", help="JSON lines of {'messages': [...]}, images by path")
     group.add_argument("--valid-conversations", help="the same, for evaluation")

@@ -81,6 +81,8 @@ def check_source(args: argparse.Namespace) -> None:
     given = [flag for flag in _SOURCES if getattr(args, flag[2:].replace("-", "_"))]
     if len(given) > 1:
         raise VLBridgeError(f"{' and '.join(given)}: weights come from one source; leave the others out")
+    if args.random_mtp and not args.hf_weights:
+        raise VLBridgeError("--random-mtp: expected --hf-weights, the only source of weights without an MTP layer")
     if loads_checkpoint(args):
         _checkpoint(args.load, args.ckpt_step)
         return
@@ -99,7 +101,7 @@ def check_source(args: argparse.Namespace) -> None:
             "--pretrained-checkpoint DIR (an imported checkpoint), --load DIR (to resume) or --random-weights"
         )
     if args.hf_weights:
-        source = open_source(Path(args.hf_folder))
+        source = open_source(Path(args.hf_folder), random_mtp=args.random_mtp)
         model = any_dtype(source.table.megatron_shapes)
         Plan(source.table, source.tensors, model, cast=True, hf_source=args.hf_folder, megatron_source="the model")
 
