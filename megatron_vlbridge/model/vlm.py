@@ -35,18 +35,13 @@ class Qwen3VLModel(MegatronModule):
         checkpoint: what the checkpoint is (`read_config(folder)`).
         vocab_size: the padded vocabulary size (default: the checkpoint's).
         pre_process, post_process, vp_stage: this stage's part, as Megatron's pretrain passes them.
-        balance_vision: partition the vision frames (an image is one) over the context-parallel ranks; else each rank
-            runs all of them.
-        seq_length: if given, every pack must have this length where pipeline stages or the all-gather dispatcher
-            exchange tensors of one size; only checked.
+        balance_vision: partition the vision frames over the context-parallel ranks; else each rank runs all of them.
+        seq_length: the length of every pack where stages or the all-gather dispatcher need one size; only checked.
         parallel_output: leave the logits split over the tensor-parallel ranks.
         backend: which kernels (default: the CPU backend after `cpu_runtime.enable()`, else Transformer Engine).
 
-    Example:
-        >>> checkpoint = read_config("Qwen3-VL-2B-Instruct")
-        >>> model = Qwen3VLModel(language_config(checkpoint), checkpoint)
-        >>> load_hf_weights(model, "Qwen3-VL-2B-Instruct")
-        >>> logits = model(**processor(text=[text], images=[image], return_tensors="pt"))
+    Example: `model = Qwen3VLModel(language_config(checkpoint), checkpoint)`, then `load_hf_weights(model, folder)`; its
+    logits are `model(**processor(text=[text], images=[image], return_tensors="pt"))`.
     """
 
     layout_checked = False
@@ -164,10 +159,7 @@ class Qwen3VLModel(MegatronModule):
         return output
 
     def _embed(self, inputs: PackedInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings `[s, 1, H]`, and this rank's deepstack features `[levels, n, 1, H]`.
-
-        Those of the tower are at the placeholder tokens.
-        """
+        """Embeddings `[s, 1, H]`, the tower's at their placeholders, and deepstack features `[levels, n, 1, H]`."""
         text = self.language_model.embedding(input_ids=inputs.tokens, position_ids=None)
         decoder, scatter = self.language_model.decoder, self.language_model.scatter
         if not inputs.frames.grids:
@@ -189,10 +181,8 @@ class Qwen3VLModel(MegatronModule):
         tokens = inputs.tokens.shape[1] // (1 if inputs.shard is None else self.pg_collection.tp.size())
         # Where an earlier stage ran the MTP layer, its hidden states follow those of the decoder.
         tokens *= 1 + get_mtp_layer_offset(self.config, self.vp_stage)
-        vision_tokens, stage = len(inputs.deepstack_token_index), self.pg_collection.pp.rank()
-        hidden_states, features = deepstack.split_features(
-            received, tokens, self._remaining_levels, vision_tokens, stage
-        )
+        n, stage = len(inputs.deepstack_token_index), self.pg_collection.pp.rank()
+        hidden_states, features = deepstack.split_features(received, tokens, self._remaining_levels, n, stage)
         self.language_model.decoder.set_input_tensor(hidden_states)
         return features
 
