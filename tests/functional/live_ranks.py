@@ -139,7 +139,12 @@ def export_provided(layout: Layout, folder: Path) -> Named:
     """Of the chunks that `pretrain` would build with `--hf-weights`, one call for each."""
     (config, *_) = (chunk.config for chunk in ranks.build_chunks(layout, folder, load=False))
     arguments = {"hf_folder": folder, "hf_weights": True, "load": None, "padded_vocab_size": VOCABULARY}
-    arguments |= {"allow_unproved_combination": False, "no_vision_balance": False, "seq_length": 128}
+    arguments |= {
+        "allow_unproved_combination": False,
+        "no_vision_balance": False,
+        "seq_length": 128,
+        "random_mtp": False,
+    }
     set_args(argparse.Namespace(virtual_pipeline_model_parallel_size=layout.vpp, **arguments))
     try:
         chunks = [
