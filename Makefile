@@ -43,7 +43,7 @@ test-long: setup
 
 test-layouts: setup
 	$(PY) -m tests.functional.write_layouts $(LAYOUT_ARGS)
-	$(PY) -m pytest tests/unit tests/functional -m layouts -n 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest tests/unit tests/functional -m layouts -n 2 --dist loadfile
 
 test-hf4: setup
 	@ci/setup_hf4.sh
@@ -69,7 +69,7 @@ unit: setup
 	$(PY) -m pytest tests/unit -m "not layouts" -n logical --dist loadfile
 
 functional: setup
-	$(PY) -m pytest tests/functional -m "not long and not layouts" -n 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest tests/functional -m "not long and not layouts" -n 2 --dist loadfile
 
 clean:
 	rm -rf build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
