@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from megatron_vlbridge.checkpoint.inspect import inspect
     from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights, save_hf
     from megatron_vlbridge.checkpoint.verify import verify
+    from megatron_vlbridge.data.samples import check_batch, select_samples, split_global_batch
     from megatron_vlbridge.families import read_config
     from megatron_vlbridge.layout.batch_layout import BatchLayout
-    from megatron_vlbridge.layout.samples import check_batch, select_samples, split_global_batch
     from megatron_vlbridge.model.vlm import Qwen3VLModel
     from megatron_vlbridge.training.pretrain import model_provider
     from megatron_vlbridge.training.step import vlm_step
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BatchLayout": "layout.batch_layout",
     "Qwen3VLModel": "model.vlm",
-    "check_batch": "layout.samples",
+    "check_batch": "data.samples",
     "export_checkpoint": "checkpoint.convert",
     "export_hf_weights": "checkpoint.live",
     "import_checkpoint": "checkpoint.convert",
@@ -34,8 +34,8 @@ _HOMES = {
     "model_provider": "training.pretrain",
     "read_config": "families",
     "save_hf": "checkpoint.live",
-    "select_samples": "layout.samples",
-    "split_global_batch": "layout.samples",
+    "select_samples": "data.samples",
+    "split_global_batch": "data.samples",
     "verify": "checkpoint.verify",
     "vlm_step": "training.step",
 }
