@@ -72,7 +72,7 @@ def publish(source: Path, folder: Path) -> Path:
         weight_map |= dict.fromkeys(chosen, place)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = json.loads((source / "config.json").read_text())
-    # As published: transformers goes by the model type.
+    # As vLLM lists it: transformers goes by the model type.
     config["architectures"] = ["Cosmos3ForConditionalGeneration"]
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -21,7 +21,7 @@ FAMILY = replace(
         architecture="Cosmos3OmniForConditionalGeneration",
         parts_model_type=qwen3_vl.FAMILY.config.model_type,
         in_transformers_4=False,
-        # That of the published files.
+        # Under which vLLM lists the published files.
         other_architectures=("Cosmos3ForConditionalGeneration",),
     ),
     other_tensors=_GENERATOR,
