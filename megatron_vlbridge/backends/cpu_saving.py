@@ -1,7 +1,8 @@
-"""`--async-save` where the weights are in the memory of the CPU."""
+"""Saving checkpoints on the CPU: at once also with `--async-save`, and without a second interpreter."""
 
 from typing import Any
 
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.training import checkpointing
 from megatron.training.async_utils import maybe_finalize_async_save, schedule_async_save
 
@@ -13,6 +14,8 @@ def install() -> None:
     checkpoint of an iteration would hold weights of later ones.
     """
     checkpointing.schedule_async_save = _save_and_wait
+    # At the first save Megatron would start the process that holds this queue, which imports the main script again.
+    get_write_results_queue(mp_mode="fork")
 
 
 def _save_and_wait(request: Any) -> None:

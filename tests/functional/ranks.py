@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -175,6 +176,7 @@ def load_run_save(
     if torch.distributed.get_rank() == 0:
         saved.mkdir()
     torch.distributed.barrier()
+    get_write_results_queue(mp_mode="fork")  # otherwise the save starts an interpreter, which takes seconds
     dist_checkpointing.save(_sharded(chunks), str(saved))
     return {
         "logits": step.logits,

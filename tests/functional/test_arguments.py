@@ -98,6 +98,7 @@ def test_a_run_says_which_weights_it_starts_from(pool: Pool, folder: Path, tmp_p
 def save_schedule(layout: Layout, folder: Path, arguments: list[str]) -> None:
     """The common part of a checkpoint that a run with these arguments saves."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
     from megatron.training.global_vars import unset_global_variables
 
     from megatron_vlbridge.training.launch import start
@@ -110,6 +111,7 @@ def save_schedule(layout: Layout, folder: Path, arguments: list[str]) -> None:
         sys.argv = saved
         unset_global_variables()
     (folder / "iter_0000004").mkdir(parents=True)
+    get_write_results_queue(mp_mode="fork")  # otherwise the save starts an interpreter, which takes seconds
     dist_checkpointing.save(state, str(folder / "iter_0000004"))
     (folder / "latest_checkpointed_iteration.txt").write_text("4")
 

@@ -69,6 +69,7 @@ def load(layout: Layout, folder: Path, saved: Path, strict: str) -> list[Any]:
 def load_hf_and_save(layout: Layout, folder: Path, saved: Path) -> list[Any]:
     """This rank's shards after `load_hf_weights`; Megatron's saver writes them to `saved`."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
     from megatron_vlbridge.checkpoint.live import load_hf_weights
 
@@ -76,6 +77,7 @@ def load_hf_and_save(layout: Layout, folder: Path, saved: Path) -> list[Any]:
     load_hf_weights(model, folder)
     saved.mkdir(exist_ok=True)
     torch.distributed.barrier()
+    get_write_results_queue(mp_mode="fork")  # otherwise the save starts an interpreter, which takes seconds
     dist_checkpointing.save({"model": model.sharded_state_dict()}, str(saved))
     return _shards(model)
 
