@@ -1,4 +1,4 @@
-"""The example script in the processes that torchrun would start, forked from one that has Megatron in memory.
+"""The example or another script in the processes that torchrun would start, forked from one that has Megatron in memory.
 
 To import it takes a process longer than most runs of the tests. `test_docs.py`, `test_own_script.py` and
 `test_failure.py` start torchrun itself.
@@ -24,6 +24,13 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
 
 def run_example(folder: Path, *arguments: object, processes: int = 1) -> str:
     """What the ranks print, run in `folder`; all must succeed."""
+    exit_codes, output, errors = run_script(SCRIPT, folder, *arguments, processes=processes)
+    assert not any(exit_codes), output[-2000:] + errors[-4000:]
+    return output
+
+
+def run_script(script: Path, folder: Path, *arguments: object, processes: int = 1) -> tuple[list[int], str, str]:
+    """The exit codes of the ranks, what they print and their errors, run in `folder` with `--cpu`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOAD])
     # The ranks meet at this store.
@@ -31,7 +38,7 @@ def run_example(folder: Path, *arguments: object, processes: int = 1) -> str:
     environment = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "OMP_NUM_THREADS": 1}
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-    command = [str(part) for part in (SCRIPT, "--cpu", *arguments)]
+    command = [str(part) for part in (script, "--cpu", *arguments)]
     with tempfile.TemporaryDirectory() as logs:
         output, errors = Path(logs) / "output", Path(logs) / "errors"
         ranks = []
@@ -40,8 +47,7 @@ def run_example(folder: Path, *arguments: object, processes: int = 1) -> str:
             ranks.append(context.Process(target=_rank, args=args))
             ranks[-1].start()
         _wait(ranks)
-        assert not any(rank.exitcode for rank in ranks), output.read_text()[-2000:] + errors.read_text()[-4000:]
-        return output.read_text()
+        return [rank.exitcode for rank in ranks], output.read_text(), errors.read_text()
 
 
 def _wait(ranks: list[Any]) -> None:
