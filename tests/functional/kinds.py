@@ -41,15 +41,15 @@ class Kind:
     """The rows of a family.
 
     Of `tensors`, the choices of tensor and expert parallelism, the product with pipelines and contexts is run; `others`
-    are other sizes and splits of its combinations. `make test` runs the rows on up to four processes and those that
-    `large` has on eight, or only what `small` has.
+    are other sizes and splits of its combinations. `make test` runs what `small` has. `make test-layouts` runs all rows,
+    with all variants or, where `every_variant` is false, with two of them and those of `small`.
     """
 
     model: str
     tensors: tuple[dict[str, Any], ...]
     others: tuple[Layout, ...]
-    large: tuple[Layout, ...] = ()
-    small: tuple[tuple[Layout, Variant], ...] = ()
+    small: tuple[tuple[Layout, Variant], ...]
+    every_variant: bool = False
 
     @property
     def experts(self) -> bool:
@@ -100,16 +100,6 @@ _EXPERT_OTHERS = (
     Layout(ep=2, pp=2, stages="Ettt|tL", world=4),
     Layout(ep=2, cp=2, world=8),
 )
-_LARGE = (
-    Layout(tp=2, sp=True, pp=2, cp=2, world=8),
-    Layout(tp=2, sp=True, pp=2, vpp=2, cp=2, world=8),
-)
-_EXPERT_LARGE = (
-    Layout(ep=4, pp=2, world=8),
-    Layout(ep=2, cp=2, world=8),
-    Layout(tp=2, sp=True, pp=2, vpp=2, cp=2, ep=2, etp=1, world=8),
-)
-
 # Every pair of dimensions, with and without each of the two.
 _PAIRS = (
     (Layout(), Variant(mtp=True, tied=True)),
@@ -135,9 +125,21 @@ _EXPERT_PAIRS = (
     (Layout(tp=2, sp=True, pp=2, vpp=2, etp=2, world=4), Variant("uniform", tied=True)),
 )
 
+# Uneven splits, deepstack over three stages and over the chunks of one: for models with deepstack.
+_SPLITS = (
+    (Layout(pp=4, world=4), Variant()),
+    (Layout(pp=2, stages="Et|tttL", world=2), Variant("block", mtp=True, tied=True)),
+    (Layout(pp=4, stages="E|tt|tt|L", world=4), Variant()),
+    (Layout(pp=2, vpp=2, stages="Ett|t|t|L", world=2), Variant(padded=True)),
+)
+_EXPERT_SPLITS = (
+    (Layout(ep=2, pp=4, world=8), Variant()),
+    (Layout(ep=2, pp=2, stages="Ettt|tL", world=4), Variant("block", mtp=True, tied=True)),
+)
+
 KINDS = {
-    "dense": Kind("Qwen3-VL", _TENSORS, _OTHERS, large=_LARGE),
-    "experts": Kind("Qwen3-VL-MoE", _EXPERTS, _EXPERT_OTHERS, large=_EXPERT_LARGE),
-    "linear": Kind("Qwen3.5", _TENSORS, _OTHERS, small=_PAIRS),
-    "linear-experts": Kind("Qwen3.5-MoE", _EXPERTS, _EXPERT_OTHERS, small=_EXPERT_PAIRS),
+    "dense": Kind("Qwen3-VL", _TENSORS, _OTHERS, (*_PAIRS, *_SPLITS), every_variant=True),
+    "experts": Kind("Qwen3-VL-MoE", _EXPERTS, _EXPERT_OTHERS, (*_EXPERT_PAIRS, *_EXPERT_SPLITS), every_variant=True),
+    "linear": Kind("Qwen3.5", _TENSORS, _OTHERS, _PAIRS),
+    "linear-experts": Kind("Qwen3.5-MoE", _EXPERTS, _EXPERT_OTHERS, _EXPERT_PAIRS),
 }

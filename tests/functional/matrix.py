@@ -4,7 +4,7 @@ A row is a parallel layout; it is run with each variant of what does not change 
 `megatron_vlbridge.training.guards` admit exactly the combinations of dimensions of these rows.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,10 @@ def variants(kind: str, layout: Layout) -> list[Variant]:
     """The variants that are run within a layout; a padded batch is offered where context parallelism does not cut it.
 
     On more than two processes half of them, which hold every pair of recomputation, multi-token prediction and tied
-    embeddings. Of a kind with a `small` set every layout has two, beside those of that set.
+    embeddings. Where not every variant is run, a layout has two, and those that `make test` runs.
     """
-    if small := KINDS[kind].small:
-        return list(dict.fromkeys([*_TWO, *(variant for row, variant in small if row == layout)]))
+    if not KINDS[kind].every_variant:
+        return list(dict.fromkeys([*_TWO, *(variant for row, variant in KINDS[kind].small if row == layout)]))
     packs = [
         Variant(recompute, mtp, tied)
         for recompute, mtp, tied in product(("", "uniform", "selective"), (False, True), (False, True))
@@ -52,20 +52,6 @@ def variants(kind: str, layout: Layout) -> list[Variant]:
     if layout.cp > 1:
         return packs
     return [*packs, Variant(padded=True), Variant("block", mtp=True, tied=True, padded=True)]
-
-
-def small_set() -> Iterator[tuple[str, Layout, Variant]]:
-    """What `make test` runs.
-
-    A kind's `small`; else every row on up to four processes and its large ones, with one of its variants, in turn, so
-    that each dimension meets each variant.
-    """
-    for kind, entry in KINDS.items():
-        yield from ((kind, layout, variant) for layout, variant in entry.small)
-        for number, layout in enumerate([] if entry.small else layouts(kind)):
-            choice = variants(kind, layout)
-            if layout.world <= 4 or layout in entry.large:
-                yield kind, layout, choice[(5 * number + 1) % len(choice)]
 
 
 def write_folders(where: Path, kinds: Iterable[str]) -> dict[tuple[str, bool, bool], Path]:

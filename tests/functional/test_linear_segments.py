@@ -82,7 +82,7 @@ def test_other_segments_change_no_bit(pool: Pool, slow: Path, layout: Layout) ->
 
 
 @pytest.mark.parametrize("layout", [Layout(), SPREAD], ids=str)
-@pytest.mark.parametrize("heads", [1, 2, 3, 4])
+@pytest.mark.parametrize("heads", [1, 3, *(pytest.param(heads, marks=pytest.mark.layouts) for heads in (2, 4))])
 def test_value_heads_of_a_key_head(pool: Pool, tmp_path: Path, heads: int, layout: Layout) -> None:
     folder = reference.write_checkpoint(tmp_path, linear={"linear_num_value_heads": KEY_HEADS * heads})
     measure(pool, layout, folder, matrix.groups()).check()

@@ -54,6 +54,7 @@ DIGESTS: dict[str, tuple[str, ...]] = {
     "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.prepare_write_data": (
         "c89d57f16fd6",
     ),
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue": ("e2268db98ef7",),
     "megatron.core.tensor_parallel.mappings:_AllToAll": ("2246fd4cb3e0",),
     "megatron.core.dist_checkpointing.mapping:is_main_replica": ("c376cea906ff",),
     "megatron.core.dist_checkpointing.mapping:ShardedTensorFactory": ("658e71af970e",),

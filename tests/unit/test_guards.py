@@ -352,7 +352,7 @@ def test_what_is_admitted_is_what_the_rows_of_the_matrix_run(kind):
         sizes["etp"] = (row.etp or row.tp) if KINDS[kind].experts else 1
         run.add(frozenset(name for name, size in sizes.items() if size > 1))
         kinds = {(v.recompute != "", v.mtp, v.tied) for v in matrix.variants(kind, row)}
-        assert len(kinds) == (6 if row.world > 2 else 8) or row in KINDS[kind].others or KINDS[kind].small
+        assert len(kinds) == (6 if row.world > 2 else 8) or row in KINDS[kind].others or not KINDS[kind].every_variant
     assert run == families.find(CHECKPOINTS[kind]).combinations
 
 
