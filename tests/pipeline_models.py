@@ -135,7 +135,7 @@ def batch_of(kind: str, counts: Sequence[tuple[int, int]], seed: int, padding: i
     for of_images, of_videos in counts:
         media = ["image"] * of_images + ["video"] * of_videos
         draw.shuffle(media)
-        row = [draw.randint(20, 119)]
+        row = [draw.randint(20, 119) for _ in range(1 + (0 if rows else padding))]
         for what in media:
             # transformers' Kimi fails on a video of more than one temporal patch.
             frames = 1 if what == "image" or kind == "kimi_k25" else 2
@@ -191,7 +191,6 @@ def _positions(kind: str, batch: Mapping[str, Tensor]) -> Tensor:
         return model.get_rope_index(ids, **grids, attention_mask=mask, second_per_grids=seconds)[0]
     kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     return model.get_rope_index(ids, mm_token_type_ids=kinds, attention_mask=mask, **grids)[0]
-
 
 
 def loss_of(logits: Tensor, labels: Tensor, supervised: int) -> Tensor:

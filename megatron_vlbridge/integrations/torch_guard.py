@@ -165,10 +165,7 @@ def _probe(
     results: list[list[Like]] = []
     try:
         with evaluating(module, device):
-            inputs = [
-                [part.input_ids] if likes is None else [like.tensor(device) for like in likes[i]]
-                for i, part in enumerate(parts)
-            ]
+            inputs = [_inputs(part, likes[i] if likes else [], device) for i, part in enumerate(parts)]
             with torch.no_grad():
                 for arguments, part in zip(inputs, parts, strict=True):
                     with other_positions(module, part.position_ids) as names:
@@ -180,6 +177,10 @@ def _probe(
     except Exception as error:  # noqa: BLE001  any failure of a user's module is a finding, on all ranks
         return None, [f"{_name(stage)}: its forward failed: {type(error).__name__}: {error}"]
     return results, [f"{_name(stage)}: {finding}." for finding in dict.fromkeys(findings)]
+
+
+def _inputs(part: MicroBatch, likes: Sequence[Like], device: torch.device) -> list[Tensor]:
+    return [like.tensor(device) for like in likes] if part.input_ids is None else [part.input_ids]
 
 
 def _other_positions_text(name: str) -> str:

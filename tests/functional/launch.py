@@ -22,7 +22,13 @@ TIMEOUT = 300
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
 
 
-def run_example(folder: Path, *arguments: object, processes: int = 1) -> str:
+def run_example(
+    folder: Path,
+    *arguments: object,
+    processes: int = 1,
+    script: Path = SCRIPT,
+    options: tuple[str, ...] = ("--cpu",),
+) -> str:
     """What the ranks print, run in `folder`; all must succeed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOAD])
@@ -31,7 +37,7 @@ def run_example(folder: Path, *arguments: object, processes: int = 1) -> str:
     environment = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "OMP_NUM_THREADS": 1}
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-    command = [str(part) for part in (SCRIPT, "--cpu", *arguments)]
+    command = [str(part) for part in (script, *options, *arguments)]
     with tempfile.TemporaryDirectory() as logs:
         output, errors = Path(logs) / "output", Path(logs) / "errors"
         ranks = []

@@ -1,6 +1,6 @@
 """Run on each rank: pipelines that would lose media, each with one fault, given to the check before the first step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -274,20 +274,34 @@ def sabotage(_: Any) -> dict[str, str]:
     return found
 
 
-def accept(_: Any, kind: str) -> list[str]:
+def accept(_: Any, kinds: Sequence[str]) -> list[str]:
     """The errors of pipelines without a fault, which the check must leave as they are."""
-    batch = _batch(kind)
-    later = {key: batch[key] for key in ("position_ids", "labels")}
     errors = []
-    itself = [(1, (SelectsItself, MediaStage))] if kind == "qwen3_vl" else []
-    for of_rank, wraps in ((1, ()), (2, ()), *itself):
-        stages = stages_of(kind, of_rank, *wraps)
-        parameters = [parameter for stage in stages for parameter in stage.submod.parameters()]
-        parameters[0].grad = torch.ones_like(parameters[0])
-        random, modes = torch.get_rng_state(), [part.training for stage in stages for part in stage.submod.modules()]
-        errors.append(check(stages, batch if dist.get_rank() == 0 else later))
-        assert torch.equal(torch.get_rng_state(), random)
-        assert [part.training for stage in stages for part in stage.submod.modules()] == modes
-        assert torch.equal(parameters[0].grad, torch.ones_like(parameters[0]))
-        assert all(parameter.grad is None for parameter in parameters[1:])
+    for kind in kinds:
+        batch = _batch(kind)
+        later = {key: batch[key] for key in ("position_ids", "labels")}
+        itself = [(1, (SelectsItself, MediaStage))] if kind == "qwen3_vl" else []
+        for of_rank, wraps in ((1, ()), (2, ()), *itself):
+            stages = stages_of(kind, of_rank, *wraps)
+            parameters = [parameter for stage in stages for parameter in stage.submod.parameters()]
+            modules = [module for stage in stages for module in stage.submod.modules()]
+            parameters[0].grad = torch.ones_like(parameters[0])
+            modules[1].eval()
+            random, modes = torch.get_rng_state(), [module.training for module in modules]
+            errors.append(check(stages, batch if dist.get_rank() == 0 else later))
+            assert torch.equal(torch.get_rng_state(), random)
+            assert [module.training for module in modules] == modes
+            assert torch.equal(parameters[0].grad, torch.ones_like(parameters[0]))
+            assert all(parameter.grad is None for parameter in parameters[1:])
+            assert not any(module._forward_pre_hooks for module in modules)
     return errors
+
+
+def too_few_layers(_: Any) -> str:
+    """The error where the first stage has one layer and the model two levels of deepstack."""
+    rank = dist.get_rank()
+    stages = [
+        PipelineStage(MediaStage(part_of("qwen3_vl", index, 5)[0]), index, 5, torch.device("cpu"))
+        for index in range(rank, 5, 2)
+    ]
+    return check(stages, _batch())

@@ -139,3 +139,24 @@ def compare(_: Any, kind: str, runs: Sequence[tuple[str, int, str, str, int]]) -
 
 def _for(kind: str, counts: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(images, 0) for images, _ in counts] if kind in pipeline_models.IMAGES_ONLY else counts
+
+
+def run_page(_: Any, code: str) -> dict[str, float]:
+    """The relative errors of the gradients after the code on the page, for one batch."""
+    rank, kind = dist.get_rank(), "qwen3_vl"
+    part, parameters = part_of(kind, rank, 2)
+    batch = pipeline_models.batch_of(kind, COUNTS["mixed"], 1)
+    loss, gradients, _logits = pipeline_models.without_pipeline(kind, batch)
+    names: dict[str, Any] = {"part": part, "rank": rank, "num_stages": 2, "device": torch.device("cpu")}
+    names |= {"config": pipeline_models.config_of(kind), "batches": [batch], "optimizer": _Keeps()}
+    exec(code, names)
+    errors = {name: relative_error(parameter.grad, gradients[name]) for parameter, name in parameters.items()}
+    return errors | ({"loss": relative_error(float(sum(names["losses"])), loss)} if rank else {})
+
+
+class _Keeps:
+    """An optimizer that leaves weights and gradients."""
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
