@@ -137,9 +137,9 @@ def batch_of(kind: str, counts: Sequence[tuple[int, int]], seed: int, padding: i
         draw.shuffle(media)
         row = [draw.randint(20, 119) for _ in range(1 + (0 if rows else padding))]
         for what in media:
-            # transformers' Kimi fails on a video of more than one temporal patch.
+            # transformers' Kimi fails on a video of two temporal patches, its Mistral3 on a batch of one media token.
             frames = 1 if what == "image" or kind == "kimi_k25" else 2
-            height, width = 2 * draw.randint(1, 2), 2 * draw.randint(1, 2)
+            height, width = 4 if kind == "mistral3" else 2 * draw.randint(1, 2), 2 * draw.randint(1, 2)
             (images if what == "image" else videos).append([frames, height, width])
             row += _placeholders(kind, what, frames, height * width // 4)
         rows.append(row + [draw.randint(20, 119) for _ in range(LENGTH - len(row))])

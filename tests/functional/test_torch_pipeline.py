@@ -15,11 +15,9 @@ from tests.closeness import FP32
 from tests.functional import launch, torch_guard_ranks, torch_pipeline_ranks
 from tests.functional.doc_blocks import ROOT, all_blocks
 from tests.functional.pool import Layout, Pool
-from tests.functional.torch_pipeline_ranks import COUNTS
+from tests.functional.torch_pipeline_ranks import COUNTS, Run
 
 TWO = Layout(pp=2, world=2)
-Run = tuple[str, int, str, str, int]
-# Schedule, micro-batches, form of the call, counts of images and videos, tokens of padding.
 SCHEDULES = [("gpipe", 2), ("gpipe", 4), ("1f1b", 2), ("1f1b", 4), ("interleaved", 2), ("interleaved", 4)]
 FORMS = ["step", "no pixels", "lists", "eval"]
 FEW: list[Run] = [
