@@ -75,6 +75,7 @@ def test_every_fault_is_refused_on_all_ranks_before_the_first_step(pool: Pool) -
     first, second = pool.run(torch_guard_ranks.sabotage, TWO)
     words = {name: fault[-1] for name, fault in (torch_guard_ranks.BATCHES | torch_guard_ranks.MODULES).items()}
     words["a dataset out of step"] = "expected the samples of stage 1.*found other input_ids.*same seed"
+    words["counts of other samples, with a config"] = "sample 2: expected.*image tokens, those of its 2 images"
     assert first.keys() == words.keys()
     for name, expected in words.items():
         assert first[name] == second[name], name

@@ -1,5 +1,6 @@
 """Run on each rank: pipelines that would lose media, each with one fault, given to the check before the first step."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from megatron_vlbridge import Config, read_config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.integrations import MediaStage, check_pipeline_media
 from tests import pipeline_models
@@ -233,10 +235,16 @@ def _text() -> Batch:
     }
 
 
-def check(stages: Any, batch: Batch, n: int = 2) -> str:
+def _config() -> Config:
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline_models.config_of("qwen3_vl").save_pretrained(folder)
+        return read_config(folder)
+
+
+def check(stages: Any, batch: Batch, **options: Any) -> str:
     """The error of the check, or nothing."""
     try:
-        check_pipeline_media(stages, batch, n, image_token_id=IMAGE, video_token_id=VIDEO)
+        check_pipeline_media(stages, batch, 2, image_token_id=IMAGE, video_token_id=VIDEO, **options)
     except VLBridgeError as error:
         return str(error)
     return ""
@@ -271,6 +279,8 @@ def sabotage(_: Any) -> dict[str, str]:
         found[name] = check(stages_of("qwen3_vl", 1, first, last), _batch())
     other = pipeline_models.batch_of("qwen3_vl", COUNTS["mixed"], 3 + dist.get_rank())
     found["a dataset out of step"] = check(plain, other)
+    batch = _batch() | {"n_images_per_sample": torch.tensor([1, 1, 2, 0])}
+    found["counts of other samples, with a config"] = check(plain, batch, config=_config())
     return found
 
 
