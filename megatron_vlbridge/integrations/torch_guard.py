@@ -76,7 +76,7 @@ def _check_inputs(
         keywords = media_kwargs(batch, config=config, n_microbatches=n_microbatches)
     except VLBridgeError as error:
         return [f"{_name(own[0])}: {error}"], {}
-    if own[0].is_first and "input_ids" not in batch:
+    if any(stage.is_first for stage in own) and "input_ids" not in batch:
         return [f"{_name(own[0])}: batch: expected input_ids on the first stage, found {', '.join(batch)}."], {}
     return [], keywords
 
