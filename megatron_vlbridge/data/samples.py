@@ -59,7 +59,6 @@ class _Media:
     token: str
 
 
-_IMAGE_GRIDS = ("image_grid_thw", "grid_thws", "image_sizes")
 _MEDIA = (
     _Media(
         "image", "n_images_per_sample", ("image_grid_thw", "grid_thws", "image_sizes"), "pixel_values", "image_token_id"
