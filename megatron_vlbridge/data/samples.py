@@ -17,7 +17,7 @@ from megatron_vlbridge.errors import VLBridgeError
 
 @dataclass(frozen=True)
 class BatchKey:
-    """A tensor of a batch: its dims, whose parts lie along which of its axes, and whether it holds floats."""
+    """A tensor of a batch: its dims (`|`: or), whose parts lie along which of its axes, and whether it holds floats."""
 
     dims: str
     owner: str
@@ -29,20 +29,22 @@ BATCH_KEYS = {
     **dict.fromkeys(
         ("input_ids", "tokens", "labels", "loss_mask", "attention_mask", "mm_token_type_ids"), BatchKey("B S", "sample")
     ),
-    "position_ids": BatchKey("3 B S", "sample", axis=1),
+    "position_ids": BatchKey("3 B S | B S", "sample", axis=1),
     "n_images_per_sample": BatchKey("B", "sample"),
     "n_videos_per_sample": BatchKey("B", "sample"),
     "image_grid_thw": BatchKey("images 3", "image"),
     "grid_thws": BatchKey("images 3", "image"),
-    "pixel_values": BatchKey("patches D", "image patch", floats=True),
+    "image_sizes": BatchKey("images 2", "image"),
+    "pixel_values": BatchKey("patches D | patches C H W", "image patch", floats=True),
     "video_grid_thw": BatchKey("videos 3", "video"),
-    "pixel_values_videos": BatchKey("patches D", "video patch", floats=True),
+    "pixel_values_videos": BatchKey("patches D | patches C H W", "video patch", floats=True),
     "second_per_grid_ts": BatchKey("videos", "video", floats=True),
 }
 """The keys of a batch of B samples of S tokens, in the names of transformers and Megatron.
 
-`grid_thws` is Kimi's name of `image_grid_thw`. `n_images_per_sample` and `n_videos_per_sample` have an entry for every
-sample, zero included. Masks may hold floats, `position_ids` may be `[B, S]`.
+`grid_thws` is Kimi's name of `image_grid_thw`. Beside `image_sizes` (height and width in pixels, Mistral3) a "patch"
+is a whole image, padded to the largest. `n_images_per_sample` and `n_videos_per_sample` have an entry for every sample,
+zero included. Masks may hold floats, and `position_ids` (times in Qwen3-Omni).
 """
 
 
@@ -58,7 +60,9 @@ class _Media:
 
 
 _MEDIA = (
-    _Media("image", "n_images_per_sample", ("image_grid_thw", "grid_thws"), "pixel_values", "image_token_id"),
+    _Media(
+        "image", "n_images_per_sample", ("image_grid_thw", "grid_thws", "image_sizes"), "pixel_values", "image_token_id"
+    ),
     _Media("video", "n_videos_per_sample", ("video_grid_thw",), "pixel_values_videos", "video_token_id"),
 )
 
@@ -169,15 +173,18 @@ def _check_key(key: str, tensor: Tensor) -> None:
     if key not in BATCH_KEYS:
         raise VLBridgeError(f"batch: expected only keys of {', '.join(BATCH_KEYS)}, found {key}. Leave it out.")
     expected = BATCH_KEYS[key]
-    dims = expected.dims.split()
-    plain = key == "position_ids" and tensor.dim() == 2
-    fits = tensor.dim() == len(dims) or plain
-    fits &= plain or all(not dim.isdigit() or size == int(dim) for dim, size in zip(dims, tensor.shape, strict=False))
-    if not fits:
-        raise VLBridgeError(f"batch: {key}: expected [{', '.join(dims)}], found {list(tensor.shape)}.")
-    if tensor.is_floating_point() != expected.floats and key not in ("loss_mask", "attention_mask"):
+    forms = [form.split() for form in expected.dims.split(" | ")]
+    if not any(_fits(tensor, dims) for dims in forms):
+        names = " or ".join(f"[{', '.join(dims)}]" for dims in forms)
+        raise VLBridgeError(f"batch: {key}: expected {names}, found {list(tensor.shape)}.")
+    if tensor.is_floating_point() != expected.floats and key not in ("loss_mask", "attention_mask", "position_ids"):
         dtype = "floats" if expected.floats else "integers"
         raise VLBridgeError(f"batch: {key}: expected {dtype}, found {tensor.dtype}.")
+
+
+def _fits(tensor: Tensor, dims: Sequence[str]) -> bool:
+    sizes = zip(dims, tensor.shape, strict=False)
+    return tensor.dim() == len(dims) and all(not dim.isdigit() or size == int(dim) for dim, size in sizes)
 
 
 def _bounds(batch: Mapping[str, Tensor], media: _Media, size: int) -> tuple[Tensor, Tensor]:
@@ -204,7 +211,8 @@ def _bounds(batch: Mapping[str, Tensor], media: _Media, size: int) -> tuple[Tens
     if len(wrong):
         item = int(wrong[0])
         raise VLBridgeError(f"batch: {named[0]}: expected sizes >= 1, found {grids[item].tolist()} of {kind} {item}.")
-    patches = _cumulative(grids.prod(1))
+    whole_images = named == ["image_sizes"]
+    patches = _cumulative(torch.ones(len(grids), dtype=torch.int64) if whole_images else grids.prod(1))
     found = len(batch[pixels]) if pixels in batch else 0
     if int(patches[-1]) != found:
         raise VLBridgeError(

@@ -22,15 +22,21 @@ TIMEOUT = 300
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
 
 
-def run_example(folder: Path, *arguments: object, processes: int = 1) -> str:
+def run_example(
+    folder: Path,
+    *arguments: object,
+    processes: int = 1,
+    script: Path = SCRIPT,
+    options: tuple[str, ...] = ("--cpu",),
+) -> str:
     """What the ranks print, run in `folder`; all must succeed."""
-    exit_codes, output, errors = run_script(SCRIPT, folder, *arguments, processes=processes)
+    exit_codes, output, errors = run_script(script, folder, *options, *arguments, processes=processes)
     assert not any(exit_codes), output[-2000:] + errors[-4000:]
     return output
 
 
 def run_script(script: Path, folder: Path, *arguments: object, processes: int = 1) -> tuple[list[int], str, str]:
-    """The exit codes of the ranks, what they print and their errors, run in `folder` with `--cpu`."""
+    """The exit codes of the ranks, what they print and their errors, run in `folder`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOAD])
     # The ranks meet at this store.
@@ -38,7 +44,7 @@ def run_script(script: Path, folder: Path, *arguments: object, processes: int = 
     environment = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "OMP_NUM_THREADS": 1}
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-    command = [str(part) for part in (script, "--cpu", *arguments)]
+    command = [str(part) for part in (script, *arguments)]
     with tempfile.TemporaryDirectory() as logs:
         output, errors = Path(logs) / "output", Path(logs) / "errors"
         ranks = []

@@ -104,7 +104,7 @@ def test_an_invalid_pack_ends_the_whole_run_with_the_error(tmp_path: Path) -> No
     """Stages that wait for the stage with the error do not hang."""
     folder = digits_checkpoint.write(tmp_path)
     (folder / "script.py").write_text(INVALID_PACK)
-    command = ["--conversations", "train.jsonl", "--hf-folder", "hf", "--hf-weights", "--seq-length", 256]
+    command = ["--cpu", "--conversations", "train.jsonl", "--hf-folder", "hf", "--hf-weights", "--seq-length", 256]
     command += ["--global-batch-size", 2, "--lr", 1e-3, "--train-iters", 5, "--num-workers", 0]
     command += ["--pipeline-model-parallel-size", 2, "--context-parallel-size", 2]
     exit_codes, _, errors = run_script(folder / "script.py", folder, *command, processes=4)

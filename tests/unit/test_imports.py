@@ -10,7 +10,7 @@ import pytest
 
 import megatron_vlbridge
 
-PACKAGES = ["config", "families", "weights", "layout", "checkpoint"]
+PACKAGES = ["config", "families", "weights", "layout", "checkpoint", "integrations"]
 # Imports a package and every module in it; prints which unwanted modules were imported.
 CODE = """
 import importlib, json, pkgutil, sys

@@ -115,6 +115,29 @@ def image_batch() -> Batch:
     }
 
 
+def test_whole_images_are_cut_by_their_sizes() -> None:
+    """As for Mistral3: images `[N, C, H, W]`, padded to the largest, and their sizes in pixels."""
+    batch = image_batch() | {"pixel_values": torch.arange(3.0)[:, None, None, None].expand(3, 3, 8, 8)}
+    batch["image_sizes"] = batch.pop("image_grid_thw")[:, 1:] * 4
+    first, second = split_global_batch(batch, 2)
+    assert first["pixel_values"].unique().tolist() == [0.0]
+    assert second["pixel_values"].unique().tolist() == [1.0, 2.0]
+    assert second["image_sizes"].tolist() == [[8, 16], [8, 8]]
+    assert select_samples(batch, [1])["pixel_values"].shape == (2, 3, 8, 8)
+    with rejects("expected 3 patches, those of 3 grids, found 2"):
+        check_batch(batch | {"pixel_values": batch["pixel_values"][1:]})
+
+
+def test_patches_may_be_images() -> None:
+    """As for Kimi: `[patches, C, P, P]`; and positions may be times, as for Qwen3-Omni."""
+    batch = image_batch() | {"pixel_values": torch.arange(16.0)[:, None, None, None].expand(16, 3, 2, 2)}
+    batch["position_ids"] = torch.full((3, 2, 5), 0.5)
+    first, second = split_global_batch(batch, 2)
+    assert (first["pixel_values"].unique().tolist(), len(second["pixel_values"])) == ([0.0, 1.0, 2.0, 3.0], 12)
+    with rejects("pixel_values: expected [patches, D] or [patches, C, H, W], found [16, 3, 4]"):
+        check_batch(batch | {"pixel_values": torch.zeros(16, 3, 4)})
+
+
 MEDIA = ("image_grid_thw", "pixel_values")
 # What is done to a batch, and phrases of the error.
 CHANGES: dict[str, tuple[Callable[[Batch], Any], str]] = {
