@@ -105,7 +105,8 @@ def save_schedule(layout: Layout, folder: Path, arguments: list[str]) -> None:
 
     saved, sys.argv = sys.argv, ["pretrain", *COMPLETE, *arguments]
     try:
-        state: dict[str, Any] = {"opt_param_scheduler": start.schedule(parse_arguments())}
+        args = parse_arguments()
+        state: dict[str, Any] = {"opt_param_scheduler": start.schedule(args), "args": args}
     finally:
         sys.argv = saved
         unset_global_variables()
@@ -131,6 +132,8 @@ def test_another_schedule_is_refused_before_the_model(pool: Pool, folder: Path, 
     assert "--lr:" not in answer
     assert said(pool, *resumed, "--train-iters", 10, "--override-opt_param-scheduler") == "accepted"
     assert said(pool, *resumed, "--train-iters", 10, "--finetune") == "accepted"
+    # Other frozen parts (tests/unit/test_parts.py).
+    assert "this run is with --freeze vision" in said(pool, *resumed, "--freeze", "vision")
 
 
 def test_help_of_the_example_lists_all_arguments() -> None:

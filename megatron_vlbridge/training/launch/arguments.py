@@ -24,6 +24,7 @@ from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.training import console
 from megatron_vlbridge.training.guards import check_layout
 from megatron_vlbridge.training.launch.parser import make_parser, parse_words
+from megatron_vlbridge.training.launch.parts import add_part_arguments, check_part_arguments
 from megatron_vlbridge.training.launch.preflight import check_arguments
 from megatron_vlbridge.training.launch.start import (
     check_resumed,
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--allow-unproved-combination", action="store_true", help="run dimensions together that no test runs together"
     )
+    add_part_arguments(group)
     group.add_argument("--cpu", action="store_true", help="run on CPU processes over gloo")
     group.add_argument("--verbose", action="store_true", help="print Megatron's whole log instead of a short one")
     return parser
@@ -99,6 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     config = read_config(args.hf_folder)
     _set_architecture(args, config, parser)
     check_arguments(args, config)
+    check_part_arguments(args, config)
     _set_defaults(args)
     if args.hf_weights and not loads_checkpoint(args):
         args.hf_folder = str(find_folder(name))
