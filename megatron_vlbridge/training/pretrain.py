@@ -56,7 +56,7 @@ def model_provider(
     args = get_args()
     checkpoint = read_config(args.hf_folder)
     transformer_config = language_config(checkpoint, config or core_transformer_config_from_args(args))
-    check_layout(transformer_config, checkpoint, any_combination=args.allow_unproved_combination)
+    check_layout(transformer_config, checkpoint, allow=args.allow_unverified)
     model = Qwen3VLModel(
         transformer_config,
         checkpoint,
@@ -126,7 +126,7 @@ def run(
         datasets.build()
         model = model_provider(*positional, **named)
         if isinstance(model, Qwen3VLModel):
-            check_model(model, any_combination=args.allow_unproved_combination)
+            check_model(model, allow=args.allow_unverified)
             apply_part_arguments(args, model)
         chunks.append(model)
         return model

@@ -79,6 +79,14 @@ def test_contradiction_is_refused(pool: Pool, folder: Path, arguments: list[str]
     assert stated in said(pool, "--hf-folder", folder, "--random-weights", *arguments)
 
 
+def test_an_unverified_setting_runs_only_where_it_is_named(pool: Pool, folder: Path) -> None:
+    start = ("--hf-folder", folder, "--random-weights")
+    allowed = (*start, "--allow-unverified", "fp32_residual_connection")
+    assert "fp32_residual_connection=True" in said(pool, *start, "--bf16", "--fp32-residual-connection")
+    assert said(pool, *allowed, "--bf16", "--fp32-residual-connection") == "accepted"
+    assert "nothing that is rejected has the name fp32_residual_connection" in said(pool, *allowed, "--bf16")
+
+
 def test_the_checkpoint_s_folder_is_named(pool: Pool, tmp_path: Path) -> None:
     assert "--hf-folder is missing" in said(pool, "--random-weights")
     assert "--hf-foldr: no such argument; did you mean --hf-folder?" in said(pool, "--hf-foldr", tmp_path)
