@@ -106,9 +106,10 @@ def test_multipliers_of_the_arguments() -> None:
 
 
 def test_a_checkpoint_of_before_these_arguments_continues_without_them() -> None:
-    """Also one that has no arguments at all."""
+    """One that has no arguments at all tells nothing."""
     for saved in (argparse.Namespace(lr=1.0), None):
         check_resumed_parts(parsed(""), saved, "folder")
+    check_resumed_parts(parsed("--freeze vision"), None, "folder")
     with pytest.raises(VLBridgeError, match="saved with nothing frozen, and this run is with --freeze vision"):
         check_resumed_parts(parsed("--freeze vision"), argparse.Namespace(lr=1.0), "folder")
     with pytest.raises(VLBridgeError, match=r"multipliers none, and this run has \{'merger': 2.0\}"):
