@@ -135,17 +135,19 @@ def begin(args: argparse.Namespace, config: Config) -> None:
 
 
 def summary(args: argparse.Namespace, config: Config) -> list[str]:
-    """Four lines about the run; `args` are Megatron's validated arguments."""
+    """Four lines about the run, and what is not verified; `args` are Megatron's validated arguments."""
     from megatron_vlbridge import families
 
     tokens = args.seq_length * args.global_batch_size
     parameters = sum(math.prod(shape) for shape in families.find(config).table(config).hf_shapes.values())
     length = f"{args.train_iters:,} iterations" if args.train_iters else f"{args.train_samples:,} packs"
+    names = ", ".join(args.allow_unverified)
     return [
         f"model    {config.architecture}, {parameters:,} parameters, {'bf16' if args.bf16 else 'fp32'}",
         f"layout   {_layout(args)}",
         f"batch    {args.global_batch_size:,} packs of {args.seq_length:,} tokens ({tokens:,}), {length}",
         f"weights  {_weights(args)}",
+        *([f"warning  not verified equal to transformers: {names}"] if names else []),
     ]
 
 

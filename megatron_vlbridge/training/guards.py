@@ -1,4 +1,6 @@
-"""What is verified equal to the reference may start; everything else is rejected."""
+"""What is verified equal to the reference may start, and what the user names; everything else is rejected."""
+
+from collections.abc import Collection
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -8,6 +10,9 @@ from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.settings import setting_faults
+
+ALLOW = "--allow-unverified"
+"""The argument that admits what it names."""
 
 
 def used_dimensions(config: TransformerConfig, checkpoint: Config) -> frozenset[str]:
@@ -26,20 +31,24 @@ def used_dimensions(config: TransformerConfig, checkpoint: Config) -> frozenset[
     return frozenset(name for name, size in sizes.items() if size > 1)
 
 
-def check_combination(config: TransformerConfig, checkpoint: Config) -> None:
-    """Reject parallel dimensions together that no test runs together for this family.
+def check_combination(config: TransformerConfig, checkpoint: Config, allow: Collection[str] = ()) -> set[str]:
+    """Reject parallel dimensions together that no test runs together for this family; the names needed of `allow`.
 
     Raises:
         VLBridgeError: naming the combination and the nearest ones that are verified.
     """
     used, verified = used_dimensions(config, checkpoint), families.find(checkpoint).combinations
+    name = _words(used, "+")
+    if used not in verified and name in allow:
+        return {name}
     if used not in verified:
         nearest = sorted(verified, key=lambda names: (len(names ^ used), _words(names)))[:3]
         raise VLBridgeError(
             f"{checkpoint.architecture}: the dimensions {_words(used)} together are not verified equal to "
             f"transformers, so they are rejected. The nearest that are: {', '.join(map(_words, nearest))}; each with "
-            "any data-parallel size (docs/layouts.md). To run it all the same: --allow-unproved-combination"
+            f"any data-parallel size (docs/layouts.md). {_remedy({name}, allow)}"
         )
+    return set()
 
 
 def check_cp_comm_type(config: TransformerConfig) -> None:
@@ -69,16 +78,22 @@ def check_cp_comm_type(config: TransformerConfig) -> None:
         )
 
 
-def check_layout(config: TransformerConfig, checkpoint: Config, *, any_combination: bool = False) -> None:
-    """Reject a layout that no test verifies for this family; with `any_combination` only settings, not combinations.
+def check_layout(config: TransformerConfig, checkpoint: Config, *, allow: Collection[str] = ()) -> set[str]:
+    """Reject a layout that no test verifies for this family, but for what `allow` names; gives those that were needed.
+
+    A name is that of a setting, such as `recompute_modules`, or dimensions that are not verified together, such as
+    `tp+ep`. What the checkpoint decides and what does not work at all cannot be allowed.
 
     Raises:
         VLBridgeError: naming every setting that is not verified, and the values that are.
     """
-    if not any_combination:
-        check_combination(config, checkpoint)
+    needed = check_combination(config, checkpoint, allow)
     check_cp_comm_type(config)
-    faults = setting_faults(config, checkpoint)
+    found = setting_faults(config, checkpoint)
+    allowable = found.keys() - families.find(checkpoint).language_fields(checkpoint).keys()
+    needed |= allowable & set(allow)
+    faults = [line for name, line in found.items() if name not in needed]
+    asked = allowable - needed
     if not cpu_runtime.is_enabled():
         faults += te.faults(config, linear_attention=bool(checkpoint.text.num_linear_key_heads))
     if config.virtual_pipeline_model_parallel_size and not config.overlap_p2p_comm:
@@ -88,18 +103,24 @@ def check_layout(config: TransformerConfig, checkpoint: Config, *, any_combinati
         raise VLBridgeError(
             f"{checkpoint.architecture}: not verified equal to transformers, so it is rejected:\n  "
             + "\n  ".join(faults)
+            + (f"\n{_remedy(asked, allow)}" if len(asked) == len(faults) else "")
         )
+    return needed
 
 
-def check_model(model: Qwen3VLModel, *, any_combination: bool = False) -> None:
+def check_model(model: Qwen3VLModel, *, allow: Collection[str] = ()) -> None:
     """:func:`check_layout` of a model, once: its layout does not change afterwards."""
     if not model.layout_checked:
-        check_layout(model.config, model.checkpoint, any_combination=any_combination)
+        check_layout(model.config, model.checkpoint, allow=allow)
         model.layout_checked = True
 
 
-def _words(names: frozenset[str]) -> str:
-    return " x ".join(sorted(names, key=["tp", "sp", "pp", "vpp", "cp", "ep", "etp"].index)) or "none"
+def _remedy(names: Collection[str], allow: Collection[str]) -> str:
+    return f"To run it all the same: {ALLOW} {','.join(sorted({*names, *allow}))}"
+
+
+def _words(names: frozenset[str], separator: str = " x ") -> str:
+    return separator.join(sorted(names, key=["tp", "sp", "pp", "vpp", "cp", "ep", "etp"].index)) or "none"
 
 
 def _mtp_faults(config: TransformerConfig, checkpoint: Config) -> list[str]:

@@ -17,9 +17,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.initialize import initialize_megatron
+from megatron.training.training import get_megatron_optimizer_config
 
 from megatron_vlbridge.backends import cpu_adam, cpu_runtime, cpu_saving
 from megatron_vlbridge.checkpoint.live import load_hf_weights
+from megatron_vlbridge.checkpoint.live.collectives import gather
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.mtp import embedding_ranks
@@ -29,7 +31,9 @@ from megatron_vlbridge.training import console
 from megatron_vlbridge.training.datasets import EagerDatasetProvider
 from megatron_vlbridge.training.guards import check_layout, check_model
 from megatron_vlbridge.training.launch.arguments import parse_arguments
+from megatron_vlbridge.training.launch.parts import apply_part_arguments
 from megatron_vlbridge.training.launch.start import loading_errors, loads_checkpoint
+from megatron_vlbridge.training.learning_rates import lr_overrides
 from megatron_vlbridge.training.step import vlm_step
 
 __all__ = ["model_provider", "parse_arguments", "run"]
@@ -52,7 +56,7 @@ def model_provider(
     args = get_args()
     checkpoint = read_config(args.hf_folder)
     transformer_config = language_config(checkpoint, config or core_transformer_config_from_args(args))
-    check_layout(transformer_config, checkpoint, any_combination=args.allow_unproved_combination)
+    check_layout(transformer_config, checkpoint, allow=args.allow_unverified)
     model = Qwen3VLModel(
         transformer_config,
         checkpoint,
@@ -65,6 +69,7 @@ def model_provider(
         pg_collection=pg_collection,
     )
     model.layout_checked = True
+    apply_part_arguments(args, model)
     if args.hf_weights and not loads_checkpoint(args):
         _load_when_complete(model, vp_stage, args)
     return model
@@ -114,12 +119,16 @@ def run(
         cpu_saving.install()
         megatron.training.training.initialize_megatron = functools.partial(initialize_megatron, allow_no_cuda=True)
     datasets = EagerDatasetProvider(dataset_provider)
+    chunks: list[torch.nn.Module] = []
+    megatron.training.training.get_megatron_optimizer_config = functools.partial(_optimizer_config, chunks)
 
     def model_after_datasets(*positional: Any, **named: Any) -> torch.nn.Module:
         datasets.build()
         model = model_provider(*positional, **named)
         if isinstance(model, Qwen3VLModel):
-            check_model(model, any_combination=args.allow_unproved_combination)
+            check_model(model, allow=args.allow_unverified)
+            apply_part_arguments(args, model)
+        chunks.append(model)
         return model
 
     console.begin(args, read_config(args.hf_folder))
@@ -132,6 +141,7 @@ def run(
             model_after_datasets,
             get_embedding_ranks=_embedding_ranks,
         )
+    chunks.clear()
 
 
 def _embedding_ranks(pp_ranks: list[int]) -> list[int]:
@@ -139,6 +149,17 @@ def _embedding_ranks(pp_ranks: list[int]) -> list[int]:
     args = get_args()
     tied = not args.untie_embeddings_and_output_weights
     return embedding_ranks(pp_ranks, core_transformer_config_from_args(args), tied)
+
+
+def _optimizer_config(chunks: list[torch.nn.Module], args: argparse.Namespace) -> tuple[Any, dict[Any, Any]]:
+    """Megatron's `get_megatron_optimizer_config`, with the learning rates of the parts of the model.
+
+    Megatron asks before it builds the `chunks` too, and would train without any parameter silently.
+    """
+    config, overrides = get_megatron_optimizer_config(args)
+    if chunks and not any(gather(any(p.requires_grad for chunk in chunks for p in chunk.parameters()))):
+        raise VLBridgeError("the model provider froze every parameter: none is left to train")
+    return config, overrides | lr_overrides(config, chunks)
 
 
 def _nothing() -> None: ...

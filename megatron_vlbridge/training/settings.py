@@ -57,14 +57,14 @@ FREE = frozenset(_FREE_NAMES.split())
 _plain_config = functools.cache(language_config)
 
 
-def setting_faults(config: TransformerConfig, checkpoint: Config) -> list[str]:
-    """Every setting in `config` that is neither verified nor free, as a line with its verified values."""
+def setting_faults(config: TransformerConfig, checkpoint: Config) -> dict[str, str]:
+    """Every setting in `config` that is neither verified nor free, by name, as a line with its verified values."""
     plain, decided = _plain_config(checkpoint), families.find(checkpoint).language_fields(checkpoint)
-    faults = []
+    faults = {}
     for name in sorted({field.name for field in dataclasses.fields(config)} - FREE):
         found, values = getattr(config, name), VERIFIED.get(name, (getattr(plain, name),))
         if found not in values:
             kind = ", the checkpoint's" if name in decided else ""
             note = f" ({NOTES[name]})" if name in NOTES else ""
-            faults.append(f"{name}={found!r}, verified: {' or '.join(map(repr, values))}{kind}{note}")
+            faults[name] = f"{name}={found!r}, verified: {' or '.join(map(repr, values))}{kind}{note}"
     return faults

@@ -140,7 +140,8 @@ def export_provided(layout: Layout, folder: Path) -> Named:
     (config, *_) = (chunk.config for chunk in ranks.build_chunks(layout, folder, load=False))
     arguments = {"hf_folder": folder, "hf_weights": True, "load": None, "padded_vocab_size": VOCABULARY}
     arguments |= {
-        "allow_unproved_combination": False,
+        "allow_unverified": [],
+        "freeze": [],
         "no_vision_balance": False,
         "seq_length": 128,
         "random_mtp": False,

@@ -72,7 +72,7 @@ def measure(
 def compare(results: Sequence[dict[str, Any]], layout: Layout, folder: Path, groups: Groups) -> Errors:
     """What the ranks gave, against transformers."""
     conversations = [c for group in groups for c in group]
-    expected = _run_transformers(folder, groups)
+    expected = run_reference(folder, groups)
     lengths = [[len(c.tokens) for c in group] for group in groups]
     logits = _cut(ranks.of_packs(results, "logits", layout, lengths), lengths)
     losses = _cut(ranks.of_packs(results, "losses", layout, lengths), lengths)
@@ -100,7 +100,7 @@ def tolerance(config: Config) -> float:
     return DELTA_RULE if config.text.linear_attention else TOLERANCE
 
 
-def _run_transformers(folder: Path, groups: Groups) -> reference.Reference:
+def run_reference(folder: Path, groups: Groups) -> reference.Reference:
     """The reference, with multi-token prediction where the folder has it."""
     if read_config(folder).text.num_mtp_layers:
         return mtp_reference.run_transformers(folder, groups).main

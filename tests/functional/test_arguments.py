@@ -79,6 +79,14 @@ def test_contradiction_is_refused(pool: Pool, folder: Path, arguments: list[str]
     assert stated in said(pool, "--hf-folder", folder, "--random-weights", *arguments)
 
 
+def test_an_unverified_setting_runs_only_where_it_is_named(pool: Pool, folder: Path) -> None:
+    start = ("--hf-folder", folder, "--random-weights")
+    allowed = (*start, "--allow-unverified", "fp32_residual_connection")
+    assert "fp32_residual_connection=True" in said(pool, *start, "--bf16", "--fp32-residual-connection")
+    assert said(pool, *allowed, "--bf16", "--fp32-residual-connection") == "accepted"
+    assert "nothing that is rejected has the name fp32_residual_connection" in said(pool, *allowed, "--bf16")
+
+
 def test_the_checkpoint_s_folder_is_named(pool: Pool, tmp_path: Path) -> None:
     assert "--hf-folder is missing" in said(pool, "--random-weights")
     assert "--hf-foldr: no such argument; did you mean --hf-folder?" in said(pool, "--hf-foldr", tmp_path)
@@ -106,7 +114,8 @@ def save_schedule(layout: Layout, folder: Path, arguments: list[str]) -> None:
 
     saved, sys.argv = sys.argv, ["pretrain", *COMPLETE, *arguments]
     try:
-        state: dict[str, Any] = {"opt_param_scheduler": start.schedule(parse_arguments())}
+        args = parse_arguments()
+        state: dict[str, Any] = {"opt_param_scheduler": start.schedule(args), "args": args}
     finally:
         sys.argv = saved
         unset_global_variables()
@@ -133,6 +142,8 @@ def test_another_schedule_is_refused_before_the_model(pool: Pool, folder: Path, 
     assert "--lr:" not in answer
     assert said(pool, *resumed, "--train-iters", 10, "--override-opt_param-scheduler") == "accepted"
     assert said(pool, *resumed, "--train-iters", 10, "--finetune") == "accepted"
+    # Other frozen parts (tests/unit/test_parts.py).
+    assert "this run is with --freeze vision" in said(pool, *resumed, "--freeze", "vision")
 
 
 def test_help_of_the_example_lists_all_arguments() -> None:

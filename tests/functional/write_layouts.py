@@ -128,7 +128,7 @@ a size of one; `stages` is Megatron's pipeline layout string (an `m` is put befo
 The losses of the router (load balancing and z) are compared with their formulas in every row with experts, plain
 (`tests/functional/test_router_loss.py`).
 
-Any combination of dimensions that is no row here is rejected at start, unless `--allow-unproved-combination` is given;
+Any combination of dimensions that is no row here is rejected at start, unless `--allow-unverified` names it;
 sizes beyond these are arithmetic.
 
 Made by `make test-layouts`:

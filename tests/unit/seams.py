@@ -210,6 +210,7 @@ SEAMS: dict[str, dict[str, str]] = {
     "training/pretrain.py": {
         _TRAINING + "pretrain": "calls initialize_megatron by its global name; builds the model before the datasets",
         "megatron.training.initialize:initialize_megatron": "replaced by itself with allow_no_cuda=True",
+        _TRAINING + "get_megatron_optimizer_config": "replaced by itself with more groups of parameters",
         _CORE + "datasets.utils:compile_helpers": "replaced where the helpers are built",
         _CORE + "optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state_from_dp_reshardable": (
             "copies into views of fp32 weights without no_grad, in which it is wrapped; drop the wrapper when fixed"

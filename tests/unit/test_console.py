@@ -201,6 +201,7 @@ ARGUMENTS = {
     "pretrained_checkpoint": None,
     "hf_weights": True,
     "hf_folder": "hf",
+    "allow_unverified": [],
 }
 
 
@@ -215,6 +216,9 @@ def test_the_summary_counts_the_parameters_like_transformers(tmp_path: Path, tie
         "batch    64 packs of 4,096 tokens (262,144), 1,000 iterations",
         "weights  from hf",
     ]
+    allowed = ARGUMENTS | {"allow_unverified": ["tp+ep", "fp16"]}
+    unverified = "warning  not verified equal to transformers: tp+ep, fp16"
+    assert summary(SimpleNamespace(**allowed), read_config(folder)) == [*lines, unverified]
 
 
 TRACKERS = {"tensorboard_dir": None, "wandb_project": "", "wandb_exp_name": "", "wandb_save_dir": "", "save": None}

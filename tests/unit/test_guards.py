@@ -119,7 +119,8 @@ def test_what_is_not_proved_is_refused_by_name(name):
         guards.check_layout(config, CHECKPOINT)
     first, *faults = str(refusal.value).splitlines()
     assert CHECKPOINT.architecture in first
-    assert len(faults) == 1
+    decided = name in families.find(CHECKPOINT).language_fields(CHECKPOINT)
+    assert faults[1:] == ([] if decided else [f"To run it all the same: --allow-unverified {name}"])
     assert f"{name}={UNPROVED[name]!r}, verified: " in faults[0]
     assert settings.NOTES.get(name, "") in faults[0]
 
@@ -221,13 +222,33 @@ def test_a_combination_that_no_test_runs_is_refused_with_the_nearest_proved_ones
     with pytest.raises(VLBridgeError, match="dimensions tp x ep together are not verified") as refusal:
         guards.check_layout(config, CHECKPOINT)
     assert "nearest that are: tp, none, tp x cp" in str(refusal.value)
-    guards.check_layout(config, CHECKPOINT, any_combination=True)
+    assert str(refusal.value).endswith("To run it all the same: --allow-unverified tp+ep")
+    assert guards.check_layout(config, CHECKPOINT, allow=["tp+ep"]) == {"tp+ep"}
+    for other in ("ep+tp", "tp", "ep", "tp+ep+cp", "all"):
+        with pytest.raises(VLBridgeError, match="tp x ep together"):
+            guards.check_layout(config, CHECKPOINT, allow=[other])
 
 
-def test_insisting_on_a_combination_does_not_allow_another_architecture():
-    config = with_sizes(CHECKPOINT, expert_model_parallel_size=2, qk_l2_norm=True)
-    with pytest.raises(VLBridgeError, match="qk_l2_norm"):
-        guards.check_layout(config, CHECKPOINT, any_combination=True)
+def test_only_what_is_named_is_allowed():
+    config = with_sizes(
+        CHECKPOINT, expert_model_parallel_size=2, moe_input_jitter_eps=0.1, fp32_residual_connection=True
+    )
+    with pytest.raises(VLBridgeError, match=r"--allow-unverified ep$"):
+        guards.check_layout(config, CHECKPOINT)
+    with pytest.raises(VLBridgeError) as refusal:
+        guards.check_layout(config, CHECKPOINT, allow=["ep", "moe_input_jitter_eps"])
+    assert "moe_input_jitter_eps=" not in str(refusal.value)
+    assert "fp32_residual_connection=True, verified: False" in str(refusal.value)
+    names = ["ep", "fp32_residual_connection", "moe_input_jitter_eps"]
+    assert str(refusal.value).endswith(f"--allow-unverified {','.join(names)}")
+    assert guards.check_layout(config, CHECKPOINT, allow=[*names, "qk_clip"]) == set(names)
+
+
+def test_what_the_checkpoint_decides_cannot_be_allowed():
+    config = with_sizes(CHECKPOINT, num_layers=27)
+    with pytest.raises(VLBridgeError, match="num_layers=27") as refusal:
+        guards.check_layout(config, CHECKPOINT, allow=["num_layers"])
+    assert "--allow-unverified" not in str(refusal.value)
 
 
 def test_the_expert_tensor_parallel_size_is_the_tensor_parallel_size_unless_given():

@@ -22,8 +22,9 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.training import console
-from megatron_vlbridge.training.guards import check_layout
+from megatron_vlbridge.training.guards import ALLOW, check_layout
 from megatron_vlbridge.training.launch.parser import make_parser, parse_words
+from megatron_vlbridge.training.launch.parts import add_part_arguments, check_part_arguments
 from megatron_vlbridge.training.launch.preflight import check_arguments
 from megatron_vlbridge.training.launch.start import (
     check_resumed,
@@ -73,8 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
     group.add_argument("--no-vision-balance", action="store_true", help="each context-parallel rank runs all frames")
     group.add_argument(
-        "--allow-unproved-combination", action="store_true", help="run dimensions together that no test runs together"
+        ALLOW,
+        type=lambda text: [name for name in text.split(",") if name],
+        default=[],
+        metavar="NAME[,NAME...]",
+        help="run settings, or dimensions together (tp+ep), that no test verifies",
     )
+    add_part_arguments(group)
     group.add_argument("--cpu", action="store_true", help="run on CPU processes over gloo")
     group.add_argument("--verbose", action="store_true", help="print Megatron's whole log instead of a short one")
     return parser
@@ -99,6 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     config = read_config(args.hf_folder)
     _set_architecture(args, config, parser)
     check_arguments(args, config)
+    check_part_arguments(args, config)
     _set_defaults(args)
     if args.hf_weights and not loads_checkpoint(args):
         args.hf_folder = str(find_folder(name))
@@ -110,7 +117,9 @@ def parse_arguments() -> argparse.Namespace:
             config.text.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
         )
         layout = language_config(config, core_transformer_config_from_args(args))
-    check_layout(layout, config, any_combination=args.allow_unproved_combination)
+    needed = check_layout(layout, config, allow=args.allow_unverified)
+    if unneeded := sorted(set(args.allow_unverified) - needed):
+        raise VLBridgeError(f"{ALLOW}: nothing that is rejected has the name {', '.join(unneeded)}; leave it out")
     if args.eval_interval is None:
         # Megatron counts the samples of evaluations even where there are none. Never during training, as it reads None
         # where it trains: once, after the last iteration.

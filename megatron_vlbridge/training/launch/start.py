@@ -18,6 +18,7 @@ from megatron_vlbridge.checkpoint.hf.source import open_source
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
+from megatron_vlbridge.training.launch.parts import check_resumed_parts
 from megatron_vlbridge.weights import Plan
 from megatron_vlbridge.weights.plan import any_dtype
 
@@ -154,6 +155,7 @@ def check_resumed(args: argparse.Namespace) -> None:
         return
     saved = dist_checkpointing.load_common_state_dict(str(folder))
     check_backend(args, saved.get("args"), str(folder))
+    check_resumed_parts(args, saved.get("args"), str(folder))
     scheduler = saved.get("opt_param_scheduler")
     if scheduler and not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
         check_schedule(scheduler, schedule(args), str(folder))
