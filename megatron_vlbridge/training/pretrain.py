@@ -65,6 +65,7 @@ def model_provider(
         pg_collection=pg_collection,
     )
     model.layout_checked = True
+    model.check_position_ids = args.check_position_ids
     if args.hf_weights and not loads_checkpoint(args):
         _load_when_complete(model, vp_stage, args)
     return model

@@ -141,6 +141,7 @@ def export_provided(layout: Layout, folder: Path) -> Named:
     arguments = {"hf_folder": folder, "hf_weights": True, "load": None, "padded_vocab_size": VOCABULARY}
     arguments |= {
         "allow_unproved_combination": False,
+        "check_position_ids": False,
         "no_vision_balance": False,
         "seq_length": 128,
         "random_mtp": False,

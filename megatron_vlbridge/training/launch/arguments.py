@@ -73,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
     group.add_argument("--no-vision-balance", action="store_true", help="each context-parallel rank runs all frames")
     group.add_argument(
+        "--check-position-ids", action="store_true", help="position_ids of packs must be those that are computed"
+    )
+    group.add_argument(
         "--allow-unproved-combination", action="store_true", help="run dimensions together that no test runs together"
     )
     group.add_argument("--cpu", action="store_true", help="run on CPU processes over gloo")
