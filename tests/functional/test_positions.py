@@ -181,7 +181,7 @@ def text(row: int | None) -> list[dict[str, Any]]:
 
 def test_every_rank_takes_parts_and_whole_rows_or_raises_the_same_error(pool: Pool, folders: dict[str, Path]) -> None:
     given, counted, _, _ = rows(2, known=True)
-    good, bad = calls(given), calls(given)
+    good = calls(given)
     only = {key: value for key, value in good[1].items() if key != "position_ids"}
     entire = whole(given)
     short, floats = good[1]["position_ids"][..., 1:], good[1]["position_ids"].float()
@@ -191,11 +191,11 @@ def test_every_rank_takes_parts_and_whole_rows_or_raises_the_same_error(pool: Po
     pack = {key: value[None] for key, value in packs()[0].items()}
     faults = {
         "position_ids: expected [3, 1, 64] (time, row, column) or [1, 64], as there are 1 x 64 tokens, found "
-        "[3, 1, 63]": [bad[0], bad[1] | {"position_ids": short}],
-        "found [3, 1, 128]": [bad[0], bad[1] | {"position_ids": entire["position_ids"]}],
-        "expected integers, found torch.float32 [3, 1, 64]": [bad[0], bad[1] | {"position_ids": floats}],
-        "expected a tensor of integers, found list": [bad[0], bad[1] | {"position_ids": [1]}],
-        "ranks 0 and 1 of 2 have different batches: they differ in position_ids": [bad[0], only],
+        "[3, 1, 63]": [good[0], good[1] | {"position_ids": short}],
+        "found [3, 1, 128]": [good[0], good[1] | {"position_ids": entire["position_ids"]}],
+        "expected integers, found torch.float32 [3, 1, 64]": [good[0], good[1] | {"position_ids": floats}],
+        "expected a tensor of integers, found list": [good[0], good[1] | {"position_ids": [1]}],
+        "ranks 0 and 1 of 2 have different batches: they differ in position_ids": [good[0], only],
         "they differ in position_ids (none": [calls(counted)[0], calls(counted)[1] | {"check": True}],
         "context-parallel rank 1: position_ids: token 9 of segment 0 has position 10, expected 9 (1 of": off,
         "context-parallel rank 0: position_ids: token 0 of segment 0 has position [": [
@@ -218,6 +218,34 @@ def test_every_rank_takes_parts_and_whole_rows_or_raises_the_same_error(pool: Po
         assert torch.equal(found[0], found[1])
         assert torch.equal(found[2], found[3])
         assert not torch.equal(found[0], found[2])
+
+
+def test_padded_batches_with_other_positions_are_rejected(pool: Pool, folders: dict[str, Path]) -> None:
+    given, counted, plain, _ = ({k: v for k, v in batch.items() if k != "labels"} for batch in padded_batches())
+    batch, width = given["input_ids"].shape
+    # The first sample is padded on the left, the second on the right.
+    first = int(counted["attention_mask"][0].argmax())
+    naive = torch.arange(counted["input_ids"].shape[1]).expand(counted["input_ids"].shape)
+    zeros = torch.zeros_like(plain["input_ids"]).expand(3, -1, -1)
+    faults: dict[str, dict[str, Any]] = {
+        f"position_ids: expected [3, {batch}, {width}] (time, row, column) or [{batch}, {width}], as there are": given
+        | {"position_ids": given["position_ids"][:2]},
+        f"found [3, 1, {width}]": given | {"position_ids": given["position_ids"][:, :1]},
+        "expected integers, found torch.float32": given | {"position_ids": given["position_ids"].float()},
+        f"token 0 of segment 0 has position {first}, expected 0": counted | {"position_ids": naive},
+        "token 1 of segment 0 has position [0, 0, 0], expected [1, 1, 1]": plain
+        | {"position_ids": zeros, "check": True},
+        "or a pack as `inputs`, not both": {"inputs": object(), "position_ids": zeros},
+    }
+    accepted: list[dict[str, Any]] = [plain, plain | {"position_ids": zeros}, counted | {"check": True}]
+    found = pool.run(
+        position_ranks.answers, Layout(), folder=folders["dense"], calls=[[x] for x in [*faults.values(), *accepted]]
+    )[0]
+    for message, error in zip(faults, found, strict=False):
+        assert isinstance(error, str)
+        assert message in error
+    assert all(isinstance(logits, torch.Tensor) for logits in found[-3:])
+    assert not torch.equal(found[-3], found[-2])
 
 
 def test_the_argument_has_the_model_compare_positions(pool: Pool, folders: dict[str, Path]) -> None:
