@@ -29,6 +29,8 @@ class Conversation:
     image_grids: torch.Tensor
     videos: torch.Tensor
     video_grids: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    """`[3, S]`, time, row and column of each token, in place of those that transformers computes."""
 
 
 # The kinds of model, as options of `write_checkpoint`.
@@ -262,7 +264,7 @@ def run_transformers(
 
 def digest(conversations: Sequence[Conversation]) -> bytes:
     """A hash of the conversations."""
-    parts = (x.numpy().tobytes() for c in conversations for x in vars(c).values())
+    parts = (x.numpy().tobytes() for c in conversations for x in vars(c).values() if x is not None)
     return hashlib.sha256(b"".join(parts)).digest()
 
 
@@ -302,6 +304,8 @@ def model_inputs(c: Conversation) -> dict[str, Any]:
     """The arguments of transformers' model for a conversation."""
     kinds = (c.tokens == IMAGE).long() + 2 * (c.tokens == VIDEO).long()
     inputs = {"input_ids": c.tokens[None], "mm_token_type_ids": kinds[None], "use_cache": False}
+    if c.position_ids is not None:
+        inputs["position_ids"] = c.position_ids[:, None]
     if len(c.images):
         inputs |= {"pixel_values": c.images, "image_grid_thw": c.image_grids}
     if len(c.videos):

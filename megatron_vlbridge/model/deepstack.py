@@ -59,13 +59,15 @@ class DeepstackLayer(TransformerLayer):
 
 
 def local_features(
-    features: torch.Tensor, index: torch.Tensor, tp_group: torch.distributed.ProcessGroup
+    features: torch.Tensor, inputs: PackedInputs, tp_group: torch.distributed.ProcessGroup
 ) -> torch.Tensor:
-    """Of `features` `[levels, N, 1, H]` those that this rank adds under sequence parallelism: `[levels, n, 1, H]`.
+    """Of `features` `[levels, N, 1, H]` those that this rank adds: `[levels, n, 1, H]`.
 
-    Each tensor-parallel rank adds a part of them, so their gradient is summed over the ranks.
+    Under sequence parallelism each tensor-parallel rank adds a part of them, so their gradient is summed over these.
     """
-    return copy_to_tensor_model_parallel_region(features, group=tp_group)[:, index]
+    if inputs.shard is None:
+        return features
+    return copy_to_tensor_model_parallel_region(features, group=tp_group)[:, inputs.shard.embed_index]
 
 
 def append_features(hidden_states: torch.Tensor, features: torch.Tensor, layers: int) -> torch.Tensor:

@@ -44,6 +44,8 @@ class Qwen3VLModel(MegatronModule):
     logits are `model(**processor(text=[text], images=[image], return_tensors="pt"))`.
     """
 
+    check_position_ids = False
+    """Whether positions that are given must equal the computed ones; to debug a data loader or a framework."""
     layout_checked = False
     """Whether `training.guards.check_layout` has accepted the parallel layout and settings of `config`."""
 
@@ -104,6 +106,7 @@ class Qwen3VLModel(MegatronModule):
         cu_seqlens: Sequence[int] | torch.Tensor | None = None,
         lengths: Sequence[int] | torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits, or the loss of each token where there are labels.
 
@@ -120,18 +123,19 @@ class Qwen3VLModel(MegatronModule):
         zigzag part of it, in which case the output is that of its part too. Every rank takes all media; later pipeline
         stages only need the grids.
 
-        Raises VLBridgeError where the parts of the batch do not match; with a packed batch on every context-parallel
-        rank alike.
+        `position_ids` `[3, B, S]` or `[3, 1, T]` (time, row, column), given on every stage, are used as they are. They
+        are computed where None, or 2-D as `input_ids` and counting each segment's tokens (not padding) from 0.
+
+        Raises VLBridgeError where the parts of a batch do not match, of a packed one on all context-parallel ranks.
         """
         media = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, mm_token_type_ids)
-        raw = RawBatch(input_ids, attention_mask, labels, *media, cu_seqlens, lengths, packed_seq_params)
+        raw = RawBatch(input_ids, attention_mask, labels, *media, cu_seqlens, lengths, packed_seq_params, position_ids)
         if inputs is not None:
-            if not raw.is_empty():
-                raise VLBridgeError(
-                    "Qwen3VLModel takes either input_ids and what belongs to them, or a pack as `inputs`, not both"
-                )
+            raw.check_empty()
             return self._forward_pack(inputs)
-        inputs = build_inputs(raw, self.config, self.checkpoint, self.pg_collection, with_patches=self.pre_process)
+        inputs = build_inputs(
+            raw, self.config, self.checkpoint, self.pg_collection, self.pre_process, self.check_position_ids
+        )
         output = self._forward_pack(inputs.to(next(self.parameters()).device))
         padded = inputs.layout.table is not None
         return inputs.layout.unpack(output) if padded and self.post_process else output
@@ -167,11 +171,7 @@ class Qwen3VLModel(MegatronModule):
             return recomputable(embeddings, decoder), text.new_zeros(self._remaining_levels, 0, *text.shape[1:])
         features = tower_features(self.vision_model, inputs, self.pg_collection.cp, self.balance_vision).to(text.dtype)
         embeddings = scatter(text.index_copy(0, inputs.vision_token_index, features[0]))
-        deepstack_features = features[1:]
-        if inputs.shard is not None:
-            index = inputs.shard.embed_index
-            deepstack_features = deepstack.local_features(deepstack_features, index, self.pg_collection.tp)
-        return recomputable(embeddings, decoder), deepstack_features
+        return recomputable(embeddings, decoder), deepstack.local_features(features[1:], inputs, self.pg_collection.tp)
 
     def _receive(self, inputs: PackedInputs) -> torch.Tensor:
         """The previous stage's hidden states go to the decoder; gives its deepstack features `[levels, n, 1, H]`."""

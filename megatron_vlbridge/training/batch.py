@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.batch_layout import BatchLayout
-from megatron_vlbridge.model.inputs import Media, PackedInputs
+from megatron_vlbridge.model.inputs import GivenPositions, Media, PackedInputs
 
 # The keys of a pack; a data loader adds a leading dimension of 1.
 PACK_KEYS = (
@@ -25,6 +25,8 @@ PACK_KEYS = (
     "images_per_segment",
     "videos_per_segment",
 )
+# A pack may also have positions `[3, T]` (time, row, column), or `[T]` that count the tokens of each segment from 0.
+OPTIONAL_PACK_KEYS = ("position_ids",)
 
 
 def next_inputs(
@@ -35,6 +37,7 @@ def next_inputs(
     pre_process: bool,
     post_process: bool,
     sequence_parallel: bool = False,
+    check_position_ids: bool = False,
 ) -> PackedInputs:
     """The inputs of the next pack for one pipeline stage, identical on all ranks of its tensor-parallel group.
 
@@ -53,7 +56,7 @@ def next_inputs(
                     "the first rank of the tensor-parallel group has no data iterator; the dataset provider must "
                     "return a dataset on that rank"
                 )
-            inputs = read_pack(next(data_iterator), config)
+            inputs = read_pack(next(data_iterator), config, check_position_ids)
             inputs = inputs.context_parallel(pg_collection.cp.size(), pg_collection.cp.rank(), config)
             if not pre_process:
                 inputs = replace(inputs, patches=_no_patches(inputs))
@@ -73,16 +76,23 @@ def next_inputs(
     return inputs.to(device)
 
 
-def read_pack(batch: Mapping[str, Any], config: Config) -> PackedInputs:
+def read_pack(batch: Mapping[str, Any], config: Config, check_position_ids: bool = False) -> PackedInputs:
     """Convert a micro-batch of a data loader (all tensors with a leading dimension of 1) to model inputs.
+
+    Its `position_ids`, if any, are used; `check_position_ids`: they must be those that are computed without.
 
     Raises VLBridgeError: a key is missing or unknown, the micro-batch is not one pack, or its tensors do not match.
     """
-    missing, unknown = [key for key in PACK_KEYS if key not in batch], sorted(set(batch) - set(PACK_KEYS))
+    missing = [key for key in PACK_KEYS if key not in batch]
+    unknown = sorted(set(batch).difference(PACK_KEYS, OPTIONAL_PACK_KEYS))
     if missing or unknown:
-        raise VLBridgeError(f"micro-batch: expected the keys {list(PACK_KEYS)}; missing: {missing}, unknown: {unknown}")
+        raise VLBridgeError(
+            f"micro-batch: expected the keys {list(PACK_KEYS)} and optionally {list(OPTIONAL_PACK_KEYS)}; missing: "
+            f"{missing}, unknown: {unknown}"
+        )
     _check_tensors(batch)
-    shapes = {key: list(batch[key].shape) for key in PACK_KEYS}
+    positions = GivenPositions.of(batch.get("position_ids"), check_position_ids)
+    shapes = {key: list(value.shape) for key, value in batch.items() if value is not None}
     if any(shape[:1] != [1] for shape in shapes.values()):
         raise VLBridgeError(
             f"micro-batch: expected one pack, every tensor with a leading dimension of 1; found {shapes}. "
@@ -96,7 +106,18 @@ def read_pack(batch: Mapping[str, Any], config: Config) -> PackedInputs:
         )
     layout = BatchLayout.packed(pack["segment_lengths"].tolist(), pack["tokens"].shape[0])
     media = Media(**{key: pack[key] for key in PACK_KEYS[3:]})
-    return PackedInputs.from_pack(layout, pack["tokens"][None], media, config, pack["labels"][None])
+    inputs = PackedInputs.from_pack(layout, pack["tokens"][None], media, config, pack["labels"][None])
+    return inputs.with_positions(positions and _in_one_row(positions, layout.total))
+
+
+def _in_one_row(positions: GivenPositions, total: int) -> GivenPositions:
+    """`[1, 3, T]` of a data loader -> `[3, 1, T]`; `[1, T]` is as it is."""
+    if positions.ids.shape not in ((1, 3, total), (1, total)):
+        raise VLBridgeError(
+            f"position_ids: expected [1, 3, {total}] (time, row, column) or [1, {total}], as the pack has {total} "
+            f"tokens, found {list(positions.ids.shape)}"
+        )
+    return replace(positions, ids=positions.ids.movedim(0, -2))
 
 
 def _check_tensors(batch: Mapping[str, Any]) -> None:

@@ -69,6 +69,7 @@ def model_provider(
         pg_collection=pg_collection,
     )
     model.layout_checked = True
+    model.check_position_ids = args.check_position_ids
     apply_part_arguments(args, model)
     if args.hf_weights and not loads_checkpoint(args):
         _load_when_complete(model, vp_stage, args)

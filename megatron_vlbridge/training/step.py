@@ -36,6 +36,7 @@ def vlm_step(
         pre_process=stage.pre_process,
         post_process=stage.post_process,
         sequence_parallel=stage.config.sequence_parallel,
+        check_position_ids=stage.check_position_ids,
     )
     assert inputs.loss_mask is not None
     return model(inputs=inputs), partial(token_loss, inputs.loss_mask)

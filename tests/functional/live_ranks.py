@@ -142,6 +142,7 @@ def export_provided(layout: Layout, folder: Path) -> Named:
     arguments |= {
         "allow_unverified": [],
         "freeze": [],
+        "check_position_ids": False,
         "no_vision_balance": False,
         "seq_length": 128,
         "random_mtp": False,

@@ -27,7 +27,7 @@ _PATCHES = torch.zeros(1 << 14, CONFIG.vision.patch_dim)
 class Token:
     """A token of a padded pack; `feature`: its row of the tower's output; `position`: time, row, column.
 
-    `next_id` and `next_label`: those of the next token of its conversation, if there is one.
+    `next_id` and `next_label`: those of the next token of its conversation, if there is one. `place`: in its `segment`.
     """
 
     id: int
@@ -37,6 +37,8 @@ class Token:
     padding: bool = False
     next_id: int = FILLER
     next_label: int = -100
+    segment: int = 0
+    place: int = 0
 
 
 @dataclass
@@ -143,6 +145,8 @@ def walk(batch: Batch) -> list[list[Token]]:
         for _ in range(segment.padded - len(segment.ids)):
             row.append(Token(FILLER, position=(here, here, here), padding=True))
             here += 1
+        for place, token in enumerate(row):
+            token.segment, token.place = len(result), place
         result.append(row)
     return result
 

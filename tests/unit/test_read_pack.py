@@ -188,6 +188,50 @@ def test_counts_that_do_not_match_are_rejected(key, counts, where, found):
     assert_rejected(micro_batch(**{key: torch.tensor([counts])}), where, found)
 
 
+def positions(dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """`[1, 3, LENGTH]`, other ones than the computed."""
+    random = torch.Generator().manual_seed(4)
+    return torch.randint(0, 999, (1, 3, LENGTH), generator=random).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_positions_of_a_pack_are_used(dtype):
+    given, plain = read_pack(micro_batch(position_ids=positions(dtype)), CONFIG), read_pack(micro_batch(), CONFIG)
+    assert torch.equal(given.position_ids, positions()[0][:, None])
+    assert given.layout == plain.layout
+    assert torch.equal(given.vision_token_index, plain.vision_token_index)
+    counts = [place for c in CONVERSATIONS for place in range(len(c.tokens))] + [5] * (LENGTH - USED)
+    for none in (None, torch.tensor([counts], dtype=dtype), plain.position_ids[:, 0][None]):
+        found = read_pack(micro_batch(position_ids=none), CONFIG, check_position_ids=True)
+        assert torch.equal(found.position_ids, plain.position_ids)
+
+
+@pytest.mark.parametrize(
+    ("given", "phrases"),
+    [
+        (positions().float(), ("expected integers", "torch.float32 [1, 3, 96]")),
+        (positions().tolist(), ("expected a tensor of integers", "found list")),
+        (positions().repeat(2, 1, 1), ("a leading dimension of 1", "'position_ids': [2, 3, 96]")),
+        (positions()[:, :, 1:], ("[1, 3, 96]", "or [1, 96]", "has 96 tokens", "found [1, 3, 95]")),
+        (positions()[:, 0, 1:], ("[1, 3, 96]", "or [1, 96]", "has 96 tokens", "found [1, 95]")),
+        (positions()[:, :, None], ("[1, 3, 96]", "found [1, 3, 1, 96]")),
+        (positions().repeat(1, 2, 1)[:, :4], ("[1, 3, 96]", "found [1, 4, 96]")),
+        (positions()[0, 0], ("a leading dimension of 1", "'position_ids': [96]")),
+        (torch.arange(LENGTH)[None], (f"token 0 of segment 1 has position {FIRST}, expected 0", "2-D positions")),
+    ],
+    ids=["floats", "list", "two-packs", "short", "short-row", "four-dims", "four-axes", "no-axis", "one-count"],
+)
+def test_invalid_positions_are_rejected(given, phrases):
+    assert_rejected(micro_batch(position_ids=given), *phrases)
+
+
+def test_positions_are_compared_with_the_computed_ones_if_wanted():
+    batch = micro_batch(position_ids=positions())
+    found = positions()[0, :, 0].tolist()
+    with rejects(f"token 0 of segment 0 has position {found}, expected [0, 0, 0]", "check_position_ids"):
+        read_pack(batch, CONFIG, check_position_ids=True)
+
+
 @pytest.mark.parametrize("sides", [("left", "left", "left"), ("right", "left", "right")])
 def test_a_padded_batch_becomes_the_pack_of_its_samples(sides):
     """The same inputs as the pack without padding, for any pad id: here that of an image."""

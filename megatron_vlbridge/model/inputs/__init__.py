@@ -2,7 +2,8 @@
 
 from megatron_vlbridge.model.inputs.media import Media
 from megatron_vlbridge.model.inputs.pack import PackedInputs
+from megatron_vlbridge.model.inputs.positions import GivenPositions
 from megatron_vlbridge.model.inputs.thd import from_thd
 from megatron_vlbridge.model.inputs.thd_batch import ThdBatch
 
-__all__ = ["Media", "PackedInputs", "ThdBatch", "from_thd"]
+__all__ = ["GivenPositions", "Media", "PackedInputs", "ThdBatch", "from_thd"]

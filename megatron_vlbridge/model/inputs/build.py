@@ -11,6 +11,7 @@ from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.inputs.media import Media
 from megatron_vlbridge.model.inputs.pack import PackedInputs
+from megatron_vlbridge.model.inputs.positions import GivenPositions
 from megatron_vlbridge.model.inputs.thd import from_thd
 from megatron_vlbridge.model.inputs.thd_batch import Integers, ThdBatch, bounds_of
 from megatron_vlbridge.model.inputs.tokens import placeholders
@@ -31,10 +32,14 @@ class RawBatch:
     cu_seqlens: Integers | None = None
     lengths: Integers | None = None
     packed_seq_params: PackedSeqParams | None = None
+    position_ids: torch.Tensor | None = None
 
-    def is_empty(self) -> bool:
-        """Whether no argument was given."""
-        return all(getattr(self, field.name) is None for field in fields(self))
+    def check_empty(self) -> None:
+        """Reject arguments beside a pack (VLBridgeError)."""
+        if any(getattr(self, field.name) is not None for field in fields(self)):
+            raise VLBridgeError(
+                "Qwen3VLModel takes either input_ids and what belongs to them, or a pack as `inputs`, not both"
+            )
 
     def bounds(self) -> tuple[Integers, Integers | None] | None:
         """`cu_seqlens` of a packed batch, and its segments' lengths without padding where known; None: not packed."""
@@ -67,16 +72,23 @@ def build_inputs(
     checkpoint: Config,
     pg_collection: ProcessGroupCollection,
     with_patches: bool,
+    check_position_ids: bool = False,
 ) -> PackedInputs:
     """The pack of a call's arguments, on the host, where its lengths and grids are needed.
+
+    `check_position_ids`: given positions must be the computed ones.
 
     Raises VLBridgeError where the arguments do not match; with a packed batch on every context-parallel rank alike.
     """
     # Under context parallelism a rank must not raise on its own arguments before the others can receive the failure.
     if config.context_parallel_size == 1 and raw.bounds() is None:
+        positions = GivenPositions.of(raw.position_ids, check_position_ids)
         inputs = _from_padded(raw, config, checkpoint, with_patches)
+        inputs = inputs.with_positions(positions and positions.packed(inputs.layout))
     else:
-        inputs = from_thd(lambda: _thd_batch(raw, config, with_patches), checkpoint, pg_collection.cp)
+        inputs = from_thd(
+            lambda: _thd_batch(raw, config, with_patches, check_position_ids), checkpoint, pg_collection.cp
+        )
     if config.sequence_parallel:
         # On the host: on a device, the number of image tokens would be a sync.
         inputs = inputs.with_sequence_shard(pg_collection.tp.size(), pg_collection.tp.rank())
@@ -112,7 +124,7 @@ def _check_token_types(ids: torch.Tensor, found: torch.Tensor, checkpoint: Confi
         )
 
 
-def _thd_batch(raw: RawBatch, config: TransformerConfig, with_patches: bool) -> ThdBatch:
+def _thd_batch(raw: RawBatch, config: TransformerConfig, with_patches: bool, check_position_ids: bool) -> ThdBatch:
     bounds = raw.bounds()
     ids, media = raw.tokens(), raw.media(with_patches)
     if bounds is None:
@@ -133,7 +145,8 @@ def _thd_batch(raw: RawBatch, config: TransformerConfig, with_patches: bool) -> 
             "padding; give the segments' true `lengths` beside it. (packed_seq_params whose cu_seqlens_q_padded is "
             "missing, or the same as cu_seqlens_q, does not say it either: give `cu_seqlens` and `lengths` instead)"
         )
-    return ThdBatch(ids, cu_seqlens, media, _on_host(raw.labels), lengths)
+    positions = GivenPositions.of(raw.position_ids, check_position_ids)
+    return ThdBatch(ids, cu_seqlens, media, _on_host(raw.labels), lengths, positions)
 
 
 def check_pack(inputs: PackedInputs, config: TransformerConfig, seq_length: int | None) -> None:

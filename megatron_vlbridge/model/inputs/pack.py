@@ -12,6 +12,7 @@ from megatron_vlbridge.layout.frames import Frames
 from megatron_vlbridge.layout.positions import mrope_positions
 from megatron_vlbridge.model.inputs.media import Media
 from megatron_vlbridge.model.inputs.mtp import MtpInputs
+from megatron_vlbridge.model.inputs.positions import GivenPositions
 from megatron_vlbridge.model.inputs.tokens import IGNORED, check_labels, check_vocabulary, filler_token, placeholders
 
 
@@ -117,6 +118,18 @@ class PackedInputs:
         layout = BatchLayout.from_padded(mask, multiple_of)
         packed_labels = None if labels is None else layout.pack(labels, IGNORED)
         return cls.from_pack(layout, layout.pack(input_ids, filler_token(config)), media, config, packed_labels)
+
+    def with_positions(self, given: GivenPositions | None, layout: BatchLayout | None = None) -> Self:
+        """The same whole pack with the positions that came with it, if any; `layout`: one that knows more padding.
+
+        Raises VLBridgeError where they cannot be taken: see :class:`GivenPositions`.
+        """
+        if given is None:
+            return self
+        layout = layout or self.layout
+        given.check(layout)
+        given.compare(self.position_ids, layout)
+        return replace(self, position_ids=given.instead_of(self.position_ids))
 
     def context_parallel(self, cp_size: int, cp_rank: int, config: Config) -> Self:
         """This context-parallel rank's part of a whole pack: every tensor gathered with the layout's one index."""

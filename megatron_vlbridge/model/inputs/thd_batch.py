@@ -9,6 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.inputs.media import Media
+from megatron_vlbridge.model.inputs.positions import GivenPositions
 
 Integers = Sequence[int] | torch.Tensor
 
@@ -20,7 +21,7 @@ class ThdBatch:
     `tokens` int64 `[1, T]`; `labels` `[1, T]` next tokens, -100 where no loss. `cu_seqlens` (of the whole pack, padding
     included) starts with 0 and ends with the pack's length; `lengths` are the segments' true lengths, by default the
     padded ones: padding at a segment's end is then taken for text, which changes no logits and no loss, since attention
-    is causal and it has no label. All on the host.
+    is causal and it has no label. `positions` are those of `tokens`, computed where None. All on the host.
     """
 
     tokens: torch.Tensor
@@ -28,6 +29,7 @@ class ThdBatch:
     media: Media = field(default_factory=Media)
     labels: torch.Tensor | None = None
     lengths: Integers | None = None
+    positions: GivenPositions | None = None
 
     def segments(self) -> tuple[int, ...]:
         """The segments' lengths with padding (VLBridgeError where `cu_seqlens` is invalid)."""

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 
@@ -10,9 +11,10 @@ from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.layout.frames import Frames
-from megatron_vlbridge.layout.vision_index import ShardCounts, ShardedPack
+from megatron_vlbridge.layout.vision_index import ShardCounts, ShardedPack, ShardPlaces
 from megatron_vlbridge.layout.zigzag import check_divisible
 from megatron_vlbridge.model.inputs.pack import PackedInputs
+from megatron_vlbridge.model.inputs.positions import GivenPositions
 from megatron_vlbridge.model.inputs.thd_batch import ThdBatch, integers
 from megatron_vlbridge.model.inputs.tokens import IGNORED, check_labels, check_vocabulary, filler_token, placeholders
 
@@ -68,6 +70,9 @@ class ThdShard:
         self._layout = ThdLayout(lengths, sum(segments), cp_size, cp_rank, padded=segments)
         held = self._layout if self.sharded else replace(self._layout, cp_size=1, cp_rank=0)
         self._tokens, self._labels = _without_padding(batch, held.is_padding, config)
+        self._positions = batch.positions
+        if self._positions is not None:
+            self._positions.check(held)
         media = batch.media
         images, videos = media.grids(config)
         self._patches = media.patches(config)
@@ -88,7 +93,8 @@ class ThdShard:
             # Padding stays where it is: it counts as text at its segment's end, only the layout distinguishes it.
             layout = BatchLayout.packed(segments, sum(segments))
             whole = PackedInputs.from_pack(layout, self._tokens, media, config, self._labels)
-            self._whole = replace(whole.context_parallel(cp_size, cp_rank, config), layout=self._layout)
+            whole = whole.with_positions(self._positions, held).context_parallel(cp_size, cp_rank, config)
+            self._whole = replace(whole, layout=self._layout)
         shared = {
             "a whole pack or a part of it (T)": self.sharded,
             "cu_seqlens": segments,
@@ -97,6 +103,7 @@ class ThdShard:
             "video grids": videos,
             "images_per_segment, videos_per_segment": self._per_segment,
             "labels or none": batch.labels is not None,
+            "position_ids (none, their dims, or check_position_ids)": _kind(self._positions),
         }
         checksums = {what: zlib.crc32(repr(value).encode()) for what, value in shared.items()}
         self.status = RankStatus(shared=checksums, counts=counts)
@@ -115,13 +122,13 @@ class ThdShard:
                     )
         if self._whole is not None:
             return self._whole
-        counts = [status.counts for status in statuses if status.counts is not None]
-        self._pack.check(counts, *self._per_segment)
-        places = self._pack.places(self._kinds, counts, self._layout.cp_rank)
+        self._pack.check(_counts(statuses), *self._per_segment)
+        places = self._places(statuses)
+        position_ids = places.position_ids[:, None]
         return PackedInputs(
             layout=self._layout,
             tokens=self._tokens,
-            position_ids=places.position_ids[:, None],
+            position_ids=position_ids if self._positions is None else self._positions.instead_of(position_ids),
             frames=Frames((*self._pack.image_grids, *self._pack.video_grids), self._pack.merge_size),
             patches=self._patches,
             vision_token_index=places.vision_token_index,
@@ -129,6 +136,29 @@ class ThdShard:
             loss_mask=None if self._labels is None else (self._labels != IGNORED).float(),
             vision_embed_index=places.vision_embed_index,
         )
+
+    @property
+    def compares_positions(self) -> bool:
+        """Whether the batch's positions are to be compared once `inputs` has passed; the same on every rank."""
+        return self.sharded and self._positions is not None and self._positions.compared
+
+    def with_compared_positions(self, statuses: Sequence[RankStatus]) -> Self:
+        """The same; VLBridgeError where positions of this rank's part are not the computed ones."""
+        assert self._positions is not None
+        self._positions.compare(self._places(statuses).position_ids[:, None], self._layout)
+        return self
+
+    def _places(self, statuses: Sequence[RankStatus]) -> ShardPlaces:
+        return self._pack.places(self._kinds, _counts(statuses), self._layout.cp_rank)
+
+
+def _counts(statuses: Sequence[RankStatus]) -> list[ShardCounts]:
+    return [status.counts for status in statuses if status.counts is not None]
+
+
+def _kind(positions: GivenPositions | None) -> tuple[int, bool] | None:
+    """What all ranks must share of their positions."""
+    return None if positions is None else (positions.ids.dim(), positions.compared)
 
 
 def _is_shard(tokens: torch.Tensor, segments: tuple[int, ...], cp_size: int) -> bool:

@@ -74,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
     group.add_argument("--no-vision-balance", action="store_true", help="each context-parallel rank runs all frames")
     group.add_argument(
+        "--check-position-ids", action="store_true", help="position_ids of packs must be those that are computed"
+    )
+    group.add_argument(
         ALLOW,
         type=lambda text: [name for name in text.split(",") if name],
         default=[],
