@@ -1,4 +1,4 @@
-"""The example or another script in the processes that torchrun would start, forked from one that has Megatron in memory.
+"""The example or another script in the processes that torchrun would start, forked from one that imported Megatron.
 
 To import it takes a process longer than most runs of the tests. `test_docs.py`, `test_own_script.py` and
 `test_failure.py` start torchrun itself.

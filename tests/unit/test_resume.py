@@ -1,7 +1,9 @@
 """Interrupted runs: what is finished is continued to the same bytes, and never under changed conditions."""
 
+import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -721,6 +723,21 @@ def test_a_disk_that_fills_after_some_parts_is_continued_to_the_same_bytes(conve
     convert(source, tmp_path / "target", options=Options(report=seen.append), resume=True)
     assert seen[-1].resumed > 0
     assert files_of(tmp_path / "target") == expected
+
+
+@pytest.mark.parametrize("number", range(0, 60, 3))
+def test_the_error_of_any_write_is_the_one_that_is_reported(number, source, tmp_path, monkeypatch):
+    """torch.save goes on after a failed write, and fails for another reason."""
+    numbers, write = itertools.count(), torch_dist_writer._HashedFile.write
+
+    def fail_once(file, data):
+        if next(numbers) == number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data)
+
+    monkeypatch.setattr(torch_dist_writer._HashedFile, "write", fail_once)
+    with pytest.raises(VLBridgeError, match="No space left on device"):
+        import_checkpoint(source, tmp_path / "target", options=Options(workers=1))
 
 
 def test_the_cause_of_a_failure_is_raised_where_an_earlier_part_was_stopped_by_it():

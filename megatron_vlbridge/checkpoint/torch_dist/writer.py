@@ -76,9 +76,15 @@ class ReleaseWriter:
         """Write one part as its own file."""
         writer = _Storage(folder / _RELEASE)
         plan = self._plans[index]
-        # Every part has a checksum of its own; torch's own cost more than the writing, and nothing reads them.
-        with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
-            results = writer.write_data(plan, _BlockPlanner(self._fill, block, self._objects)).wait()
+        try:
+            # Every part has a checksum of its own; torch's own cost more than the writing, and nothing reads them.
+            with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+                results = writer.write_data(plan, _BlockPlanner(self._fill, block, self._objects)).wait()
+        except RuntimeError as error:
+            # After a failed write torch.save still ends its archive, and raises the error of that.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         infos: dict[MetadataIndex, _StorageInfo] = {result.index: result.storage_data for result in results}
         entries = tuple((infos[item.index].offset, infos[item.index].length) for item in plan.items)
         path = folder / _RELEASE / infos[plan.items[0].index].relative_path
