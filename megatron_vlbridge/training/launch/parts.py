@@ -1,6 +1,7 @@
 """The arguments of what is trained: frozen parts of the model, and their learning rates."""
 
 import argparse
+from typing import Any
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
@@ -8,7 +9,7 @@ from megatron_vlbridge.model.parts import PARTS, check_multiplier, check_parts, 
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 
 
-def add_part_arguments(group: argparse._ArgumentGroup) -> None:
+def add_part_arguments(group: Any) -> None:
     """`--freeze` and the learning-rate multipliers."""
     group.add_argument(
         "--freeze", nargs="+", choices=PARTS, default=[], metavar="PART", help=f"do not train: {', '.join(PARTS)}"
