@@ -49,6 +49,7 @@ PYTHON = {
     "video": (TRAINING, "text = processor.apply_chat_template("),
     "console": (TRAINING, "from megatron_vlbridge.training import console"),
     "script": (TRAINING, "import sys"),
+    "freeze": (TRAINING, "from megatron_vlbridge.model.parts import freeze"),
     "recipe": (TRAINING, "from megatron_vlbridge import Qwen3VLModel, load_hf_weights, read_config"),
     # Run by tests/functional/test_torch_pipeline.py.
     "pipeline": ("docs/torch-pipeline.md", "import torch"),
@@ -302,6 +303,20 @@ def test_the_functions_on_live_models_run_as_documented(tmp_path: Path, pool: Po
     assert received.keys() == expected.keys()
     assert all(received[name].equal(tensor) for name, tensor in expected.items())
     assert verify(hf, tmp_path / "trained").equal
+
+
+def run_freeze(layout: Layout, folder: Path, code: str) -> set[str]:
+    """The first names of the parameters that the block freezes."""
+    from tests.functional.ranks import build_model
+
+    model = build_model(layout, folder, load=False)
+    exec(code, {"model": model})
+    return {name.split(".")[0] for name, x in model.named_parameters() if not x.requires_grad}
+
+
+def test_the_lines_that_freeze_parts_run(tmp_path: Path, pool: Pool) -> None:
+    folder = reference.write_checkpoint(tmp_path)
+    assert pool.run(run_freeze, Layout(), folder=folder, code=block(PYTHON["freeze"]).text) == [{"vision_model"}]
 
 
 def test_the_prompt_of_a_video_is_that_of_training(pasted: tuple[Path, str]) -> None:
