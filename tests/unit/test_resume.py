@@ -725,7 +725,7 @@ def test_a_disk_that_fills_after_some_parts_is_continued_to_the_same_bytes(conve
     assert files_of(tmp_path / "target") == expected
 
 
-@pytest.mark.parametrize("number", (0, 3, 24, 48))
+@pytest.mark.parametrize("number", [0, 3, 24, 48])
 def test_the_error_of_any_write_is_the_one_that_is_reported(number, source, tmp_path, monkeypatch):
     """torch.save goes on after a failed write, and fails for another reason."""
     numbers, write = itertools.count(), torch_dist_writer._HashedFile.write
