@@ -1,4 +1,4 @@
-"""Saving checkpoints on the CPU: at once also with `--async-save`, and without a second interpreter."""
+"""Saving checkpoints on the CPU: synchronous even with `--async-save`, and without a second interpreter."""
 
 from typing import Any
 

@@ -129,6 +129,7 @@ def run(
         if isinstance(model, Qwen3VLModel):
             check_model(model, allow=args.allow_unverified)
             apply_part_arguments(args, model)
+            model.check_position_ids |= args.check_position_ids
         chunks.append(model)
         return model
 
