@@ -44,7 +44,7 @@ BATCH_KEYS = {
 
 `grid_thws` is Kimi's name of `image_grid_thw`. Beside `image_sizes` (height and width in pixels, Mistral3) a "patch"
 is a whole image, padded to the largest. `n_images_per_sample` and `n_videos_per_sample` have an entry for every sample,
-zero included. Masks may hold floats, and `position_ids` (times in Qwen3-Omni).
+zero included. Masks may hold floats, and so may `position_ids`, where a model counts in time.
 """
 
 

@@ -12,8 +12,8 @@ from megatron_vlbridge.families.family import combinations
 
 ROOT = Path(__file__).parents[2] / "megatron_vlbridge"
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
-# The demo makes a model of a family.
-OWN_ROOMS = ("families/", "demo/")
+# The demo makes a model of a family, and integrations verify classes of other libraries.
+OWN_ROOMS = ("families/", "demo/", "integrations/")
 # The exported name, and the checkpoint in examples of docstrings and `--help`.
 ALLOWED = re.compile(r"Qwen3VLModel|(Qwen/)?Qwen3-VL-2B(-Instruct|-megatron)?", re.IGNORECASE)
 FILES = sorted(path for path in ROOT.rglob("*.py") if not str(path.relative_to(ROOT)).startswith(OWN_ROOMS))

@@ -147,7 +147,7 @@ def parts() -> Iterator[Any]:
         yield pytest.param(part, marks=[pytest.mark.layouts] if part > 1 else [])
 
 
-@pytest.mark.parametrize("part", parts())
+@pytest.mark.parametrize("part", list(parts()))
 def test_every_rank_holds_what_a_walk_over_the_tokens_says(part: int) -> None:
     for seed in range(part * BATCHES // PARTS, (part + 1) * BATCHES // PARTS):
         batch = random_batch(seed)
