@@ -51,7 +51,12 @@ VISION = {
     "out_hidden_size": 768,
     "deepstack_visual_indexes": [1, 3, 5],
 }
-TOKENS = {"image_token_id": 16001, "video_token_id": 16002, "vision_start_token_id": 16003, "vision_end_token_id": 16004}
+TOKENS = {
+    "image_token_id": 16001,
+    "video_token_id": 16002,
+    "vision_start_token_id": 16003,
+    "vision_end_token_id": 16004,
+}
 # 16 conversations of 512 tokens, every second one with an image of 256 tokens.
 SEGMENTS, LENGTH, GRID = 16, 512, (1, 32, 32)
 STEPS, SPLITS = 5, 101
@@ -67,6 +72,7 @@ class Timed(nn.Module):
         self.seconds = 0.0
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the module."""
         begin = time.perf_counter()
         output = self.module(*args, **kwargs)
         self.seconds = time.perf_counter() - begin
@@ -123,10 +129,12 @@ def measure_step() -> bool:
         model.zero_grad(set_to_none=True)
     # The first also checks the layout and warms up.
     host, step = statistics.median(outside[1:]), statistics.median(steps[1:])
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{size / 1e9:.2f}B parameters, {SEGMENTS * LENGTH} tokens, {SEGMENTS // 2} images; medians of {STEPS} steps")
-    print(f"step {step:.2f} s, host time of vlm_step outside the model {host * 1e3:.1f} ms: {host / step:.2%} of a step")
-    print(f"the first step, with the checks of the start: {steps[0]:.2f} s, outside the model {outside[0] * 1e3:.0f} ms")
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    print(f"{size:.2f}B parameters, {SEGMENTS * LENGTH} tokens, {SEGMENTS // 2} images; medians of {STEPS} steps")
+    print(f"step {step:.2f} s, vlm_step outside the model {host * 1e3:.1f} ms: {host / step:.2%} of a step")
+    print(
+        f"the first step, with the checks of the start: {steps[0]:.2f} s, outside the model {outside[0] * 1e3:.0f} ms"
+    )
     return host / step < LARGEST_SHARE
 
 

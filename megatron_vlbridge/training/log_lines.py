@@ -7,6 +7,7 @@ _ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+) \|(.*)")
 _VALIDATION = re.compile(r"\bvalidation(\S*) loss at (.+?) \|(.*)")
 _SAVED = re.compile(r"\bsuccessfully saved (?:local )?checkpoint from iteration\s+(\d+)(?: to (.+) \[)?")
 _LOADED = re.compile(r"\bsuccessfully loaded checkpoint from (.+) \[.*\] at iteration (\d+)")
+_STOPPED = re.compile(r"\bexiting program after receiving SIGTERM\b")
 # Lines that are printed unchanged: warnings, and why Megatron stops.
 _IMPORTANT = re.compile(
     r"\b(warning|error|exception|fail(ed|ure)?|invalid|could not|unable|exiting|terminat\w+|skipping|ignored|nan)\b",
@@ -98,6 +99,9 @@ def read_event(line: str) -> str | None:
         return f"checkpoint saved at iteration {found[1]}" + (f": {found[2]}" if found[2] else "")
     if found := _LOADED.search(line):
         return f"checkpoint loaded, iteration {found[2]}: {found[1]}"
+    if _STOPPED.search(line):
+        # Megatron names this signal whatever it was.
+        return "stopped by a signal"
     if _IMPORTANT.search(line) and not _UNIMPORTANT.search(line):
         return line.strip()
     return None

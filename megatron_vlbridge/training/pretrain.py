@@ -33,6 +33,7 @@ from megatron_vlbridge.training.guards import check_layout, check_model
 from megatron_vlbridge.training.launch.arguments import parse_arguments
 from megatron_vlbridge.training.launch.parts import apply_part_arguments
 from megatron_vlbridge.training.launch.start import loading_errors, loads_checkpoint
+from megatron_vlbridge.training.launch.stop import end_data_loaders
 from megatron_vlbridge.training.learning_rates import lr_overrides
 from megatron_vlbridge.training.step import vlm_step
 
@@ -134,7 +135,7 @@ def run(
         return model
 
     console.begin(args, read_config(args.hf_folder))
-    with loading_errors():
+    with end_data_loaders(), loading_errors():
         megatron.training.training.pretrain(
             pretrain_cfg_container_from_args(args, None),
             datasets,

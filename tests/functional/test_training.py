@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import digits_checkpoint
 from tests.closeness import assert_close_in_norm, relative_error
-from tests.functional.launch import run_example
+from tests.functional.launch import SCRIPT, run_example
 from tests.functional.pool import Pool
 from tests.functional.test_arguments import said
 from tests.mtp_reference import add_prediction_layer
@@ -24,13 +24,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return digits_checkpoint.write(tmp_path_factory.mktemp("digits"))
 
 
-def train(folder: Path, *arguments: object, processes: int = 1) -> list[float]:
+def train(folder: Path, *arguments: object, processes: int = 1, script: Path = SCRIPT) -> list[float]:
     """The losses of a run of the example, read from its log."""
     common = ("--conversations", folder / "train.jsonl", "--seq-length", 256, "--micro-batch-size", 1, "--seed", 5)
     common += ("--global-batch-size", 2, "--lr", 1e-3, "--lr-decay-style", "constant", "--num-workers", 0)
     # The same packs in every layout: context parallelism needs space for its padding.
     common += ("--train-iters", ITERATIONS, "--log-interval", 1, "--pack-multiple-of", 4)
-    output = run_example(folder, *common, *arguments, processes=processes)
+    output = run_example(folder, *common, *arguments, processes=processes, script=script)
     losses = [float(loss) for loss in re.findall(r"^iteration +\d+/\d+  loss (\S+)", output, re.MULTILINE)]
     # Megatron does not reset its mean after the first iteration of a process: the second line is the mean of two.
     return [losses[0], 2 * losses[1] - losses[0], *losses[2:]]
@@ -139,6 +139,41 @@ def test_resumed_run_continues(folder: Path, one_process: list[float]) -> None:
     assert len(first) == 5
     second = train(folder, *arguments)
     assert_same_curve(first + second, one_process)
+
+
+# The example, whose rank 1 sends a signal in its fourth iteration as torchrun does: to the group of its processes.
+STOPPED = """
+import os, runpy, signal
+from megatron_vlbridge.backends import cpu_runtime
+
+cpu_runtime.enable()
+from megatron.training import training
+
+
+def train_step(*args, count=[], **kwargs):
+    count.append(1)
+    if len(count) == 4 and os.environ["RANK"] == "1":
+        os.killpg(0, signal.{number})
+    return original(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    os.setpgid(0, 0)
+    original, training.train_step = training.train_step, train_step
+    runpy.run_path("{script}", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.layouts)])
+def test_a_stopped_run_saves_and_continues(folder: Path, one_process: list[float], number: str) -> None:
+    script = folder / f"{number}.py"
+    script.write_text(STOPPED.format(number=number, script=SCRIPT))
+    arguments = ("--hf-folder", "hf", "--hf-weights", "--save", number, "--load", number)
+    arguments += ("--pipeline-model-parallel-size", 2, "--num-workers", 1)
+    first = train(folder, *arguments, processes=2, script=script)
+    assert len(first) == 4
+    assert (folder / number / "latest_checkpointed_iteration.txt").read_text() == "4"
+    assert_same_curve(first + train(folder, *arguments, processes=2), one_process)
 
 
 def test_an_asynchronously_saved_checkpoint_is_that_of_its_iteration(folder: Path, one_process: list[float]) -> None:

@@ -85,6 +85,7 @@ def test_the_last_iteration_shows_no_remaining_time() -> None:
         ("Invalid checkpoint version 4.", "Invalid checkpoint version 4."),
         ('  encountered exception "busy" when trying', 'encountered exception "busy" when trying'),
         ("skipping training (--skip-train is on) ...", "skipping training (--skip-train is on) ..."),
+        ("[exiting program after receiving SIGTERM.] datetime: 2026-11-26 02:11:40", "stopped by a signal"),
         ("[exiting program at iteration 5] datetime: 2026", "[exiting program at iteration 5] datetime: 2026"),
         ("WARNING: one_logger package is required to enable e2e metrics tracking.", None),
         ("  logits_load_ignore_errors ....................... False", None),

@@ -34,6 +34,7 @@ from megatron_vlbridge.training.launch.start import (
     megatron_errors,
     schedule,
 )
+from megatron_vlbridge.training.launch.stop import set_stop_arguments, stop_on_interrupt
 
 # Fields of Megatron's TransformerConfig that the arguments have under another name.
 _RENAMED = {"num_moe_experts": "num_experts", "gated_linear_unit": "swiglu"}
@@ -127,8 +128,10 @@ def parse_arguments() -> argparse.Namespace:
         # Megatron counts the samples of evaluations even where there are none. Never during training, as it reads None
         # where it trains: once, after the last iteration.
         args.eval_interval = 1 + (args.train_iters or args.train_samples // args.global_batch_size)
+    set_stop_arguments(args)
     with megatron_errors():
         set_global_variables(args)
+    stop_on_interrupt(args)
     if not args.skip_train:
         schedule(args)
     check_resumed(args)
