@@ -1,7 +1,5 @@
 """What the command line may not say, and what Megatron would have said to it."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import pytest
 
 from megatron_vlbridge.errors import VLBridgeError
 from tests import reference
+from tests.functional.launch import SCRIPT, run_script
 from tests.functional.pool import Layout, Pool
 
 ROOT = Path(__file__).parents[2]
@@ -146,12 +145,10 @@ def test_another_schedule_is_refused_before_the_model(pool: Pool, folder: Path, 
     assert "this run is with --freeze vision" in said(pool, *resumed, "--freeze", "vision")
 
 
-def test_help_of_the_example_lists_all_arguments() -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    command = [sys.executable, ROOT / "examples" / "pretrain.py", "--cpu", "--help"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    lines = run.stdout.splitlines()
+def test_help_of_the_example_lists_all_arguments(tmp_path: Path) -> None:
+    exit_codes, output, errors = run_script(SCRIPT, tmp_path, "--cpu", "--help")
+    assert exit_codes == [0], errors[-2000:]
+    lines = output.splitlines()
     ours = next(number for number, line in enumerate(lines) if line.strip().startswith("--random-weights"))
     assert ours < 40
     assert any(line.strip().startswith("--tensor-model-parallel-size") for line in lines[ours:])

@@ -87,7 +87,7 @@ def test_round_trip_is_bit_identical(sources: dict[str, Path], kind: str) -> Non
     assert files_of(exported) == files_of(source)
 
 
-@pytest.mark.parametrize(("kind", "layout"), in_turn(CASES, 3), ids=str)
+@pytest.mark.parametrize(("kind", "layout"), in_turn(CASES, 6), ids=str)
 def test_megatron_loads_it_and_saves_it(pool: Pool, sources: dict[str, Path], kind: str, layout: Layout) -> None:
     source = sources[kind]
     conversation = reference.conversation("mixed", seed=21)

@@ -133,6 +133,7 @@ def workplace(pasted: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.Monk
     return tmp_path
 
 
+@pytest.mark.layouts
 def test_the_pasted_page_trains_a_model_that_answers(pasted: tuple[Path, str]) -> None:
     folder, output = pasted
     assert ": the same" in output
@@ -145,12 +146,14 @@ def test_the_pasted_page_trains_a_model_that_answers(pasted: tuple[Path, str]) -
     assert verify(folder / "first-run" / "trained", folder / "first-run" / "hf-trained").equal
 
 
+@pytest.mark.layouts
 def test_a_run_prints_the_documented_kinds_of_lines(pasted: tuple[Path, str]) -> None:
     lines = pasted[1].splitlines()
     for line in block(OTHER["output"]).text.splitlines()[:-1]:
         assert any(printed.startswith(f"{line.split()[0]} ") for printed in lines), line
 
 
+@pytest.mark.layouts
 def test_an_imported_folder_has_the_documented_contents(pasted: tuple[Path, str]) -> None:
     documented = [line.split()[0] for line in block(OTHER["folder"]).text.splitlines()[1:]]
     found = [path.name + "/" * path.is_dir() for path in (pasted[0] / "first-run" / "megatron").iterdir()]
@@ -256,7 +259,7 @@ def test_the_documented_usage_of_vlbridge_matches_the_parser(capsys: pytest.Capt
             assert re.search(rf"{option}\b", known), f"{line}: {option}"
 
 
-TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv-endpoint", "--standalone"}
+TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv-endpoint", "--shutdown-timeout", "--standalone"}
 OPTION = r"(?<![\w|-])--[a-z][\w-]*"
 
 

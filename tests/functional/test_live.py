@@ -152,7 +152,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != CHECKSUMS}
 
 
-@pytest.mark.parametrize(("kind", "layout"), in_turn(CASES, 2), ids=str)
+@pytest.mark.parametrize(("kind", "layout"), in_turn(CASES, 4), ids=str)
 def test_what_was_loaded_comes_out(pool: Pool, wild: dict[str, Path], kind: str, layout: Layout) -> None:
     source = wild[kind]
     results = pool.run(live_ranks.export_in_all_modes, layout, folder=source, experts=form_of(source))
@@ -189,7 +189,7 @@ FORM_LAYOUTS = [
 FORM_CASES = list(product(ExpertLayout, FORM_LAYOUTS))
 
 
-@pytest.mark.parametrize(("form", "layout"), in_turn(FORM_CASES, 3), ids=str)
+@pytest.mark.parametrize(("form", "layout"), in_turn(FORM_CASES, 5), ids=str)
 def test_every_form_of_experts_is_loaded_and_comes_out(
     pool: Pool, forms: dict[str, Path], form: ExpertLayout, layout: Layout
 ) -> None:
@@ -209,7 +209,7 @@ READERS = [("untied", Layout(world=2)), ("untied", Layout(tp=4, sp=True, world=4
 READERS += FORM_CASES
 
 
-@pytest.mark.parametrize(("kind", "layout"), in_turn(READERS, 3), ids=str)
+@pytest.mark.parametrize(("kind", "layout"), in_turn(READERS, 5), ids=str)
 def test_each_rank_reads_its_own_slices(
     pool: Pool, wild: dict[str, Path], forms: dict[str, Path], kind: str, layout: Layout
 ) -> None:

@@ -10,6 +10,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from tests import reference
 from tests.functional import ranks, sharded_ranks
+from tests.functional.cases import later
 from tests.functional.parity import PACK_LENGTH, compare
 from tests.functional.pool import Layout, Pool
 
@@ -82,7 +83,7 @@ def deal(values: list[int], hands: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["lengths known", "padded lengths alone"])
-@pytest.mark.parametrize("layout", [CP2, CP2_TP2, Layout(cp=2, pp=4, world=8)], ids=str)
+@pytest.mark.parametrize("layout", [CP2, *map(later, (CP2_TP2, Layout(cp=2, pp=4, world=8)))], ids=str)
 def test_parts_equal_separate_conversations(pool: Pool, folder: Path, layout: Layout, known: bool) -> None:
     rows = [row(group, layout.cp, known) for group in groups()]
     assert not (rows[2]["input_ids"][0] == reference.IMAGE).any()
@@ -90,8 +91,8 @@ def test_parts_equal_separate_conversations(pool: Pool, folder: Path, layout: La
     compare(found, layout, folder, groups()).check()
 
 
-@pytest.mark.parametrize("others", ["none", "meta"])
-@pytest.mark.parametrize("layout", [Layout(cp=2, pp=2, world=4), Layout(cp=2, pp=2, vpp=2, world=4)], ids=str)
+@pytest.mark.parametrize("others", ["none", later("meta")])
+@pytest.mark.parametrize("layout", [later(Layout(cp=2, pp=2, world=4)), Layout(cp=2, pp=2, vpp=2, world=4)], ids=str)
 def test_rows_need_pixels_only_where_the_tower_is(pool: Pool, folder: Path, layout: Layout, others: str) -> None:
     rows = [row(group, layout.cp, known=True) for group in groups()]
     step = partial(sharded_ranks.pixels_for_the_tower, step=sharded_ranks.row_step, others=others)
@@ -99,7 +100,7 @@ def test_rows_need_pixels_only_where_the_tower_is(pool: Pool, folder: Path, layo
     compare(found, layout, folder, groups()).check()
 
 
-@pytest.mark.parametrize("others", ["none", "meta"])
+@pytest.mark.parametrize("others", [later("none"), "meta"])
 def test_padded_batches_need_pixels_only_where_the_tower_is(pool: Pool, folder: Path, others: str) -> None:
     layout, batches = Layout(pp=2, world=2), [reference.padded_batch(group) for group in groups()]
     step = partial(sharded_ranks.pixels_for_the_tower, step=ranks.padded_step, others=others)
@@ -207,7 +208,7 @@ def test_equal_bounds_of_megatrons_parameters_are_taken_without_router_losses(
 ALL_GATHER = {"moe_token_dispatcher_type": "allgather"}
 
 
-@pytest.mark.parametrize("layout", [Layout(ep=2, world=2), Layout(cp=2, ep=2, world=4)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(ep=2, world=2), later(Layout(cp=2, ep=2, world=4))], ids=str)
 def test_the_all_gather_dispatcher_takes_rows_of_one_length_alone(pool: Pool, moe_folder: Path, layout: Layout) -> None:
     """Which is the model's `seq_length`."""
     rows = [row(groups()[0], layout.cp, known=False, length=length) for length in (PACK_LENGTH, 2 * PACK_LENGTH)]

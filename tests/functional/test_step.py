@@ -9,6 +9,7 @@ from megatron_vlbridge import read_config
 from megatron_vlbridge.families import find
 from tests import reference
 from tests.functional import ranks, step_ranks
+from tests.functional.cases import later
 from tests.functional.parity import PACK_LENGTH, TOLERANCE, measure
 from tests.functional.pool import Layout, Pool
 
@@ -126,7 +127,7 @@ def padded_batch(group: list[reference.Conversation], side: str) -> dict[str, to
 MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", later("right")])
 @pytest.mark.parametrize("layout", [Layout(), TP2_SP], ids=str)
 def test_padded_batch_equals_transformers(pool: Pool, folder: Path, layout: Layout, side: str) -> None:
     from transformers import Qwen3VLForConditionalGeneration
@@ -199,8 +200,19 @@ def gradients_of(folder: Path, results: list[dict]) -> dict[str, torch.Tensor]:
     return find(config).table(config).to_hf(ranks.assemble([r["gradients"] for r in results]))
 
 
-@pytest.mark.parametrize("layout", [DP2, TP2_SP, PP2, Layout(cp=2, world=2)], ids=str)
-@pytest.mark.parametrize("first", ["images", "text"])
+@pytest.mark.parametrize(
+    ("first", "layout"),
+    [
+        ("text", TP2_SP),
+        ("images", PP2),
+        ("images", Layout(cp=2, world=2)),
+        later("images", TP2_SP),
+        later("text", PP2),
+        later("text", Layout(cp=2, world=2)),
+        *(later(first, DP2) for first in ("images", "text")),
+    ],
+    ids=str,
+)
 def test_overlapped_reduction_over_text_and_images_equals_transformers(
     pool: Pool, folder: Path, layout: Layout, first: str
 ) -> None:
@@ -245,12 +257,8 @@ def test_no_supervised_token_gives_zero_loss_and_zero_gradients(pool: Pool, fold
 GROUPS = (("mixed", "text"), ("text",), ("images", "video"))
 
 
-@pytest.mark.parametrize("layout", [Layout(), TP2_SP, PP2], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [FULL_BY_THREE, FULL_BLOCK],
-    ids=["full-by-three", "full-block"],
-)
+@pytest.mark.parametrize("layout", [later(Layout()), TP2_SP, PP2], ids=str)
+@pytest.mark.parametrize("options", [FULL_BY_THREE, later(FULL_BLOCK)], ids=["full-by-three", "full-block"])
 def test_recomputation_of_several_layers_changes_nothing(
     pool: Pool, folder: Path, layout: Layout, options: dict
 ) -> None:
@@ -275,7 +283,7 @@ HF_NAMES = {TOWER: ".visual.", TOWER_INPUT[0]: ".patch_embed.", TOWER_INPUT[1]: 
 
 
 @pytest.mark.parametrize("frozen", [(TOWER,), (WORDS,), (WORDS, TOWER), TOWER_INPUT])
-@pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("options", [later({}), FULL], ids=["plain", "full"])
 def test_recomputation_with_frozen_modules_keeps_the_other_gradients(
     pool: Pool, folder: Path, options: dict, frozen: tuple[str, ...]
 ) -> None:

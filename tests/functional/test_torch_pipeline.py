@@ -13,6 +13,7 @@ from megatron_vlbridge.data.conversations import read_conversations
 from tests import digits_checkpoint, pipeline_models
 from tests.closeness import FP32
 from tests.functional import launch, torch_guard_ranks, torch_pipeline_ranks
+from tests.functional.cases import later
 from tests.functional.doc_blocks import ROOT, all_blocks
 from tests.functional.pool import Layout, Pool
 from tests.functional.torch_pipeline_ranks import COUNTS, Run
@@ -43,6 +44,10 @@ ALL: list[Run] = [
 ]
 
 
+# What `make test` runs: a tower with deepstack, linear attention with experts, a model whose placeholders are expanded.
+CHOSEN = ("qwen3_vl", "qwen3_5_moe", "kimi_k25")
+
+
 def assert_equal(pool: Pool, kind: str, runs: list[Run]) -> None:
     results = pool.run(torch_pipeline_ranks.compare, TWO, kind=kind, runs=runs)
     errors = {name: error for of_rank in results for name, error in of_rank.items()}
@@ -57,7 +62,7 @@ def assert_equal(pool: Pool, kind: str, runs: list[Run]) -> None:
             assert found - {"loss", "logits"} == (set() if form == "eval" else parameters)
 
 
-@pytest.mark.parametrize("kind", pipeline_models.KINDS)
+@pytest.mark.parametrize("kind", [kind if kind in CHOSEN else later(kind) for kind in pipeline_models.KINDS])
 def test_a_pipeline_equals_no_pipeline(pool: Pool, kind: str) -> None:
     assert_equal(pool, kind, MORE if kind == "qwen3_vl" else FEW)
 

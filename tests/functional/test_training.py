@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import digits_checkpoint
 from tests.closeness import assert_close_in_norm, relative_error
+from tests.functional.cases import later
 from tests.functional.launch import SCRIPT, run_example
 from tests.functional.pool import Pool
 from tests.functional.test_arguments import said
@@ -65,10 +66,10 @@ def assert_same_curve(found: list[float], expected: list[float]) -> None:
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
-        (2, ("--tensor-model-parallel-size", 2)),
-        (2, ("--pipeline-model-parallel-size", 2)),
+        later(2, ("--tensor-model-parallel-size", 2)),
+        later(2, ("--pipeline-model-parallel-size", 2)),
         (2, ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")),
-        pytest.param(2, ("--context-parallel-size", 2), marks=pytest.mark.layouts),
+        later(2, ("--context-parallel-size", 2)),
     ],
     ids=["tp2", "pp2", "dp2-overlapped", "cp2"],
 )
@@ -123,7 +124,7 @@ def test_bf16_with_the_distributed_optimizer_is_close(folder: Path, one_process:
     assert one_process[-1] < 0.9 * one_process[0]
 
 
-@pytest.mark.parametrize("argument", ["--pretrained-checkpoint", pytest.param("--load", marks=pytest.mark.layouts)])
+@pytest.mark.parametrize("argument", ["--pretrained-checkpoint", later("--load")])
 def test_started_from_a_megatron_checkpoint(
     folder: Path, one_process: list[float], tmp_path: Path, argument: str
 ) -> None:
@@ -133,6 +134,7 @@ def test_started_from_a_megatron_checkpoint(
     assert_same_curve(found, one_process)
 
 
+@pytest.mark.layouts
 def test_resumed_run_continues(folder: Path, one_process: list[float]) -> None:
     arguments = ("--hf-folder", "hf", "--hf-weights", "--save", "plain", "--load", "plain", "--save-interval", 5)
     first = train(folder, *arguments, "--exit-interval", 5)
@@ -164,7 +166,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.layouts)])
+@pytest.mark.parametrize("number", ["SIGTERM", later("SIGINT")])
 def test_a_stopped_run_saves_and_continues(folder: Path, one_process: list[float], number: str) -> None:
     script = folder / f"{number}.py"
     script.write_text(STOPPED.format(number=number, script=SCRIPT))
@@ -176,6 +178,7 @@ def test_a_stopped_run_saves_and_continues(folder: Path, one_process: list[float
     assert_same_curve(first + train(folder, *arguments, processes=2), one_process)
 
 
+@pytest.mark.layouts
 def test_an_asynchronously_saved_checkpoint_is_that_of_its_iteration(folder: Path, one_process: list[float]) -> None:
     """Training goes on after it; a writer that shares the weights with training would write later ones."""
     workers = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
