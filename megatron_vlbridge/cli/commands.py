@@ -104,6 +104,20 @@ def _run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("csv_file", metavar="FILE.csv", help="what a run wrote with --metrics-csv")
+    parser.add_argument("-o", "--output", metavar="FILE", help="a .svg or .html file (default: FILE.svg)")
+    add_json(parser)
+
+
+def _run_plot(args: argparse.Namespace) -> int:
+    from megatron_vlbridge.training.metrics.plot import plot
+
+    done = plot(args.csv_file, args.output)
+    show(json.dumps({"done": str(done)}) if args.json else str(done))
+    return 0
+
+
 COMMANDS = {
     "import": Command(
         "Hugging Face checkpoint -> Megatron torch_dist checkpoint",
@@ -149,5 +163,15 @@ example:
   vlbridge inspect Qwen/Qwen3-VL-2B-Instruct --pp 4""",
         _add_inspect_arguments,
         _run_inspect,
+    ),
+    "plot": Command(
+        "draw the metrics of a training run",
+        """Draw the CSV file that a training run wrote with --metrics-csv, as SVG or as a
+page: losses, grad norm, rates, and what the packs held, by iteration.
+
+example:
+  vlbridge plot metrics.csv -o metrics.html""",
+        _add_plot_arguments,
+        _run_plot,
     ),
 }

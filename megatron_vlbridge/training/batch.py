@@ -1,6 +1,6 @@
 """Read a micro-batch and distribute it to the ranks, with the parts that each pipeline stage needs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,12 +38,13 @@ def next_inputs(
     post_process: bool,
     sequence_parallel: bool = False,
     check_position_ids: bool = False,
+    note_pack: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> PackedInputs:
     """The inputs of the next pack for one pipeline stage, identical on all ranks of its tensor-parallel group.
 
     The first rank of the group reads `data_iterator` and broadcasts; on the others it may be None, as with Megatron's
     data loaders. The first stage gets the patches, the last stage the labels, every stage the position ids and the
-    layout.
+    layout. `note_pack` is called with a valid pack, where it is read.
 
     Raises VLBridgeError: the pack is invalid; raised on every rank of the group, like any exception of the iterator.
     """
@@ -56,7 +57,10 @@ def next_inputs(
                     "the first rank of the tensor-parallel group has no data iterator; the dataset provider must "
                     "return a dataset on that rank"
                 )
-            inputs = read_pack(next(data_iterator), config, check_position_ids)
+            batch = next(data_iterator)
+            inputs = read_pack(batch, config, check_position_ids)
+            if note_pack is not None:
+                note_pack(batch)
             inputs = inputs.context_parallel(pg_collection.cp.size(), pg_collection.cp.rank(), config)
             if not pre_process:
                 inputs = replace(inputs, patches=_no_patches(inputs))

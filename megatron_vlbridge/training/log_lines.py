@@ -1,7 +1,9 @@
 """Parse Megatron's log, line by line, for the short log. Written for Megatron-Core 0.19."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from megatron_vlbridge.training.metrics.columns import MEASURED
 
 _ITERATION = re.compile(r"\biteration\s+(\d+)/\s*(\d+) \|(.*)")
 _VALIDATION = re.compile(r"\bvalidation(\S*) loss at (.+?) \|(.*)")
@@ -22,7 +24,8 @@ class Iteration:
     """Megatron's log line of an iteration; losses are means since the previous line, in nats per token.
 
     `losses` have Megatron's names and order; a NaN loss is missing, as in Megatron's line. `skipped` and `nan` count
-    the iterations since the previous line whose gradients, or whose loss, were not finite.
+    the iterations since the previous line whose gradients, or whose loss, were not finite. `measured` has what
+    `training.metrics` added to the line, by column.
     """
 
     number: int
@@ -34,6 +37,8 @@ class Iteration:
     loss_scale: float
     skipped: int
     nan: int
+    learning_rate: float | None = None
+    measured: dict[str, float] = field(default_factory=dict)
 
     def text(self, seq_length: int, seconds_left: float | None) -> str:
         """Format as one line.
@@ -52,10 +57,22 @@ class Iteration:
             parts.append(f"{self.skipped} skipped (gradients not finite)")
         if self.nan:
             parts.append(f"{self.nan} with a loss that is not finite")
-        parts.append(f"{seq_length * self.global_batch_size / self.seconds:,.0f} tokens/s")
+        rate = self.measured.get("tokens_per_second", seq_length * self.global_batch_size / self.seconds)
+        parts.append(f"{rate:,.0f} tokens/s")
+        if "model_tflops_per_rank" in self.measured:
+            parts.append(f"{self.measured['model_tflops_per_rank']:.3g} TFLOP/s per rank")
         if seconds_left is not None and self.number < self.last:
             parts.append(f"{duration(seconds_left)} left")
+        if self.measured:
+            parts.append(self._counts())
         return "  ".join(parts)
+
+    def _counts(self) -> str:
+        """What the packs of an iteration held; last, as a terminal may cut it off."""
+        counts = [f"{self.measured.get('supervised_tokens', 0):,.10g} supervised tokens"]
+        media = (column for column in ("images", "videos", "patches") if self.measured.get(column))
+        counts += [f"{self.measured[column]:,.10g} {column}" for column in media]
+        return ", ".join([*counts, f"{self.measured.get('padding_share', 0):.1%} padding"])
 
 
 def read_iteration(line: str) -> Iteration | None:
@@ -82,6 +99,8 @@ def read_iteration(line: str) -> Iteration | None:
         loss_scale=float(fields["loss scale"]),
         skipped=int(fields["number of skipped iterations"]),
         nan=int(fields["number of nan iterations"]),
+        learning_rate=float(fields["learning rate"]) if "learning rate" in fields else None,
+        measured={column: float(fields[name]) for column, name in MEASURED.items() if name in fields},
     )
 
 

@@ -35,6 +35,8 @@ from megatron_vlbridge.training.launch.parts import apply_part_arguments
 from megatron_vlbridge.training.launch.start import loading_errors, loads_checkpoint
 from megatron_vlbridge.training.launch.stop import end_data_loaders
 from megatron_vlbridge.training.learning_rates import lr_overrides
+from megatron_vlbridge.training.metrics.csv_file import CsvFile
+from megatron_vlbridge.training.metrics.meter import Meter
 from megatron_vlbridge.training.step import vlm_step
 
 __all__ = ["model_provider", "parse_arguments", "run"]
@@ -123,6 +125,15 @@ def run(
     datasets = EagerDatasetProvider(dataset_provider)
     chunks: list[torch.nn.Module] = []
     megatron.training.training.get_megatron_optimizer_config = functools.partial(_optimizer_config, chunks)
+    config = read_config(args.hf_folder)
+    meter = Meter(
+        config,
+        CsvFile(args.metrics_csv) if args.metrics_csv else None,
+        check_losses=args.check_for_nan_in_loss_and_grad,
+        router_loss=bool(args.moe_aux_loss_coeff or args.moe_z_loss_coeff),
+        first_item=lambda: args.consumed_train_samples if args.dataloader_type == "single" else None,
+    )
+    megatron.training.training.print_rank_last = meter.print_rank_last
 
     def model_after_datasets(*positional: Any, **named: Any) -> torch.nn.Module:
         datasets.build()
@@ -131,16 +142,18 @@ def run(
             check_model(model, allow=args.allow_unverified)
             apply_part_arguments(args, model)
             model.check_position_ids |= args.check_position_ids
+            # The one that Megatron calls at the end of each step, where there is one.
+            model.config.finalize_model_grads_func = meter.finalize
         chunks.append(model)
         return model
 
-    console.begin(args, read_config(args.hf_folder))
+    console.begin(args, config)
     with end_data_loaders(), loading_errors():
         megatron.training.training.pretrain(
             pretrain_cfg_container_from_args(args, None),
             datasets,
             ModelType.encoder_or_decoder,
-            vlm_step,
+            functools.partial(vlm_step, meter=meter),
             model_after_datasets,
             get_embedding_ranks=_embedding_ranks,
         )

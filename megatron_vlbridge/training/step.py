@@ -1,6 +1,6 @@
 """The forward step for Megatron's `pretrain`, and its loss: a sum and a token count, which Megatron divides."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,18 +10,21 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.batch import next_inputs
 from megatron_vlbridge.training.guards import check_model
+from megatron_vlbridge.training.metrics.meter import LossFunction, Meter
 
-LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+# For a micro-batch without supervised tokens: lost in any sum with a count, and Megatron divides 0 by it, not by 0.
+_NO_COUNT = 1e-30
 
 
 def vlm_step(
-    data_iterator: Iterator[Mapping[str, Any]] | None, model: torch.nn.Module
+    data_iterator: Iterator[Mapping[str, Any]] | None, model: torch.nn.Module, meter: Meter | None = None
 ) -> tuple[torch.Tensor, LossFunction]:
     """Megatron's `forward_step_func` for a :class:`Qwen3VLModel`, wrapped by Megatron or not.
 
     The first tensor-parallel rank of every pipeline stage reads the same pack (see `training.batch.PACK_KEYS`) from its
     `data_iterator` and broadcasts it to the others, which may have None. Returns the output of the stage and the loss
-    function, which Megatron calls on the last stage.
+    function, which Megatron calls on the last stage. `meter`, if any, counts the packs of training (not of evaluation)
+    and checks their losses.
 
     Raises VLBridgeError: at the first call, if the parallel layout or a setting is not verified; at any call, if the
     pack is invalid.
@@ -29,6 +32,9 @@ def vlm_step(
     """
     stage: Qwen3VLModel = get_attr_wrapped_model(model, "checkpoint", return_model_obj=True)
     check_model(stage)
+    observer = meter if stage.training else None
+    # Of the ranks that read a pack one counts it.
+    counts = stage.pre_process and stage.pg_collection.cp.rank() == 0
     inputs = next_inputs(
         data_iterator,
         stage.checkpoint,
@@ -37,9 +43,11 @@ def vlm_step(
         post_process=stage.post_process,
         sequence_parallel=stage.config.sequence_parallel,
         check_position_ids=stage.check_position_ids,
+        note_pack=observer.note_pack if observer and counts else None,
     )
     assert inputs.loss_mask is not None
-    return model(inputs=inputs), partial(token_loss, inputs.loss_mask)
+    loss = partial(token_loss, inputs.loss_mask)
+    return model(inputs=inputs), partial(observer.watch, inputs, loss) if observer else loss
 
 
 def token_loss(
@@ -48,10 +56,11 @@ def token_loss(
     """The sum of the losses of the supervised tokens, their count, and both for the log.
 
     Takes `loss_mask` `[1, T]` (1 or 0) and the per-token `losses` `[1, T]`. Megatron divides by the number of
-    supervised tokens in the global batch (`--calculate-per-token-loss`), so every token has the same weight.
+    supervised tokens in the global batch (`--calculate-per-token-loss`), so every token has the same weight. The log's
+    count is never 0, so that the loss in the log of a global batch without supervised tokens is 0.
 
     Example: `token_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 9.0]]))[0]` is `tensor(2.)`.
     """
     total = (losses.float() * loss_mask).sum()
     count = loss_mask.sum().to(torch.int)
-    return total, count, {"lm loss": torch.stack((total.detach(), count.to(total.dtype)))}
+    return total, count, {"lm loss": torch.stack((total.detach(), count.to(total.dtype).clamp(min=_NO_COUNT)))}

@@ -25,6 +25,8 @@ from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.media import load_video
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.training.metrics.columns import COLUMNS
+from megatron_vlbridge.training.metrics.csv_file import CsvFile
 from tests import reference
 from tests.functional.doc_blocks import ROOT, Block, all_blocks, blocks
 from tests.functional.pool import Layout, Pool
@@ -40,6 +42,7 @@ COMMANDS = {
     "export": (README, "vlbridge export run qwen3-vl-8b-trained --like Qwen3-VL-8B-Instruct"),
     "line": (README, '{"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, '),
     "train": (README, "torchrun --nproc_per_node 8 examples/pretrain.py \\"),
+    "plot": (TRAINING, "vlbridge plot metrics.csv -o metrics.html"),
     "short train": (TRAINING, "torchrun --nproc_per_node 1 examples/pretrain.py --cpu "),
     "usage": (CHECKPOINTS, "vlbridge import  HF_DIR MEGATRON_DIR"),
 }
@@ -68,6 +71,7 @@ OTHER = {
     "pipeline": (README, "HF checkpoint ──import──>"),
     "folder": (CHECKPOINTS, "MEGATRON_DIR/"),
     "output": (TRAINING, "model    Qwen3VLForConditionalGeneration, "),
+    "flops": (TRAINING, "3 x forward"),  # tests/unit/test_flops.py
     "router loss": (TRAINING, "(sum of token losses "),  # tests/functional/test_router_loss.py
     "prediction": (TRAINING, "x_i = mtp.fc("),  # tests/functional/test_mtp.py
 }
@@ -165,6 +169,18 @@ def test_the_commands_of_the_readme_convert(workplace: Path) -> None:
         assert main(command(COMMANDS[name])[1:]) == 0
     assert verify("Qwen3-VL-8B-Instruct", "qwen3-vl-8b-megatron").equal
     assert verify("run", "qwen3-vl-8b-trained").equal
+
+
+def test_the_documented_plot_is_drawn(workplace: Path) -> None:
+    CsvFile(workplace / "metrics.csv").append({"iteration": 1, "lm_loss": 2.0})
+    assert main(command(COMMANDS["plot"])[1:]) == 0
+    assert "lm loss" in (workplace / "metrics.html").read_text()
+
+
+def test_the_columns_of_the_csv_file_are_documented() -> None:
+    documented = (ROOT / TRAINING).read_text().split("| column |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1] for line in documented.splitlines()[2:]]
+    assert [name for row in rows for name in re.findall("`([a-z_]+)`", row)] == list(COLUMNS)
 
 
 def test_the_documented_line_is_a_conversation(workplace: Path) -> None:
@@ -265,7 +281,7 @@ OPTION = r"(?<![\w|-])--[a-z][\w-]*"
 
 def test_each_option_on_the_pages_exists(capsys: pytest.CaptureFixture[str], pool: Pool) -> None:
     known = pool.run(training_options, Layout())[0] | TORCHRUN
-    texts = [help_of(capsys, name) for name in ("import", "export", "verify", "inspect")]
+    texts = [help_of(capsys, name) for name in ("import", "export", "verify", "inspect", "plot")]
     texts += [printed("-m", "megatron_vlbridge.demo", "--help"), printed("benchmarks/convert.py", "--help")]
     known |= {option for text in texts for option in re.findall(OPTION, text)}
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:

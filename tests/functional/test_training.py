@@ -7,8 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoProcessor
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
+from megatron_vlbridge.training.metrics.columns import MEASURED
+from megatron_vlbridge.training.metrics.csv_file import read_rows
+from megatron_vlbridge.training.metrics.plot import plot
 from tests import digits_checkpoint
 from tests.closeness import assert_close_in_norm, relative_error
 from tests.functional.cases import later
@@ -40,6 +46,7 @@ def train(folder: Path, *arguments: object, processes: int = 1, script: Path = S
 @pytest.fixture(scope="module")
 def one_process(folder: Path) -> list[float]:
     save = ("--save", "whole", "--save-interval", ITERATIONS, "--tensorboard-dir", "tensorboard")
+    save += ("--metrics-csv", "metrics.csv")
     losses = train(folder, "--hf-folder", "hf", "--hf-weights", *save)
     assert len(losses) == ITERATIONS
     assert losses[-1] < losses[0]
@@ -48,6 +55,29 @@ def one_process(folder: Path) -> list[float]:
 
 def test_tensorboard_has_the_losses_of_the_log(folder: Path, one_process: list[float]) -> None:
     assert_same_curve(scalars(folder / "tensorboard", "lm loss"), one_process)
+
+
+def test_the_csv_file_has_the_losses_of_the_log_and_the_values_of_tensorboard(
+    folder: Path, one_process: list[float]
+) -> None:
+    rows = read_rows(folder / "metrics.csv")
+    assert [row["iteration"] for row in rows] == list(range(1, ITERATIONS + 1))
+    losses = [row["lm_loss"] for row in rows]
+    assert [losses[0], 2 * losses[1] - losses[0], *losses[2:]] == one_process
+    for tag in ("supervised_tokens", "tokens", "images", "patches", "padding_share", "model_tflops_per_rank"):
+        values = [row[tag] for row in rows]
+        assert scalars(folder / "tensorboard", MEASURED[tag]) == pytest.approx(values, rel=1e-6)
+        assert all(value > 0 for value in values)
+    # The packs of the dataset, item by item; the first two lines of a process are about its first iteration too.
+    processor = AutoProcessor.from_pretrained(folder / "hf")
+    data = read_conversations(folder / "train.jsonl")
+    sizes = {"seq_length": 256, "num_samples": 2 * ITERATIONS, "seed": 5, "multiple_of": 4}
+    packs = PackedConversations(data, processor, read_config(folder / "hf"), **sizes)
+    supervised = [int((packs[item]["labels"] != -100).sum()) for item in range(2 * ITERATIONS)]
+    each = [sum(supervised[item : item + 2]) for item in range(0, 2 * ITERATIONS, 2)]
+    expected = [each[0], (each[0] + each[1]) / 2, *each[2:]]
+    assert [row["supervised_tokens"] for row in rows] == expected
+    assert plot(folder / "metrics.csv").stat().st_size > 1000
 
 
 def scalars(folder: Path, tag: str) -> list[float]:
@@ -137,10 +167,12 @@ def test_started_from_a_megatron_checkpoint(
 @pytest.mark.layouts
 def test_resumed_run_continues(folder: Path, one_process: list[float]) -> None:
     arguments = ("--hf-folder", "hf", "--hf-weights", "--save", "plain", "--load", "plain", "--save-interval", 5)
+    arguments += ("--metrics-csv", "plain.csv")
     first = train(folder, *arguments, "--exit-interval", 5)
     assert len(first) == 5
     second = train(folder, *arguments)
     assert_same_curve(first + second, one_process)
+    assert [row["iteration"] for row in read_rows(folder / "plain.csv")] == list(range(1, ITERATIONS + 1))
 
 
 # The example, whose rank 1 sends a signal in its fourth iteration as torchrun does: to the group of its processes.

@@ -76,6 +76,10 @@ DIGESTS: dict[str, tuple[str, ...]] = {
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state_from_dp_reshardable": (
         "cb0e32e9794b",
     ),
+    "megatron.training.training:train_step": ("73dad7a73ac8",),
+    "megatron.training.training:evaluate": ("d06c8901bfe7",),
+    "megatron.training.training:train": ("89a3aa4855c9",),
+    "megatron.core.rerun_state_machine:RerunStateMachine.should_run_forward_backward": ("0aac7bdce4c0",),
     "megatron.training.training:get_train_valid_test_num_samples": ("6bf53a724d12",),
     "megatron.training.training:update_train_iters": ("042a964fcb65",),
     "megatron.training.training:build_train_valid_test_data_loaders": ("0b8b80ec02aa",),

@@ -218,6 +218,17 @@ SEAMS: dict[str, dict[str, str]] = {
             "copies into views of fp32 weights without no_grad, in which it is wrapped; drop the wrapper when fixed"
         ),
     },
+    "training/step.py": {
+        _TRAINING + "train_step": "the loss of the log is the sum of the sums divided by that of the counts",
+        _TRAINING + "evaluate": "the same of the micro-batches of all evaluation iterations",
+    },
+    "training/metrics/meter.py": {
+        _TRAINING + "print_rank_last": "replaced by itself with more fields in the line of an iteration",
+        _TRAINING + "train": "keeps a finalize_model_grads_func that the config of the first chunk has",
+        _CORE + "rerun_state_machine:RerunStateMachine.should_run_forward_backward": (
+            "current_iteration counts from 1, and a step that is run again has the same"
+        ),
+    },
     "training/datasets.py": {
         _TRAINING + "get_train_valid_test_num_samples": (
             "the counts with which Megatron later calls the dataset provider"

@@ -1,6 +1,7 @@
 """Log lines of Megatron-Core 0.19.2 from runs of the example, and their short form."""
 
 import math
+import re
 
 import pytest
 
@@ -23,6 +24,32 @@ def test_an_iteration_has_the_losses_of_the_line_of_megatron() -> None:
     assert found.text(256, 62.4) == (
         "iteration 1/6  loss 5.834869  load_balancing_loss 1.021448  grad norm 6.024  4,031 tokens/s  1 min 2 s left"
     )
+
+
+MEASURED = (
+    " packs: 2 | tokens: 400 | supervised tokens: 1234.5 | images: 3 | videos: 0 | patches: 12345678 | padding share: "
+    "0.21875 | tokens per second: 3149.6 | model FLOPs: 123456789 | model TFLOP/s per rank: 0.00097 |"
+)
+
+
+def test_what_was_measured_is_shown() -> None:
+    found = read_iteration(EXPERTS + MEASURED)
+    assert found is not None
+    assert len(found.measured) == 10
+    assert found.measured["padding_share"] == 0.21875
+    assert found.learning_rate == 1e-3
+    assert found.losses == {"lm loss": 5.834869, "load_balancing_loss": 1.021448}
+    assert found.text(256, 62.4) == (
+        "iteration 1/6  loss 5.834869  load_balancing_loss 1.021448  grad norm 6.024  3,150 tokens/s  0.00097 TFLOP/s "
+        "per rank  1 min 2 s left  1,234.5 supervised tokens, 3 images, 12,345,678 patches, 21.9% padding"
+    )
+
+
+def test_supervised_tokens_are_shown_where_there_are_none() -> None:
+    zeros = re.sub(r"(tokens|images|patches|share): [0-9.]+", r"\1: 0", MEASURED)
+    found = read_iteration(EXPERTS + zeros)
+    assert found is not None
+    assert found.text(256, None).endswith("  0 supervised tokens, 0.0% padding")
 
 
 @pytest.mark.parametrize("value", [5.834869, 0.0, 1e-7, 123456.7, 1234567e3, 0.01234567])

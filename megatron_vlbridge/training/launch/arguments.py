@@ -35,6 +35,7 @@ from megatron_vlbridge.training.launch.start import (
     schedule,
 )
 from megatron_vlbridge.training.launch.stop import set_stop_arguments, stop_on_interrupt
+from megatron_vlbridge.training.metrics.csv_file import check_new_file
 
 # Fields of Megatron's TransformerConfig that the arguments have under another name.
 _RENAMED = {"num_moe_experts": "num_experts", "gated_linear_unit": "swiglu"}
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="run settings, or dimensions together (tp+ep), that no test verifies",
     )
     add_part_arguments(group)
+    group.add_argument("--metrics-csv", metavar="FILE", help="write a row for each logged iteration to this file")
     group.add_argument("--cpu", action="store_true", help="run on CPU processes over gloo")
     group.add_argument("--verbose", action="store_true", help="print Megatron's whole log instead of a short one")
     return parser
@@ -115,6 +117,8 @@ def parse_arguments() -> argparse.Namespace:
         args.hf_folder = str(find_folder(name))
     check_source(args)
     check_trackers(args)
+    if args.metrics_csv and args.rank == args.world_size - 1:
+        check_new_file(args.metrics_csv, resumes=bool(args.load))
     with megatron_errors(), console.argument_warnings():
         validate_args(args)
         args.padded_vocab_size = calculate_padded_vocab_size(

@@ -1,0 +1,1 @@
+"""What a training run counts and measures: the parts of its packs, FLOPs, losses; a CSV file of them, and its plot."""
