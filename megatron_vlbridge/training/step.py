@@ -10,6 +10,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.batch import next_inputs
 from megatron_vlbridge.training.guards import check_model
+from megatron_vlbridge.training.media_guard import guard_of
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -23,12 +24,15 @@ def vlm_step(
     `data_iterator` and broadcasts it to the others, which may have None. Returns the output of the stage and the loss
     function, which Megatron calls on the last stage.
 
-    Raises VLBridgeError: at the first call, if the parallel layout or a setting is not verified; at any call, if the
-    pack is invalid.
+    Raises VLBridgeError: at the first call, if the parallel layout or a setting is not verified; before the first
+    optimizer step, if `model` would train without its images or with wrong positions; at any call, if the pack is
+    invalid.
     Example: `pretrain(config, dataset_provider, ModelType.encoder_or_decoder, vlm_step, model_provider)`.
     """
     stage: Qwen3VLModel = get_attr_wrapped_model(model, "checkpoint", return_model_obj=True)
     check_model(stage)
+    guard = guard_of(stage)
+    guard.begin(model)
     inputs = next_inputs(
         data_iterator,
         stage.checkpoint,
@@ -39,7 +43,7 @@ def vlm_step(
         check_position_ids=stage.check_position_ids,
     )
     assert inputs.loss_mask is not None
-    return model(inputs=inputs), partial(token_loss, inputs.loss_mask)
+    return guard.forward(model, inputs), partial(token_loss, inputs.loss_mask)
 
 
 def token_loss(

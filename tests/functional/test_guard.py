@@ -1,0 +1,140 @@
+"""What would train a model without its images, with wrong positions or on other packs is rejected on all ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import reference
+from tests.functional import guard_ranks
+from tests.functional.pool import Layout, Pool
+
+PP2, CP2, TP2_SP = Layout(pp=2, world=2), Layout(cp=2, world=2), Layout(tp=2, sp=True, world=2)
+LENGTH = 96
+
+# Of each sabotage what the error of all ranks has.
+NAMED = {
+    "forward without images": ("pipeline stage 0 (Qwen3VLModel)", "image", "found 4 of 4", "vision tower"),
+    "blank pixels": ("pipeline stage 0 (Wrapper)", "found 4 of 4", "found 8 of 8"),
+    "no videos": ("pipeline stage 0 (Wrapper)", "of a video", "found 8 of 8"),
+    "swapped pixels": ("pipeline stage 0 (Wrapper)", "got the pixels of others"),
+    "features of one token": ("pipeline stage 0", "found 4 of 4"),
+    "non-causal": ("pipeline stage 0", "attend to later tokens"),
+    "dropped keywords": ("pipeline stage 0 (Wrapper)", "keyword `inputs`", "found none", "pass on all keywords"),
+    "dropped keywords later": ("pipeline stage 1 (Wrapper)", "keyword `inputs`", "pass on all keywords"),
+    "text positions": ("pipeline stage 1 (Wrapper)", "expected the positions of the pack", "position_ids"),
+    "tower on a later stage": ("pipeline stage 1", "on the first stage only", "found visual"),
+    "detached tower": ("pipeline stage 0", "path to the loss from every parameter", "vision_model."),
+    "unused parameter": ("pipeline stage 1", "path to the loss from every parameter", "extra_head"),
+    "detached hidden states": ("pipeline stage 1", "no earlier stage would learn"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference.write_checkpoint(tmp_path_factory.mktemp("guard"))
+
+
+def pack(*kinds: str, seed: int = 20) -> dict[str, torch.Tensor]:
+    return reference.pack([reference.conversation(kind, seed + index) for index, kind in enumerate(kinds)], LENGTH)
+
+
+def test_a_sabotage_is_the_same_error_on_all_ranks(pool: Pool, folder: Path) -> None:
+    """Also with text alone in the first iteration."""
+    found = pool.run(guard_ranks.train, PP2, folder=folder, packs=[pack("text")] * 2, sabotages=list(NAMED))
+    assert found[0] == found[1]
+    for (sabotage, parts), error in zip(NAMED.items(), found[0], strict=True):
+        assert error is not None, sabotage
+        assert all(part in error for part in parts), (sabotage, error)
+
+
+ONE_STAGE = ("forward without images", "swapped pixels", "dropped keywords", "detached tower", "text positions")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(),
+        *(
+            pytest.param(layout, marks=pytest.mark.layouts)
+            for layout in (Layout(tp=2, world=2), TP2_SP, CP2, Layout(world=2), Layout(tp=2, cp=2, sp=True, world=4))
+        ),
+    ],
+    ids=str,
+)
+def test_a_sabotage_of_a_whole_model_is_rejected(pool: Pool, folder: Path, layout: Layout) -> None:
+    packs = [pack("text"), pack("image", "text")] * 2
+    for rank in pool.run(guard_ranks.train, layout, folder=folder, packs=packs, sabotages=["none", *ONE_STAGE]):
+        assert rank[0] is None
+        for sabotage, error in zip(ONE_STAGE, rank[1:], strict=True):
+            assert error is not None, sabotage
+            assert all(part.replace("stage 1", "stage 0") in error for part in NAMED[sabotage]), (sabotage, error)
+
+
+def test_a_model_is_checked_before_an_evaluation_too(pool: Pool, folder: Path) -> None:
+    sabotages = ["none", "forward without images", "text positions"]
+    found = pool.run(guard_ranks.evaluate, Layout(), folder=folder, packs=[pack("text")], sabotages=sabotages)[0]
+    assert found[:2] == [None, None]
+    assert ["tower" in str(error) for error in found[2:4]] == [True, True]
+    assert ["positions of the pack" in str(error) for error in found[4:]] == [True, True]
+
+
+# Packs out of step
+
+
+def out_of_step() -> dict[str, tuple[list[dict[str, torch.Tensor]], str]]:
+    """Of each kind the last of four packs as the second rank reads it, and what the error says that differs."""
+    own, other = pack("image", "text"), pack("image", "text", seed=30)
+    labels, positions = own["labels"].clone(), torch.zeros(3, LENGTH, dtype=torch.int64)
+    labels[labels != -100] = 20
+    return {
+        "another pack": ([own, pack("text", "image")], "tokens"),
+        "labels": ([own, own | {"labels": labels}], "differs in labels;"),
+        "positions": ([own, own | {"position_ids": positions}], "differs in position_ids;"),
+        "another seed": ([own, other], "tokens, labels"),
+    }
+
+
+@pytest.mark.parametrize("layout", [PP2, CP2], ids=str)
+def test_packs_out_of_step_are_the_same_error_on_all_ranks(pool: Pool, folder: Path, layout: Layout) -> None:
+    first, good = pack("text"), pack("image", "text")
+    kinds = out_of_step()
+    runs = [([first, good, first, mine], [first, good, first, theirs]) for (mine, theirs), _ in kinds.values()]
+    coordinate = "pp" if layout.pp > 1 else "cp"
+    found = pool.run(guard_ranks.train_on, layout, folder=folder, runs=runs, coordinate=coordinate)
+    assert found[0] == found[1]
+    where = "pipeline stage 1 and pipeline stage 0" if layout.pp > 1 else "context-parallel rank 1 and context"
+    for (before, error), (_, part) in zip(found[0], kinds.values(), strict=True):
+        assert before is None
+        assert part in error, error
+        assert where in error, error
+        assert f"{LENGTH} tokens, 2 segments, 1 images, 0 videos" in error
+        assert "same files, seed and position" in error
+
+
+# The first step
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        (Layout(), "experts"),
+        pytest.param(PP2, "dense", marks=pytest.mark.layouts),
+        pytest.param(CP2, "dense", marks=pytest.mark.layouts),
+        pytest.param(TP2_SP, "linear-experts", marks=pytest.mark.layouts),
+    ],
+    ids=str,
+)
+def test_the_first_step_is_the_same_bit_for_bit(pool: Pool, tmp_path: Path, layout: Layout, kind: str) -> None:
+    """Random numbers and buffers that a forward changes in any mode are restored."""
+    folder = reference.write_checkpoint(tmp_path, **reference.KINDS[kind])
+    packs = [pack("text"), pack("image", "video")]
+    for without, guarded in pool.run(guard_ranks.first_step, layout, folder=folder, packs=packs):
+        for key, expected in without.items():
+            assert reference_equal(expected, guarded[key]), key
+
+
+def reference_equal(expected: object, found: object) -> bool:
+    if isinstance(expected, torch.Tensor):
+        return torch.equal(expected, found)
+    return len(expected) == len(found) and all(map(reference_equal, expected, found))
