@@ -202,6 +202,8 @@ def first_step(layout: Layout, folder: Path, packs: Sequence[Pack], **options: A
         chunks = ranks.build_chunks(layout, folder, **options)
         for chunk in chunks:
             chunk.register_buffer("calls", torch.zeros(1), persistent=False)
+            # As modules of Transformer Engine have it.
+            chunk.is_first_microbatch, chunk.seen = True, []
             chunk.register_forward_hook(_count_and_draw)
             if not guarded:
                 chunk.media_guard = _Unguarded()
@@ -215,6 +217,7 @@ def first_step(layout: Layout, folder: Path, packs: Sequence[Pack], **options: A
                 "gradients": [p.main_grad.clone() for chunk in chunks for p in chunk.parameters()],
                 "buffers": [buffer.clone() for chunk in chunks for buffer in chunk.buffers()],
                 "random": torch.get_rng_state(),
+                "first micro-batch": [seen for chunk in chunks for seen in chunk.seen],
             }
         )
     return found
@@ -223,6 +226,9 @@ def first_step(layout: Layout, folder: Path, packs: Sequence[Pack], **options: A
 def _count_and_draw(stage: Model, args: Any, output: Any) -> None:
     stage.calls += 1
     torch.rand(1)
+    if stage.training:
+        stage.seen.append(torch.tensor(stage.is_first_microbatch))
+    stage.is_first_microbatch = False
 
 
 class _Unguarded:

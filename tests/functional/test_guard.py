@@ -41,7 +41,8 @@ def pack(*kinds: str, seed: int = 20) -> dict[str, torch.Tensor]:
 
 def test_a_sabotage_is_the_same_error_on_all_ranks(pool: Pool, folder: Path) -> None:
     """Also with text alone in the first iteration."""
-    found = pool.run(guard_ranks.train, PP2, folder=folder, packs=[pack("text")] * 2, sabotages=list(NAMED))
+    packs, options = [pack("text")] * 2, {"seq_length": LENGTH}
+    found = pool.run(guard_ranks.train, PP2, folder=folder, packs=packs, sabotages=list(NAMED), **options)
     assert found[0] == found[1]
     for (sabotage, parts), error in zip(NAMED.items(), found[0], strict=True):
         assert error is not None, sabotage
@@ -69,6 +70,19 @@ def test_a_sabotage_of_a_whole_model_is_rejected(pool: Pool, folder: Path, layou
         for sabotage, error in zip(ONE_STAGE, rank[1:], strict=True):
             assert error is not None, sabotage
             assert all(part.replace("stage 1", "stage 0") in error for part in NAMED[sabotage]), (sabotage, error)
+
+
+@pytest.mark.layouts
+def test_a_sabotage_of_a_model_chunk_is_rejected(pool: Pool, folder: Path) -> None:
+    packs, layout = [pack("text"), pack("image", "text")], Layout(pp=2, vpp=2, world=2)
+    sabotages = ["none", "forward without images", "text positions", "unused parameter", "detached hidden states"]
+    found = pool.run(guard_ranks.train, layout, folder=folder, packs=packs, sabotages=sabotages)
+    assert found[0] == found[1]
+    assert found[0][0] is None
+    for sabotage, error in zip(sabotages[1:], found[0][1:], strict=True):
+        chunk, stage = NAMED[sabotage][0], NAMED[sabotage][0].split(" (")[0]
+        where = f"{stage}, model chunk {int(stage.endswith('1'))}"
+        assert all(part.replace(stage, where) if part == chunk else part in error for part in NAMED[sabotage])
 
 
 def test_a_model_is_checked_before_an_evaluation_too(pool: Pool, folder: Path) -> None:

@@ -76,6 +76,11 @@ DIGESTS: dict[str, tuple[str, ...]] = {
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state_from_dp_reshardable": (
         "cb0e32e9794b",
     ),
+    "megatron.core.pipeline_parallel.schedules:forward_backward_no_pipelining": ("43aad21b2977",),
+    "megatron.core.pipeline_parallel.schedules:forward_backward_pipelining_without_interleaving": ("b56a6b861fba",),
+    "megatron.core.pipeline_parallel.schedules:forward_backward_pipelining_with_interleaving": ("a28ccee8df8b",),
+    "megatron.core.pipeline_parallel.schedules:backward_step": ("76cc83027799",),
+    "megatron.core.transformer.module:MegatronModule.set_is_first_microbatch": ("f5e398af4293",),
     "megatron.training.training:get_train_valid_test_num_samples": ("6bf53a724d12",),
     "megatron.training.training:update_train_iters": ("042a964fcb65",),
     "megatron.training.training:build_train_valid_test_data_loaders": ("0b8b80ec02aa",),
