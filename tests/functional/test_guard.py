@@ -58,7 +58,14 @@ ONE_STAGE = ("forward without images", "swapped pixels", "dropped keywords", "de
         Layout(),
         *(
             pytest.param(layout, marks=pytest.mark.layouts)
-            for layout in (Layout(tp=2, world=2), TP2_SP, CP2, Layout(world=2), Layout(tp=2, cp=2, sp=True, world=4))
+            for layout in (
+                Layout(tp=2, world=2),
+                TP2_SP,
+                CP2,
+                Layout(world=2),
+                Layout(tp=2, cp=2, sp=True, world=4),
+                Layout(tp=2, pp=2, sp=True, world=4),
+            )
         ),
     ],
     ids=str,
@@ -69,7 +76,8 @@ def test_a_sabotage_of_a_whole_model_is_rejected(pool: Pool, folder: Path, layou
         assert rank[0] is None
         for sabotage, error in zip(ONE_STAGE, rank[1:], strict=True):
             assert error is not None, sabotage
-            assert all(part.replace("stage 1", "stage 0") in error for part in NAMED[sabotage]), (sabotage, error)
+            parts = [part if layout.pp > 1 else part.replace("stage 1", "stage 0") for part in NAMED[sabotage]]
+            assert all(part in error for part in parts), (sabotage, error)
 
 
 @pytest.mark.layouts
@@ -124,6 +132,16 @@ def test_packs_out_of_step_are_the_same_error_on_all_ranks(pool: Pool, folder: P
         assert where in error, error
         assert f"{LENGTH} tokens, 2 segments, 1 images, 0 videos" in error
         assert "same files, seed and position" in error
+
+
+def test_a_pack_that_one_context_parallel_rank_rejects_is_an_error_on_all(pool: Pool, folder: Path) -> None:
+    good = pack("image", "text")
+    invalid = good | {"image_grid_thw": good["image_grid_thw"] + 2}
+    runs = [([good, good], [good, invalid])]
+    first, second = pool.run(guard_ranks.train_on, CP2, folder=folder, runs=runs, coordinate="cp")
+    assert first == second
+    assert first[0][0] is None
+    assert "image patches" in first[0][1]
 
 
 # The first step
