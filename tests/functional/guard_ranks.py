@@ -87,6 +87,17 @@ def _unused_parameter(stage: Qwen3VLModel) -> None:
     stage.extra_head = torch.nn.Linear(2, 2)
 
 
+def _buffered(stage: Qwen3VLModel) -> None:
+    """A parameter whose gradient goes to Megatron's buffer without autograd, as some fused kernels do it."""
+    stage.fused = torch.nn.Parameter(torch.ones(1))
+
+    def add(output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: stage.fused.main_grad.add_(1) and None)
+
+    stage.register_forward_hook(lambda module, args, output: add(output))
+
+
 def _detach_hidden(stage: Qwen3VLModel) -> None:
     """A decoder that does not pass gradients to the previous stage."""
     decoder = stage.language_model.decoder
@@ -123,6 +134,7 @@ def _noncausal(output: torch.Tensor) -> torch.Tensor:
 
 SABOTAGES: dict[str, Callable[[Qwen3VLModel], Model]] = {
     "none": lambda stage: stage,
+    "fused gradient": last(_buffered),
     "forward without images": first(_without_images),
     "blank pixels": first(with_inputs(_blank)),
     "no videos": first(with_inputs(_no_videos)),
@@ -181,13 +193,14 @@ def train_on(
     return found
 
 
-def evaluate(layout: Layout, folder: Path, packs: Sequence[Pack], sabotages: Sequence[str]) -> list[str | None]:
-    """Of each sabotage the error of this rank in two forward passes without an iteration."""
-    found: list[str | None] = []
+def evaluate(layout: Layout, folder: Path, packs: Sequence[Pack], sabotages: Sequence[str]) -> list[list[str | None]]:
+    """Of each sabotage the errors of this rank in two evaluations, and in an iteration after them."""
+    found = []
     for sabotage in sabotages:
-        model = SABOTAGES[sabotage](ranks.build_model(layout, folder))
+        wrapped = _wrap([ranks.build_model(layout, folder)], sabotage)
         with torch.no_grad():
-            found += [_error([model], ranks._mine(packs), forward_only=True) for _ in range(2)]
+            errors = [_error(wrapped, ranks._mine(packs), forward_only=True) for _ in range(2)]
+        found.append([*errors, _error(wrapped, ranks._mine(packs))])
     return found
 
 
@@ -210,6 +223,7 @@ def first_step(layout: Layout, folder: Path, packs: Sequence[Pack], **options: A
         wrapped = _wrap(chunks, "none")
         modes = [part.training for chunk in chunks for part in chunk.modules()]
         reports = ranks._run(wrapped, vlm_step, ranks._mine(packs), forward_only=False)
+        assert not any(p._backward_hooks for chunk in chunks for p in chunk.parameters())
         assert modes == [part.training for chunk in chunks for part in chunk.modules()]
         found.append(
             {

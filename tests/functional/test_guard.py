@@ -58,6 +58,7 @@ def test_a_sabotage_is_the_same_error_on_all_ranks(pool: Pool, folder: Path, sab
         assert all(part in error for part in NAMED[sabotage]), (sabotage, error)
 
 
+FINE = ("none", "fused gradient")
 ONE_STAGE = ("forward without images", "swapped pixels", "dropped keywords", "detached tower", "text positions")
 
 
@@ -81,9 +82,9 @@ ONE_STAGE = ("forward without images", "swapped pixels", "dropped keywords", "de
 )
 def test_a_sabotage_of_a_whole_model_is_rejected(pool: Pool, folder: Path, layout: Layout) -> None:
     packs = [pack("text"), pack("image", "text")] * 2
-    for rank in pool.run(guard_ranks.train, layout, folder=folder, packs=packs, sabotages=["none", *ONE_STAGE]):
-        assert rank[0] is None
-        for sabotage, error in zip(ONE_STAGE, rank[1:], strict=True):
+    for rank in pool.run(guard_ranks.train, layout, folder=folder, packs=packs, sabotages=[*FINE, *ONE_STAGE]):
+        assert rank[:2] == [None, None]
+        for sabotage, error in zip(ONE_STAGE, rank[2:], strict=True):
             assert error is not None, sabotage
             parts = [part if layout.pp > 1 else part.replace("stage 1", "stage 0") for part in NAMED[sabotage]]
             assert all(part in error for part in parts), (sabotage, error)
@@ -103,11 +104,13 @@ def test_a_sabotage_of_a_model_chunk_is_rejected(pool: Pool, folder: Path) -> No
 
 
 def test_a_model_is_checked_before_an_evaluation_too(pool: Pool, folder: Path) -> None:
-    sabotages = ["none", "forward without images", "text positions"]
+    sabotages = ["none", "forward without images", "text positions", "unused parameter"]
     found = pool.run(guard_ranks.evaluate, Layout(), folder=folder, packs=[pack("text")], sabotages=sabotages)[0]
-    assert found[:2] == [None, None]
-    assert ["tower" in str(error) for error in found[2:4]] == [True, True]
-    assert ["positions of the pack" in str(error) for error in found[4:]] == [True, True]
+    assert found[0] == [None] * 3
+    assert ["tower" in str(error) for error in found[1]] == [True] * 3
+    assert ["positions of the pack" in str(error) for error in found[2]] == [True] * 3
+    # Only a backward pass shows it.
+    assert ["extra_head" in str(error) for error in found[3]] == [False, False, True]
 
 
 # Packs out of step
@@ -142,6 +145,7 @@ def test_packs_out_of_step_are_the_same_error_on_all_ranks(pool: Pool, folder: P
     for (_, error), (_, part) in zip(found[0], kinds[:2] if layout.cp > 1 else kinds, strict=False):
         assert part in error, error
         assert where in error, error
+        assert f"micro-batch {0 if layout.cp > 1 else 1} since" in error
         assert f"{LENGTH} tokens, 2 segments, 1 images, 0 videos" in error
         assert "same files, seed and position" in error
     assert layout.pp > 1 or "image patches" in found[0][2][1]
