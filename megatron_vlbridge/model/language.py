@@ -126,8 +126,7 @@ class LanguageModel(LanguageModule):
                 "the MTP layer needs the next token of each token, which these inputs do not have: a pack that was "
                 "split among the context-parallel ranks beforehand is not supported with it. Give whole packs"
             )
-        frequencies = inverse_frequencies(self.text.rotary_dim // 2, self.text.rope_theta, position_ids.device)
-        table = rotary_table(position_ids[:, 0], mrope_axes(self.text.mrope_section), frequencies)
+        table = self.rotary_table(position_ids)
         hidden_states = self.decoder(
             embeddings,
             attention_mask=None,
@@ -149,6 +148,11 @@ class LanguageModel(LanguageModule):
         if labels is None:
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
+
+    def rotary_table(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """What the decoder gets as `rotary_pos_emb` for `position_ids` `[3, 1, T]`."""
+        frequencies = inverse_frequencies(self.text.rotary_dim // 2, self.text.rope_theta, position_ids.device)
+        return rotary_table(position_ids[:, 0], mrope_axes(self.text.mrope_section), frequencies)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[s, 1, H]` -> `[T, 1, V / tp]`."""

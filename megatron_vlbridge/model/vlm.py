@@ -46,6 +46,8 @@ class Qwen3VLModel(MegatronModule):
 
     check_position_ids = False
     """Whether positions that are given must equal the computed ones; to debug a data loader or a framework."""
+    media_guard: Any = None
+    """What `training.media_guard` knows of this stage."""
     layout_checked = False
     """Whether `training.guards.check_layout` has accepted the parallel layout and settings of `config`."""
 
@@ -193,6 +195,11 @@ class Qwen3VLModel(MegatronModule):
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Takes the previous stage's output from Megatron's schedules."""
         self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    @property
+    def received(self) -> torch.Tensor | None:
+        """What the next forward takes from the previous stage."""
+        return self._received
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor:
         """The tied weight of this stage, whose gradient Megatron sums over the first and the last stage."""

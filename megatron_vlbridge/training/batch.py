@@ -12,6 +12,8 @@ from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.model.inputs import GivenPositions, Media, PackedInputs
+from megatron_vlbridge.model.inputs.digest import PackDigest
+from megatron_vlbridge.training.agreement import common_failure
 
 # The keys of a pack; a data loader adds a leading dimension of 1.
 PACK_KEYS = (
@@ -46,7 +48,8 @@ def next_inputs(
     data loaders. The first stage gets the patches, the last stage the labels, every stage the position ids and the
     layout. `note_pack` is called with a valid pack, where it is read.
 
-    Raises VLBridgeError: the pack is invalid; raised on every rank of the group, like any exception of the iterator.
+    Raises VLBridgeError: the pack is invalid, or context-parallel ranks read different ones; raised on every rank of
+    the tensor- and context-parallel groups, like any exception of the iterator.
     """
     inputs: PackedInputs | None = None
     failure: Exception | None = None
@@ -68,6 +71,7 @@ def next_inputs(
                 inputs = replace(inputs, labels=None, mtp=inputs.mtp and inputs.mtp.without_labels())
         except Exception as error:  # noqa: BLE001  the other ranks wait for the broadcast: they must receive any failure
             failure = error
+        failure = common_failure(None if inputs is None else inputs.digest, failure, pg_collection.cp)
     device = torch.device(torch.cuda.current_device())
     if pg_collection.tp.size() > 1:
         inputs, failure = _broadcast(inputs, failure, pg_collection.tp, device)
@@ -111,7 +115,9 @@ def read_pack(batch: Mapping[str, Any], config: Config, check_position_ids: bool
     layout = BatchLayout.packed(pack["segment_lengths"].tolist(), pack["tokens"].shape[0])
     media = Media(**{key: pack[key] for key in PACK_KEYS[3:]})
     inputs = PackedInputs.from_pack(layout, pack["tokens"][None], media, config, pack["labels"][None])
-    return inputs.with_positions(positions and _in_one_row(positions, layout.total))
+    inputs = inputs.with_positions(positions and _in_one_row(positions, layout.total))
+    given = {} if positions is None else {"position_ids": positions.ids}
+    return replace(inputs, digest=PackDigest.of(pack | given))
 
 
 def _in_one_row(positions: GivenPositions, total: int) -> GivenPositions:

@@ -10,6 +10,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.batch import next_inputs
 from megatron_vlbridge.training.guards import check_model
+from megatron_vlbridge.training.media_guard import guard_of
 from megatron_vlbridge.training.metrics.meter import LossFunction, Meter
 
 # For a micro-batch without supervised tokens: lost in any sum with a count, and Megatron divides 0 by it, not by 0.
@@ -26,12 +27,15 @@ def vlm_step(
     function, which Megatron calls on the last stage. `meter`, if any, counts the packs of training (not of evaluation)
     and checks their losses.
 
-    Raises VLBridgeError: at the first call, if the parallel layout or a setting is not verified; at any call, if the
-    pack is invalid.
+    Raises VLBridgeError: at the first call, if the parallel layout or a setting is not verified; before the first
+    optimizer step, if `model` would train without its images or with wrong positions; at any call, if the pack is
+    invalid.
     Example: `pretrain(config, dataset_provider, ModelType.encoder_or_decoder, vlm_step, model_provider)`.
     """
     stage: Qwen3VLModel = get_attr_wrapped_model(model, "checkpoint", return_model_obj=True)
     check_model(stage)
+    guard = guard_of(stage)
+    guard.begin(model)
     observer = meter if stage.training else None
     # Of the ranks that read a pack one counts it.
     counts = stage.pre_process and stage.pg_collection.cp.rank() == 0
@@ -47,7 +51,7 @@ def vlm_step(
     )
     assert inputs.loss_mask is not None
     loss = partial(token_loss, inputs.loss_mask)
-    return model(inputs=inputs), partial(observer.watch, inputs, loss) if observer else loss
+    return guard.forward(model, inputs), partial(observer.watch, inputs, loss) if observer else loss
 
 
 def token_loss(

@@ -25,7 +25,7 @@ def predictions(
         if chunk.post_process:
             # The head runs for the MTP layer first; the loss then overwrites its output.
             head = chunk.language_model.output_layer
-            head.register_forward_hook(lambda _m, _i, output: found.append(output[0][:, 0].detach().clone()))
+            head.register_forward_hook(lambda *call: found.extend(_logits(*call)))
     tracker = MTPLossLoggingHelper.tracker
     tracker.clear()
     ranks._run(chunks, vlm_step, ranks._mine(packs), forward_only=True)
@@ -40,13 +40,20 @@ def predictions(
     }
 
 
+def _logits(head: torch.nn.Module, _: Any, output: tuple[torch.Tensor, Any]) -> list[torch.Tensor]:
+    """In training; the check before the first step runs a stage in evaluation mode."""
+    return [output[0][:, 0].detach().clone()] if head.training else []
+
+
 def layer_runs(layout: Layout, folder: Path, pack: Mapping[str, torch.Tensor], **options: Any) -> int:
     """How often the MTP layer runs in a forward and backward pass of one pack."""
     (chunk,) = ranks.build_chunks(layout, folder, **options)
-    runs: list[None] = []
-    chunk.language_model.mtp.layers[0].mtp_model_layer.register_forward_hook(lambda *_: runs.append(None))
+    runs: list[bool] = []
+    chunk.language_model.mtp.layers[0].mtp_model_layer.register_forward_hook(
+        lambda layer, *_: runs.append(layer.training)
+    )
     ranks._run([chunk], vlm_step, ranks._mine([pack]), forward_only=False)
-    return len(runs)
+    return sum(runs)
 
 
 def largest(layout: Layout, logits: torch.Tensor) -> torch.Tensor:

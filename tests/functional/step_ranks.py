@@ -154,10 +154,11 @@ def train_step(
 
 
 def _count_first_layers(model: Qwen3VLModel) -> Counter[str]:
+    """In training; the check before the first step runs a stage in evaluation mode."""
     calls: Counter[str] = Counter()
     parts = {"language": model.language_model} | ({"vision": model.vision_model} if model.pre_process else {})
     for name, part in parts.items():
-        part.decoder.layers[0].register_forward_hook(lambda *_, name=name: calls.update([name]))
+        part.decoder.layers[0].register_forward_hook(lambda layer, *_, name=name: calls.update([name] * layer.training))
     return calls
 
 

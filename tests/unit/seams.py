@@ -229,6 +229,23 @@ SEAMS: dict[str, dict[str, str]] = {
             "current_iteration counts from 1, and a step that is run again has the same"
         ),
     },
+    "training/media_guard.py": {
+        _CORE + "pipeline_parallel.schedules:forward_backward_no_pipelining": (
+            "reads finalize_model_grads_func of the config after the last backward, and gives it a list of the chunks"
+        ),
+        _CORE + "pipeline_parallel.schedules:forward_backward_pipelining_without_interleaving": "as without pipelining",
+        _CORE + "pipeline_parallel.schedules:forward_backward_pipelining_with_interleaving": (
+            "as without pipelining; the config is that of the first chunk, which is also the first to run"
+        ),
+        _CORE + "pipeline_parallel.schedules:backward_step": (
+            "gives None where the received tensor got no gradient; none is sent then, and the previous stage waits"
+        ),
+    },
+    "training/media_probe.py": {
+        _CORE + "transformer.module:MegatronModule.set_is_first_microbatch": (
+            "sets is_first_microbatch, which modules of Transformer Engine clear in their forward"
+        ),
+    },
     "training/datasets.py": {
         _TRAINING + "get_train_valid_test_num_samples": (
             "the counts with which Megatron later calls the dataset provider"

@@ -10,6 +10,7 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.batch_layout import BatchLayout, gather, select
 from megatron_vlbridge.layout.frames import Frames
 from megatron_vlbridge.layout.positions import mrope_positions
+from megatron_vlbridge.model.inputs.digest import PackDigest
 from megatron_vlbridge.model.inputs.media import Media
 from megatron_vlbridge.model.inputs.mtp import MtpInputs
 from megatron_vlbridge.model.inputs.positions import GivenPositions
@@ -36,7 +37,8 @@ class PackedInputs:
     makes, in the tower's order; `labels` `[1, T]` and `loss_mask` `[1, T]` only where a loss is wanted. Under context
     parallelism T counts this rank's tokens, and `vision_embed_index` `[N]` says which of the tower's outputs belong to
     its `vision_token_index` (None: all, in order). Under sequence parallelism `shard` says which of them lie in this
-    tensor-parallel rank's part. `mtp` is what an MTP layer needs, where the checkpoint has one.
+    tensor-parallel rank's part. `mtp` is what an MTP layer needs, where the checkpoint has one. `digest` is that of the
+    whole pack where a data loader gave it.
 
     Example: `inputs = PackedInputs.from_padded(batch["input_ids"], batch["attention_mask"], media, config)`.
     """
@@ -52,6 +54,7 @@ class PackedInputs:
     vision_embed_index: torch.Tensor | None = None
     shard: SequenceShard | None = None
     mtp: MtpInputs | None = None
+    digest: PackDigest | None = None
 
     @classmethod
     def from_pack(
