@@ -1,6 +1,6 @@
 """What `vlm_step` adds to each micro-batch and iteration to compare packs: the digest, and the exchange of four ranks.
 
-    python benchmarks/guard.py
+    python -m benchmarks.guard
 
 The digest is that of a pack of 32,768 tokens in 15 conversations with 40 images, on one thread, in CPU time; the
 exchange is that of the end of an iteration, over gloo between four processes (two pipeline stages, two

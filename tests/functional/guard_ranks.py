@@ -118,6 +118,12 @@ def _swapped(inputs: PackedInputs) -> PackedInputs:
     return replace(inputs, patches=inputs.patches.flip(0))
 
 
+def _swapped_videos(inputs: PackedInputs) -> PackedInputs:
+    """As `_swapped`, in the last four of six frames."""
+    images, videos = inputs.patches.tensor_split([len(inputs.patches) // 3])
+    return replace(inputs, patches=torch.cat((images, videos.flip(0))))
+
+
 def _no_videos(inputs: PackedInputs) -> PackedInputs:
     patches = inputs.patches.clone()
     patches[-len(patches) // 2 :] = 0
@@ -139,6 +145,7 @@ SABOTAGES: dict[str, Callable[[Qwen3VLModel], Model]] = {
     "blank pixels": first(with_inputs(_blank)),
     "no videos": first(with_inputs(_no_videos)),
     "swapped pixels": first(with_inputs(_swapped)),
+    "swapped videos": first(with_inputs(_swapped_videos)),
     "features of one token": first(_hook_tower(lambda x: torch.cat((x[:, :1], 0 * x[:, 1:]), dim=1))),
     "non-causal": first(_hook_output(_noncausal)),
     "dropped keywords": first(lambda stage: Wrapper(stage, lambda keywords: {})),

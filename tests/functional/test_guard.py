@@ -19,6 +19,7 @@ NAMED = {
     "blank pixels": ("pipeline stage 0 (Wrapper)", "found 4 of 4", "found 8 of 8"),
     "no videos": ("pipeline stage 0 (Wrapper)", "of a video", "found 8 of 8"),
     "swapped pixels": ("pipeline stage 0 (Wrapper)", "got the pixels of others"),
+    "swapped videos": ("pipeline stage 0 (Wrapper)", "found 12 more", "got the pixels of others"),
     "features of one token": ("pipeline stage 0", "found 4 of 4"),
     "non-causal": ("pipeline stage 0", "attend to later tokens"),
     "dropped keywords": ("pipeline stage 0 (Wrapper)", "keyword `inputs`", "found none", "pass on all keywords"),
@@ -40,7 +41,7 @@ def pack(*kinds: str, seed: int = 20) -> dict[str, torch.Tensor]:
     return reference.pack([reference.conversation(kind, seed + index) for index, kind in enumerate(kinds)], LENGTH)
 
 
-RARE = ("blank pixels", "no videos", "features of one token", "non-causal", "detached tower")
+RARE = ("blank pixels", "no videos", "swapped videos", "features of one token", "non-causal", "detached tower")
 
 
 @pytest.mark.parametrize(
