@@ -2,13 +2,15 @@
 
 import os
 import re
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO, cast
 
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -17,8 +19,12 @@ MODES = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "
 # Further frames of these formats are not separate images: other views or a depth map of the photo, or layers.
 FIRST_FRAME_FORMATS = ("MPO", "PSD")
 WHITE = (255, 255, 255)
+SWAPPED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+# Chunks of a PNG file that can hold an EXIF orientation.
+PNG_TEXT = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
 URL = re.compile(r"(data|file):|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
+_ORIENTATION = ExifTags.Base.Orientation
 _settings_lock = Lock()
 # Otherwise a child forked while another thread holds the lock would deadlock.
 os.register_at_fork(
@@ -52,6 +58,22 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
     Example: `read_image(Image.new("LA", (4, 2), (0, 128)), "image", MediaOptions()).getpixel((0, 0))` is
     `(127, 127, 127)`.
     """
+    return _read(source, name, options, _to_rgb)
+
+
+def read_image_size(source: str | Path | Image.Image, name: str, options: MediaOptions) -> tuple[int, int]:
+    """The width and height of `read_image(...)`, from the header: the pixels are not decoded.
+
+    Raises VLBridgeError: as `read_image`, except for what only decoding shows (a truncated file, a mode).
+    Example: `read_image_size(Image.new("RGB", (4, 2)), "image", MediaOptions())` is `(4, 2)`.
+    """
+    return _read(source, name, options, _upright_size)
+
+
+def _read[T](
+    source: str | Path | Image.Image, name: str, options: MediaOptions, read: Callable[[Image.Image, int], T]
+) -> T:
+    """Open a file or PIL image and `read` it, with errors that name it."""
     where = f"{name}: {_shown(source)}"
     if is_url(source):
         raise VLBridgeError(
@@ -62,10 +84,10 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
             if isinstance(source, TiffImagePlugin.TiffImageFile) and source.tile and source.filename:
                 source = Path(os.fsdecode(source.filename))  # opened by path, and not loaded yet
             if isinstance(source, Image.Image):
-                return _to_rgb(source, options.max_image_pixels)
+                return read(source, options.max_image_pixels)
             # Given a path, Pillow 13 memory-maps an uncompressed TIFF and scrambles it if it has to be rotated.
             with Path(source).open("rb") as file, Image.open(file) as opened:
-                return _to_rgb(opened, options.max_image_pixels)
+                return read(opened, options.max_image_pixels)
     except VLBridgeError as error:
         raise VLBridgeError(f"{where} {error}") from error
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -78,17 +100,7 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
 
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise VLBridgeError(_too_large(max_pixels, f"{width} x {height}"))
-    if width * height == 0:
-        raise VLBridgeError(f"has no pixels ({width} x {height})")
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format not in FIRST_FRAME_FORMATS:
-        raise VLBridgeError(
-            f"has {frames} frames or pages, of which only one would be used: pass them as a video or as several "
-            "images, or save the intended one to a separate file"
-        )
+    _check_header(image, max_pixels)
     image.load()
     if image.mode not in MODES:
         raise VLBridgeError(
@@ -101,6 +113,53 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
     return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _check_header(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise VLBridgeError(_too_large(max_pixels, f"{width} x {height}"))
+    if width * height == 0:
+        raise VLBridgeError(f"has no pixels ({width} x {height})")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in FIRST_FRAME_FORMATS:
+        raise VLBridgeError(
+            f"has {frames} frames or pages, of which only one would be used: pass them as a video or as several "
+            "images, or save the intended one to a separate file"
+        )
+
+
+def _upright_size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
+    _check_header(image, max_pixels)
+    width, height = image.size
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile and _ORIENTATION in image.tag_v2:
+        # Whether `size` is swapped already depends on the version of Pillow.
+        width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
+    return (height, width) if _orientation(image) in SWAPPED else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    if not (isinstance(image, PngImagePlugin.PngImageFile) and image.tile):
+        return image.getexif().get(_ORIENTATION, 1)
+    if _has_text_after_pixels(image):
+        image.load()
+    # Its own `getexif` decodes the image to find such chunks.
+    return super(PngImagePlugin.PngImageFile, image).getexif().get(_ORIENTATION, 1)
+
+
+def _has_text_after_pixels(image: PngImagePlugin.PngImageFile) -> bool:
+    """Whether chunks after the pixels of a PNG file can hold an EXIF orientation."""
+    file, after = cast(BinaryIO, image.fp), False
+    start = file.tell()
+    file.seek(8)  # the signature
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        after |= kind == b"IDAT"
+        if after and kind in PNG_TEXT:
+            break
+        file.seek(length + 4, os.SEEK_CUR)  # data and checksum
+    file.seek(start)
+    return len(head) == 8
 
 
 def _too_large(max_pixels: int, found: str) -> str:

@@ -6,6 +6,8 @@ the model was released, replaces all three tokens; since 5.10 it replaces only `
 start and end tokens remain around the frames.
 """
 
+from collections.abc import Sequence
+
 from transformers import ProcessorMixin
 
 
@@ -19,3 +21,15 @@ def without_outer_pair(text: str, processor: ProcessorMixin) -> str:
     """
     start, video, end = processor.vision_start_token, processor.video_token, processor.vision_end_token
     return text.replace(f"{start}{video}{end}", video)
+
+
+def timestamps(frame_indices: Sequence[int], fps: float, temporal_patch_size: int) -> list[str]:
+    """The text before each temporal patch: the mean time of its first and its last frame.
+
+    `fps` is that of the file, whose frames `frame_indices` counts; the last frame is repeated to fill a patch.
+
+    Example: `timestamps([0, 2, 4], fps=2, temporal_patch_size=2)` is `["<0.5 seconds>", "<2.0 seconds>"]`.
+    """
+    frames = [*frame_indices, *[frame_indices[-1]] * (-len(frame_indices) % temporal_patch_size)]
+    pairs = zip(frames[::temporal_patch_size], frames[temporal_patch_size - 1 :: temporal_patch_size], strict=True)
+    return [f"<{(first / fps + last / fps) / 2:.1f} seconds>" for first, last in pairs]

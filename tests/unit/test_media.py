@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFile
+from PIL import ExifTags, Image, ImageDraw, ImageFile, PngImagePlugin
 from transformers.image_utils import load_image as reference_load_image
 
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import read_conversations
-from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.images import MediaOptions, read_image_size
 from megatron_vlbridge.data.media import DEFAULTS, load_image, load_video
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from megatron_vlbridge.errors import VLBridgeError
@@ -57,6 +57,10 @@ def image_of(source: Source, options: MediaOptions = DEFAULTS) -> Image.Image:
 
 def frames_of(sources: list[Source]) -> torch.Tensor:
     return load_video({"type": "video", "video": sources, "fps": 2}).frames
+
+
+def size_of(source: Source, options: MediaOptions = DEFAULTS) -> tuple[int, int]:
+    return read_image_size(source, "image", options)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -117,6 +121,70 @@ def test_a_rotated_photo_gives_the_grid_of_transformers(tmp_path: Path) -> None:
     expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     assert sample.image_grid_thw.tolist() == expected["image_grid_thw"].tolist() == [[1, 6, 2]]
     assert torch.equal(sample.pixel_values, expected["pixel_values"])
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff", "bmp", "gif"])
+def test_the_size_is_read_without_decoding(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [with_orientation(tmp_path / f"{orientation}.{suffix}", orientation) for orientation in range(1, 9)]
+    xmp = '<x xmlns:tiff="t" tiff:Orientation="6"/>'
+    if suffix in ("jpg", "webp"):
+        paths.append(saved(noise(30, 20), tmp_path / f"xmp.{suffix}", xmp=xmp.encode()))
+    if suffix == "png":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", xmp)
+        paths.append(saved(noise(30, 20), tmp_path / "xmp.png", pnginfo=info))
+    expected = [image_of(path).size for path in paths]
+    assert set(expected) == ({(30, 20)} if suffix in ("bmp", "gif") else {(30, 20), (20, 30)})
+    for path, size in zip(paths, expected, strict=True):
+        with Image.open(path) as opened, Image.open(path) as loaded:
+            loaded.load()
+            assert size_of(opened) == size_of(loaded) == size
+            assert image_of(opened).size == size
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert [size_of(path) for path in paths] == expected
+
+
+def png_with_late_orientation(path: Path, early: bytes = b"") -> Path:
+    """A file whose last chunk is an EXIF orientation of 6, and whose first chunk is perhaps another."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = saved(noise(30, 20), path).read_bytes()
+    body = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    path.write_bytes(data[:33] + early + data[33:-12] + chunk + data[-12:])
+    return path
+
+
+def test_an_orientation_after_the_pixels_of_a_png_is_applied(tmp_path: Path) -> None:
+    upright = with_orientation(tmp_path / "upright.png", 1).read_bytes()
+    start = upright.index(b"eXIf") - 4
+    early = upright[start : start + 12 + struct.unpack(">I", upright[start : start + 4])[0]]
+    for path in (
+        png_with_late_orientation(tmp_path / "late.png"),
+        png_with_late_orientation(tmp_path / "both.png", early),
+    ):
+        assert image_of(path).size == size_of(path) == (20, 30)
+        with Image.open(path) as opened:
+            assert size_of(opened) == image_of(opened).size == (20, 30)
+
+
+def test_a_size_is_rejected_where_the_header_shows_that_the_image_is(tmp_path: Path) -> None:
+    path = saved(noise(30, 20), tmp_path / "a.png")
+    assert size_of(path, MediaOptions(600)) == (30, 20)
+    with rejects("a.png' is too large", "299 pixels"):
+        size_of(path, MediaOptions(299))
+    with rejects("image: no file"):
+        size_of(tmp_path / "b.png")
+    with rejects("image: 'http://a/b.png' is a URL"):
+        size_of("http://a/b.png")
+    frames = saved(noise(30, 20), tmp_path / "a.gif", save_all=True, append_images=[noise(30, 20, seed=1)])
+    with rejects("has 2 frames or pages"):
+        size_of(frames)
+    path.write_bytes(path.read_bytes()[:500])
+    assert size_of(path) == (30, 20)
+    path.write_bytes(path.read_bytes()[:20])
+    with rejects("cannot be decoded as an image"):
+        size_of(path)
 
 
 def test_frame_sizes_are_compared_after_rotation(tmp_path: Path) -> None:
