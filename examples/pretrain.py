@@ -29,6 +29,7 @@ from megatron_vlbridge import read_config
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.training.launch.packing import packing_options
 from megatron_vlbridge.training.pretrain import parse_arguments, run
 
 
@@ -52,11 +53,11 @@ def main() -> None:
             seed=args.seed,
             multiple_of=args.pack_multiple_of,
             media=MediaOptions(args.max_image_pixels),
+            packing=packing_options(args),
         )
         if log:
-            console.note(
-                f"data     {len(dataset.lengths):,} conversations, {len(dataset.epoch_packs(0)):,} packs: {file}"
-            )
+            kept = len(dataset.lengths) - len(dataset.dropped)
+            console.note(f"data     {kept:,} conversations, {len(dataset.epoch_packs(0)):,} packs: {file}")
         return dataset
 
     def datasets(num_samples: list[int], vp_stage: int | None = None) -> list[PackedConversations | None]:

@@ -1,6 +1,7 @@
 """A map-style dataset of packed conversations."""
 
 import logging
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -15,8 +16,12 @@ from megatron_vlbridge.data.chat import Sample, encode_conversation
 from megatron_vlbridge.data.conversations import FileConversation, read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.media import DEFAULTS, Conversation
+from megatron_vlbridge.data.pack_lengths import PackingOptions, order_packs, pack_lengths
 from megatron_vlbridge.data.packing import best_fit, build_pack
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.layout.balance import frame_work
+
+BEST_FIT = PackingOptions()
 
 __all__ = ["PackedConversations", "check_processor", "read_conversations"]
 
@@ -26,9 +31,9 @@ logger = logging.getLogger(__name__)
 class PackedConversations(Dataset[dict[str, Tensor]]):
     """A map-style dataset of `num_samples` packs; item i is a pure function of the conversations, the seed and i.
 
-    Each epoch shuffles the conversations and packs them again (`packing.best_fit`), so every conversation occurs once
-    per epoch, together with different ones. Item i has the same tensors (see `packing.build_pack`) in every process,
-    worker and resumed run.
+    Each epoch shuffles the conversations and packs them again (see `pack_lengths.PackingOptions`), so every
+    conversation occurs once per epoch, together with different ones. Item i has the same tensors (see
+    `packing.build_pack`) in every process, worker and resumed run.
 
     Each conversation is encoded once when the dataset is created, to determine its length; only the lengths are kept.
     `__getitem__` encodes it again, and raises an error if its length has changed. Assistant turns excluded from the
@@ -38,10 +43,12 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     The conversations have the format of `chat.encode_conversation`; `processor` and `config` are those of one
     checkpoint. A pack has `seq_length` tokens. The length of a conversation in it is rounded up to a multiple of
     `multiple_of`, for context-parallel padding: 2 * the context-parallel size if that is above 1. The space is
-    reserved; the tensors are unpadded. `media` says how images and frames are read.
+    reserved; the tensors are unpadded. `media` says how images and frames are read, `packing` how packs are formed.
+    With `too_long="drop"` conversations that fit into no pack are left out: `dropped` has their indices,
+    `dropped_report` describes them; rank 0 logs it.
 
-    Raises VLBridgeError: the processor does not match the config; a conversation cannot be encoded or is longer than
-    `seq_length` (the error names its file and line, or its index); there are no conversations.
+    Raises VLBridgeError: the processor does not match the config; a conversation cannot be encoded or exceeds a limit
+    of a pack (the error names its file and line, or its index); there are no conversations, or all were dropped.
 
     Example: `PackedConversations(read_conversations("train.jsonl"), processor, config, seq_length=4096,
     num_samples=1000)[0]["tokens"]` has the shape `[4096]`.
@@ -58,6 +65,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         seed: int = 0,
         multiple_of: int = 1,
         media: MediaOptions = DEFAULTS,
+        packing: PackingOptions = BEST_FIT,
     ) -> None:
         check_processor(processor, config)
         if not conversations:
@@ -69,15 +77,26 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.seed = seed
         self.multiple_of = multiple_of
         self.media = media
+        self.packing = packing
+        self.hidden_size = config.vision.hidden_size
         self.num_assistant_turns = self.num_excluded_turns = 0
         self._first_excluded_turn = ""
         self.lengths: list[int] = []
+        self.dropped: list[int] = []
+        self._first_dropped = ""
+        # Of each conversation: its patches, and its work in the vision tower.
+        self._patches: list[int] = []
+        self._work: list[int] = []
         for index in range(len(conversations)):
             self._measure(index)
+        if len(self.dropped) == len(conversations):
+            raise VLBridgeError(f"conversations: expected at least one that fits into a pack; {self.dropped_report}")
+        self._kept = np.setdiff1d(np.arange(len(conversations)), self.dropped)
         self._epoch_starts = [0]
         self._cached_epoch: tuple[int, list[list[int]]] = (-1, [])
-        if self.num_excluded_turns and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
-            logger.warning(self.excluded_turns_report)
+        for report in filter(None, (self.excluded_turns_report, self.dropped_report)):
+            if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+                logger.warning(report)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -91,20 +110,44 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         if not 0 <= index < self.num_samples:
             raise IndexError(f"pack {index} is out of range for a dataset of {self.num_samples} packs")
         while index >= self._epoch_starts[-1]:
-            epoch = len(self._epoch_starts) - 1
-            self._epoch_starts.append(self._epoch_starts[-1] + len(self.epoch_packs(epoch)))
+            self._epoch_start(len(self._epoch_starts))
         epoch = bisect_right(self._epoch_starts, index) - 1
         return self.epoch_packs(epoch)[index - self._epoch_starts[epoch]]
 
     def epoch_packs(self, epoch: int) -> list[list[int]]:
         """The packs of an epoch, each as a list of conversation indices; the last requested epoch is cached."""
-        cached_epoch, packs = self._cached_epoch
-        if cached_epoch != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths)).tolist()
-            shuffled = best_fit([self._padded_length(self.lengths[member]) for member in order], self.seq_length)
-            packs = [[order[position] for position in positions] for positions in shuffled]
-            self._cached_epoch = epoch, packs
-        return packs
+        if self._cached_epoch[0] != epoch:
+            pack = self._best_fit if self.packing.method == "best-fit" else self._first_fit_decreasing
+            self._cached_epoch = epoch, pack(epoch)
+        return self._cached_epoch[1]
+
+    def _epoch_start(self, epoch: int) -> int:
+        """The number of packs in the epochs before this one."""
+        while len(self._epoch_starts) <= epoch:
+            last = len(self._epoch_starts) - 1
+            self._epoch_starts.append(self._epoch_starts[last] + len(self.epoch_packs(last)))
+        return self._epoch_starts[epoch]
+
+    def _best_fit(self, epoch: int) -> list[list[int]]:
+        order = np.random.default_rng((self.seed, epoch)).permutation(self._kept).tolist()
+        packs = best_fit([self._padded_length(self.lengths[member]) for member in order], self.seq_length)
+        return [[order[position] for position in positions] for positions in packs]
+
+    def _first_fit_decreasing(self, epoch: int) -> list[list[int]]:
+        options, seed = self.packing, (self.seed, epoch)
+        packs = pack_lengths(
+            self.lengths,
+            self.seq_length,
+            multiple_of=self.multiple_of,
+            patches=self._patches,
+            max_patches=options.max_patches,
+            window=options.window,
+            too_long="drop",
+            seed=seed,
+        ).packs
+        start = self._epoch_start(epoch)
+        ordered = order_packs(packs, self._work, neighbors=options.neighbors, start=start, seed=seed)
+        return [members.tolist() for members in ordered]
 
     @property
     def excluded_turns_report(self) -> str:
@@ -116,24 +159,45 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
             f"their tokens differ from the message (first: {self._first_excluded_turn})"
         )
 
+    @property
+    def dropped_report(self) -> str:
+        """The number of conversations that were dropped, and the first of them; empty if there are none."""
+        if not self.dropped:
+            return ""
+        return f"{len(self.dropped)} of {len(self.lengths)} conversations are dropped (first: {self._first_dropped})"
+
     def _padded_length(self, length: int) -> int:
         return -(-length // self.multiple_of) * self.multiple_of
 
     def _measure(self, index: int) -> None:
-        """Encode a conversation and record its length and its excluded turns."""
+        """Encode a conversation and record its sizes and its excluded turns."""
         sample = self._encode(index)
-        length = len(sample.input_ids)
-        if self._padded_length(length) > self.seq_length:
-            raise VLBridgeError(
-                f"{self._location(index)}: {length} tokens do not fit into a pack of {self.seq_length}; increase the "
-                "sequence length, shorten the conversation or scale its images down"
-            )
-        self.lengths.append(length)
+        grids = [*sample.image_grid_thw.tolist(), *sample.video_grid_thw.tolist()]
+        self.lengths.append(len(sample.input_ids))
+        self._patches.append(sum(math.prod(grid) for grid in grids))
+        self._work.append(sum(frames * frame_work(rows * columns, self.hidden_size) for frames, rows, columns in grids))
+        if excess := self._excess(index):
+            if self.packing.too_long == "error":
+                raise VLBridgeError(
+                    f"{self._location(index)}: {excess}; increase the limit, shorten the conversation, scale its "
+                    "images down, or drop it (--long-conversations drop)"
+                )
+            self.dropped.append(index)
+            self._first_dropped = self._first_dropped or f"{self._location(index)}: {excess}"
+            return
         self.num_assistant_turns += sum(message["role"] == "assistant" for message in self.conversations[index])
         self.num_excluded_turns += len(sample.excluded_turns)
         if sample.excluded_turns and not self._first_excluded_turn:
             first = sample.excluded_turns[0]
             self._first_excluded_turn = f"{self._location(index)}, message {first.message}: {first.reason}"
+
+    def _excess(self, index: int) -> str:
+        """The limit that a conversation alone exceeds; empty if it fits into a pack."""
+        if self._padded_length(self.lengths[index]) > self.seq_length:
+            return f"{self.lengths[index]} tokens do not fit into a pack of {self.seq_length}"
+        if self.packing.max_patches is not None and self._patches[index] > self.packing.max_patches:
+            return f"{self._patches[index]} patches do not fit into a pack of {self.packing.max_patches}"
+        return ""
 
     def _encode_again(self, index: int) -> Sample:
         sample = self._encode(index)

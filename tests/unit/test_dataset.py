@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.pack_lengths import PackingOptions
 from megatron_vlbridge.data.packing import next_token_labels
 from megatron_vlbridge.demo.tiny_processor import CHAT_TEMPLATE, build_processor
 from tests.errors import rejects
@@ -79,9 +81,24 @@ def make_conversation(index: int) -> list[dict[str, Any]]:
 CONVERSATIONS = [make_conversation(index) for index in range(24)]
 
 
-@pytest.fixture(scope="module")
-def dataset(processor: Qwen3VLProcessor, config: Config) -> PackedConversations:
-    return PackedConversations(CONVERSATIONS, processor, config, seq_length=SEQ_LENGTH, num_samples=60, seed=1)
+PACKINGS = {
+    "best-fit": PackingOptions(),
+    "decreasing": PackingOptions("first-fit-decreasing"),
+    "limits": PackingOptions("first-fit-decreasing", max_patches=66, window=14, neighbors=2),
+}
+
+
+@pytest.fixture(scope="module", params=PACKINGS)
+def dataset(processor: Qwen3VLProcessor, config: Config, request: pytest.FixtureRequest) -> PackedConversations:
+    return make_dataset(processor, config, PACKINGS[request.param])
+
+
+def make_dataset(
+    processor: Qwen3VLProcessor, config: Config, packing: PackingOptions, seed: int = 1
+) -> PackedConversations:
+    return PackedConversations(
+        CONVERSATIONS, processor, config, seq_length=SEQ_LENGTH, num_samples=60, seed=seed, packing=packing
+    )
 
 
 def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -126,10 +143,10 @@ def test_every_conversation_occurs_once_per_epoch_in_changing_packs(dataset: Pac
 def test_an_item_depends_only_on_seed_and_index(
     dataset: PackedConversations, processor: Qwen3VLProcessor, config: Config
 ) -> None:
-    resumed = PackedConversations(CONVERSATIONS, processor, config, seq_length=SEQ_LENGTH, num_samples=60, seed=1)
+    resumed = make_dataset(processor, config, dataset.packing)
     for index in (47, 2, 30, 2):
         assert equal(resumed[index], dataset[index])
-    other = PackedConversations(CONVERSATIONS, processor, config, seq_length=SEQ_LENGTH, num_samples=60, seed=2)
+    other = make_dataset(processor, config, dataset.packing, seed=2)
     assert [other.members(index) for index in SEEN] != [dataset.members(index) for index in SEEN]
 
 
@@ -143,6 +160,81 @@ def test_workers_return_the_same_packs_with_a_batch_dimension(dataset: PackedCon
 def test_an_index_out_of_range_is_an_index_error(dataset: PackedConversations, index: int) -> None:
     with pytest.raises(IndexError):
         dataset[index]
+
+
+def patches_of(batch: dict[str, torch.Tensor]) -> int:
+    return len(batch["pixel_values"]) + len(batch["pixel_values_videos"])
+
+
+def test_packs_keep_the_limit_on_patches_and_neighbors_have_like_work(
+    processor: Qwen3VLProcessor, config: Config
+) -> None:
+    limited = make_dataset(processor, config, PACKINGS["limits"])
+    assert max(patches_of(limited[index]) for index in range(60)) <= 66
+    free = make_dataset(processor, config, PackingOptions("first-fit-decreasing", neighbors=7))
+    work = [patches_of(free[index]) for index in range(60)]
+    assert max(work) > 66
+    ends = [free._epoch_start(epoch) for epoch in range(4)]
+    assert any(end % 7 for end in ends)
+    # Groups of seven begin at multiples of seven in every epoch.
+    for start, end in pairwise(ends):
+        groups: dict[int, list[int]] = {}
+        for index in range(start, end):
+            groups.setdefault(index // 7, []).append(vision_work(free[index], config))
+        runs = sorted(sorted(group) for group in groups.values())
+        assert list(chain(*runs)) == sorted(chain(*runs))
+    assert free.epoch_packs(3) == make_dataset(processor, config, free.packing).epoch_packs(3)
+
+
+def vision_work(batch: dict[str, torch.Tensor], config: Config) -> int:
+    """Of the linears and of attention, over all frames of a pack."""
+    frames = [
+        rows * columns
+        for name in ("image", "video")
+        for count, rows, columns in batch[f"{name}_grid_thw"].tolist()
+        for _ in range(count)
+    ]
+    return sum(12 * patches * config.vision.hidden_size + 2 * patches**2 for patches in frames)
+
+
+def test_conversations_that_fit_into_no_pack_are_dropped_and_counted(
+    processor: Qwen3VLProcessor, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    long, four = make_conversation(100), [{"type": "image", "image": Image.new("RGB", (24, 16))}] * 4
+    images = [{"role": "user", "content": four}, CONVERSATIONS[0][1]]
+    conversations = [CONVERSATIONS[0], long, CONVERSATIONS[1], long, images, CONVERSATIONS[2]]
+    for packing, dropped in (
+        (PackingOptions(too_long="drop"), [1, 3]),
+        (PackingOptions("first-fit-decreasing", too_long="drop"), [1, 3]),
+        (PackingOptions("first-fit-decreasing", max_patches=60, too_long="drop"), [1, 3, 4]),
+    ):
+        caplog.clear()
+        dataset = build(conversations, processor, config, packing=packing)
+        assert dataset.dropped == dropped
+        for epoch in range(2):
+            members = sorted(member for pack in dataset.epoch_packs(epoch) for member in pack)
+            assert members == sorted({0, 1, 2, 3, 4, 5} - set(dropped))
+        assert dataset.num_assistant_turns == 6 - len(dropped)
+        assert dataset.dropped_report.startswith(
+            f"{len(dropped)} of 6 conversations are dropped (first: conversation 1: "
+        )
+        assert dataset.dropped_report in caplog.text
+    with rejects("conversation 4: ", "patches do not fit into a pack of 60", "--long-conversations drop"):
+        build([*CONVERSATIONS[:4], images], processor, config, packing=dataclasses.replace(packing, too_long="error"))
+    with rejects("expected at least one that fits into a pack; 1 of 1 conversations are dropped"):
+        build([long], processor, config, packing=packing)
+
+
+def test_invalid_packing_options_are_rejected_by_name() -> None:
+    for name, value in (("max_patches", 1), ("window", 1), ("neighbors", 2)):
+        with rejects(f"{name}: expected the packing first-fit-decreasing, found best-fit"):
+            PackingOptions(**{name: value})
+    with rejects("method: expected best-fit or first-fit-decreasing, found bfd"):
+        PackingOptions("bfd")
+    with rejects("too_long: expected error or drop, found truncate"):
+        PackingOptions(too_long="truncate")
+    with rejects("neighbors: expected at least 1, found 0"):
+        PackingOptions(neighbors=0)
 
 
 def build(conversations: list, processor: Qwen3VLProcessor, config: Config, **options: Any) -> PackedConversations:

@@ -10,8 +10,10 @@ import pytest
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vlbridge.checkpoint.convert import import_checkpoint
+from megatron_vlbridge.data.pack_lengths import PackingOptions
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.launch.arguments import add_arguments
+from megatron_vlbridge.training.launch.packing import packing_options
 from megatron_vlbridge.training.launch.parser import make_parser
 from megatron_vlbridge.training.launch.start import (
     check_backend,
@@ -21,6 +23,7 @@ from megatron_vlbridge.training.launch.start import (
     megatron_errors,
 )
 from tests import reference
+from tests.errors import rejects
 
 PARSER = make_parser(add_arguments)
 
@@ -231,3 +234,17 @@ def test_the_distributed_optimizer_is_continued_only_by_gpus_from_gpus(folder, s
     check_backend(gpus, argparse.Namespace(cpu=False), "iter_3")
     # Another script's arguments: it ran on GPUs.
     check_backend(gpus, None, "iter_3")
+
+
+def test_packing_arguments_become_the_options_of_the_dataset() -> None:
+    def options(*words: str) -> PackingOptions:
+        return packing_options(PARSER.parse_args(words))
+
+    assert options() == PackingOptions()
+    words = "--packing first-fit-decreasing --max-patches-per-pack 7 --pack-window 8 --pack-neighbors 9"
+    assert options(*words.split(), "--long-conversations", "drop") == PackingOptions(
+        "first-fit-decreasing", 7, 8, 9, "drop"
+    )
+    for flag in ("--max-patches-per-pack", "--pack-window", "--pack-neighbors"):
+        with rejects(f"{flag}: needs --packing first-fit-decreasing"):
+            options(flag, "2")
