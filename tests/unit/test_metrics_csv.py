@@ -39,8 +39,11 @@ def test_the_file_has_a_header_and_a_line_for_each_row(tmp_path: Path) -> None:
     lines = (tmp_path / "m.csv").read_text().splitlines()
     assert lines[0] == HEADER
     assert lines[1].split(",")[:3] == ["1", "", repr(1 / 3)]
+    place = file.path.stat().st_ino
     file.append({"iteration": 2})
     assert iterations(tmp_path / "m.csv") == [1, 2]
+    # The rows before are not written again.
+    assert file.path.stat().st_ino == place
 
 
 @pytest.mark.parametrize(("first", "kept"), [(4, [1, 2, 3]), (3, [1, 2]), (2, [1]), (1, []), (9, [1, 2, 3])])

@@ -90,6 +90,14 @@ def test_every_column_has_a_title() -> None:
     assert set(LOSSES.values()) < set(titles)
 
 
+def test_panels_stand_beside_and_below_each_other() -> None:
+    drawn = svg([(str(number), [(1.0, 2.0)]) for number in range(5)])
+    corners = [tuple(map(int, found)) for found in re.findall(r"translate\((\d+),(\d+)\)", drawn)]
+    assert len(set(corners)) == 5
+    width, height = map(int, re.findall(r'(?:width|height)="(\d+)"', drawn)[:2])
+    assert all(3 * x <= 2 * width and 2 * y <= height for x, y in corners)
+
+
 def test_titles_are_escaped() -> None:
     assert "a &lt; b" in svg([("a < b", [(1.0, 2.0)])])
 
