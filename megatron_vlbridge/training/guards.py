@@ -46,7 +46,7 @@ def check_combination(config: TransformerConfig, checkpoint: Config, allow: Coll
         raise VLBridgeError(
             f"{checkpoint.architecture}: the dimensions {_words(used)} together are not verified equal to "
             f"transformers, so they are rejected. The nearest that are: {', '.join(map(_words, nearest))}; each with "
-            f"any data-parallel size (docs/layouts.md). {_remedy({name}, allow)}"
+            f"any data-parallel size (docs/layouts.md). {allow_words({name}, allow)}"
         )
     return set()
 
@@ -103,7 +103,7 @@ def check_layout(config: TransformerConfig, checkpoint: Config, *, allow: Collec
         raise VLBridgeError(
             f"{checkpoint.architecture}: not verified equal to transformers, so it is rejected:\n  "
             + "\n  ".join(faults)
-            + (f"\n{_remedy(asked, allow)}" if len(asked) == len(faults) else "")
+            + (f"\n{allow_words(asked, allow)}" if len(asked) == len(faults) else "")
         )
     return needed
 
@@ -115,7 +115,8 @@ def check_model(model: Qwen3VLModel, *, allow: Collection[str] = ()) -> None:
         model.layout_checked = True
 
 
-def _remedy(names: Collection[str], allow: Collection[str]) -> str:
+def allow_words(names: Collection[str], allow: Collection[str]) -> str:
+    """The argument that admits `names` too, for an error that rejects them."""
     return f"To run it all the same: {ALLOW} {','.join(sorted({*names, *allow}))}"
 
 

@@ -79,6 +79,8 @@ DIGESTS: dict[str, tuple[str, ...]] = {
     "megatron.training.training:get_train_valid_test_num_samples": ("6bf53a724d12",),
     "megatron.training.training:update_train_iters": ("042a964fcb65",),
     "megatron.training.training:build_train_valid_test_data_loaders": ("0b8b80ec02aa",),
+    "megatron.training.training:save_checkpoint_and_time": ("20b1037cdb58",),
+    "megatron.training.checkpointing:save_checkpoint": ("b132dc6f46ec",),
     "megatron.training.training:get_optimizer_param_scheduler": ("a68edd355646",),
     "megatron.training.checkpointing:load_checkpoint": ("fb05383a8b93",),
     "megatron.training.training:training_log": ("54b988dd7039",),

@@ -227,6 +227,14 @@ SEAMS: dict[str, dict[str, str]] = {
             "which ranks call the provider, and that the first rank decides on evaluation"
         ),
     },
+    "training/manifest.py": {
+        _TRAINING + "save_checkpoint_and_time": (
+            "calls save_checkpoint, replaced, by the name in this module, with the iteration first"
+        ),
+        "megatron.training.checkpointing:save_checkpoint": (
+            "has made the iteration's folder when it returns, also of an asynchronous save"
+        ),
+    },
     "training/launch/start.py": {
         _TRAINING + "get_optimizer_param_scheduler": (
             "takes an optimizer that only has param_groups; writes defaults into the arguments"
