@@ -135,6 +135,15 @@ SEAMS: dict[str, dict[str, str]] = {
         _CORE + "tensor_parallel.random:_set_cuda_rng_state": (
             "private, replaced by torch's state of the CPU; called with (new_state, device, graph_safe)"
         ),
+        _CORE + "tensor_parallel.random:_get_share_storage": (
+            "private, replaced: compiles what gives a tensor the storage of another"
+        ),
+        _CORE + "tensor_parallel.random:CheckpointWithoutOutputFunction": (
+            "uses FP8GlobalStateManager, undefined without Transformer Engine, although there is no FP8"
+        ),
+        _CORE + "tensor_parallel.random:CheckpointWithoutOutput": (
+            "fp8 is always true; uses fp8_autocast and activation_recompute_forward, undefined like these"
+        ),
         _CORE + "jit:enable_jit_fuser": "binds torch.compile when Megatron is imported; replaced before",
         _CORE + "optimizer.clip_grads:clip_grad_by_total_norm_fp32": (
             "compares Tensor.type() with the name of a CUDA tensor"
@@ -218,6 +227,14 @@ SEAMS: dict[str, dict[str, str]] = {
             "copies into views of fp32 weights without no_grad, in which it is wrapped; drop the wrapper when fixed"
         ),
     },
+    "training/manifest.py": {
+        _TRAINING + "save_checkpoint_and_time": (
+            "calls save_checkpoint, replaced, by the name in this module, with the iteration first"
+        ),
+        "megatron.training.checkpointing:save_checkpoint": (
+            "has made the iteration's folder when it returns, also of an asynchronous save"
+        ),
+    },
     "training/datasets.py": {
         _TRAINING + "get_train_valid_test_num_samples": (
             "the counts with which Megatron later calls the dataset provider"
@@ -225,14 +242,6 @@ SEAMS: dict[str, dict[str, str]] = {
         _TRAINING + "update_train_iters": "writes train_iters into the global arguments",
         _TRAINING + "build_train_valid_test_data_loaders": (
             "which ranks call the provider, and that the first rank decides on evaluation"
-        ),
-    },
-    "training/manifest.py": {
-        _TRAINING + "save_checkpoint_and_time": (
-            "calls save_checkpoint, replaced, by the name in this module, with the iteration first"
-        ),
-        "megatron.training.checkpointing:save_checkpoint": (
-            "has made the iteration's folder when it returns, also of an asynchronous save"
         ),
     },
     "training/launch/start.py": {
