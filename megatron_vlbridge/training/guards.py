@@ -8,6 +8,7 @@ from megatron_vlbridge import families
 from megatron_vlbridge.backends import cpu_runtime, te
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model.router import balancing_types
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.settings import setting_faults
 
@@ -98,6 +99,9 @@ def check_layout(config: TransformerConfig, checkpoint: Config, *, allow: Collec
         faults += te.faults(config, linear_attention=bool(checkpoint.text.num_linear_key_heads))
     if config.virtual_pipeline_model_parallel_size and not config.overlap_p2p_comm:
         faults.append("virtual pipeline stages without overlap_p2p_comm: stages may receive each other's messages")
+    recomputed = config.recompute_modules or [] if config.recompute_granularity == "selective" else []
+    if "seq_aux_loss" in balancing_types(config) and "moe" in recomputed:
+        faults.append("seq_aux_loss with moe in recompute_modules: its router would see the segments of a later pack")
     faults += _mtp_faults(config, checkpoint)
     if faults:
         raise VLBridgeError(

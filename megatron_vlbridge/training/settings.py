@@ -8,11 +8,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlbridge import families
 from megatron_vlbridge.config import Config
+from megatron_vlbridge.model.router import BALANCING
 from megatron_vlbridge.model.transformer_config import language_config
 
 # Fields of TransformerConfig of which the tests verify more values than the one of a plain config.
 VERIFIED: dict[str, tuple[object, ...]] = {
-    "moe_router_load_balancing_type": ("aux_loss", "none"),
     "moe_token_dispatcher_type": ("allgather", "alltoall"),
     "recompute_method": (None, "uniform", "block"),
     "attention_backend": (AttnBackend.auto, AttnBackend.fused, AttnBackend.unfused),
@@ -22,6 +22,7 @@ VERIFIED: dict[str, tuple[object, ...]] = {
 
 # Fields that are one or a list, each of whose items is verified alone and with all the others.
 VERIFIED_ITEMS: dict[str, tuple[str, ...]] = {
+    "moe_router_load_balancing_type": ("none", *BALANCING),
     "recompute_modules": ("core_attn", "layernorm", "mlp", "moe", "shared_experts", "gdn_norm_out"),
 }
 

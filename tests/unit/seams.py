@@ -87,6 +87,15 @@ SEAMS: dict[str, dict[str, str]] = {
         _CORE + "transformer.moe.router:TopKRouter._apply_aux_loss": (
             "private, overridden since it counts tokens after an all-reduce in place; drop the override when fixed"
         ),
+        _CORE + "transformer.moe.router:TopKRouter._apply_seq_aux_loss": (
+            "private, overridden since it takes a pack as one sequence"
+        ),
+        _CORE + "transformer.moe.router:TopKRouter._apply_global_aux_loss": (
+            "private, overridden for the same count of tokens; adds to global_tokens_per_expert, a buffer that is cast"
+        ),
+        _CORE + "distributed.finalize_model_grads:reset_model_temporary_tensors": (
+            "zeroes global_tokens_per_expert after each global batch"
+        ),
         _CORE + "transformer.moe.router:TopKRouter.attach_and_log_load_balancing_loss": (
             "multiplies by valid_token_count and by the ranks"
         ),

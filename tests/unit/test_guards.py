@@ -52,7 +52,7 @@ UNPROVED = {
     "distribute_saved_activations": True,
     "fp16": True,
     "fp32_residual_connection": True,
-    "moe_router_load_balancing_type": "seq_aux_loss",
+    "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"],
     "moe_router_fusion": True,
     "mlp_chunks_for_training": 2,
     "moe_expert_capacity_factor": 1.0,
@@ -112,7 +112,8 @@ def test_every_verified_value_passes_and_a_plain_config_has_one_of_them():
 
 def test_every_choice_of_verified_items_passes():
     for name, items in settings.VERIFIED_ITEMS.items():
-        for value in (None, [], *([item] for item in items), list(items)):
+        one_or_list = (*items, list(items)) if name == "moe_router_load_balancing_type" else ()
+        for value in one_or_list or (None, [], *([item] for item in items), list(items)):
             config = proved()
             setattr(config, name, value)
             guards.check_layout(config, CHECKPOINT)
@@ -171,6 +172,20 @@ def test_recomputing_several_layers_at_once_is_refused_with_a_prediction_layer()
     config = language_config(WITH_MTP, calculate_per_token_loss=True, params_dtype=torch.bfloat16, **fields)
     with pytest.raises(VLBridgeError, match="recompute_num_layers=2"):
         guards.check_layout(config, WITH_MTP)
+
+
+def test_a_loss_of_each_segment_is_refused_where_routers_are_recomputed_without_their_layer():
+    fields = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "moe"]}
+    for balancing in ("seq_aux_loss", ["aux_loss", "seq_aux_loss"]):
+        config = with_sizes(EXPERTS, **fields, moe_router_load_balancing_type=balancing)
+        with pytest.raises(VLBridgeError, match="seq_aux_loss with moe in recompute_modules") as refusal:
+            guards.check_layout(config, EXPERTS, allow=["moe_router_load_balancing_type", "recompute_modules"])
+        assert "--allow-unverified" not in str(refusal.value)
+        config.recompute_modules = ["layernorm"]
+        guards.check_layout(config, EXPERTS)
+        config.recompute_modules, config.recompute_granularity = ["moe"], None
+        guards.check_layout(config, EXPERTS)
+    guards.check_layout(with_sizes(EXPERTS, **fields, moe_router_load_balancing_type="global_aux_loss"), EXPERTS)
 
 
 def other_than(value):
