@@ -34,6 +34,10 @@ NOTES = {
     # Source: fused_cross_entropy.py of Megatron-Core 0.19; 1e-3 of each value.
     "cross_entropy_loss_fusion": "its gradient is rounded to bf16, in fp32 runs too",
     "mlp_chunks_for_training": "the losses of the router would count padding",
+    # Source: apply_router_token_dropping (moe_utils.py) of Megatron-Core 0.19.
+    "moe_expert_capacity_factor": "each rank would drop tokens by itself, padding among them",
+    # Source: set_activation_dtype (module/base.py) of Transformer Engine 2.20.
+    "fp32_residual_connection": "the layers take input and weights of one dtype",
     "recompute_modules": "moe_act is of Transformer Engine's experts alone",
     "tp_comm_overlap": "its buffers have one fixed length",
     "inference_rng_tracker": "tensor-parallel ranks would be initialised alike",

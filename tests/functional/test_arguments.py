@@ -57,7 +57,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--mtp-num-layers", "1"], "--mtp-num-layers is 1, but"),
         (["--use-megatron-fsdp"], "--use-megatron-fsdp is not verified"),
         (["--use-torch-fsdp2"], "--use-torch-fsdp2 is not verified"),
-        (["--grad-reduce-in-bf16"], "--grad-reduce-in-bf16 is not verified"),
         (["--main-grads-dtype", "bf16"], "--main-grads-dtype bf16 is not verified"),
         (["--optimizer", "muon"], "splits the vision tower's linear_qkv.weight by the language model's heads"),
         (["--optimizer", "lion"], "--optimizer is not verified"),
@@ -86,6 +85,10 @@ def test_an_unverified_setting_runs_only_where_it_is_named(pool: Pool, folder: P
     assert "fp32_residual_connection=True" in said(pool, *start, "--bf16", "--fp32-residual-connection")
     assert said(pool, *allowed, "--bf16", "--fp32-residual-connection") == "accepted"
     assert "nothing that is rejected has the name fp32_residual_connection" in said(pool, *allowed, "--bf16")
+
+
+def test_sums_of_gradients_in_bf16_are_accepted(pool: Pool, folder: Path) -> None:
+    assert said(pool, "--hf-folder", folder, "--random-weights", "--bf16", "--grad-reduce-in-bf16") == "accepted"
 
 
 def test_an_argument_that_is_no_field_of_the_model_is_admitted_by_its_name_too(pool: Pool, folder: Path) -> None:

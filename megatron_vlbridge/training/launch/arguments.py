@@ -150,7 +150,6 @@ def _reject_unverified(args: argparse.Namespace) -> set[str]:
     unverified = {
         "use_megatron_fsdp": "leave it out (--use-distributed-optimizer spreads the optimizer's state)",
         "use_torch_fsdp2": "leave it out (--use-distributed-optimizer spreads the optimizer's state)",
-        "grad_reduce_in_bf16": "leave it out (gradients are summed in fp32)",
         "account_for_embedding_in_pipeline_split": own_split,
         "account_for_loss_in_pipeline_split": own_split,
     }
