@@ -30,6 +30,7 @@ class PackRouter(TopKRouter):
     Rows of padding are zero in the scores and in the routing map `[tokens, E]`.
     """
 
+    global_tokens_per_expert: torch.Tensor
     segments: tuple[torch.Tensor, int] | None = None
     """Which segment each of this rank's tokens is of, `[tokens]`, and their number; set before each forward."""
 
