@@ -77,6 +77,7 @@ def replace_cuda(mode: "CudaIsCpu") -> None:
     torch.cuda.nvtx.range_pop = _nothing
     gloo.install()
     _replace_rng_tracker_state()
+    _replace_output_checkpoint()
     mode.__enter__()
 
 
@@ -143,6 +144,28 @@ def _replace_rng_tracker_state() -> None:
         torch.set_rng_state(new_state)
 
     rng._set_cuda_rng_state = set_rng_state
+
+
+def _replace_output_checkpoint() -> None:
+    """For recomputed modules whose output is not kept. Megatron-Core compiles C++ for it, and asks for FP8 even so."""
+    import megatron.core.tensor_parallel.random as rng
+
+    rng._get_share_storage = lambda: _copy_storage
+    if not rng.HAVE_TE:
+        no_fp8 = {
+            "FP8GlobalStateManager": types.SimpleNamespace(is_fp8_enabled=lambda: False),
+            "activation_recompute_forward": lambda **kwargs: contextlib.nullcontext(),
+            "fp8_autocast": lambda **kwargs: contextlib.nullcontext(),
+        }
+        for name, value in no_fp8.items():
+            setattr(rng, name, value)
+
+
+def _copy_storage(output: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """Give the emptied storage of `output` the values again; Megatron-Core lets it share the other storage."""
+    found, storage = recomputed.untyped_storage(), output.untyped_storage()
+    storage.resize_(found.nbytes())
+    storage.copy_(found)
 
 
 def _cuda_replacements() -> dict[str, Any]:

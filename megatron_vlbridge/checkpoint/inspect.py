@@ -12,6 +12,7 @@ from megatron_vlbridge.checkpoint.formats import is_megatron
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.hf.reader import SafetensorsFolder
 from megatron_vlbridge.checkpoint.pipeline_split import layer_ranges, split_arguments, split_layers
+from megatron_vlbridge.checkpoint.run_manifest import read_unverified
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.checkpoint.verify import find_config
 from megatron_vlbridge.config import Config
@@ -35,7 +36,7 @@ class Inspection:
     """A checkpoint's headers, read. `kind` is `hugging face` or `megatron`; `config` is None where none is kept.
 
     `table` has the Hub's names, and FP8 weights as the bfloat16 ones that they stand for; `notes` lists how the files
-    differ from that.
+    differ from that. `unverified` are settings of the runs that trained it which no test verifies.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Inspection:
     config: Config | None
     table: Mapping[str, TensorSpec]
     notes: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -87,6 +89,7 @@ class Inspection:
             "layers": self.layers,
             "dtypes": self.dtypes,
             "notes": list(self.notes),
+            "unverified": list(self.unverified),
             "tensors": {
                 name: {"shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
                 for name, spec in self.table.items()
@@ -108,7 +111,8 @@ def inspect(name: str | Path) -> Inspection:
     config = find_config(name)
     if is_megatron(Path(name)):
         weights = TorchDistFolder(name)
-        return Inspection(weights.folder, "megatron", config, weights.table)
+        unverified = read_unverified(weights.folder)
+        return Inspection(weights.folder, "megatron", config, weights.table, unverified=unverified)
     folder = find_folder(name)
     hf = SafetensorsFolder(folder)
     return Inspection(folder, "hugging face", config, hf.table, tuple(hf.notes))
@@ -132,6 +136,7 @@ def table_lines(found: Inspection, pp: int | None = None) -> list[str]:
         f"{total:,} parameters, {nbytes / 1e9:.3f} GB, {dtypes}",
         *(f"{count} layers with {kind}" for kind, count in found.layers.items()),
         *found.notes,
+        *([f"unverified settings: {', '.join(found.unverified)}"] if found.unverified else []),
         *(f"  {part:<16}{count:>18,}" for part, count in found.parameters.items()),
     ]
     if pp is not None:

@@ -23,17 +23,27 @@ from megatron_vlbridge.model.transformer_config import deepstack_travels
 
 @dataclass
 class DeepstackSegments(PackedSegments):
-    """`PackedSegments` with `vision_token_index` `[n]`: which of this rank's hidden states are image tokens."""
+    """`PackedSegments` with `vision_token_index` `[n]`: which of this rank's hidden states are image tokens.
+
+    `router_segments` is for routers with a loss of each segment: see :class:`PackRouter`.
+    """
 
     vision_token_index: torch.Tensor | None = None
+    router_segments: tuple[torch.Tensor, int] | None = None
 
 
-def packed_seq_params(inputs: PackedInputs) -> DeepstackSegments:
+def packed_seq_params(
+    inputs: PackedInputs, router_segments: tuple[torch.Tensor, int] | None = None
+) -> DeepstackSegments:
     """Those of a pack, for every attention, with its image tokens, for deepstack."""
     layout = inputs.layout
     order = pack_order(layout.segments, layout.cp_size) if layout.cp_size > 1 else None
     return DeepstackSegments.from_lengths(
-        layout.segments, inputs.tokens.device, order, vision_token_index=inputs.deepstack_token_index
+        layout.segments,
+        inputs.tokens.device,
+        order,
+        vision_token_index=inputs.deepstack_token_index,
+        router_segments=router_segments,
     )
 
 
@@ -50,6 +60,9 @@ class DeepstackLayer(TransformerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Same as Megatron's, see there."""
+        if self.is_moe_layer:
+            # Here, since a layer that is recomputed must see those of its own pack again.
+            self.mlp.router.segments = kwargs["packed_seq_params"].router_segments
         hidden_states, context = super().forward(*args, **kwargs)
         if context is not None and self.layer_number <= self.levels:
             features = context[self.layer_number - 1 - self.levels]

@@ -23,6 +23,9 @@ _TOWER: dict[str, Any] = {
     "expert_model_parallel_size": 1,
     "moe_grouped_gemm": False,
 }
+# Of `recompute_modules`. Its layers have neither experts nor linear attention; and with `mlp` Megatron-Core 0.19 gives
+# the parameter of a bias, which its MLPs have, the checkpoint as history, whose backward then calls itself.
+_TOWER_MODULES = ("core_attn", "layernorm")
 
 
 def language_config(config: Config, base: TransformerConfig | None = None, **overrides: Any) -> TransformerConfig:
@@ -92,6 +95,7 @@ def vision_config(config: Config, language: TransformerConfig) -> TransformerCon
     defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
     of_text = {name: defaults[name] for name in family.language_fields(config)}
     fields = of_text | family.vision_fields(config) | _TOWER
+    fields["recompute_modules"] = [name for name in language.recompute_modules or () if name in _TOWER_MODULES]
     if language.recompute_method == "uniform":
         # Deepstack features are taken between layers, which recomputed groups of several layers do not give.
         fields["recompute_num_layers"] = 1

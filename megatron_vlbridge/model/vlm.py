@@ -22,6 +22,7 @@ from megatron_vlbridge.model.inputs import PackedInputs
 from megatron_vlbridge.model.inputs.build import RawBatch, build_inputs, check_pack
 from megatron_vlbridge.model.language import LanguageModel
 from megatron_vlbridge.model.recompute import recomputable
+from megatron_vlbridge.model.router import balancing_types
 from megatron_vlbridge.model.transformer_config import vision_config
 from megatron_vlbridge.model.vision.balance import tower_features
 from megatron_vlbridge.model.vision.tower import VisionModel
@@ -149,11 +150,14 @@ class Qwen3VLModel(MegatronModule):
             inputs = inputs.with_sequence_shard(tp.size(), tp.rank())
         # Only these losses of the router distinguish padding.
         router_loss = self.config.moe_aux_loss_coeff or self.config.moe_z_loss_coeff
+        segments = None
+        if router_loss and "seq_aux_loss" in balancing_types(self.config):
+            segments = inputs.segment_index(tp.size(), tp.rank()), len(inputs.layout.lengths)
         embeddings, features = self._embed(inputs) if self.pre_process else (None, self._receive(inputs))
         output = self.language_model(
             embeddings,
             inputs.position_ids,
-            deepstack.packed_seq_params(inputs),
+            deepstack.packed_seq_params(inputs, segments),
             features,
             padding_mask=inputs.padding_mask(tp.size(), tp.rank()) if router_loss else None,
             labels=inputs.labels,

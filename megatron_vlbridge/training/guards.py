@@ -8,6 +8,7 @@ from megatron_vlbridge import families
 from megatron_vlbridge.backends import cpu_runtime, te
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model.router import balancing_types
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.settings import setting_faults
 
@@ -46,7 +47,7 @@ def check_combination(config: TransformerConfig, checkpoint: Config, allow: Coll
         raise VLBridgeError(
             f"{checkpoint.architecture}: the dimensions {_words(used)} together are not verified equal to "
             f"transformers, so they are rejected. The nearest that are: {', '.join(map(_words, nearest))}; each with "
-            f"any data-parallel size (docs/layouts.md). {_remedy({name}, allow)}"
+            f"any data-parallel size (docs/layouts.md). {allow_words({name}, allow)}"
         )
     return set()
 
@@ -98,12 +99,15 @@ def check_layout(config: TransformerConfig, checkpoint: Config, *, allow: Collec
         faults += te.faults(config, linear_attention=bool(checkpoint.text.num_linear_key_heads))
     if config.virtual_pipeline_model_parallel_size and not config.overlap_p2p_comm:
         faults.append("virtual pipeline stages without overlap_p2p_comm: stages may receive each other's messages")
+    recomputed = config.recompute_modules or [] if config.recompute_granularity == "selective" else []
+    if "seq_aux_loss" in balancing_types(config) and "moe" in recomputed:
+        faults.append("seq_aux_loss with moe in recompute_modules: its router would see the segments of a later pack")
     faults += _mtp_faults(config, checkpoint)
     if faults:
         raise VLBridgeError(
             f"{checkpoint.architecture}: not verified equal to transformers, so it is rejected:\n  "
             + "\n  ".join(faults)
-            + (f"\n{_remedy(asked, allow)}" if len(asked) == len(faults) else "")
+            + (f"\n{allow_words(asked, allow)}" if len(asked) == len(faults) else "")
         )
     return needed
 
@@ -115,7 +119,8 @@ def check_model(model: Qwen3VLModel, *, allow: Collection[str] = ()) -> None:
         model.layout_checked = True
 
 
-def _remedy(names: Collection[str], allow: Collection[str]) -> str:
+def allow_words(names: Collection[str], allow: Collection[str]) -> str:
+    """The argument that admits `names` too, for an error that rejects them."""
     return f"To run it all the same: {ALLOW} {','.join(sorted({*names, *allow}))}"
 
 

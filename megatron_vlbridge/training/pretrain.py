@@ -35,6 +35,7 @@ from megatron_vlbridge.training.launch.parts import apply_part_arguments
 from megatron_vlbridge.training.launch.start import loading_errors, loads_checkpoint
 from megatron_vlbridge.training.launch.stop import end_data_loaders
 from megatron_vlbridge.training.learning_rates import lr_overrides
+from megatron_vlbridge.training.manifest import note_unverified
 from megatron_vlbridge.training.metrics.csv_file import CsvFile
 from megatron_vlbridge.training.metrics.meter import Meter
 from megatron_vlbridge.training.step import vlm_step
@@ -147,6 +148,7 @@ def run(
         chunks.append(model)
         return model
 
+    note_unverified(args)
     console.begin(args, config)
     with end_data_loaders(), loading_errors():
         megatron.training.training.pretrain(

@@ -8,17 +8,22 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlbridge import families
 from megatron_vlbridge.config import Config
+from megatron_vlbridge.model.router import BALANCING
 from megatron_vlbridge.model.transformer_config import language_config
 
 # Fields of TransformerConfig of which the tests verify more values than the one of a plain config.
 VERIFIED: dict[str, tuple[object, ...]] = {
-    "moe_router_load_balancing_type": ("aux_loss", "none"),
     "moe_token_dispatcher_type": ("allgather", "alltoall"),
     "recompute_method": (None, "uniform", "block"),
-    "recompute_modules": (None, [], ["core_attn"]),
     "attention_backend": (AttnBackend.auto, AttnBackend.fused, AttnBackend.unfused),
     "transformer_impl": ("transformer_engine", "local"),
     "cuda_graph_impl": ("none", None),
+}
+
+# Fields that are one or a list, each of whose items is verified alone and with all the others.
+VERIFIED_ITEMS: dict[str, tuple[str, ...]] = {
+    "moe_router_load_balancing_type": ("none", *BALANCING),
+    "recompute_modules": ("core_attn", "layernorm", "mlp", "moe", "shared_experts", "gdn_norm_out"),
 }
 
 # What an error adds where the name of the field does not show the reason or the remedy.
@@ -29,6 +34,11 @@ NOTES = {
     # Source: fused_cross_entropy.py of Megatron-Core 0.19; 1e-3 of each value.
     "cross_entropy_loss_fusion": "its gradient is rounded to bf16, in fp32 runs too",
     "mlp_chunks_for_training": "the losses of the router would count padding",
+    # Source: apply_router_token_dropping (moe_utils.py) of Megatron-Core 0.19.
+    "moe_expert_capacity_factor": "each rank would drop tokens by itself, padding among them",
+    # Source: set_activation_dtype (module/base.py) of Transformer Engine 2.20.
+    "fp32_residual_connection": "the layers take input and weights of one dtype",
+    "recompute_modules": "moe_act is of Transformer Engine's experts alone",
     "tp_comm_overlap": "its buffers have one fixed length",
     "inference_rng_tracker": "tensor-parallel ranks would be initialised alike",
 }
@@ -62,9 +72,11 @@ def setting_faults(config: TransformerConfig, checkpoint: Config) -> dict[str, s
     plain, decided = _plain_config(checkpoint), families.find(checkpoint).language_fields(checkpoint)
     faults = {}
     for name in sorted({field.name for field in dataclasses.fields(config)} - FREE):
-        found, values = getattr(config, name), VERIFIED.get(name, (getattr(plain, name),))
-        if found not in values:
+        found, items = getattr(config, name), VERIFIED_ITEMS.get(name)
+        values = items or VERIFIED.get(name, (getattr(plain, name),))
+        if not (set([found] if isinstance(found, str) else found or ()) <= set(values) if items else found in values):
             kind = ", the checkpoint's" if name in decided else ""
             note = f" ({NOTES[name]})" if name in NOTES else ""
-            faults[name] = f"{name}={found!r}, verified: {' or '.join(map(repr, values))}{kind}{note}"
+            verified = f"any of {', '.join(items)}" if items else " or ".join(map(repr, values))
+            faults[name] = f"{name}={found!r}, verified: {verified}{kind}{note}"
     return faults

@@ -56,9 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--mtp-num-layers", "1"], "--mtp-num-layers is 1, but"),
         (["--use-megatron-fsdp"], "--use-megatron-fsdp is not verified"),
         (["--use-torch-fsdp2"], "--use-torch-fsdp2 is not verified"),
-        (["--grad-reduce-in-bf16"], "--grad-reduce-in-bf16 is not verified"),
         (["--main-grads-dtype", "bf16"], "--main-grads-dtype bf16 is not verified"),
-        (["--optimizer", "muon"], "--optimizer muon is not verified"),
+        (["--optimizer", "muon"], "splits the vision tower's linear_qkv.weight by the language model's heads"),
+        (["--optimizer", "lion"], "--optimizer is not verified"),
         (["--ckpt-format", "torch"], "--ckpt-format torch is not verified"),
         (["--non-persistent-ckpt-type", "global"], "--non-persistent-ckpt-type is not verified"),
         (["--yaml-cfg", "nowhere.yaml"], "--yaml-cfg is not verified"),
@@ -84,6 +84,31 @@ def test_an_unverified_setting_runs_only_where_it_is_named(pool: Pool, folder: P
     assert "fp32_residual_connection=True" in said(pool, *start, "--bf16", "--fp32-residual-connection")
     assert said(pool, *allowed, "--bf16", "--fp32-residual-connection") == "accepted"
     assert "nothing that is rejected has the name fp32_residual_connection" in said(pool, *allowed, "--bf16")
+
+
+def test_sums_of_gradients_in_bf16_are_accepted(pool: Pool, folder: Path) -> None:
+    assert said(pool, "--hf-folder", folder, "--random-weights", "--bf16", "--grad-reduce-in-bf16") == "accepted"
+
+
+def test_an_argument_that_is_no_field_of_the_model_is_admitted_by_its_name_too(pool: Pool, folder: Path) -> None:
+    start = ("--hf-folder", folder, "--random-weights")
+    for name, arguments in {
+        "use_torch_fsdp2": ["--use-torch-fsdp2", "--no-gradient-accumulation-fusion"],
+        "main_grads_dtype": ["--main-grads-dtype", "bf16"],
+        "optimizer": ["--optimizer", "lion"],
+    }.items():
+        assert f"(To run it all the same: --allow-unverified {name})" in said(pool, *start, *arguments)
+        assert "is not verified" not in said(pool, *start, *arguments, "--allow-unverified", name)
+    split = ("--account-for-loss-in-pipeline-split",)
+    name = "account_for_loss_in_pipeline_split"
+    assert f"--allow-unverified {name},fp16)" in said(pool, *start, *split, "--allow-unverified", "fp16")
+    assert said(pool, *start, *split, "--allow-unverified", name) == "accepted"
+    # What is known not to work.
+    for arguments in (["--optimizer", "dist_muon"], ["--use-checkpoint-args"], ["--ckpt-format", "torch"]):
+        answer = said(pool, *start, *arguments, "--allow-unverified", "optimizer,use_checkpoint_args,ckpt_format")
+        assert "is not verified" in answer
+        assert "To run it all the same" not in answer
+    assert f"has the name {name}" in said(pool, *start, "--allow-unverified", name)
 
 
 def test_the_checkpoint_s_folder_is_named(pool: Pool, tmp_path: Path) -> None:

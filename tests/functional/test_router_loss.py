@@ -59,8 +59,11 @@ def groups() -> list[list[reference.Conversation]]:
 
 @cache
 @reference.recurrent_delta_rule()
-def expected(folder: Path, aux: float, z: float) -> Gradients:
-    """Gradients of transformers' model, run conversation by conversation, with the losses by their formula."""
+def expected(folder: Path, aux: float, z: float, kind: str = "aux_loss", dp: int = 1) -> Gradients:
+    """Gradients of transformers' model, run conversation by conversation, with the losses by their formula.
+
+    `dp` packs are run at a time, which `global_aux_loss` depends on.
+    """
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
@@ -70,18 +73,14 @@ def expected(folder: Path, aux: float, z: float) -> Gradients:
     moe = read_config(folder).text.moe
     assert moe is not None
     total, supervised = torch.zeros(()), 0
-    for group in groups():
-        for c in group:
-            total = total + reference.token_losses(model(**reference.model_inputs(c)).logits[0], c.labels).sum()
-            supervised += int((c.labels != -100).sum())
-        for layer in logits.values():
-            pack = torch.cat(layer)
-            total = (
-                total
-                + aux * len(pack) * balance(pack, moe.num_experts_per_tok)
-                + z * pack.logsumexp(dim=-1).square().sum()
-            )
-            layer.clear()
+    for c in (c for group in groups() for c in group):
+        total = total + reference.token_losses(model(**reference.model_inputs(c)).logits[0], c.labels).sum()
+        supervised += int((c.labels != -100).sum())
+    for layer in logits.values():
+        rest = iter(layer)
+        packs = [[next(rest) for _ in group] for group in groups()]
+        total = total + z * torch.cat(layer).logsumexp(dim=-1).square().sum()
+        total = total + aux * balancing_loss(kind, packs, moe.num_experts_per_tok, dp)
     (total / supervised).backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
@@ -94,12 +93,22 @@ def every_layout() -> Iterator[Any]:
         yield layout if layout in SMALL else later(layout)
 
 
-def balance(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """E * sum_i f_i * P_i of logits `[T, E]`, expert by expert."""
-    tokens, experts = logits.shape
-    probabilities = logits.softmax(dim=-1)
-    chosen = probabilities.topk(top_k, dim=-1).indices
-    shares = [((chosen == i).sum() / (tokens * top_k)) * probabilities[:, i].mean() for i in range(experts)]
+def balancing_loss(kind: str, packs: Sequence[Sequence[torch.Tensor]], top_k: int, dp: int) -> torch.Tensor:
+    """The sum of T * E * sum_i f_i * P_i, of packs of the logits `[t, E]` of each conversation."""
+    joined = [torch.cat(tuple(pack)) for pack in packs]
+    if kind == "aux_loss":
+        pairs = [(pack, pack) for pack in joined]
+    elif kind == "seq_aux_loss":
+        pairs = [(segment, segment) for pack in packs for segment in pack]
+    else:
+        pairs = [(pack, torch.cat(joined[: (index // dp + 1) * dp])) for index, pack in enumerate(joined)]
+    return torch.stack([len(counted) * balance(counted, seen, top_k) for counted, seen in pairs]).sum()
+
+
+def balance(counted: torch.Tensor, seen: torch.Tensor, top_k: int) -> torch.Tensor:
+    """E * sum_i f_i * P_i, expert by expert: P of the logits `counted` `[T, E]`, f of those `seen`."""
+    experts, chosen = counted.shape[1], seen.topk(top_k, dim=-1).indices
+    shares = [(chosen == i).sum() / chosen.numel() * counted.softmax(dim=-1)[:, i].mean() for i in range(experts)]
     return experts * torch.stack(shares).sum()
 
 
@@ -132,6 +141,127 @@ def test_each_loss_reaches_every_language_gradient_but_the_head(folder: Path, au
 def test_every_layout_gives_the_formulas_gradients(pool: Pool, folder: Path, layout: Layout) -> None:
     gradients = found(pool, layout, folder, moe_aux_loss_coeff=AUX, moe_z_loss_coeff=Z)
     check(gradients, expected(folder, AUX, Z))
+
+
+KINDS = ("seq_aux_loss", "global_aux_loss")
+# One layout of each dimension; both losses at once, with coefficients of their own.
+OTHERS = (Layout(world=2), Layout(tp=2, sp=True, etp=2, world=2), Layout(cp=2, world=2), Layout(pp=2, vpp=2, world=2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_segments_and_that_of_the_global_batch(pool: Pool, folder: Path, kind: str) -> None:
+    gradients = found(pool, Layout(), folder, moe_router_load_balancing_type=kind, moe_aux_loss_coeff=AUX)
+    wanted, other = expected(folder, AUX, 0.0, kind), expected(folder, AUX, 0.0)
+    check(gradients, wanted)
+    router = "model.language_model.layers.0.mlp.gate.weight"
+    assert reference.relative_error(wanted[router], other[router]) > 100 * TOLERANCE, "the data do not tell them apart"
+
+
+@pytest.mark.parametrize("layout", OTHERS, ids=str)
+def test_several_losses_add_up(pool: Pool, folder: Path, layout: Layout) -> None:
+    settings = {"moe_router_load_balancing_type": list(KINDS), "moe_aux_loss_coeff": [AUX, 2 * AUX]}
+    plain = expected(folder, 0.0, Z)
+    parts = [expected(folder, coeff, Z, kind, layout.dp) for kind, coeff in zip(KINDS, (AUX, 2 * AUX), strict=True)]
+    wanted = {name: parts[0][name] + parts[1][name] - x for name, x in plain.items()}
+    check(found(pool, layout, folder, moe_z_loss_coeff=Z, **settings), wanted)
+
+
+@pytest.mark.layouts
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", matrix.layouts("experts"), ids=str)
+def test_every_layout_gives_the_gradients_of_the_other_formulas(
+    pool: Pool, folder: Path, layout: Layout, kind: str
+) -> None:
+    options = {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": AUX, "moe_z_loss_coeff": Z}
+    check(found(pool, layout, folder, **options), expected(folder, AUX, Z, kind, layout.dp))
+
+
+RECOMPUTED_PIPELINE = (
+    (Layout(pp=2, world=2), "seq_aux_loss", RECOMPUTED),
+    (Layout(pp=2, world=2), "global_aux_loss", RECOMPUTED),
+    (Layout(pp=2, world=2), "global_aux_loss", {"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+    (Layout(cp=2, world=4), "seq_aux_loss", RECOMPUTED | {"recompute_method": "block"}),
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "options"),
+    [pytest.param(*row, marks=[pytest.mark.layouts] * (index > 0)) for index, row in enumerate(RECOMPUTED_PIPELINE)],
+)
+def test_a_recomputed_router_sees_its_own_pack(
+    pool: Pool, folder: Path, layout: Layout, kind: str, options: dict[str, Any]
+) -> None:
+    """Other packs have run in between on the first stage."""
+    gradients = found(pool, layout, folder, moe_router_load_balancing_type=kind, moe_aux_loss_coeff=AUX, **options)
+    check(gradients, expected(folder, AUX, 0.0, kind, layout.dp))
+
+
+LOGGED = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+
+
+def router_gradients(layout: Layout, folder: Path, tokens: torch.Tensor, kind: str) -> list[list[torch.Tensor]]:
+    """Of two micro-batches `[S, B, H]`: the gradient and what is logged, of Megatron's router and this package's."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_vlbridge.model.router import PackRouter
+    from megatron_vlbridge.model.transformer_config import language_config
+
+    balancing: dict[str, Any] = {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": AUX}
+    config = language_config(read_config(folder), **balancing, use_cpu_initialization=True)
+    results = []
+    for router_class in (TopKRouter, PackRouter):
+        get_moe_metrics_tracker().clear()
+        router = router_class(config, ProcessGroupCollection.use_mpu_process_groups())
+        router.set_layer_number(1)
+        torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
+        router.segments = torch.arange(tokens.shape[2]).repeat(tokens.shape[1]), tokens.shape[2]
+        for batch in tokens:
+            router(batch)[0].sum().backward()
+        results.append([router.weight.grad, get_moe_metrics_tracker().metrics[LOGGED[kind]].values.clone()])
+    return results
+
+
+@pytest.mark.parametrize("kind", LOGGED)
+def test_packs_without_padding_have_the_loss_of_megatrons_router(pool: Pool, folder: Path, kind: str) -> None:
+    """On one rank, with segments of one length: Megatron's own samples of a batch."""
+    tokens = torch.randn(2, 12, 3, 64, generator=torch.Generator().manual_seed(0))
+    (theirs, mine), *_ = pool.run(router_gradients, Layout(), folder=folder, tokens=tokens, kind=kind)
+    for found, expected in zip(mine, theirs, strict=True):
+        assert expected.abs().max() > 0.01
+        assert reference.relative_error(found, expected) < TOLERANCE
+
+
+def counts_of_a_bf16_router(layout: Layout, folder: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often a cast router's experts were chosen in these micro-batches, and its own counts after them."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_vlbridge.model.router import PackRouter
+    from megatron_vlbridge.model.transformer_config import language_config
+
+    balancing: dict[str, Any] = {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": AUX}
+    config = language_config(read_config(folder), **balancing, use_cpu_initialization=True)
+    router = PackRouter(config, ProcessGroupCollection.use_mpu_process_groups())
+    router.set_layer_number(1)
+    router.bfloat16()
+    chosen = torch.stack([router(batch.bfloat16())[1].sum(dim=0) for batch in tokens]).sum(dim=0)
+    counted = router.global_tokens_per_expert.clone()
+    router.reset_global_aux_loss_tracker()
+    assert not router.global_tokens_per_expert.any()
+    return chosen, counted
+
+
+def test_a_bf16_model_counts_choices_exactly(pool: Pool, folder: Path) -> None:
+    """bf16 has no odd number above 256."""
+    tokens = torch.randn(3, 401, 1, 64, generator=torch.Generator().manual_seed(0))
+    ((chosen, counted),) = pool.run(counts_of_a_bf16_router, Layout(), folder=folder, tokens=tokens)
+    assert torch.equal(chosen, counted.long())
+    assert not torch.equal(chosen, chosen.bfloat16().long())
 
 
 @pytest.mark.parametrize(

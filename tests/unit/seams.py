@@ -87,6 +87,15 @@ SEAMS: dict[str, dict[str, str]] = {
         _CORE + "transformer.moe.router:TopKRouter._apply_aux_loss": (
             "private, overridden since it counts tokens after an all-reduce in place; drop the override when fixed"
         ),
+        _CORE + "transformer.moe.router:TopKRouter._apply_seq_aux_loss": (
+            "private, overridden since it takes a pack as one sequence"
+        ),
+        _CORE + "transformer.moe.router:TopKRouter._apply_global_aux_loss": (
+            "private, overridden for the same count of tokens; adds to global_tokens_per_expert, a buffer that is cast"
+        ),
+        _CORE + "distributed.finalize_model_grads:reset_model_temporary_tensors": (
+            "zeroes global_tokens_per_expert after each global batch"
+        ),
         _CORE + "transformer.moe.router:TopKRouter.attach_and_log_load_balancing_loss": (
             "multiplies by valid_token_count and by the ranks"
         ),
@@ -134,6 +143,15 @@ SEAMS: dict[str, dict[str, str]] = {
     "backends/cpu_runtime.py": {
         _CORE + "tensor_parallel.random:_set_cuda_rng_state": (
             "private, replaced by torch's state of the CPU; called with (new_state, device, graph_safe)"
+        ),
+        _CORE + "tensor_parallel.random:_get_share_storage": (
+            "private, replaced: compiles what gives a tensor the storage of another"
+        ),
+        _CORE + "tensor_parallel.random:CheckpointWithoutOutputFunction": (
+            "uses FP8GlobalStateManager, undefined without Transformer Engine, although there is no FP8"
+        ),
+        _CORE + "tensor_parallel.random:CheckpointWithoutOutput": (
+            "fp8 is always true; uses fp8_autocast and activation_recompute_forward, undefined like these"
         ),
         _CORE + "jit:enable_jit_fuser": "binds torch.compile when Megatron is imported; replaced before",
         _CORE + "optimizer.clip_grads:clip_grad_by_total_norm_fp32": (
@@ -244,6 +262,14 @@ SEAMS: dict[str, dict[str, str]] = {
     "training/media_probe.py": {
         _CORE + "transformer.module:MegatronModule.set_is_first_microbatch": (
             "sets is_first_microbatch, which modules of Transformer Engine clear in their forward"
+        ),
+    },
+    "training/manifest.py": {
+        _TRAINING + "save_checkpoint_and_time": (
+            "calls save_checkpoint, replaced, by the name in this module, with the iteration first"
+        ),
+        "megatron.training.checkpointing:save_checkpoint": (
+            "has made the iteration's folder when it returns, also of an asynchronous save"
         ),
     },
     "training/datasets.py": {

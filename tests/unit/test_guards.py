@@ -39,7 +39,7 @@ UNPROVED = {
     "moe_token_dispatcher_type": "flex",
     "cross_entropy_loss_fusion": True,
     "recompute_method": "other",
-    "recompute_modules": ["mlp"],
+    "recompute_modules": ["mlp", "moe_act"],
     "fp8": "hybrid",
     "fp4": "e2m1",
     "calculate_per_token_loss": False,
@@ -52,7 +52,7 @@ UNPROVED = {
     "distribute_saved_activations": True,
     "fp16": True,
     "fp32_residual_connection": True,
-    "moe_router_load_balancing_type": "seq_aux_loss",
+    "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"],
     "moe_router_fusion": True,
     "mlp_chunks_for_training": 2,
     "moe_expert_capacity_factor": 1.0,
@@ -97,7 +97,7 @@ def test_proved_layouts_pass(fields):
 
 
 def test_every_field_with_several_verified_values_or_a_note_is_tested_here():
-    assert UNPROVED.keys() >= settings.VERIFIED.keys() | settings.NOTES.keys()
+    assert UNPROVED.keys() >= settings.VERIFIED.keys() | settings.VERIFIED_ITEMS.keys() | settings.NOTES.keys()
     assert not UNPROVED.keys() & settings.FREE
 
 
@@ -105,6 +105,15 @@ def test_every_verified_value_passes_and_a_plain_config_has_one_of_them():
     for name, values in settings.VERIFIED.items():
         assert getattr(proved(), name) in values
         for value in values:
+            config = proved()
+            setattr(config, name, value)
+            guards.check_layout(config, CHECKPOINT)
+
+
+def test_every_choice_of_verified_items_passes():
+    for name, items in settings.VERIFIED_ITEMS.items():
+        one_or_list = (*items, list(items)) if name == "moe_router_load_balancing_type" else ()
+        for value in one_or_list or (None, [], *([item] for item in items), list(items)):
             config = proved()
             setattr(config, name, value)
             guards.check_layout(config, CHECKPOINT)
@@ -165,6 +174,20 @@ def test_recomputing_several_layers_at_once_is_refused_with_a_prediction_layer()
         guards.check_layout(config, WITH_MTP)
 
 
+def test_a_loss_of_each_segment_is_refused_where_routers_are_recomputed_without_their_layer():
+    fields = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "moe"]}
+    for balancing in ("seq_aux_loss", ["aux_loss", "seq_aux_loss"]):
+        config = with_sizes(EXPERTS, **fields, moe_router_load_balancing_type=balancing)
+        with pytest.raises(VLBridgeError, match="seq_aux_loss with moe in recompute_modules") as refusal:
+            guards.check_layout(config, EXPERTS, allow=["moe_router_load_balancing_type", "recompute_modules"])
+        assert "--allow-unverified" not in str(refusal.value)
+        config.recompute_modules = ["layernorm"]
+        guards.check_layout(config, EXPERTS)
+        config.recompute_modules, config.recompute_granularity = ["moe"], None
+        guards.check_layout(config, EXPERTS)
+    guards.check_layout(with_sizes(EXPERTS, **fields, moe_router_load_balancing_type="global_aux_loss"), EXPERTS)
+
+
 def other_than(value):
     return not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else "other"
 
@@ -208,6 +231,18 @@ def test_recomputed_groups_of_layers_do_not_swallow_deepstack_features():
     language = proved(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=7)
     assert vision_config(CHECKPOINT, language).recompute_num_layers == 1
     assert language.recompute_num_layers == 7
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_the_tower_recomputes_what_it_has_of_the_modules(kind):
+    modules = ["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
+    modules += ["gdn_norm_out"] * kind.startswith("linear")
+    fields = {"recompute_granularity": "selective"}
+    language = language_config(CHECKPOINTS[kind], **fields, recompute_modules=modules)
+    assert vision_config(CHECKPOINTS[kind], language).recompute_modules == ["core_attn", "layernorm"]
+    assert language.recompute_modules == modules
+    experts = language_config(CHECKPOINTS[kind], **fields, recompute_modules=["moe"])
+    assert vision_config(CHECKPOINTS[kind], experts).recompute_modules == []
 
 
 def with_sizes(checkpoint, **fields):

@@ -169,10 +169,17 @@ class PackedInputs:
 
     def padding_mask(self, tp_size: int, tp_rank: int) -> torch.Tensor:
         """Which of this rank's tokens are padding: bool `[1, s]`, under sequence parallelism of its part."""
-        padding = self.layout.gather_index < 0
-        if self.shard is not None:
-            padding = padding.chunk(tp_size)[tp_rank]
-        return padding[None].to(self.tokens.device, non_blocking=True)
+        return self._of_rank(self.layout.gather_index < 0, tp_size, tp_rank)[None]
+
+    def segment_index(self, tp_size: int, tp_rank: int) -> torch.Tensor:
+        """The segment that each of this rank's tokens is of: int64 `[s]`, 0 for padding, of the same part."""
+        ends = torch.tensor(self.layout.lengths).cumsum(0)
+        index = torch.searchsorted(ends, self.layout.gather_index.clamp(min=0), right=True)
+        return self._of_rank(index, tp_size, tp_rank)
+
+    def _of_rank(self, row: torch.Tensor, tp_size: int, tp_rank: int) -> torch.Tensor:
+        part = row if self.shard is None else row.chunk(tp_size)[tp_rank]
+        return part.to(self.tokens.device, non_blocking=True)
 
     def to(self, device: torch.device) -> Self:
         """The same pack with its tensors on `device`."""

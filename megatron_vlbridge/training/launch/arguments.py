@@ -22,7 +22,7 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.training import console
-from megatron_vlbridge.training.guards import ALLOW, check_layout
+from megatron_vlbridge.training.guards import ALLOW, allow_words, check_layout
 from megatron_vlbridge.training.launch.packing import add_packing_arguments, packing_options
 from megatron_vlbridge.training.launch.parser import make_parser, parse_words
 from megatron_vlbridge.training.launch.parts import add_part_arguments, check_part_arguments
@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     """
     console.start()
     parser = make_parser(add_arguments)
-    _reject_unverified(parse_words(parser, sys.argv[1:]))
+    needed = _reject_unverified(parse_words(parser, sys.argv[1:]))
     args = parse_args(add_arguments)
     if args.hf_folder is None:
         raise VLBridgeError("--hf-folder is missing: a Hugging Face folder or Hub id with config.json")
@@ -128,7 +128,7 @@ def parse_arguments() -> argparse.Namespace:
             config.text.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
         )
         layout = language_config(config, core_transformer_config_from_args(args))
-    needed = check_layout(layout, config, allow=args.allow_unverified)
+    needed |= check_layout(layout, config, allow=args.allow_unverified)
     if unneeded := sorted(set(args.allow_unverified) - needed):
         raise VLBridgeError(f"{ALLOW}: nothing that is rejected has the name {', '.join(unneeded)}; leave it out")
     if args.eval_interval is None:
@@ -145,32 +145,42 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def _reject_unverified(args: argparse.Namespace) -> None:
-    """What `training.guards` does not see, since it is not part of the model's config."""
+def _reject_unverified(args: argparse.Namespace) -> set[str]:
+    """What `training.guards` does not see, since it is not part of the model's config; what was needed of `allow`."""
     own_split = "leave it out, or split with --decoder-first-pipeline-num-layers, -last- or a layout"
-    remedies = {
-        "use_megatron_fsdp": "leave it out (--use-distributed-optimizer spreads the optimizer's state)",
-        "use_torch_fsdp2": "leave it out (--use-distributed-optimizer spreads the optimizer's state)",
-        "grad_reduce_in_bf16": "leave it out (gradients are summed in fp32)",
-        "account_for_embedding_in_pipeline_split": own_split,
-        "account_for_loss_in_pipeline_split": own_split,
+    no_support = {
         "checkpoint_activations": "use --recompute-granularity",
         "use_checkpoint_args": "leave it out (the architecture is read from --hf-folder)",
         "non_persistent_ckpt_type": "leave it out (runs save to --save and continue from --load alone)",
         "yaml_cfg": "give the arguments on the command line",
     }
-    found = {name: remedy for name, remedy in remedies.items() if getattr(args, name)}
-    if args.optimizer not in ("adam", "sgd"):
-        # Muon cuts every `linear_qkv.weight` by the language model's heads, the vision tower's too.
-        found[f"optimizer {args.optimizer}"] = "use adam or sgd, which treat all elements alike"
-    if args.main_grads_dtype not in ("fp32", torch.float32):
-        found[f"main_grads_dtype {args.main_grads_dtype}"] = "use fp32"
+    unverified = {
+        "use_megatron_fsdp": "leave it out (--use-distributed-optimizer spreads the optimizer's state)",
+        "use_torch_fsdp2": "leave it out (--use-distributed-optimizer spreads the optimizer's state)",
+        "account_for_embedding_in_pipeline_split": own_split,
+        "account_for_loss_in_pipeline_split": own_split,
+    }
+    rejected = {name: remedy for name, remedy in no_support.items() if getattr(args, name)}
+    found = {name: remedy for name, remedy in unverified.items() if getattr(args, name)}
+    elementwise = "use adam or sgd, which treat all elements alike"
+    if "muon" in args.optimizer:
+        reason = "Megatron-Core 0.19 splits the vision tower's linear_qkv.weight by the language model's heads"
+        rejected[f"optimizer {args.optimizer}"] = f"{reason}; {elementwise}"
+    elif args.optimizer not in ("adam", "sgd"):
+        found["optimizer"] = elementwise
     if args.ckpt_format != "torch_dist" and not args.ckpt_convert_format:
-        found[f"ckpt_format {args.ckpt_format}"] = "use torch_dist, the format that vlbridge exports"
-    for name, remedy in found.items():
+        rejected[f"ckpt_format {args.ckpt_format}"] = "use torch_dist, the format that vlbridge exports"
+    if args.main_grads_dtype not in ("fp32", torch.float32):
+        found["main_grads_dtype"] = "use fp32"
+    needed = found.keys() & set(args.allow_unverified)
+    for name, remedy in (rejected | found).items():
+        if name in needed:
+            continue
+        option = f" ({allow_words({name}, args.allow_unverified)})" if name in found else ""
         raise VLBridgeError(
-            f"--{name.replace('_', '-')} is not verified equal to transformers, so it is rejected; {remedy}"
+            f"--{name.replace('_', '-')} is not verified equal to transformers, so it is rejected; {remedy}{option}"
         )
+    return needed
 
 
 def _set_architecture(args: argparse.Namespace, config: Config, parser: argparse.ArgumentParser) -> None:

@@ -107,6 +107,13 @@ def check_source(args: argparse.Namespace) -> None:
         Plan(source.table, source.tensors, model, cast=True, hf_source=args.hf_folder, megatron_source="the model")
 
 
+def started_from(args: argparse.Namespace) -> Path | None:
+    """The folder of the Megatron checkpoint that the run starts from, once :func:`check_source` has passed."""
+    if loads_checkpoint(args):
+        return _checkpoint(args.load, args.ckpt_step)
+    return _checkpoint(args.pretrained_checkpoint, args.ckpt_step) if args.pretrained_checkpoint else None
+
+
 def _check_tensors(checkpoint: Path, hf_folder: str) -> None:
     """Reject a checkpoint whose tensors are not those of the model of `--hf-folder`; only headers are read."""
     if dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)):
