@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_vlbridge.data.pack_lengths import order_packs, pack_lengths
+from megatron_vlbridge.data.packing.offline import order_packs, pack_lengths
 
 COUNT = 1_000_000
 LIMIT_S, LIMIT, LIMIT_PATCHES = 0.5, 0.001, 0.05

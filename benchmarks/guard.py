@@ -36,7 +36,7 @@ def digest_seconds() -> float:
 
 def exchange_seconds(layout: Layout, folder: Path) -> float:
     """Runs in the workers."""
-    from megatron_vlbridge.training.media_guard import check_iteration
+    from megatron_vlbridge.training.media_guard.guard import check_iteration
     from tests.functional.ranks import build_model
 
     model = build_model(layout, folder, load=False)

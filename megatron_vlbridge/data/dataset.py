@@ -16,8 +16,8 @@ from megatron_vlbridge.data.chat import Sample, encode_conversation
 from megatron_vlbridge.data.conversations import FileConversation, read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.media import DEFAULTS, Conversation
-from megatron_vlbridge.data.pack_lengths import PackingOptions, order_packs, pack_lengths
-from megatron_vlbridge.data.packing import best_fit, build_pack
+from megatron_vlbridge.data.packing.offline import PackingOptions, order_packs, pack_lengths
+from megatron_vlbridge.data.packing.packs import best_fit, build_pack
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.balance import frame_work
 

@@ -13,7 +13,7 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.model.inputs import GivenPositions, Media, PackedInputs
 from megatron_vlbridge.model.inputs.digest import PackDigest
-from megatron_vlbridge.training.agreement import common_failure
+from megatron_vlbridge.training.media_guard.agreement import common_failure
 
 # The keys of a pack; a data loader adds a leading dimension of 1.
 PACK_KEYS = (

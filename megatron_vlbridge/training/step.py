@@ -10,7 +10,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.batch import next_inputs
 from megatron_vlbridge.training.guards import check_model
-from megatron_vlbridge.training.media_guard import guard_of
+from megatron_vlbridge.training.media_guard.guard import guard_of
 from megatron_vlbridge.training.metrics.meter import LossFunction, Meter
 
 # For a micro-batch without supervised tokens: lost in any sum with a count, and Megatron divides 0 by it, not by 0.

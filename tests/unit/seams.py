@@ -247,7 +247,7 @@ SEAMS: dict[str, dict[str, str]] = {
             "current_iteration counts from 1, and a step that is run again has the same"
         ),
     },
-    "training/media_guard.py": {
+    "training/media_guard/guard.py": {
         _CORE + "pipeline_parallel.schedules:forward_backward_no_pipelining": (
             "reads finalize_model_grads_func of the config after the last backward, and gives it a list of the chunks"
         ),
@@ -259,7 +259,7 @@ SEAMS: dict[str, dict[str, str]] = {
             "gives None where the received tensor got no gradient; none is sent then, and the previous stage waits"
         ),
     },
-    "training/media_probe.py": {
+    "training/media_guard/probe.py": {
         _CORE + "transformer.module:MegatronModule.set_is_first_microbatch": (
             "sets is_first_microbatch, which modules of Transformer Engine clear in their forward"
         ),

@@ -19,8 +19,8 @@ from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.images import MediaOptions
-from megatron_vlbridge.data.pack_lengths import PackingOptions
-from megatron_vlbridge.data.packing import next_token_labels
+from megatron_vlbridge.data.packing.offline import PackingOptions
+from megatron_vlbridge.data.packing.packs import next_token_labels
 from megatron_vlbridge.demo.tiny_processor import CHAT_TEMPLATE, build_processor
 from tests.errors import rejects
 

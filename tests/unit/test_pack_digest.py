@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_vlbridge.model.inputs.digest import PackDigest
-from megatron_vlbridge.training.agreement import difference
+from megatron_vlbridge.training.media_guard.agreement import difference
 
 PACK = {
     "tokens": torch.tensor([5, 10, 5, 5]),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vlbridge.data.pack_lengths import order_packs, pack_lengths
+from megatron_vlbridge.data.packing.offline import order_packs, pack_lengths
 from tests.errors import rejects
 
 type Pairs = list[tuple[int, int]]

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Qwen3VLProcessor
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
-from megatron_vlbridge.data.packing import best_fit, build_pack, next_token_labels
+from megatron_vlbridge.data.packing.packs import best_fit, build_pack, next_token_labels
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
 

@@ -10,7 +10,7 @@ import pytest
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vlbridge.checkpoint.convert import import_checkpoint
-from megatron_vlbridge.data.pack_lengths import PackingOptions
+from megatron_vlbridge.data.packing.offline import PackingOptions
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.launch.arguments import add_arguments
 from megatron_vlbridge.training.launch.packing import packing_options

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from megatron_vlbridge.data.pack_lengths import PACKINGS, TOO_LONG, PackingOptions
+from megatron_vlbridge.data.packing.offline import PACKINGS, TOO_LONG, PackingOptions
 from megatron_vlbridge.errors import VLBridgeError
 
 

@@ -19,8 +19,8 @@ from megatron_vlbridge.model.inputs import PackedInputs
 from megatron_vlbridge.model.inputs.digest import PackDigest
 from megatron_vlbridge.model.vision.tower import VisionModel
 from megatron_vlbridge.model.vlm import Qwen3VLModel
-from megatron_vlbridge.training.agreement import difference, gather, largest
-from megatron_vlbridge.training.media_probe import check_pixels
+from megatron_vlbridge.training.media_guard.agreement import difference, gather, largest
+from megatron_vlbridge.training.media_guard.probe import check_pixels
 
 # Packs in an iteration of which the digests are kept.
 _PACKS = 4096

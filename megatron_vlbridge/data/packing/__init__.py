@@ -1,0 +1,1 @@
+"""Which conversations share a pack, and the tensors of a pack."""
