@@ -142,9 +142,9 @@ def check_indices(batch: Batch) -> None:
 
 
 def parts() -> Iterator[Any]:
-    """Two of ten for `make test`, the others for `make test-layouts`."""
+    """One of ten for `make test`, the others for `make test-layouts`."""
     for part in range(PARTS):
-        yield pytest.param(part, marks=[pytest.mark.layouts] if part > 1 else [])
+        yield pytest.param(part, marks=[pytest.mark.layouts] if part else [])
 
 
 @pytest.mark.parametrize("part", list(parts()))

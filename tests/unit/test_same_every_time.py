@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 CONSTANTS = f"NUMBERS = {[10**6 + n for n in range(500)]}\nWORDS = {[f'word{n}' for n in range(500)]}\n"
 TESTS = """
@@ -51,6 +53,7 @@ def drawn(folder: Path, hash_seed: int, *tests: str) -> list[str]:
     return sorted(line for line in run.stdout.splitlines() if line.startswith("drawn"))
 
 
+@pytest.mark.layouts
 def test_two_runs_draw_the_same_values_in_any_order(tmp_path: Path) -> None:
     (tmp_path / "constants.py").write_text(CONSTANTS)
     (tmp_path / "test_file.py").write_text(TESTS)

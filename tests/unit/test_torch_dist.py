@@ -385,6 +385,7 @@ STATE_OF_A_CLASS = b"N" + STATE + b"\x86b"
     ],
     ids=["deep-key", "class", "memo"],
 )
+@pytest.mark.layouts
 def test_a_restricted_find_class_is_not_enough(content, status, output):
     """Python's own unpickler, with the `find_class` of ours: it dies, changes a class, or takes gigabytes."""
     done = subprocess.run([sys.executable, "-c", STANDARD], input=b"\x80\4" + content + b".", capture_output=True)
