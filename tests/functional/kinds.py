@@ -41,8 +41,9 @@ class Kind:
     """The rows of a family.
 
     Of `tensors`, the choices of tensor and expert parallelism, the product with pipelines and contexts is run; `others`
-    are other sizes and splits of its combinations. `make test` runs what `small` has, `make test-layouts` all rows,
-    with all variants or, where `every_variant` is false, with two of them and those of `small`.
+    are other sizes and splits of its combinations. `small` has every pair of dimensions; `make test` runs it of some
+    kinds, `make test-layouts` all rows of all, with all variants or, where `every_variant` is false, with two of them
+    and those of `small`.
     """
 
     model: str

@@ -122,8 +122,8 @@ prediction, each with tied and with untied embeddings: twelve variants (on four 
 that hold every pair), and where context parallelism does not cut them two more with padded `[B, S]` batches. Rows with
 "some variants" repeat a combination in other sizes or splits; they are run plain, with blockwise recomputation,
 multi-token prediction and tied embeddings together, and padded. The rows of Qwen3.5 are run plain and with the latter
-three together, and ten or nine of them as `make test` runs them, which have every pair of dimensions. An empty cell is
-a size of one; `stages` is Megatron's pipeline layout string (an `m` is put before the `L` for multi-token prediction).
+three together, and ten or nine of them in one more variant, which gives every pair of dimensions. An empty cell is a
+size of one; `stages` is Megatron's pipeline layout string (an `m` is put before the `L` for multi-token prediction).
 
 The losses of the router (load balancing and z) are compared with their formulas in every row with experts, plain
 (`tests/functional/test_router_loss.py`).
