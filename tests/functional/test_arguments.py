@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--mtp-num-layers", "1"], "--mtp-num-layers is 1, but"),
         (["--use-megatron-fsdp"], "--use-megatron-fsdp is not verified"),
         (["--use-torch-fsdp2"], "--use-torch-fsdp2 is not verified"),
-        (["--main-grads-dtype", "bf16"], "--main-grads-dtype bf16 is not verified"),
+        (["--main-grads-dtype", "bf16"], "--main-grads-dtype is not verified"),
         (["--optimizer", "muon"], "splits the vision tower's linear_qkv.weight by the language model's heads"),
         (["--optimizer", "lion"], "--optimizer is not verified"),
         (["--ckpt-format", "torch"], "--ckpt-format torch is not verified"),

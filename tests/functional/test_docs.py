@@ -19,6 +19,7 @@ from transformers import AutoProcessor
 
 import megatron_vlbridge
 from megatron_vlbridge import read_config
+from megatron_vlbridge.checkpoint.convert import import_checkpoint
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.cli import main
 from megatron_vlbridge.data.chat import encode_conversation
@@ -27,7 +28,7 @@ from megatron_vlbridge.data.media import load_video
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.metrics.columns import COLUMNS
 from megatron_vlbridge.training.metrics.csv_file import CsvFile
-from tests import reference
+from tests import digits_checkpoint, reference
 from tests.functional.doc_blocks import ROOT, Block, all_blocks, blocks
 from tests.functional.pool import Layout, Pool
 from tests.functional.test_own_script import documented_script
@@ -122,17 +123,24 @@ def pasted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, run.stdout
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder `hf`, and a Megatron checkpoint `run`."""
+    folder = digits_checkpoint.write(tmp_path_factory.mktemp("checkpoints"))
+    import_checkpoint(folder / "hf", folder / "run")
+    return folder
+
+
 @pytest.fixture
-def workplace(pasted: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the files named on the pages: checkpoints, conversations, a finished run."""
-    first = pasted[0] / "first-run"
+def workplace(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the files named on the pages: checkpoints, conversations, a run."""
     for name in ("Qwen3-VL-8B-Instruct", "hf"):
-        shutil.copytree(first / "hf", tmp_path / name)
+        shutil.copytree(checkpoints / "hf", tmp_path / name)
     Image.new("RGB", (64, 64), "orange").save(tmp_path / "cat.png")
     for name in ("train.jsonl", "valid.jsonl"):
         # The page wraps the line.
         (tmp_path / name).write_text(block(COMMANDS["line"]).text.replace("\n", "") + "\n")
-    (tmp_path / "run").symlink_to(first / "trained")
+    (tmp_path / "run").symlink_to(checkpoints / "run")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -338,6 +346,7 @@ def test_the_lines_that_freeze_parts_run(tmp_path: Path, pool: Pool) -> None:
     assert pool.run(run_freeze, Layout(), folder=folder, code=block(PYTHON["freeze"]).text) == [{"vision_model"}]
 
 
+@pytest.mark.layouts
 def test_the_prompt_of_a_video_is_that_of_training(pasted: tuple[Path, str]) -> None:
     data = pasted[0] / "first-run"
     processor = AutoProcessor.from_pretrained(data / "hf")
@@ -388,6 +397,7 @@ def test_anchors_and_files_of_links_exist() -> None:
                 assert anchor in anchors, f"{page.name}: {target}#{anchor}"
 
 
+@pytest.mark.layouts
 def test_the_messages_in_the_table_exist(
     workplace: Path, pasted: tuple[Path, str], pool: Pool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,18 +67,15 @@ def other_parts_are_rejected(folder: Path, pool: Pool) -> None:
     assert said(pool, *start, "--no-load-optim", "--no-load-rng") == "accepted"
 
 
+@pytest.mark.layouts
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
         (2, ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")),
-        pytest.param(2, ("--pipeline-model-parallel-size", 2), marks=pytest.mark.layouts),
-        pytest.param(
-            2,
-            ("--pipeline-model-parallel-size", 2, "--use-distributed-optimizer", "--overlap-grad-reduce"),
-            marks=pytest.mark.layouts,
-        ),
-        pytest.param(2, ("--context-parallel-size", 2, "--overlap-grad-reduce"), marks=pytest.mark.layouts),
-        pytest.param(2, ("--tensor-model-parallel-size", 2, "--sequence-parallel"), marks=pytest.mark.layouts),
+        (2, ("--pipeline-model-parallel-size", 2)),
+        (2, ("--pipeline-model-parallel-size", 2, "--use-distributed-optimizer", "--overlap-grad-reduce")),
+        (2, ("--context-parallel-size", 2, "--overlap-grad-reduce")),
+        (2, ("--tensor-model-parallel-size", 2, "--sequence-parallel")),
     ],
     ids=["dp2-distributed", "pp2", "pp2-distributed", "cp2", "tp2-sp"],
 )

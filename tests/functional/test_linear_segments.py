@@ -53,7 +53,8 @@ def test_a_padded_batch_of_such_segments(pool: Pool, folders: dict[str, Path], k
     measure(pool, Layout(), folders[kind], [texts(LENGTHS), texts(LENGTHS[::-1], 1)], length=None).check()
 
 
-@pytest.mark.parametrize("layout", [Layout(), later(Layout(cp=2, world=2))], ids=str)
+@pytest.mark.layouts
+@pytest.mark.parametrize("layout", [Layout(), Layout(cp=2, world=2)], ids=str)
 def test_packs_of_many_short_segments(pool: Pool, slow: Path, layout: Layout) -> None:
     """64 packs of random segments of up to nine tokens."""
     random = torch.Generator().manual_seed(0)

@@ -82,10 +82,8 @@ RUNS: dict[str, tuple[int, tuple[object, ...]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [kind if kind == "reshardable-optimizer" else pytest.param(kind, marks=pytest.mark.layouts) for kind in RUNS],
-)
+@pytest.mark.layouts
+@pytest.mark.parametrize("kind", RUNS)
 def test_of_what_a_run_saves_only_the_weights_are_exported(pool: Pool, dense: Path, experts: Path, kind: str) -> None:
     """The oracle is Megatron's own loader, in one process, into a model whose vocabulary has as many rows."""
     digits = experts if kind == "experts" else dense

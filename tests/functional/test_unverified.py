@@ -32,6 +32,7 @@ def noted(folder: Path) -> list[Any]:
     return [found.as_json()["unverified"], lines]
 
 
+@pytest.mark.layouts
 def test_a_checkpoint_names_the_unverified_settings_of_its_run_and_of_those_before(
     tmp_path: Path, train: Callable[..., str]
 ) -> None:
