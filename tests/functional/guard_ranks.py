@@ -1,6 +1,7 @@
 """What runs inside the workers: deliberate sabotages of a stage or of what it reads, and the error of each rank."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -226,7 +227,7 @@ def first_step(layout: Layout, folder: Path, packs: Sequence[Pack], **options: A
             chunk.is_first_microbatch, chunk.seen = True, []
             chunk.register_forward_hook(_count_and_draw)
             if not guarded:
-                chunk.media_guard = _Unguarded()
+                chunk.media_guard = Unguarded()
         wrapped = _wrap(chunks, "none")
         modes = [part.training for chunk in chunks for part in chunk.modules()]
         reports = ranks._run(wrapped, vlm_step, ranks._mine(packs), forward_only=False)
@@ -252,7 +253,7 @@ def _count_and_draw(stage: Model, args: Any, output: Any) -> None:
     stage.is_first_microbatch = False
 
 
-class _Unguarded:
+class Unguarded:
     """In place of a guard, none."""
 
     def begin(self, model: Model) -> None: ...
@@ -260,3 +261,13 @@ class _Unguarded:
     def forward(self, model: Model, inputs: PackedInputs) -> torch.Tensor:
         output: torch.Tensor = model(inputs=inputs)
         return output
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    """No guard for models that are built in this block."""
+    Qwen3VLModel.media_guard = Unguarded()
+    try:
+        yield
+    finally:
+        Qwen3VLModel.media_guard = None

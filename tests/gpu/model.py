@@ -66,13 +66,13 @@ class Result:
 def run(model: Qwen3VLModel, pack: Mapping[str, torch.Tensor]) -> Result:
     """Forward and backward of one pack."""
     kept: list[torch.Tensor] = []
-    # Cloned: the loss is computed in place.
+    # Cloned: the loss is computed in place. The check before the first step also runs the head, before.
     hook = model.language_model.output_layer.register_forward_hook(lambda *call: kept.append(call[2][0].clone()))
     loss = backward(model, pack)
     hook.remove()
     config = model.checkpoint
     gradients = find(config).table(config, ExpertLayout.FUSED_OUT_IN).to_hf(assemble([_gradient_shards(model)]))
-    return Result(kept[0][:, 0, : config.text.vocab_size].detach().float().cpu(), loss.item(), gradients)
+    return Result(kept[-1][:, 0, : config.text.vocab_size].detach().float().cpu(), loss.item(), gradients)
 
 
 def backward(model: Qwen3VLModel, pack: Mapping[str, torch.Tensor]) -> torch.Tensor:
