@@ -47,7 +47,7 @@ test-layouts: setup
 
 test-hf4: setup
 	@ci/setup_hf4.sh
-	.venv-hf4/bin/python -m pytest tests/hf4
+	.venv-hf4/bin/python -m pytest tests/hf4 -n 2
 
 test-versions:
 	ci/versions.sh
