@@ -13,6 +13,7 @@ import pytest
 
 from megatron_vlbridge.errors import VLBridgeError
 from tests import reference
+from tests.functional.launch import run_script
 from tests.functional.pool import Layout, Pool
 from tests.functional.test_arguments import COMPLETE, ROOT
 
@@ -48,6 +49,21 @@ def test_the_documented_script_trains_and_evaluates_on_the_cpu(tmp_path: Path) -
     losses = [float(loss) for loss in re.findall(r"(?:lm loss:|  loss) ([0-9.E+-]+)", run.stdout)]
     assert losses[3] < losses[0]
     assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "4"
+
+
+@pytest.mark.layouts
+def test_positions_are_compared_in_a_model_of_another_provider(tmp_path: Path) -> None:
+    reference.write_checkpoint(tmp_path / "hf")
+    last = '"videos_per_segment": torch.tensor([0]),'
+    text = documented_script()
+    assert last in text
+    given = f'{last} "position_ids": torch.zeros(3, args.seq_length, dtype=torch.int64),'
+    (tmp_path / "script.py").write_text(text.replace(last, given))
+    arguments = (*COMPLETE, "--cpu", "--hf-folder", "hf", "--random-weights", "--num-workers", 0)
+    assert run_script(tmp_path / "script.py", tmp_path, *arguments)[0] == [0]
+    exit_codes, _, errors = run_script(tmp_path / "script.py", tmp_path, *arguments, "--check-position-ids")
+    assert exit_codes == [1]
+    assert "position_ids" in errors.splitlines()[-1]
 
 
 def provider(kind: str, rank: int, calls: list[Any]) -> Callable[..., Any]:
