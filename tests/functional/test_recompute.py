@@ -19,6 +19,7 @@ from megatron_vlbridge.training.settings import VERIFIED_ITEMS
 from tests import reference
 from tests.closeness import relative_error
 from tests.functional import matrix, ranks
+from tests.functional.cases import later
 from tests.functional.parity import PACK_LENGTH
 from tests.functional.pool import Layout, Pool
 
@@ -134,42 +135,35 @@ def test_every_verified_module_is_tested() -> None:
     assert tested == set(VERIFIED_ITEMS["recompute_modules"])
 
 
-def subsets(kind: str) -> list[tuple[str, ...]]:
-    """Every choice of modules."""
+def choices(kind: str) -> list[tuple[str, ...]]:
+    """Each module alone, every pair, and all."""
     names = MODULES[kind]
-    return [chosen for size in range(1, len(names) + 1) for chosen in combinations(names, size)]
+    return [*combinations(names, 1), *combinations(names, 2), names]
 
 
 @pytest.mark.parametrize("kind", ["dense", "linear-experts"])
 def test_each_module_alone_and_all_together_give_the_same_bits(pool: Pool, folders: dict[str, Path], kind: str) -> None:
-    choices = [*([name] for name in MODULES[kind]), MODULES[kind]]
-    for modules, calls in compare(pool, folders[kind], Layout(), choices):
+    names = MODULES[kind]
+    for modules, calls in compare(pool, folders[kind], Layout(), [*combinations(names, 1), names]):
         assert calls == expected_calls(folders[kind], modules), modules
 
 
 @pytest.mark.layouts
 @pytest.mark.parametrize("kind", MODULES)
-def test_every_choice_of_modules_gives_the_same_bits(pool: Pool, folders: dict[str, Path], kind: str) -> None:
-    for modules, calls in compare(pool, folders[kind], Layout(), subsets(kind)):
+def test_every_pair_of_modules_gives_the_same_bits(pool: Pool, folders: dict[str, Path], kind: str) -> None:
+    for modules, calls in compare(pool, folders[kind], Layout(), choices(kind)):
         assert calls == expected_calls(folders[kind], modules), modules
 
 
-def every_layout() -> Iterator[Any]:
-    """Layouts of these kinds; one in `make test`."""
-    small = {("dense", VPP2)}
-    for kind in MODULES:
-        sparse = MODULES[kind] != DENSE
-        layouts = (TP2, PP2, CP2, VPP2, ALL, *[EP2, Layout(ep=2, world=2)] * sparse)
-        for layout in layouts:
-            marks = [] if (kind, layout) in small else [pytest.mark.layouts]
-            yield pytest.param(kind, layout, id=f"{kind}-{layout}", marks=marks)
+SPREAD = [(kind, layout) for kind in ("dense-mtp", "experts-mtp", "linear-experts") for layout in (TP2, PP2, CP2, ALL)]
+SPREAD += [("linear-experts", layout) for layout in (VPP2, EP2, Layout(ep=2, world=2))]
 
 
-@pytest.mark.parametrize(("kind", "layout"), every_layout())
+@pytest.mark.parametrize(("kind", "layout"), [("dense", VPP2), *(later(*row) for row in SPREAD)], ids=str)
 def test_a_layout_gives_the_same_bits(pool: Pool, folders: dict[str, Path], kind: str, layout: Layout) -> None:
-    names = MODULES[kind]
-    for modules, calls in compare(pool, folders[kind], layout, [names, *([name] for name in names)]):
-        assert set(calls) == set(expected_calls(folders[kind], modules)), modules
+    """With all modules at once."""
+    for modules, calls in compare(pool, folders[kind], layout, [MODULES[kind]]):
+        assert set(calls) == set(expected_calls(folders[kind], modules))
 
 
 @pytest.mark.parametrize("kind", ["dense", "linear-experts"])
