@@ -132,27 +132,23 @@ def test_frozen_parts_do_not_change_and_the_others_get_the_gradients_of_transfor
 
 
 # Every choice of parts in each layout, each choice with the pack of text at each of the three places in one of them.
-EVERY_CHOICE = [("tied", layout) for layout in (*LAYOUTS, TP2_SP)]
-EVERY_CHOICE += [
-    ("untied", PP2),
-    ("experts", EP2),
-    ("experts", PP2),
-    ("linear-experts", PLAIN),
-    ("mtp-tied", OWN_STAGE),
-]
+EVERY_CHOICE = [*(("tied", layout) for layout in LAYOUTS), ("experts", EP2)]
+# Every third one.
+SOME = [("tied", TP2_SP), ("experts", PP2), ("linear-experts", PLAIN), ("mtp-tied", OWN_STAGE)]
 
 
 @pytest.mark.layouts
-@pytest.mark.parametrize(("kind", "layout"), EVERY_CHOICE, ids=str)
+@pytest.mark.parametrize(("kind", "layout"), [*EVERY_CHOICE, *SOME], ids=str)
 def test_every_choice_of_frozen_parts(pool: Pool, folders: dict[str, Path], kind: str, layout: Layout) -> None:
     sets = subsets(EXPERTS if "experts" in kind else DENSE)
-    check(pool, folders[kind], layout, sets, first=EVERY_CHOICE.index((kind, layout)))
+    first = [*EVERY_CHOICE, *SOME].index((kind, layout))
+    check(pool, folders[kind], layout, sets[first % 3 :: 3] if (kind, layout) in SOME else sets, first=first)
 
 
 @pytest.mark.layouts
 @pytest.mark.parametrize("layout", [PP2, CP2], ids=str)
 def test_recomputed_layers(pool: Pool, folders: dict[str, Path], layout: Layout) -> None:
-    check(pool, folders["tied"], layout, subsets(DENSE)[::2], **FULL)
+    check(pool, folders["tied"], layout, subsets(DENSE)[::3], **FULL)
 
 
 def test_freezing_changes_no_other_gradient_of_transformers(folders: dict[str, Path]) -> None:
