@@ -125,9 +125,10 @@ def pasted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder `hf`, and a Megatron checkpoint `run`."""
+    """A Hugging Face folder `hf`, and a Megatron checkpoint `run` without one, as a training run saves it."""
     folder = digits_checkpoint.write(tmp_path_factory.mktemp("checkpoints"))
     import_checkpoint(folder / "hf", folder / "run")
+    shutil.rmtree(folder / "run" / "hf")
     return folder
 
 
