@@ -7,6 +7,7 @@ others.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -66,8 +67,6 @@ _MEDIA = (
     _Media("video", "n_videos_per_sample", ("video_grid_thw",), "pixel_values_videos", "video_token_id"),
 )
 
-Index = slice | Tensor
-
 
 def check_batch(batch: Mapping[str, Tensor], config: Config | None = None) -> None:
     """Reject a batch whose tensors do not belong together; with a `config`, also its placeholder tokens.
@@ -98,7 +97,7 @@ def select_samples(batch: Mapping[str, Tensor], indices: Sequence[int]) -> dict[
     if wrong:
         raise VLBridgeError(f"batch: expected indices of its {size} samples, found {wrong[0]}.")
     chosen = torch.tensor(indices, dtype=torch.int64)
-    index: dict[str, Index] = {"sample": chosen}
+    index: dict[str, Tensor] = {"sample": chosen}
     for media in _MEDIA:
         items, patches = _bounds(batch, media, size)
         index[media.kind] = _ranges(items[chosen], items[chosen + 1])
@@ -119,20 +118,18 @@ def split_global_batch(batch: Mapping[str, Tensor], n: int) -> list[dict[str, Te
             f"batch: expected at least as many samples as parts, found {size} samples for {n} parts. "
             "Use fewer micro-batches or a larger batch."
         )
-    bounds = {media.kind: [x.tolist() for x in _bounds(batch, media, size)] for media in _MEDIA}
-    result, start = [], 0
-    for part in range(n):
-        stop = start + size // n + (part < size % n)
-        index: dict[str, Index] = {"sample": slice(start, stop)}
-        for kind, (items, patches) in bounds.items():
-            index[kind] = slice(items[start], items[stop])
-            index[f"{kind} patch"] = slice(patches[items[start]], patches[items[stop]])
-        result.append(_take(batch, index))
-        start = stop
-    return result
+    samples = [size // n + (part < size % n) for part in range(n)]
+    ends = torch.tensor([0, *accumulate(samples)])
+    sizes = {"sample": samples}
+    for media in _MEDIA:
+        items, patches = _bounds(batch, media, size)
+        sizes[media.kind] = items[ends].diff().tolist()
+        sizes[f"{media.kind} patch"] = patches[items[ends]].diff().tolist()
+    parts = {key: x.split(sizes[BATCH_KEYS[key].owner], _axis(key, x)) for key, x in batch.items()}
+    return [{key: x[part] for key, x in parts.items()} for part in range(n)]
 
 
-def _take(batch: Mapping[str, Tensor], index: Mapping[str, Index]) -> dict[str, Tensor]:
+def _take(batch: Mapping[str, Tensor], index: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor's parts of these samples, images, videos and patches."""
     result = {}
     for key, tensor in batch.items():
