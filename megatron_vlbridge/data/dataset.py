@@ -21,7 +21,7 @@ from megatron_vlbridge.data.packing.packs import best_fit, build_pack
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.balance import frame_work
 
-BEST_FIT = PackingOptions()
+DEFAULT_PACKING = PackingOptions()
 
 __all__ = ["PackedConversations", "check_processor", "read_conversations"]
 
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 class PackedConversations(Dataset[dict[str, Tensor]]):
     """A map-style dataset of `num_samples` packs; item i is a pure function of the conversations, the seed and i.
 
-    Each epoch shuffles the conversations and packs them again (see `pack_lengths.PackingOptions`), so every
+    Each epoch shuffles the conversations and packs them again (see `packing.offline.PackingOptions`), so every
     conversation occurs once per epoch, together with different ones. Item i has the same tensors (see
-    `packing.build_pack`) in every process, worker and resumed run.
+    `packing.packs.build_pack`) in every process, worker and resumed run.
 
     Each conversation is encoded once when the dataset is created, to determine its length; only the lengths are kept.
     `__getitem__` encodes it again, and raises an error if its length has changed. Assistant turns excluded from the
@@ -65,7 +65,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         seed: int = 0,
         multiple_of: int = 1,
         media: MediaOptions = DEFAULTS,
-        packing: PackingOptions = BEST_FIT,
+        packing: PackingOptions = DEFAULT_PACKING,
     ) -> None:
         check_processor(processor, config)
         if not conversations:

@@ -14,6 +14,7 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
 from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.initialize import initialize_megatron
@@ -36,6 +37,7 @@ from megatron_vlbridge.training.launch.start import loading_errors, loads_checkp
 from megatron_vlbridge.training.launch.stop import end_data_loaders
 from megatron_vlbridge.training.learning_rates import lr_overrides
 from megatron_vlbridge.training.manifest import note_unverified
+from megatron_vlbridge.training.media_guard.guard import stage_of
 from megatron_vlbridge.training.metrics.csv_file import CsvFile
 from megatron_vlbridge.training.metrics.meter import Meter
 from megatron_vlbridge.training.step import vlm_step
@@ -101,7 +103,7 @@ def run(
     """Megatron's `pretrain` with :func:`vlm_step`, on a GPU or on the CPU; datasets are built before the model.
 
     `dataset_provider(train_valid_test_num_samples, vp_stage=None)` gives datasets of packs, as for any Megatron run.
-    `model_provider` is called as Megatron's; it gives a :class:`Qwen3VLModel`.
+    `model_provider` is called as Megatron's; it gives a :class:`Qwen3VLModel`, or one in modules that wrap it.
 
     Raises VLBridgeError: on all ranks, where the dataset provider fails on one, or a layout is not verified; where no
     launcher such as torchrun has started the script.
@@ -112,17 +114,7 @@ def run(
             f"the ranks cannot find each other (MASTER_ADDR is not set): start the script with torchrun, as in "
             f"torchrun --nproc_per_node 1 {sys.argv[0]} ..."
         )
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
-        # The wheel ships the built helpers without the Makefile that Megatron would run.
-        megatron.core.datasets.utils.compile_helpers = _nothing
-    # It copies into views of fp32 weights, which autograd rejects (Megatron-Core 0.19).
-    DistributedOptimizer.load_parameter_state_from_dp_reshardable = torch.no_grad()(
-        DistributedOptimizer.load_parameter_state_from_dp_reshardable
-    )
-    if cpu_runtime.is_enabled():
-        cpu_adam.install()
-        cpu_saving.install()
-        megatron.training.training.initialize_megatron = functools.partial(initialize_megatron, allow_no_cuda=True)
+    _mend_megatron()
     datasets = EagerDatasetProvider(dataset_provider)
     chunks: list[torch.nn.Module] = []
     megatron.training.training.get_megatron_optimizer_config = functools.partial(_optimizer_config, chunks)
@@ -139,12 +131,12 @@ def run(
     def model_after_datasets(*positional: Any, **named: Any) -> torch.nn.Module:
         datasets.build()
         model = model_provider(*positional, **named)
-        if isinstance(model, Qwen3VLModel):
-            check_model(model, allow=args.allow_unverified)
-            apply_part_arguments(args, model)
-            model.check_position_ids |= args.check_position_ids
-            # The one that Megatron calls at the end of each step, where there is one.
-            model.config.finalize_model_grads_func = meter.finalize
+        stage = stage_of(model)
+        check_model(stage, allow=args.allow_unverified)
+        apply_part_arguments(args, stage)
+        stage.check_position_ids |= args.check_position_ids
+        # The one that Megatron calls at the end of each step, where there is one.
+        get_model_config(model).finalize_model_grads_func = meter.finalize
         chunks.append(model)
         return model
 
@@ -160,6 +152,21 @@ def run(
             get_embedding_ranks=_embedding_ranks,
         )
     chunks.clear()
+
+
+def _mend_megatron() -> None:
+    """What Megatron-Core 0.19 as a wheel lacks, and what it lacks on the CPU."""
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
+        # The wheel ships the built helpers without the Makefile that Megatron would run.
+        megatron.core.datasets.utils.compile_helpers = _nothing
+    # It copies into views of fp32 weights, which autograd rejects (Megatron-Core 0.19).
+    DistributedOptimizer.load_parameter_state_from_dp_reshardable = torch.no_grad()(
+        DistributedOptimizer.load_parameter_state_from_dp_reshardable
+    )
+    if cpu_runtime.is_enabled():
+        cpu_adam.install()
+        cpu_saving.install()
+        megatron.training.training.initialize_megatron = functools.partial(initialize_megatron, allow_no_cuda=True)
 
 
 def _embedding_ranks(pp_ranks: list[int]) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.training.metrics.csv_file import read_rows
 from tests import reference
 from tests.functional.launch import run_script
 from tests.functional.pool import Layout, Pool
@@ -64,6 +65,40 @@ def test_positions_are_compared_in_a_model_of_another_provider(tmp_path: Path) -
     exit_codes, _, errors = run_script(tmp_path / "script.py", tmp_path, *arguments, "--check-position-ids")
     assert exit_codes == [1]
     assert "position_ids" in errors.splitlines()[-1]
+
+
+@pytest.mark.layouts
+def test_a_model_in_a_wrapper_is_measured_and_frozen_as_without(tmp_path: Path) -> None:
+    reference.write_checkpoint(tmp_path / "hf")
+    text = documented_script()
+    wrapper = """class Wrapper(MegatronModule):
+    def __init__(self, module):
+        super().__init__(module.config)
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def set_input_tensor(self, tensor):
+        self.module.set_input_tensor(tensor)
+
+
+def my_model("""
+    wrapped = text.replace("def my_model(", wrapper).replace("    return model\n", "    return Wrapper(model)\n")
+    imported = "import torch\n\nfrom megatron.core.transformer.module import MegatronModule\n"
+    (tmp_path / "plain.py").write_text(text)
+    (tmp_path / "wrapped.py").write_text(wrapped.replace("import torch\n", imported, 1))
+    arguments = (*COMPLETE, "--cpu", "--hf-folder", "hf", "--random-weights", "--num-workers", 0, "--log-interval", 1)
+    rows = {}
+    for name in ("plain", "wrapped"):
+        measured = ("--metrics-csv", f"{name}.csv", "--freeze", "merger")
+        exit_codes, _, errors = run_script(tmp_path / f"{name}.py", tmp_path, *arguments, *measured)
+        assert exit_codes == [0], errors[-3000:]
+        rows[name] = read_rows(tmp_path / f"{name}.csv")
+    assert len(rows["plain"]) == 4
+    for one, other in zip(rows["plain"], rows["wrapped"], strict=True):
+        timed = {column for column in one if column in ("seconds", "tokens_per_second", "model_tflops_per_rank")}
+        assert {c: x for c, x in one.items() if c not in timed} == {c: x for c, x in other.items() if c not in timed}
 
 
 def provider(kind: str, rank: int, calls: list[Any]) -> Callable[..., Any]:

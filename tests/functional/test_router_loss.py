@@ -11,6 +11,7 @@ import torch
 from megatron_vlbridge import read_config
 from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertLayout
+from megatron_vlbridge.training.metrics.columns import LOSSES
 from tests import reference
 from tests.functional import matrix, ranks
 from tests.functional.cases import later
@@ -207,6 +208,10 @@ def router_gradients(layout: Layout, folder: Path, tokens: torch.Tensor, kind: s
             router(batch)[0].sum().backward()
         results.append([router.weight.grad, get_moe_metrics_tracker().metrics[LOGGED[kind]].values.clone()])
     return results
+
+
+def test_each_logged_loss_has_a_column_in_the_csv_file() -> None:
+    assert set(LOGGED.values()) < set(LOSSES.values())
 
 
 @pytest.mark.parametrize("kind", LOGGED)

@@ -29,7 +29,7 @@ _TRIES = 16
 class PackingOptions:
     """How a dataset packs: `method` is one of `PACKINGS`, `too_long` of `TOO_LONG`.
 
-    "best-fit" packs in the order of the epoch (`packing.best_fit`). "first-fit-decreasing" calls `pack_lengths` with
+    "best-fit" packs in the order of the epoch (`packs.best_fit`). "first-fit-decreasing" calls `pack_lengths` with
     `max_patches` and `window`, and `order_packs` with `neighbors`, which need it.
     """
 

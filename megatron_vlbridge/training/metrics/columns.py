@@ -5,6 +5,8 @@ LOSSES = {
     "lm_loss": "lm loss",
     "mtp_loss": "mtp_1 loss",
     "load_balancing_loss": "load_balancing_loss",
+    "seq_load_balancing_loss": "seq_load_balancing_loss",
+    "global_load_balancing_loss": "global_load_balancing_loss",
     "z_loss": "z_loss",
 }
 # Columns whose values this project adds to Megatron's log line and to TensorBoard, and their names there.
