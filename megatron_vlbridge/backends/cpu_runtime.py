@@ -76,6 +76,7 @@ def replace_cuda(mode: "CudaIsCpu") -> None:
     torch.cuda.nvtx.range_push = _nothing
     torch.cuda.nvtx.range_pop = _nothing
     gloo.install()
+    gloo.set_batch_scheduling()
     _replace_rng_tracker_state()
     _replace_output_checkpoint()
     mode.__enter__()

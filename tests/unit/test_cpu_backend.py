@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +209,24 @@ torch.cuda.manual_seed(7)
 state, first = torch.cuda.get_rng_state(), torch.rand(3)
 torch.set_rng_state(state)
 assert torch.equal(first, torch.rand(3))
+print("fine")
+"""
+    assert in_a_new_process(program) == "fine"
+
+
+@pytest.mark.parametrize(("chosen", "policy"), [("OTHER", "BATCH"), ("IDLE", "IDLE")])
+def test_threads_of_gloo_do_not_preempt_ranks(chosen: str, policy: str, tmp_path: Path):
+    """Unless the user chose another scheduling policy."""
+    program = f"""
+import os
+from pathlib import Path
+os.sched_setscheduler(0, os.SCHED_{chosen}, os.sched_param(0))
+cpu_runtime.enable()
+torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+threads = {{int(task.name): (task / "comm").read_text() for task in Path("/proc/self/task").iterdir()}}
+assert any("gloo" in name for name in threads.values()), threads
+assert all(os.sched_getscheduler(task) == os.SCHED_{policy} for task, name in threads.items() if "gloo" in name)
+torch.distributed.destroy_process_group()
 print("fine")
 """
     assert in_a_new_process(program) == "fine"
