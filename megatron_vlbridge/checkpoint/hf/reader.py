@@ -41,7 +41,8 @@ class SafetensorsFolder:
             file = self._single_file()
             headers = {file: read_header(self.folder / file)}
             self.files = dict.fromkeys(headers[file], file)
-        self.paths = tuple(self.folder / file for file in headers)
+        file_of = {self.folder / file: file for file in headers}
+        self.paths = tuple(file_of)
         found: dict[str, Stored] = {}
         for file, header in headers.items():
             found |= self._check_places(file, header)
@@ -56,9 +57,7 @@ class SafetensorsFolder:
         self.table = {name: stored.spec for name, stored in self._stored.items()}
         # In the order of the data, so that who writes the same shards again writes the same bytes.
         order = (names[name] for header in headers.values() for name in header)
-        self.files = {
-            name: str(self._stored[name].path.relative_to(self.folder)) for name in order if name in self._stored
-        }
+        self.files = {name: file_of[self._stored[name].path] for name in order if name in self._stored}
         self.scaled = tuple(name for name, stored in self._stored.items() if isinstance(stored, BlockScaled))
 
     @property
