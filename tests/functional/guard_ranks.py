@@ -1,7 +1,6 @@
 """What runs inside the workers: deliberate sabotages of a stage or of what it reads, and the error of each rank."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -227,7 +226,7 @@ def first_step(layout: Layout, folder: Path, packs: Sequence[Pack], **options: A
             chunk.is_first_microbatch, chunk.seen = True, []
             chunk.register_forward_hook(_count_and_draw)
             if not guarded:
-                chunk.media_guard = Unguarded()
+                chunk.media_guard = ranks.Unguarded()
         wrapped = _wrap(chunks, "none")
         modes = [part.training for chunk in chunks for part in chunk.modules()]
         reports = ranks._run(wrapped, vlm_step, ranks._mine(packs), forward_only=False)
@@ -251,23 +250,3 @@ def _count_and_draw(stage: Model, args: Any, output: Any) -> None:
     if stage.training:
         stage.seen.append(torch.tensor(stage.is_first_microbatch))
     stage.is_first_microbatch = False
-
-
-class Unguarded:
-    """In place of a guard, none."""
-
-    def begin(self, model: Model) -> None: ...
-
-    def forward(self, model: Model, inputs: PackedInputs) -> torch.Tensor:
-        output: torch.Tensor = model(inputs=inputs)
-        return output
-
-
-@contextmanager
-def unguarded() -> Iterator[None]:
-    """No guard for models that are built in this block."""
-    Qwen3VLModel.media_guard = Unguarded()
-    try:
-        yield
-    finally:
-        Qwen3VLModel.media_guard = None

@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 # Megatron with the CPU backend.
 PRELOAD = "tests.functional.preload"
 
@@ -76,9 +78,10 @@ class Pool:
                 for connection in wait([c for c, r in connections.items() if r not in results], timeout=1.0):
                     rank = connections[connection]  # type: ignore[index]
                     try:
-                        failure, results[rank] = connection.recv()  # type: ignore[union-attr]
+                        failure = connection.recv()  # type: ignore[union-attr]
                     except (EOFError, ConnectionError):
                         failure = "the process died"
+                    results[rank] = None if failure else torch.load(_result_file(store, rank), weights_only=False)
                     if failure:
                         self.close()
                         raise AssertionError(f"rank {rank} of {layout}:\n{failure}")
@@ -112,18 +115,24 @@ class Pool:
 def _work(connection: Connection, preload: str) -> None:
     # The fork server has already imported it; if that failed, the import here raises the error.
     importlib.import_module(preload)
-    # Collecting garbage among all imported objects would take longer than most runs.
+    # Collecting garbage among all imported objects would take longer than most runs; it is collected after each run.
     gc.freeze()
+    gc.disable()
     while True:
         try:
             function, layout, rank, store, kwargs = connection.recv()
         except EOFError:
             return
         try:
-            result = _on_rank(function, layout, rank, store, kwargs)
-            connection.send((None, result))
+            # Through a file: the connection would pass a file descriptor for each tensor.
+            torch.save(_on_rank(function, layout, rank, store, kwargs), _result_file(store, rank))
+            connection.send("")
         except BaseException:  # noqa: BLE001  the test session must receive any failure
-            connection.send((traceback.format_exc(), None))
+            connection.send(traceback.format_exc())
+
+
+def _result_file(store: str, rank: int) -> str:
+    return f"{store}.result{rank}"
 
 
 def _on_rank(function: Callable[..., Any], layout: Layout, rank: int, store: str, kwargs: dict[str, Any]) -> Any:
@@ -163,7 +172,6 @@ def _collect_models() -> None:
 
 def _reset_loss_scales() -> None:
     """Reset the loss scale of the last micro-batch, which Megatron's schedules keep in these classes."""
-    import torch
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
@@ -173,8 +181,6 @@ def _reset_loss_scales() -> None:
 
 def _embedding_ranks(layout: Layout, folder: Path | None) -> Callable[[list[int]], list[int]] | None:
     """The ranks with a copy of the embedding if they may differ from Megatron's default, as in `pretrain`."""
-    import torch
-
     from megatron_vlbridge import read_config
     from megatron_vlbridge.model.mtp import embedding_ranks
     from megatron_vlbridge.model.transformer_config import language_config

@@ -13,8 +13,7 @@ Arguments = dict[str, Any]
 
 def run(layout: Layout, mutant: str, **arguments: Any) -> dict[str, Any]:
     """`forward_backward` with this fault, without the check before the first step, which would find some too."""
-    from tests.functional.guard_ranks import unguarded
-    from tests.functional.ranks import forward_backward
+    from tests.functional.ranks import forward_backward, unguarded
 
     with MUTANTS[mutant](), unguarded():
         return forward_backward(layout, **arguments)
