@@ -85,10 +85,10 @@ def build_model() -> Qwen3VLModel:
     raw = {**raw, **TOKENS, "text_config": raw["text_config"] | TEXT, "vision_config": raw["vision_config"] | VISION}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(raw))
-        checkpoint = read_config(folder)
+        hf_config = read_config(folder)
     settings = {"use_cpu_initialization": True, "gradient_accumulation_fusion": False, "params_dtype": torch.float32}
     settings |= {"recompute_granularity": "selective"}  # the attention scores of all layers would take 20 GB
-    return Qwen3VLModel(language_config(checkpoint, **settings), checkpoint)
+    return Qwen3VLModel(language_config(hf_config, **settings), hf_config)
 
 
 def make_pack(patch_dim: int) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ def make_pack(patch_dim: int) -> dict[str, Tensor]:
 
 def measure_step() -> bool:
     model = build_model()
-    timed, pack = Timed(model), make_pack(model.checkpoint.vision.patch_dim)
+    timed, pack = Timed(model), make_pack(model.hf_config.vision.patch_dim)
     outside, steps = [], []
     for _ in range(1 + STEPS):
         begin = time.perf_counter()

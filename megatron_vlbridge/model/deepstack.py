@@ -105,11 +105,11 @@ def split_features(
     return received[:tokens], received[tokens:].view(levels, images, *received.shape[1:])
 
 
-def check_stages(config: TransformerConfig, checkpoint: Config) -> None:
+def check_stages(config: TransformerConfig, hf_config: Config) -> None:
     """Reject fixed lengths between pipeline stages where deepstack features cross them (VLBridgeError)."""
-    if deepstack_travels(config, checkpoint) and not config.variable_seq_lengths:
+    if deepstack_travels(config, hf_config) and not config.variable_seq_lengths:
         raise VLBridgeError(
-            f"the first {len(checkpoint.vision.deepstack_visual_indexes)} decoder layers add deepstack features and "
+            f"the first {len(hf_config.vision.deepstack_visual_indexes)} decoder layers add deepstack features and "
             "are on several pipeline stages, so the stages exchange tensors of varying length, which needs "
             "variable_seq_lengths. Make the model's config with language_config, which sets it"
         )

@@ -37,7 +37,7 @@ class LanguageModel(LanguageModule):
     def __init__(
         self,
         config: TransformerConfig,
-        checkpoint: Config,
+        hf_config: Config,
         backend: BackendSpecProvider,
         pg_collection: ProcessGroupCollection,
         vocab_size: int,
@@ -47,28 +47,28 @@ class LanguageModel(LanguageModule):
         vp_stage: int | None,
     ) -> None:
         super().__init__(config, pg_collection)
-        self.text = checkpoint.text
+        self.text = hf_config.text
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.parallel_output = parallel_output
-        self.share_embeddings_and_output_weights = checkpoint.tie_word_embeddings
+        self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
         self.mtp_process = bool(config.mtp_num_layers) and mtp_on_this_rank(
             config.pipeline_model_parallel_layout, config.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
         )
         if config.mtp_num_layers and config.pipeline_model_parallel_size > 1:
-            check_embedding_group(config, checkpoint.tie_word_embeddings, pg_collection)
+            check_embedding_group(config, hf_config.tie_word_embeddings, pg_collection)
         holds_embedding = pre_process or self.mtp_process
         if holds_embedding:
             self._add_embedding(vocab_size)
         self.decoder = TransformerBlock(
             config,
-            block_spec(backend, config, _layer_specs(config, checkpoint, backend, pg_collection, vp_stage)),
+            block_spec(backend, config, _layer_specs(config, hf_config, backend, pg_collection, vp_stage)),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
         if self.mtp_process:
-            kind = checkpoint.text.mtp_layer_kind
+            kind = hf_config.text.mtp_layer_kind
             self.mtp = MtpBlock(config, MtpLayer(config, backend, pg_collection, vp_stage, kind))
         if post_process:
             self.output_layer = ColumnParallelLinear(
@@ -79,7 +79,7 @@ class LanguageModel(LanguageModule):
                 bias=False,
                 gather_output=not parallel_output,
                 # A stage that holds the tied embedding uses it as the head.
-                skip_weight_param_allocation=checkpoint.tie_word_embeddings and holds_embedding,
+                skip_weight_param_allocation=hf_config.tie_word_embeddings and holds_embedding,
                 tp_group=pg_collection.tp,
             )
         if holds_embedding or post_process:
@@ -186,15 +186,15 @@ class LanguageModel(LanguageModule):
 
 def _layer_specs(
     config: TransformerConfig,
-    checkpoint: Config,
+    hf_config: Config,
     backend: BackendSpecProvider,
     pg_collection: ProcessGroupCollection,
     vp_stage: int | None,
 ) -> list[ModuleSpec]:
     """The specs of this stage's decoder layers."""
-    pp_rank, kinds = pg_collection.pp.rank(), checkpoint.text.layer_kinds
+    pp_rank, kinds = pg_collection.pp.rank(), hf_config.text.layer_kinds
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
-    levels = len(checkpoint.vision.deepstack_visual_indexes)
+    levels = len(hf_config.vision.deepstack_visual_indexes)
     specs = (
         layer_spec(backend, config, AttnMaskType.causal, kinds[index], layer=DeepstackLayer)
         for index in range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))

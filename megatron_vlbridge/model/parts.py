@@ -19,9 +19,9 @@ and a head that is not tied."""
 LR_MULTIPLIER = "lr_multiplier"
 
 
-def parts_of(checkpoint: Config) -> tuple[str, ...]:
+def parts_of(hf_config: Config) -> tuple[str, ...]:
     """The parts that the model of a checkpoint has; a model without experts has no router."""
-    return tuple(part for part in PARTS if part != "router" or checkpoint.text.num_experts)
+    return tuple(part for part in PARTS if part != "router" or hf_config.text.num_experts)
 
 
 def part_of(name: str, *, tied: bool) -> str:
@@ -46,9 +46,9 @@ def freeze(model: Qwen3VLModel, parts: Collection[str]) -> None:
     Raises VLBridgeError: the model has no part of this name, or nothing else to train.
     Example: `freeze(model, ["vision", "merger"])`, in a `model_provider`.
     """
-    check_parts(model.checkpoint, parts)
-    if set(parts) >= set(parts_of(model.checkpoint)):
-        raise VLBridgeError(f"{', '.join(parts_of(model.checkpoint))} are frozen: no parameter is left to train")
+    check_parts(model.hf_config, parts)
+    if set(parts) >= set(parts_of(model.hf_config)):
+        raise VLBridgeError(f"{', '.join(parts_of(model.hf_config))} are frozen: no parameter is left to train")
     for part, parameter in _parameters(model):
         if part in parts:
             parameter.requires_grad_(False)
@@ -63,7 +63,7 @@ def set_lr_multipliers(model: Qwen3VLModel, multipliers: Mapping[str, float]) ->
     Raises VLBridgeError: the model has no part of this name, or a multiplier is not a positive number.
     Example: `set_lr_multipliers(model, {"vision": 0.1})`, in a `model_provider`.
     """
-    check_parts(model.checkpoint, multipliers)
+    check_parts(model.hf_config, multipliers)
     for part, multiplier in multipliers.items():
         check_multiplier(part, multiplier)
     for part, parameter in _parameters(model):
@@ -71,12 +71,12 @@ def set_lr_multipliers(model: Qwen3VLModel, multipliers: Mapping[str, float]) ->
             setattr(parameter, LR_MULTIPLIER, float(multipliers[part]))
 
 
-def check_parts(checkpoint: Config, parts: Collection[str]) -> None:
+def check_parts(hf_config: Config, parts: Collection[str]) -> None:
     """Reject names of parts that the model of the checkpoint does not have."""
-    known = parts_of(checkpoint)
+    known = parts_of(hf_config)
     if unknown := sorted(set(parts) - set(known)):
         raise VLBridgeError(
-            f"{checkpoint.architecture} has no part {', '.join(unknown)}, expected some of {', '.join(known)}"
+            f"{hf_config.architecture} has no part {', '.join(unknown)}, expected some of {', '.join(known)}"
         )
 
 

@@ -55,7 +55,7 @@ class Qwen3VLModel(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        checkpoint: Config,
+        hf_config: Config,
         *,
         vocab_size: int | None = None,
         pre_process: bool = True,
@@ -70,30 +70,30 @@ class Qwen3VLModel(MegatronModule):
         super().__init__(config)
         backend = backend or spec_provider()
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.checkpoint = checkpoint
+        self.hf_config = hf_config
         first_layer = get_transformer_layer_offset(config, vp_stage, self.pg_collection.pp.rank())
         # Of the deepstack features, those that this stage and later ones add.
-        self._remaining_levels = max(0, len(checkpoint.vision.deepstack_visual_indexes) - first_layer)
+        self._remaining_levels = max(0, len(hf_config.vision.deepstack_visual_indexes) - first_layer)
         self._received: torch.Tensor | None = None
         self.balance_vision, self.seq_length = balance_vision, seq_length
         # Megatron's schedules, DDP and gradient finalisation look for these names.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
-        self.share_embeddings_and_output_weights = checkpoint.tie_word_embeddings
+        self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
         self.language_model = LanguageModel(
             config,
-            checkpoint,
+            hf_config,
             backend,
             self.pg_collection,
-            vocab_size=vocab_size or checkpoint.text.vocab_size,
+            vocab_size=vocab_size or hf_config.text.vocab_size,
             pre_process=pre_process,
             post_process=post_process,
             parallel_output=parallel_output,
             vp_stage=vp_stage,
         )
-        deepstack.check_stages(config, checkpoint)
+        deepstack.check_stages(config, hf_config)
         if pre_process:
-            self.vision_model = VisionModel(vision_config(checkpoint, config), checkpoint, backend, self.pg_collection)
+            self.vision_model = VisionModel(vision_config(hf_config, config), hf_config, backend, self.pg_collection)
 
     def forward(
         self,
@@ -137,7 +137,7 @@ class Qwen3VLModel(MegatronModule):
             raw.check_empty()
             return self._forward_pack(inputs)
         inputs = build_inputs(
-            raw, self.config, self.checkpoint, self.pg_collection, self.pre_process, self.check_position_ids
+            raw, self.config, self.hf_config, self.pg_collection, self.pre_process, self.check_position_ids
         )
         output = self._forward_pack(inputs.to(next(self.parameters()).device))
         padded = inputs.layout.table is not None

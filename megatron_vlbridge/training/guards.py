@@ -16,7 +16,7 @@ ALLOW = "--allow-unverified"
 """The argument that admits what it names."""
 
 
-def used_dimensions(config: TransformerConfig, checkpoint: Config) -> frozenset[str]:
+def used_dimensions(config: TransformerConfig, hf_config: Config) -> frozenset[str]:
     """The parallel dimensions above one in `config`, of those that the model has."""
     # Megatron's default is the tensor-parallel size, also for a model without experts.
     etp = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
@@ -27,25 +27,25 @@ def used_dimensions(config: TransformerConfig, checkpoint: Config) -> frozenset[
         "vpp": config.virtual_pipeline_model_parallel_size or 1,
         "cp": config.context_parallel_size,
         "ep": config.expert_model_parallel_size,
-        "etp": etp if "etp" in families.find(checkpoint).dimensions else 1,
+        "etp": etp if "etp" in families.find(hf_config).dimensions else 1,
     }
     return frozenset(name for name, size in sizes.items() if size > 1)
 
 
-def check_combination(config: TransformerConfig, checkpoint: Config, allow: Collection[str] = ()) -> set[str]:
+def check_combination(config: TransformerConfig, hf_config: Config, allow: Collection[str] = ()) -> set[str]:
     """Reject parallel dimensions together that no test runs together for this family; the names needed of `allow`.
 
     Raises:
         VLBridgeError: naming the combination and the nearest ones that are verified.
     """
-    used, verified = used_dimensions(config, checkpoint), families.find(checkpoint).combinations
+    used, verified = used_dimensions(config, hf_config), families.find(hf_config).combinations
     name = _words(used, "+")
     if used not in verified and name in allow:
         return {name}
     if used not in verified:
         nearest = sorted(verified, key=lambda names: (len(names ^ used), _words(names)))[:3]
         raise VLBridgeError(
-            f"{checkpoint.architecture}: the dimensions {_words(used)} together are not verified equal to "
+            f"{hf_config.architecture}: the dimensions {_words(used)} together are not verified equal to "
             f"transformers, so they are rejected. The nearest that are: {', '.join(map(_words, nearest))}; each with "
             f"any data-parallel size (docs/layouts.md). {allow_words({name}, allow)}"
         )
@@ -79,7 +79,7 @@ def check_cp_comm_type(config: TransformerConfig) -> None:
         )
 
 
-def check_layout(config: TransformerConfig, checkpoint: Config, *, allow: Collection[str] = ()) -> set[str]:
+def check_layout(config: TransformerConfig, hf_config: Config, *, allow: Collection[str] = ()) -> set[str]:
     """Reject a layout that no test verifies for this family, but for what `allow` names; gives those that were needed.
 
     A name is that of a setting, such as `recompute_modules`, or dimensions that are not verified together, such as
@@ -88,24 +88,24 @@ def check_layout(config: TransformerConfig, checkpoint: Config, *, allow: Collec
     Raises:
         VLBridgeError: naming every setting that is not verified, and the values that are.
     """
-    needed = check_combination(config, checkpoint, allow)
+    needed = check_combination(config, hf_config, allow)
     check_cp_comm_type(config)
-    found = setting_faults(config, checkpoint)
-    allowable = found.keys() - families.find(checkpoint).language_fields(checkpoint).keys()
+    found = setting_faults(config, hf_config)
+    allowable = found.keys() - families.find(hf_config).language_fields(hf_config).keys()
     needed |= allowable & set(allow)
     faults = [line for name, line in found.items() if name not in needed]
     asked = allowable - needed
     if not cpu_runtime.is_enabled():
-        faults += te.faults(config, linear_attention=bool(checkpoint.text.num_linear_key_heads))
+        faults += te.faults(config, linear_attention=bool(hf_config.text.num_linear_key_heads))
     if config.virtual_pipeline_model_parallel_size and not config.overlap_p2p_comm:
         faults.append("virtual pipeline stages without overlap_p2p_comm: stages may receive each other's messages")
     recomputed = config.recompute_modules or [] if config.recompute_granularity == "selective" else []
     if "seq_aux_loss" in balancing_types(config) and "moe" in recomputed:
         faults.append("seq_aux_loss with moe in recompute_modules: its router would see the segments of a later pack")
-    faults += _mtp_faults(config, checkpoint)
+    faults += _mtp_faults(config, hf_config)
     if faults:
         raise VLBridgeError(
-            f"{checkpoint.architecture}: not verified equal to transformers, so it is rejected:\n  "
+            f"{hf_config.architecture}: not verified equal to transformers, so it is rejected:\n  "
             + "\n  ".join(faults)
             + (f"\n{allow_words(asked, allow)}" if len(asked) == len(faults) else "")
         )
@@ -115,7 +115,7 @@ def check_layout(config: TransformerConfig, checkpoint: Config, *, allow: Collec
 def check_model(model: Qwen3VLModel, *, allow: Collection[str] = ()) -> None:
     """:func:`check_layout` of a model, once: its layout does not change afterwards."""
     if not model.layout_checked:
-        check_layout(model.config, model.checkpoint, allow=allow)
+        check_layout(model.config, model.hf_config, allow=allow)
         model.layout_checked = True
 
 
@@ -128,13 +128,13 @@ def _words(names: frozenset[str], separator: str = " x ") -> str:
     return separator.join(sorted(names, key=["tp", "sp", "pp", "vpp", "cp", "ep", "etp"].index)) or "none"
 
 
-def _mtp_faults(config: TransformerConfig, checkpoint: Config) -> list[str]:
-    found, expected = config.mtp_num_layers or 0, checkpoint.text.num_mtp_layers
+def _mtp_faults(config: TransformerConfig, hf_config: Config) -> list[str]:
+    found, expected = config.mtp_num_layers or 0, hf_config.text.num_mtp_layers
     if found != expected:
         return [f"multi-token prediction: mtp_num_layers={found}, the checkpoint's config says {expected}"]
     if not found:
         return []
-    verified = dict(families.find(checkpoint).mtp_settings)
+    verified = dict(families.find(hf_config).mtp_settings)
     if config.recompute_granularity == "full" and config.recompute_method == "uniform":
         verified["recompute_num_layers"] = (1,)
     return [

@@ -60,12 +60,12 @@ def model_provider(
     Its weights come from that folder with `--hf-weights`, unless `--load` holds a checkpoint, which is loaded later.
     """
     args = get_args()
-    checkpoint = read_config(args.hf_folder)
-    transformer_config = language_config(checkpoint, config or core_transformer_config_from_args(args))
-    check_layout(transformer_config, checkpoint, allow=args.allow_unverified)
+    hf_config = read_config(args.hf_folder)
+    transformer_config = language_config(hf_config, config or core_transformer_config_from_args(args))
+    check_layout(transformer_config, hf_config, allow=args.allow_unverified)
     model = Qwen3VLModel(
         transformer_config,
-        checkpoint,
+        hf_config,
         vocab_size=args.padded_vocab_size,
         pre_process=pre_process,
         post_process=post_process,

@@ -67,9 +67,9 @@ FREE = frozenset(_FREE_NAMES.split())
 _plain_config = functools.cache(language_config)
 
 
-def setting_faults(config: TransformerConfig, checkpoint: Config) -> dict[str, str]:
+def setting_faults(config: TransformerConfig, hf_config: Config) -> dict[str, str]:
     """Every setting in `config` that is neither verified nor free, by name, as a line with its verified values."""
-    plain, decided = _plain_config(checkpoint), families.find(checkpoint).language_fields(checkpoint)
+    plain, decided = _plain_config(hf_config), families.find(hf_config).language_fields(hf_config)
     faults = {}
     for name in sorted({field.name for field in dataclasses.fields(config)} - FREE):
         found, items = getattr(config, name), VERIFIED_ITEMS.get(name)

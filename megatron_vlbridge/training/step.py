@@ -5,12 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.utils import get_attr_wrapped_model
 
-from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.batch import next_inputs
 from megatron_vlbridge.training.guards import check_model
-from megatron_vlbridge.training.media_guard.guard import guard_of
+from megatron_vlbridge.training.media_guard.guard import guard_of, stage_of
 from megatron_vlbridge.training.metrics.meter import LossFunction, Meter
 
 # For a micro-batch without supervised tokens: lost in any sum with a count, and Megatron divides 0 by it, not by 0.
@@ -32,7 +30,7 @@ def vlm_step(
     invalid.
     Example: `pretrain(config, dataset_provider, ModelType.encoder_or_decoder, vlm_step, model_provider)`.
     """
-    stage: Qwen3VLModel = get_attr_wrapped_model(model, "checkpoint", return_model_obj=True)
+    stage = stage_of(model)
     check_model(stage)
     guard = guard_of(stage)
     guard.begin(model)
@@ -41,7 +39,7 @@ def vlm_step(
     counts = stage.pre_process and stage.pg_collection.cp.rank() == 0
     inputs = next_inputs(
         data_iterator,
-        stage.checkpoint,
+        stage.hf_config,
         stage.pg_collection,
         pre_process=stage.pre_process,
         post_process=stage.post_process,

@@ -53,8 +53,8 @@ def last(sabotage: Callable[[Qwen3VLModel], Model | None]) -> Callable[[Qwen3VLM
 
 def _other_tower(stage: Qwen3VLModel) -> None:
     if not stage.pre_process:
-        config = vision_config(stage.checkpoint, stage.config)
-        stage.visual = VisionModel(config, stage.checkpoint, spec_provider(), stage.pg_collection)
+        config = vision_config(stage.hf_config, stage.config)
+        stage.visual = VisionModel(config, stage.hf_config, spec_provider(), stage.pg_collection)
 
 
 def _hook_tower(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Qwen3VLModel], None]:

@@ -205,7 +205,7 @@ def train_and_export(layout: Layout, folder: Path, pack: dict[str, torch.Tensor]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", lr=0.01, use_distributed_optimizer=True, clip_grad=0.0), [model]
     )
-    model(inputs=read_pack({key: value[None] for key, value in pack.items()}, chunk.checkpoint)).sum().backward()
+    model(inputs=read_pack({key: value[None] for key, value in pack.items()}, chunk.hf_config)).sum().backward()
     model.finish_grad_sync()
     optimizer.step()
     return list(export_hf_weights(model))

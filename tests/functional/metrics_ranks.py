@@ -33,7 +33,7 @@ class Run:
         chunks = ranks.build_chunks(layout, folder, **options)
         config = chunks[0].config
         router_loss = bool(config.moe_aux_loss_coeff or config.moe_z_loss_coeff)
-        self.meter = Meter(chunks[0].checkpoint, csv_file, router_loss=router_loss, first_item=lambda: 100)
+        self.meter = Meter(chunks[0].hf_config, csv_file, router_loss=router_loss, first_item=lambda: 100)
         config.finalize_model_grads_func = self.meter.finalize
         ddp = DistributedDataParallelConfig()
         self.chunks = chunks

@@ -185,9 +185,9 @@ def _embedding_ranks(layout: Layout, folder: Path | None) -> Callable[[list[int]
     from megatron_vlbridge.model.mtp import embedding_ranks
     from megatron_vlbridge.model.transformer_config import language_config
 
-    checkpoint = read_config(folder) if folder and layout.stages else None
-    if checkpoint is None or not checkpoint.text.num_mtp_layers:
+    hf_config = read_config(folder) if folder and layout.stages else None
+    if hf_config is None or not hf_config.text.num_mtp_layers:
         return None
     stages = {"pipeline_model_parallel_size": layout.pp, "pipeline_model_parallel_layout": layout.stages}
-    config = language_config(checkpoint, pipeline_dtype=torch.float32, **stages)
-    return lambda ranks: embedding_ranks(ranks, config, checkpoint.tie_word_embeddings)
+    config = language_config(hf_config, pipeline_dtype=torch.float32, **stages)
+    return lambda ranks: embedding_ranks(ranks, config, hf_config.tie_word_embeddings)

@@ -37,7 +37,7 @@ def train_in_bf16(
     # The optimizer's fp32 copies were made of the weights before they were loaded.
     optimizer.reload_model_params()
     before = list(export_hf_weights(model))
-    inputs = read_pack({key: value[None] for key, value in pack.items()}, chunk.checkpoint)
+    inputs = read_pack({key: value[None] for key, value in pack.items()}, chunk.hf_config)
     model(inputs=inputs).sum().backward()
     finalize_model_grads([model], pg_collection=ProcessGroupCollection.use_mpu_process_groups())
     optimizer.step()

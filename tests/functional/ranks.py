@@ -45,12 +45,12 @@ def build_chunks(
     **overrides: Any,
 ) -> list[Qwen3VLModel]:
     """This rank's chunks of the model (one for each virtual stage), with the folder's weights or random ones."""
-    checkpoint = read_config(folder)
+    hf_config = read_config(folder)
     # Deepstack features that travel over stages need it, as a user with experts is told.
-    dispatcher = {} if checkpoint.text.moe is None else {"moe_token_dispatcher_type": "alltoall"}
+    dispatcher = {} if hf_config.text.moe is None else {"moe_token_dispatcher_type": "alltoall"}
     precision = {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
     config = language_config(
-        checkpoint,
+        hf_config,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
@@ -66,11 +66,11 @@ def build_chunks(
         calculate_per_token_loss=True,
         **({"pipeline_model_parallel_layout": layout.stages} | dispatcher | precision | overrides),
     )
-    check_layout(config, checkpoint)
+    check_layout(config, hf_config)
     chunks = [
         Qwen3VLModel(
             config,
-            checkpoint,
+            hf_config,
             vocab_size=vocab_size,
             balance_vision=balance_vision,
             seq_length=seq_length,
@@ -268,12 +268,12 @@ def _mine(packs: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.T
 
 def _towers(model: Qwen3VLModel, packs: Sequence[Mapping[str, torch.Tensor]]) -> list[torch.Tensor]:
     """The tower's tokens and deepstack features `[levels, N, H]` of each pack."""
-    inputs = [read_pack(pack, model.checkpoint) for pack in packs]
+    inputs = [read_pack(pack, model.hf_config) for pack in packs]
     with torch.no_grad():
         return [
             model.vision_model(x.patches, x.frames)
             if x.frames.grids
-            else torch.zeros(len(model.checkpoint.vision.deepstack_visual_indexes) + 1, 0, model.config.hidden_size)
+            else torch.zeros(len(model.hf_config.vision.deepstack_visual_indexes) + 1, 0, model.config.hidden_size)
             for x in inputs
         ]
 

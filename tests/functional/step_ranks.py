@@ -80,7 +80,7 @@ def run_and_catch(layout: Layout, folder: Path, packs: Sequence[Pack], **options
     model = ranks.build_model(layout, folder, load=False, **options)
     try:
         for pack in packs if model.pre_process else ():
-            model(inputs=read_pack(_with_axis(pack), model.checkpoint))
+            model(inputs=read_pack(_with_axis(pack), model.hf_config))
     except VLBridgeError as error:
         return str(error)
     return ""
@@ -91,7 +91,7 @@ def first_stage(layout: Layout, folder: Path, packs: Sequence[Pack]) -> list[tor
     model = ranks.build_model(layout, folder)
     if not model.pre_process:
         return []
-    inputs = [replace(read_pack(_with_axis(pack), model.checkpoint), labels=None) for pack in packs]
+    inputs = [replace(read_pack(_with_axis(pack), model.hf_config), labels=None) for pack in packs]
     outputs = [model(inputs=x).detach() for x in inputs]
     return [x[0] if model.post_process else x[:, 0] for x in outputs]
 

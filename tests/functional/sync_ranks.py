@@ -168,8 +168,8 @@ def _prepare(
     layout: Layout, folder: Path, pack: Mapping[str, torch.Tensor], **options: Any
 ) -> tuple[Qwen3VLModel, PackedInputs]:
     model = build_model(layout, folder, **options)
-    inputs = read_pack({key: value[None] for key, value in pack.items()}, model.checkpoint)
-    inputs = inputs.context_parallel(layout.cp, parallel_state.get_context_parallel_rank(), model.checkpoint)
+    inputs = read_pack({key: value[None] for key, value in pack.items()}, model.hf_config)
+    inputs = inputs.context_parallel(layout.cp, parallel_state.get_context_parallel_rank(), model.hf_config)
     if layout.sp:
         inputs = inputs.with_sequence_shard(layout.tp, parallel_state.get_tensor_model_parallel_rank())
     return model, inputs

@@ -72,7 +72,7 @@ def of_micro_batches(layout: Layout, folder: Path, packs: Sequence[Pack], distri
     found["single"] = []
     for pack in ranks._mine(packs):
         wrapped.zero_grad_buffer()
-        wrapped(inputs=read_pack(pack, chunk.checkpoint)).sum().backward()
+        wrapped(inputs=read_pack(pack, chunk.hf_config)).sum().backward()
         found["single"].append({name: p.main_grad.clone() for name, p in chunk.named_parameters()})
     found["dtypes"] = {name: p.dtype for name, p in chunk.named_parameters()}
     return found

@@ -38,17 +38,17 @@ def one_process(backend: str, store: Path) -> Iterator[None]:
 
 def build(folder: Path, dtype: torch.dtype, *, load: bool = True, **overrides: Any) -> Qwen3VLModel:
     """The model that `folder` describes, on the GPU, with its weights or random ones."""
-    checkpoint = read_config(folder)
+    hf_config = read_config(folder)
     config = language_config(
-        checkpoint,
+        hf_config,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
         **overrides,
     )
-    check_layout(config, checkpoint)
-    model = Qwen3VLModel(config, checkpoint).cuda()
+    check_layout(config, hf_config)
+    model = Qwen3VLModel(config, hf_config).cuda()
     if load:
         load_hf_weights(model, folder)
     return model
@@ -70,7 +70,7 @@ def run(model: Qwen3VLModel, pack: Mapping[str, torch.Tensor]) -> Result:
     hook = model.language_model.output_layer.register_forward_hook(lambda *call: kept.append(call[2][0].clone()))
     loss = backward(model, pack)
     hook.remove()
-    config = model.checkpoint
+    config = model.hf_config
     gradients = find(config).table(config, ExpertLayout.FUSED_OUT_IN).to_hf(assemble([_gradient_shards(model)]))
     return Result(kept[-1][:, 0, : config.text.vocab_size].detach().float().cpu(), loss.item(), gradients)
 

@@ -18,9 +18,9 @@ def build(layout: Layout, folder: Path, dtype: torch.dtype = torch.float32) -> A
     from megatron_vlbridge.model.transformer_config import language_config
     from megatron_vlbridge.model.vlm import Qwen3VLModel
 
-    checkpoint = read_config(folder)
+    hf_config = read_config(folder)
     config = language_config(
-        checkpoint,
+        hf_config,
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.sp,
         expert_model_parallel_size=layout.ep,
@@ -29,7 +29,7 @@ def build(layout: Layout, folder: Path, dtype: torch.dtype = torch.float32) -> A
         params_dtype=dtype,
         gradient_accumulation_fusion=False,
     )
-    return Qwen3VLModel(config, checkpoint)
+    return Qwen3VLModel(config, hf_config)
 
 
 def each(layout: Layout, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:

@@ -28,9 +28,9 @@ def completed(file: Path, *words: str):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_megatrons_config_of_the_arguments_has_the_fields_of_the_family(file: Path) -> None:
-    checkpoint = read_config(file)
+    hf_config = read_config(file)
     config = core_transformer_config_from_args(completed(file))
-    expected = families.find(checkpoint).language_fields(checkpoint)
+    expected = families.find(hf_config).language_fields(hf_config)
     del expected["bias_activation_fusion"]  # a choice of kernels, which the model's config makes afterwards
     assert {name: getattr(config, name) for name in expected} == expected
 

@@ -48,9 +48,9 @@ class OneRank(torch.nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.checkpoint = read_config(folder)
+        self.hf_config = read_config(folder)
         hf = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-        self.weights = find(self.checkpoint).table(self.checkpoint).to_megatron(hf)
+        self.weights = find(self.hf_config).table(self.hf_config).to_megatron(hf)
 
     def sharded_state_dict(self) -> dict[str, ShardedTensor]:
         return {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in self.weights.items()}

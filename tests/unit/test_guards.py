@@ -137,15 +137,15 @@ def test_what_is_not_proved_is_refused_by_name(name):
 WITH_MTP = replace(CHECKPOINT, text=replace(CHECKPOINT.text, num_mtp_layers=1))
 
 
-@pytest.mark.parametrize(("checkpoint", "layers"), [(CHECKPOINT, 1), (WITH_MTP, None), (WITH_MTP, 2)])
-def test_other_prediction_layers_than_the_checkpoints_are_refused(checkpoint, layers):
+@pytest.mark.parametrize(("hf_config", "layers"), [(CHECKPOINT, 1), (WITH_MTP, None), (WITH_MTP, 2)])
+def test_other_prediction_layers_than_the_checkpoints_are_refused(hf_config, layers):
     fields = {"calculate_per_token_loss": True, "params_dtype": torch.bfloat16}
-    config = language_config(checkpoint, **fields)
-    guards.check_layout(config, checkpoint)
-    assert config.mtp_num_layers == (checkpoint.text.num_mtp_layers or None)
+    config = language_config(hf_config, **fields)
+    guards.check_layout(config, hf_config)
+    assert config.mtp_num_layers == (hf_config.text.num_mtp_layers or None)
     config.mtp_num_layers = layers
     with pytest.raises(VLBridgeError, match=f"mtp_num_layers={layers or 0}"):
-        guards.check_layout(config, checkpoint)
+        guards.check_layout(config, hf_config)
 
 
 def test_a_base_with_prediction_layers_that_the_checkpoint_has_not_is_refused():
@@ -156,14 +156,14 @@ def test_a_base_with_prediction_layers_that_the_checkpoint_has_not_is_refused():
 @pytest.mark.parametrize("name", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])
 def test_losses_of_the_router_pass_but_not_with_a_prediction_layer(name):
     for layers in (0, 1):
-        checkpoint = replace(EXPERTS, text=replace(EXPERTS.text, num_mtp_layers=layers))
+        hf_config = replace(EXPERTS, text=replace(EXPERTS.text, num_mtp_layers=layers))
         fields = {"calculate_per_token_loss": True, "params_dtype": torch.bfloat16, name: 1e-3}
-        config = language_config(checkpoint, **fields)
+        config = language_config(hf_config, **fields)
         if layers == 0:
-            guards.check_layout(config, checkpoint)
+            guards.check_layout(config, hf_config)
             continue
         with pytest.raises(VLBridgeError, match=f"{name}=0.001"):
-            guards.check_layout(config, checkpoint)
+            guards.check_layout(config, hf_config)
 
 
 def test_recomputing_several_layers_at_once_is_refused_with_a_prediction_layer():
@@ -245,8 +245,8 @@ def test_the_tower_recomputes_what_it_has_of_the_modules(kind):
     assert vision_config(CHECKPOINTS[kind], experts).recompute_modules == []
 
 
-def with_sizes(checkpoint, **fields):
-    config = language_config(checkpoint, calculate_per_token_loss=True, params_dtype=torch.bfloat16)
+def with_sizes(hf_config, **fields):
+    config = language_config(hf_config, calculate_per_token_loss=True, params_dtype=torch.bfloat16)
     for name, value in fields.items():
         setattr(config, name, value)
     return config
@@ -455,20 +455,20 @@ def test_the_page_of_layouts_counts_every_variant(kind):
 @pytest.mark.parametrize("sizes", [(16, 2), (3, 1), (8, 4), (1, 32)])
 def test_sizes_that_linear_attention_cannot_be_spread_over_are_rejected_with_those_that_work(sizes):
     """Megatron-Core ends with an AssertionError."""
-    checkpoint = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3.5-27B.json")
+    hf_config = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3.5-27B.json")
     names = ("tensor_model_parallel_size", "context_parallel_size")
     with pytest.raises(VLBridgeError, match=r"does not divide the 16 key heads .* one of 1, 2, 4, 8, 16$"):
-        language_config(checkpoint, **dict(zip(names, sizes, strict=True)))
-    language_config(checkpoint, **dict(zip(names, (8, 2), strict=True)))
+        language_config(hf_config, **dict(zip(names, sizes, strict=True)))
+    language_config(hf_config, **dict(zip(names, (8, 2), strict=True)))
 
 
 def test_linear_attention_on_a_gpu_needs_its_kernels_and_their_dtypes(on_transformer_engine, monkeypatch):
-    checkpoint = CHECKPOINTS["linear"]
-    config = language_config(checkpoint, calculate_per_token_loss=True, params_dtype=torch.bfloat16)
+    hf_config = CHECKPOINTS["linear"]
+    config = language_config(hf_config, calculate_per_token_loss=True, params_dtype=torch.bfloat16)
     monkeypatch.setattr(te.gated_delta_net, "HAVE_FLA", True)
-    guards.check_layout(config, checkpoint)
+    guards.check_layout(config, hf_config)
     with pytest.raises(VLBridgeError, match=r"linear attention in float32.*--bf16"):
-        guards.check_layout(language_config(checkpoint, calculate_per_token_loss=True), checkpoint)
+        guards.check_layout(language_config(hf_config, calculate_per_token_loss=True), hf_config)
     monkeypatch.setattr(te.gated_delta_net, "HAVE_FLA", False)
     with pytest.raises(VLBridgeError, match=r"without flash-linear-attention.*pip install"):
-        guards.check_layout(config, checkpoint)
+        guards.check_layout(config, hf_config)

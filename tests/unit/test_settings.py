@@ -17,33 +17,33 @@ SUPPORTED = sorted(CONFIGS.glob("Qwen3-VL-*.json"))
 
 @pytest.mark.parametrize("file", SUPPORTED, ids=lambda file: file.stem)
 def test_the_config_of_a_published_checkpoint_needs_no_loss_setting(file: Path) -> None:
-    checkpoint = read_config(file)
-    config = language_config(checkpoint)
-    assert setting_faults(config, checkpoint) == {}
-    check_layout(config, checkpoint)
+    hf_config = read_config(file)
+    config = language_config(hf_config)
+    assert setting_faults(config, hf_config) == {}
+    check_layout(config, hf_config)
 
 
 def test_another_average_that_was_asked_for_is_refused() -> None:
-    checkpoint = read_config(SUPPORTED[0])
+    hf_config = read_config(SUPPORTED[0])
     with pytest.raises(VLBridgeError, match="calculate_per_token_loss"):
-        check_layout(language_config(checkpoint, calculate_per_token_loss=False), checkpoint)
+        check_layout(language_config(hf_config, calculate_per_token_loss=False), hf_config)
 
 
 def test_the_settings_of_a_base_are_kept() -> None:
-    checkpoint = read_config(SUPPORTED[0])
-    base = language_config(checkpoint, calculate_per_token_loss=False)
-    assert not language_config(checkpoint, base).calculate_per_token_loss
+    hf_config = read_config(SUPPORTED[0])
+    base = language_config(hf_config, calculate_per_token_loss=False)
+    assert not language_config(hf_config, base).calculate_per_token_loss
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 4])
 def test_stages_exchange_lengths_where_deepstack_features_cross_them(first: int) -> None:
     """Three layers take features; the stages' hidden states have one length if all three are on the first."""
-    checkpoint = read_config(CONFIGS / "Qwen3-VL-2B-Instruct.json")
-    assert len(checkpoint.vision.deepstack_visual_indexes) == 3
+    hf_config = read_config(CONFIGS / "Qwen3-VL-2B-Instruct.json")
+    assert len(hf_config.vision.deepstack_visual_indexes) == 3
     stages = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
-    split = language_config(checkpoint, num_layers_in_first_pipeline_stage=first, **stages)
+    split = language_config(hf_config, num_layers_in_first_pipeline_stage=first, **stages)
     assert split.variable_seq_lengths == (first < 3)
-    layout = f"E{'t' * first}|{'t' * (checkpoint.text.num_layers - first)}L"
-    assert language_config(checkpoint, pipeline_model_parallel_layout=layout, **stages).variable_seq_lengths == (
+    layout = f"E{'t' * first}|{'t' * (hf_config.text.num_layers - first)}L"
+    assert language_config(hf_config, pipeline_model_parallel_layout=layout, **stages).variable_seq_lengths == (
         first < 3
     )

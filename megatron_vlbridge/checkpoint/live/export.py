@@ -50,7 +50,7 @@ def export_hf_weights(
         raise VLBridgeError(f"bucket_bytes: expected at least 1, found {bucket_bytes}.")
     if ranks not in RECEIVERS:
         raise VLBridgeError(f"ranks: expected one of {', '.join(RECEIVERS)}, found {ranks!r}.")
-    config: Config = modules_of(model)[0].checkpoint
+    config: Config = modules_of(model)[0].hf_config
     rules = families.find(config).table_for(config, None, experts)
     options = {"bucket_bytes": bucket_bytes, "ranks": ranks, "dtype": str(dtype), "experts": experts}
     with torch.no_grad():

@@ -79,7 +79,7 @@ def check_config(folder: Path, config: Config, module: Any) -> None:
     """Reject a folder whose config is not the one that the model was built from."""
     lines = [
         f"{name}: expected {expected}, as the model was built, found {found}"
-        for name, expected, found in config_differences(module.checkpoint, config)
+        for name, expected, found in config_differences(module.hf_config, config)
     ]
     if lines:
         text = lines[0] if len(lines) == 1 else f"{len(lines)} differences:\n  " + "\n  ".join(lines)

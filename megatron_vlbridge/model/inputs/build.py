@@ -69,7 +69,7 @@ class RawBatch:
 def build_inputs(
     raw: RawBatch,
     config: TransformerConfig,
-    checkpoint: Config,
+    hf_config: Config,
     pg_collection: ProcessGroupCollection,
     with_patches: bool,
     check_position_ids: bool = False,
@@ -83,11 +83,11 @@ def build_inputs(
     # Under context parallelism a rank must not raise on its own arguments before the others can receive the failure.
     if config.context_parallel_size == 1 and raw.bounds() is None:
         positions = GivenPositions.of(raw.position_ids, check_position_ids)
-        inputs = _from_padded(raw, config, checkpoint, with_patches)
+        inputs = _from_padded(raw, config, hf_config, with_patches)
         inputs = inputs.with_positions(positions and positions.packed(inputs.layout))
     else:
         inputs = from_thd(
-            lambda: _thd_batch(raw, config, with_patches, check_position_ids), checkpoint, pg_collection.cp
+            lambda: _thd_batch(raw, config, with_patches, check_position_ids), hf_config, pg_collection.cp
         )
     if config.sequence_parallel:
         # On the host: on a device, the number of image tokens would be a sync.
@@ -95,7 +95,7 @@ def build_inputs(
     return inputs
 
 
-def _from_padded(raw: RawBatch, config: TransformerConfig, checkpoint: Config, with_patches: bool) -> PackedInputs:
+def _from_padded(raw: RawBatch, config: TransformerConfig, hf_config: Config, with_patches: bool) -> PackedInputs:
     ids, media = raw.tokens(), raw.media(with_patches)
     if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
         raise VLBridgeError(
@@ -108,15 +108,15 @@ def _from_padded(raw: RawBatch, config: TransformerConfig, checkpoint: Config, w
             "dispatcher needs as many on every expert-parallel rank; use --moe-token-dispatcher-type alltoall"
         )
     if raw.mm_token_type_ids is not None:
-        _check_token_types(ids, raw.mm_token_type_ids.cpu(), checkpoint)
+        _check_token_types(ids, raw.mm_token_type_ids.cpu(), hf_config)
     shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
     return PackedInputs.from_padded(
-        ids, _on_host(raw.attention_mask), media, checkpoint, _on_host(raw.labels), multiple_of=shards
+        ids, _on_host(raw.attention_mask), media, hf_config, _on_host(raw.labels), multiple_of=shards
     )
 
 
-def _check_token_types(ids: torch.Tensor, found: torch.Tensor, checkpoint: Config) -> None:
-    images, videos = placeholders(ids, checkpoint)
+def _check_token_types(ids: torch.Tensor, found: torch.Tensor, hf_config: Config) -> None:
+    images, videos = placeholders(ids, hf_config)
     if not torch.equal(images.long() + 2 * videos.long(), found.long()):
         raise VLBridgeError(
             "mm_token_type_ids: expected 1 at image placeholders, 2 at video placeholders and 0 elsewhere in "

@@ -118,12 +118,12 @@ class VisionModel(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        checkpoint: Config,
+        hf_config: Config,
         backend: BackendSpecProvider,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
-        self.vision = vision = checkpoint.vision
+        self.vision = vision = hf_config.vision
         self.pg_collection = pg_collection
         self.patch_embed = PatchEmbedding(config, vision)
         self.pos_embed = torch.nn.Embedding(

@@ -194,7 +194,7 @@ def guard_of(stage: Qwen3VLModel) -> MediaGuard:
 
 def stage_of(model: torch.nn.Module) -> Qwen3VLModel:
     """The stage inside what wraps it."""
-    stage: Qwen3VLModel = get_attr_wrapped_model(model, "checkpoint", return_model_obj=True)
+    stage: Qwen3VLModel = get_attr_wrapped_model(model, "hf_config", return_model_obj=True)
     return stage
 
 

@@ -35,7 +35,7 @@ class ProbePack:
     @classmethod
     def of(cls, stage: Qwen3VLModel) -> "ProbePack":
         """The pack for a first stage, on its device."""
-        config, groups = stage.checkpoint, stage.pg_collection
+        config, groups = stage.hf_config, stage.pg_collection
         image, video = _conversation(config, config.image_token_id, 1), _conversation(config, config.video_token_id, 2)
         conversations = (image, image, video, video)
         lengths = [len(tokens) for tokens in conversations]
