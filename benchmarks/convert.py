@@ -36,7 +36,7 @@ from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.hf.header import encode_header
 from megatron_vlbridge.checkpoint.hf.reader import INDEX
 from megatron_vlbridge.checkpoint.hf.writer import plan_shards
-from megatron_vlbridge.families import ExpertLayout, find
+from megatron_vlbridge.families import ExpertForm, find
 from megatron_vlbridge.weights import TensorSpec
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "data" / "configs"
@@ -79,7 +79,7 @@ CONVERT += "from megatron_vlbridge.checkpoint.stream.engine import Options"
 TRANSFORMERS = "import torch\nfrom transformers import AutoModelForImageTextToText as Auto"
 
 
-def describe(folder: Path, name: str, layers: int | None, form: ExpertLayout | None = None) -> dict[str, TensorSpec]:
+def describe(folder: Path, name: str, layers: int | None, form: ExpertForm | None = None) -> dict[str, TensorSpec]:
     """Write the config of a model, optionally with fewer layers; returns its tensors in bfloat16."""
     values = json.loads((CONFIGS / f"{name}.json").read_text())
     if layers is not None:
@@ -254,7 +254,7 @@ def through_transformers(args: argparse.Namespace) -> bool:
 
 def plan_large(args: argparse.Namespace) -> bool:
     """Plan the import of files with headers and sparse data."""
-    for form in (ExpertLayout.FUSED_IN_OUT, ExpertLayout.PER_EXPERT):
+    for form in (ExpertForm.FUSED_IN_OUT, ExpertForm.PER_EXPERT):
         with temporary_folder(args.folder, 0) as work:
             specs = describe(work / "hf", PARTS["235B"], args.layers, form)
             nbytes = make_sparse(work / "hf", specs)

@@ -26,7 +26,7 @@ from megatron_vlbridge.checkpoint.stream.staging import (
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Plan, TensorSpec
 
-_LAYOUT = 3  # of parts and blocks; part files of another layout are not continued
+_VERSION = 3  # of the format of part files and blocks; part files of another version are not continued
 _HEAD_BYTES = 64 * 2**10
 _SPARE_BYTES = 2**20
 
@@ -146,7 +146,7 @@ class Conversion(ABC):
         return {
             "kind": self.kind,
             "options": dict(self.options),
-            "layout": _LAYOUT,
+            "version": _VERSION,
             "torch": torch.__version__,
             "rules": _digest(moves),
             "tensors": _digest(specs),
@@ -165,7 +165,7 @@ class Conversion(ABC):
 
 def _lasting(origin: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the content of a result, without what only decides whether its parts can be continued."""
-    return {key: value for key, value in origin.items() if key not in ("layout", "torch", "files")}
+    return {key: value for key, value in origin.items() if key not in ("version", "torch", "files")}
 
 
 def free_bytes(target: Path) -> int:

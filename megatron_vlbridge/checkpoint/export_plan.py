@@ -21,8 +21,8 @@ from megatron_vlbridge.checkpoint.stream.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import UsageError, VLBridgeError
-from megatron_vlbridge.families import ExpertLayout, Family, read_config
-from megatron_vlbridge.families.experts import detect_layout_by_names
+from megatron_vlbridge.families import ExpertForm, Family, read_config
+from megatron_vlbridge.families.experts import detect_form_by_names
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Plan, Region, TensorSpec
 
@@ -109,7 +109,7 @@ def plan_export_of(
     )
     tensors, passthrough = _tensors_to_write(plan, template, config, family)
     files, index = _shards(tensors, template, choices.max_shard_size)
-    expert_layout = family.find_expert_layout(config, template.table, experts)
+    expert_form = family.find_expert_form(config, template.table, experts)
     return Export(
         architecture=family.architecture,
         source=weights.folder,
@@ -121,7 +121,7 @@ def plan_export_of(
             *dict.fromkeys(template.folder / template.tensors[name][0] for name in passthrough),
         ),
         side_files=tuple(side_files(template.folder)),
-        notes=tuple(_notes(template, config, family, expert_layout, passthrough, choices.portable_config)),
+        notes=tuple(_notes(template, config, family, expert_form, passthrough, choices.portable_config)),
         options={
             "--dtype": dtype_name(dtype),
             "--experts": choices.experts,
@@ -148,8 +148,8 @@ def _tensors_to_write(
         hf[family.head] = hf[family.embedding]
     # The template's experts may have another form than the export's.
     forms = (
-        detect_layout_by_names(config, template.tensors, family.layers),
-        detect_layout_by_names(config, template.tensors, MTP_LAYERS, [0]),
+        detect_form_by_names(config, template.tensors, family.layers),
+        detect_form_by_names(config, template.tensors, MTP_LAYERS, [0]),
     )
     own = family.table(config, *forms).hf_shapes
     known = {*hf, *own, *family.find_other_tensors(template.tensors)}
@@ -190,13 +190,13 @@ def _notes(
     template: ExportTemplate,
     config: Config,
     family: Family,
-    layout: ExpertLayout,
+    form: ExpertForm,
     passthrough: Sequence[str],
     portable: bool,
 ) -> Iterator[str]:
-    like, hub = template.folder, family.expert_layout
-    if layout is not hub:
-        yield f"experts are written as {layout}; the Hub's form of them is {hub}: --experts {hub}"
+    like, hub = template.folder, family.expert_form
+    if form is not hub:
+        yield f"experts are written as {form}; the Hub's form of them is {hub}: --experts {hub}"
     if config.fp8:
         yield f"weights are not quantised again: quantization_config of {like} is removed from config.json"
     if passthrough:

@@ -75,7 +75,7 @@ def verify(
     Optimizer state is skipped, and so are tensors of Hugging Face folders that match the patterns `ignore`, such as an
     import ignored (`leave_out` is its former name), and, against a Megatron folder, those that an import leaves out.
     Where a config is known on both sides, its architecture and sizes are compared.
-    `experts` (an `ExpertLayout`) is the form of fused experts in Hugging Face folders, where their shapes do not tell.
+    `experts` (an `ExpertForm`) is the form of fused experts in Hugging Face folders, where their shapes do not tell.
 
     Raises VLBridgeError where a folder is damaged or does not fit its own config.
     Example: `verify("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b-megatron").equal`.

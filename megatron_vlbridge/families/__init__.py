@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_vlbridge.config import Config, read_config_file
 from megatron_vlbridge.families import cosmos3_omni, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
-from megatron_vlbridge.families.experts import ExpertLayout
+from megatron_vlbridge.families.experts import ExpertForm
 from megatron_vlbridge.families.family import Family
 
 FAMILIES = (qwen3_vl.FAMILY, qwen3_vl_moe.FAMILY, qwen3_5.FAMILY, qwen3_5_moe.FAMILY, cosmos3_omni.FAMILY)
@@ -23,7 +23,7 @@ UNSUPPORTED = {
 }
 """Architectures and model types near the supported ones -> why they are not."""
 
-__all__ = ["FAMILIES", "ExpertLayout", "Family", "find", "read_config"]
+__all__ = ["FAMILIES", "ExpertForm", "Family", "find", "read_config"]
 
 
 def read_config(path: str | Path) -> Config:

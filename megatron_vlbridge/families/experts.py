@@ -1,4 +1,4 @@
-"""The layouts in which Hugging Face checkpoints store the experts of a layer, how to detect them, and their rules."""
+"""The forms in which Hugging Face checkpoints store the experts of a layer, how to detect them, and their rules."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,8 +11,8 @@ from megatron_vlbridge.weights import Copy, FusedExperts, Rule, SingleExperts, T
 Shapes = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
-class ExpertLayout(StrEnum):
-    """`E` experts of a layer with hidden size `H` and intermediate size `I`, gate before up in all layouts."""
+class ExpertForm(StrEnum):
+    """`E` experts of a layer with hidden size `H` and intermediate size `I`, gate before up in all forms."""
 
     FUSED_IN_OUT = "fused_in_out"
     """`experts.gate_up_proj` `[E, H, 2I]` and `experts.down_proj` `[E, I, H]`: Qwen3-VL on the Hub."""
@@ -22,14 +22,14 @@ class ExpertLayout(StrEnum):
     """`experts.7.gate_proj.weight` and `up_proj.weight` `[I, H]`, `down_proj.weight` `[H, I]` for each expert."""
 
 
-def detect_layout(
+def detect_form(
     config: Config,
     hf: Mapping[str, TensorSpec],
     layers: str,
-    default: ExpertLayout,
+    default: ExpertForm,
     indexes: Sequence[int] | None = None,
-) -> ExpertLayout:
-    """The layout of the experts in a checkpoint whose tensors are `hf`; `default` where it has none.
+) -> ExpertForm:
+    """The form of the experts in a checkpoint whose tensors are `hf`; `default` where it has none.
 
     `layers` is the HF name of the layers, `indexes` which of them have experts (default: those of the decoder). Names
     tell fused from single experts, and both full shapes tell the orientation; other layers than the first with both
@@ -40,19 +40,19 @@ def detect_layout(
     names = _find_fused(config, hf, layers, indexes)
     if names is not None:
         return _orientation(config, names, (hf[names[0]], hf[names[1]]))
-    return ExpertLayout.PER_EXPERT if has_single_experts(hf, layers) else default
+    return ExpertForm.PER_EXPERT if has_single_experts(hf, layers) else default
 
 
-def detect_layout_by_names(
+def detect_form_by_names(
     config: Config, hf: Collection[str], layers: str, indexes: Sequence[int] | None = None
-) -> ExpertLayout | None:
-    """A layout whose tensors have the names in `hf`, whatever the orientation of fused ones; None without experts.
+) -> ExpertForm | None:
+    """A form whose tensors have the names in `hf`, whatever the orientation of fused ones; None without experts.
 
-    `layers` and `indexes` are those of `detect_layout`.
+    `layers` and `indexes` are those of `detect_form`.
     """
     if _find_fused(config, hf, layers, indexes) is not None:
-        return ExpertLayout.FUSED_IN_OUT
-    return ExpertLayout.PER_EXPERT if has_single_experts(hf, layers) else None
+        return ExpertForm.FUSED_IN_OUT
+    return ExpertForm.PER_EXPERT if has_single_experts(hf, layers) else None
 
 
 def has_single_experts(hf: Iterable[str], layers: str) -> bool:
@@ -66,7 +66,7 @@ def moe_layers(config: Config) -> list[int]:
     return [layer for layer, kind in enumerate(config.text.layer_kinds) if kind.experts]
 
 
-def expert_rules(config: Config, layout: ExpertLayout, hf: str, megatron: str, layer: int | None) -> list[Rule]:
+def expert_rules(config: Config, form: ExpertForm, hf: str, megatron: str, layer: int | None) -> list[Rule]:
     """The rules of one layer's router and experts; `hf` and `megatron` are the names of its MLP.
 
     The shared expert of a family that has one is among them.
@@ -78,10 +78,10 @@ def expert_rules(config: Config, layout: ExpertLayout, hf: str, megatron: str, l
     result: list[Rule] = [Copy(f"{hf}.gate.weight", f"{megatron}.router.weight", (experts, hidden), layer)]
     if shared := config.text.moe.shared_expert_intermediate_size:
         result += _shared_expert_rules(hidden, shared, hf, megatron, layer)
-    if layout is ExpertLayout.PER_EXPERT:
+    if form is ExpertForm.PER_EXPERT:
         gate, up, down = (f"{hf}.experts.{{}}.{part}_proj.weight" for part in ("gate", "up", "down"))
         return [*result, SingleExperts((gate, up), fc1, shape1, layer), SingleExperts((down,), fc2, shape2, layer)]
-    transposed = layout is ExpertLayout.FUSED_IN_OUT
+    transposed = form is ExpertForm.FUSED_IN_OUT
     return [
         *result,
         FusedExperts(f"{hf}.experts.gate_up_proj", fc1, shape1, layer, transposed),
@@ -111,20 +111,20 @@ def _find_fused(
     return None
 
 
-def _orientation(config: Config, names: tuple[str, str], specs: tuple[TensorSpec, TensorSpec]) -> ExpertLayout:
+def _orientation(config: Config, names: tuple[str, str], specs: tuple[TensorSpec, TensorSpec]) -> ExpertForm:
     assert config.text.moe is not None
     experts, hidden, inner = config.text.moe.num_experts, config.text.hidden_size, config.text.moe.moe_intermediate_size
-    expected: dict[ExpertLayout, Shapes] = {
-        ExpertLayout.FUSED_IN_OUT: ((experts, hidden, 2 * inner), (experts, inner, hidden)),
-        ExpertLayout.FUSED_OUT_IN: ((experts, 2 * inner, hidden), (experts, hidden, inner)),
+    expected: dict[ExpertForm, Shapes] = {
+        ExpertForm.FUSED_IN_OUT: ((experts, hidden, 2 * inner), (experts, inner, hidden)),
+        ExpertForm.FUSED_OUT_IN: ((experts, 2 * inner, hidden), (experts, hidden, inner)),
     }
-    matching = [layout for layout, shapes in expected.items() if shapes == (specs[0].shape, specs[1].shape)]
-    text = " or ".join(f"{list(first)} and {list(second)} ({layout})" for layout, (first, second) in expected.items())
+    matching = [form for form, shapes in expected.items() if shapes == (specs[0].shape, specs[1].shape)]
+    text = " or ".join(f"{list(first)} and {list(second)} ({form})" for form, (first, second) in expected.items())
     found = f"{names[0]} and {names[1]}: expected {text}, found {list(specs[0].shape)} and {list(specs[1].shape)}"
     # A square tensor hides its orientation, and the other is no evidence: transformers 5 transposes each of the two by
     # its own shape alone, so a file that it wrote may hold one transposed and the other not.
     if matching and hidden in (inner, 2 * inner):
-        choices = " or ".join(f'experts="{layout}" (--experts {layout})' for layout in expected)
+        choices = " or ".join(f'experts="{form}" (--experts {form})' for form in expected)
         raise VLBridgeError(
             f"{found}. The hidden size {hidden} makes one of them square, so that the orientation cannot be seen: "
             f"say which it is with {choices}."

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights, save_hf
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import ExpertLayout
+from megatron_vlbridge.families import ExpertForm
 from megatron_vlbridge.training.batch import read_pack
 from megatron_vlbridge.training.pretrain import model_provider
 from tests.functional import ranks
@@ -36,7 +36,7 @@ MODES: tuple[Literal["all", "first", "shared"], ...] = ("all", "first", "shared"
 Named = list[tuple[str, torch.Tensor]]
 
 
-def export_in_all_modes(layout: Layout, folder: Path, experts: ExpertLayout | None) -> dict[tuple[str, int], Named]:
+def export_in_all_modes(layout: Layout, folder: Path, experts: ExpertForm | None) -> dict[tuple[str, int], Named]:
     chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY)
     return {
         (mode, size): list(export_hf_weights(chunks, bucket_bytes=size, ranks=mode, experts=experts))
@@ -83,7 +83,7 @@ def export_half(layout: Layout, folder: Path) -> Named:
     return list(export_hf_weights(chunks))
 
 
-def export_forms(layout: Layout, folder: Path, form: ExpertLayout) -> dict[str, Named]:
+def export_forms(layout: Layout, folder: Path, form: ExpertForm) -> dict[str, Named]:
     """In the form that is the default, in the folder's own, and in that form with the tensors shared out."""
     chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY)
     return {

@@ -10,7 +10,7 @@ import torch
 from megatron_vlbridge import read_config
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.families import find
-from megatron_vlbridge.families.experts import ExpertLayout
+from megatron_vlbridge.families.experts import ExpertForm
 from tests import mtp_reference, reference
 from tests.closeness import FP32, relative_error
 from tests.functional import ranks
@@ -81,7 +81,7 @@ def compare(results: Sequence[dict[str, Any]], layout: Layout, folder: Path, gro
     total, count = torch.stack(reports).sum(0).tolist()
     config = read_config(folder)
     gradients = (
-        find(config).table(config, ExpertLayout.FUSED_OUT_IN).to_hf(ranks.assemble([r["gradients"] for r in results]))
+        find(config).table(config, ExpertForm.FUSED_OUT_IN).to_hf(ranks.assemble([r["gradients"] for r in results]))
     )
     assert gradients.keys() == expected.gradients.keys()
     check_data_reaches_every_parameter(expected, conversations)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_vlbridge import read_config
 from megatron_vlbridge.families import find
-from megatron_vlbridge.families.experts import ExpertLayout
+from megatron_vlbridge.families.experts import ExpertForm
 from tests import mtp_reference, reference
 from tests.closeness import relative_error
 from tests.functional import freeze_ranks, ranks
@@ -88,7 +88,7 @@ def check(
     )
     expected = run_reference(folder, GROUPS)
     config, before = read_config(folder), weights_of(folder)
-    table = find(config).table(config, ExpertLayout.FUSED_OUT_IN)
+    table = find(config).table(config, ExpertForm.FUSED_OUT_IN)
     for number, frozen in enumerate(sets):
         results = [rank[number] for rank in by_rank]
         gradients = table.to_hf(ranks.assemble([r["gradients"] for r in results]))

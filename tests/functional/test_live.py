@@ -15,7 +15,7 @@ from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS, verify_checksums
 from megatron_vlbridge.checkpoint.verify import verify
-from megatron_vlbridge.families import ExpertLayout, find
+from megatron_vlbridge.families import ExpertForm, find
 from tests import mtp_reference, reference
 from tests.functional import live_ranks, ranks
 from tests.functional.cases import in_turn
@@ -78,9 +78,9 @@ def forms(wild: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
     folder = tmp_path_factory.mktemp("forms")
 
     def in_form(name: str, x: torch.Tensor, form: str) -> Tensors:
-        return other_form(name, x, form) if ".experts." in name and form != ExpertLayout.FUSED_OUT_IN else {name: x}
+        return other_form(name, x, form) if ".experts." in name and form != ExpertForm.FUSED_OUT_IN else {name: x}
 
-    return {form: rewritten(wild["experts"], folder / form, in_form, form) for form in ExpertLayout}
+    return {form: rewritten(wild["experts"], folder / form, in_form, form) for form in ExpertForm}
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def with_wild_bits(name: str, x: torch.Tensor) -> Tensors:
     return {name: bits.view(torch.float32).to(x.dtype)}
 
 
-def form_of(folder: Path) -> ExpertLayout | None:
-    return ExpertLayout.FUSED_OUT_IN if read_config(folder).text.moe else None
+def form_of(folder: Path) -> ExpertForm | None:
+    return ExpertForm.FUSED_OUT_IN if read_config(folder).text.moe else None
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -186,17 +186,17 @@ FORM_LAYOUTS = [
 ]
 
 
-FORM_CASES = list(product(ExpertLayout, FORM_LAYOUTS))
+FORM_CASES = list(product(ExpertForm, FORM_LAYOUTS))
 
 
 @pytest.mark.parametrize(("form", "layout"), in_turn(FORM_CASES, 5), ids=str)
 def test_every_form_of_experts_is_loaded_and_comes_out(
-    pool: Pool, forms: dict[str, Path], form: ExpertLayout, layout: Layout
+    pool: Pool, forms: dict[str, Path], form: ExpertForm, layout: Layout
 ) -> None:
     """In the form of the Hub where none is asked for; together stays, on one rank, what belongs together."""
     own = weights_of(forms[form])
     for result in (results := pool.run(live_ranks.export_forms, layout, folder=forms[form], form=form)):
-        assert same(dict(result["default"]), weights_of(forms[ExpertLayout.FUSED_IN_OUT]))
+        assert same(dict(result["default"]), weights_of(forms[ExpertForm.FUSED_IN_OUT]))
         assert same(dict(result["own"]), own)
     shared = [{name for name, _ in result["shared"]} for result in results]
     assert all(shared)
@@ -216,7 +216,7 @@ def test_each_rank_reads_its_own_slices(
     """And what lies between them in the file, where they are columns."""
     source = (wild | forms)[kind]
     whole = sum(x.nbytes for x in weights_of(source).values())
-    turned = kind == ExpertLayout.FUSED_IN_OUT
+    turned = kind == ExpertForm.FUSED_IN_OUT
     for counts in pool.run(live_ranks.count_bytes_read, layout, folder=source, turned=turned):
         assert counts["read"] == counts["expected"]
         assert counts["held"] <= counts["read"] <= whole

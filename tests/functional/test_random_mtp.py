@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint
-from megatron_vlbridge.families import ExpertLayout, find
+from megatron_vlbridge.families import ExpertForm, find
 from tests import digits_checkpoint, mtp_reference, reference
 from tests.functional import live_ranks, ranks
 from tests.functional.launch import run_example
@@ -34,7 +34,7 @@ def test_all_but_the_mtp_layer_is_loaded(pool: Pool, tmp_path: Path, kind: str) 
     ask_for_mtp(folder)
     config = read_config(folder)
     shards = pool.run(live_ranks.random_mtp, LAYOUTS[kind], folder=folder)
-    found = find(config).table(config, ExpertLayout.FUSED_OUT_IN).to_hf(ranks.assemble(shards))
+    found = find(config).table(config, ExpertForm.FUSED_OUT_IN).to_hf(ranks.assemble(shards))
     expected = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
     started = {name: found.pop(name) for name in list(found) if name.startswith("mtp.")}
     assert found.keys() == expected.keys()

@@ -10,7 +10,7 @@ import torch
 
 from megatron_vlbridge import read_config
 from megatron_vlbridge.families import find
-from megatron_vlbridge.families.experts import ExpertLayout
+from megatron_vlbridge.families.experts import ExpertForm
 from megatron_vlbridge.training.metrics.columns import LOSSES
 from tests import reference
 from tests.functional import matrix, ranks
@@ -116,7 +116,7 @@ def found(pool: Pool, layout: Layout, folder: Path, length: int = PACK_LENGTH, *
     results = pool.run(ranks.forward_backward, layout, folder=folder, packs=packs, **overrides)
     config = read_config(folder)
     shards = ranks.assemble([r["gradients"] for r in results])
-    return find(config).table(config, ExpertLayout.FUSED_OUT_IN).to_hf(shards)
+    return find(config).table(config, ExpertForm.FUSED_OUT_IN).to_hf(shards)
 
 
 def check(gradients: Gradients, wanted: Gradients, bound: float = TOLERANCE) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.families import find
-from megatron_vlbridge.families.experts import ExpertLayout
+from megatron_vlbridge.families.experts import ExpertForm
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.guards import check_layout
@@ -71,7 +71,7 @@ def run(model: Qwen3VLModel, pack: Mapping[str, torch.Tensor]) -> Result:
     loss = backward(model, pack)
     hook.remove()
     config = model.hf_config
-    gradients = find(config).table(config, ExpertLayout.FUSED_OUT_IN).to_hf(assemble([_gradient_shards(model)]))
+    gradients = find(config).table(config, ExpertForm.FUSED_OUT_IN).to_hf(assemble([_gradient_shards(model)]))
     return Result(kept[-1][:, 0, : config.text.vocab_size].detach().float().cpu(), loss.item(), gradients)
 
 

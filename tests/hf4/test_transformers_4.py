@@ -13,7 +13,7 @@ import transformers
 from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.export_plan import ExportChoices, plan_export
-from megatron_vlbridge.families import ExpertLayout
+from megatron_vlbridge.families import ExpertForm
 from tests.closeness import assert_close_in_norm, relative_error
 from tests.hf4.logits import load, logits
 from tests.hf4.save import save
@@ -61,13 +61,13 @@ def test_the_new_one_computes_the_same_from_an_export(tmp_path: Path, kind: str)
     assert_close_in_norm(logits(back), logits_of_the_new_one(back))
 
 
-@pytest.mark.parametrize("form", [form for form in ExpertLayout if form is not ExpertLayout.FUSED_IN_OUT])
-def test_experts_of_any_form_are_exported_as_it_wants_them(tmp_path: Path, form: ExpertLayout) -> None:
+@pytest.mark.parametrize("form", [form for form in ExpertForm if form is not ExpertForm.FUSED_IN_OUT])
+def test_experts_of_any_form_are_exported_as_it_wants_them(tmp_path: Path, form: ExpertForm) -> None:
     source = save(tmp_path / "hf", "experts", tied=False)
     imported = import_checkpoint(source, tmp_path / "megatron")
     other = export_checkpoint(imported, tmp_path / "other", experts=str(form))
     again = import_checkpoint(other, tmp_path / "again")
-    back = export_checkpoint(again, tmp_path / "back", experts=str(ExpertLayout.FUSED_IN_OUT))
+    back = export_checkpoint(again, tmp_path / "back", experts=str(ExpertForm.FUSED_IN_OUT))
     assert torch.equal(logits(back), logits(source))
 
 
@@ -83,7 +83,7 @@ def test_both_read_a_portable_config_of_what_the_new_one_saved(tmp_path: Path, k
     source = tmp_path / "hf"
     new_one("tests.hf4.save", source, kind, *(["tied"] if tied else []))
     imported = import_checkpoint(source, tmp_path / "megatron")
-    options: dict[str, Any] = {"experts": str(ExpertLayout.FUSED_IN_OUT)} if kind == "experts" else {}
+    options: dict[str, Any] = {"experts": str(ExpertForm.FUSED_IN_OUT)} if kind == "experts" else {}
     plain = export_checkpoint(imported, tmp_path / "plain", **options)
     with pytest.raises((RuntimeError, AttributeError, AssertionError)):
         logits(plain)

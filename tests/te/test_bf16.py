@@ -8,7 +8,7 @@ import torch
 
 from megatron_vlbridge import read_config
 from megatron_vlbridge.families import find
-from megatron_vlbridge.families.experts import ExpertLayout
+from megatron_vlbridge.families.experts import ExpertForm
 from tests import mtp_reference, reference
 from tests.closeness import relative_error
 from tests.functional import matrix, ranks
@@ -73,7 +73,7 @@ def test_bf16_is_as_near_to_fp32_as_transformers(
         [row[: sum(of_row)] * torch.cat([c.labels != -100 for c in group]) for row, of_row, group in rows]
     )
     config = read_config(folder)
-    table = find(config).table(config, ExpertLayout.FUSED_OUT_IN)
+    table = find(config).table(config, ExpertForm.FUSED_OUT_IN)
     gradients = table.to_hf(ranks.assemble([result["gradients"] for result in results]))
     for what, ours, theirs, exact in (
         ("losses", losses, torch.cat(bf16.losses), torch.cat(fp32.losses)),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.convert import import_checkpoint
 from megatron_vlbridge.families import find
-from megatron_vlbridge.families.experts import ExpertLayout
+from megatron_vlbridge.families.experts import ExpertForm
 from tests import reference
 from tests.functional.pool import Layout
 from tests.mtp_reference import write_mtp_checkpoint
@@ -156,7 +156,7 @@ def assert_equal_to_source(shards: list[Shards], folder: Path) -> None:
     from tests.functional.ranks import assemble
 
     config = read_config(folder)
-    found = find(config).table(config, ExpertLayout.FUSED_OUT_IN).to_hf(assemble(shards))
+    found = find(config).table(config, ExpertForm.FUSED_OUT_IN).to_hf(assemble(shards))
     expected = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert found.keys() == expected.keys()
     different = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]

@@ -24,7 +24,7 @@ from megatron_vlbridge.cli.commands import COMMANDS
 from megatron_vlbridge.cli.parser import parse
 from megatron_vlbridge.cli.progress import Meter
 from megatron_vlbridge.config import WEIGHT_DTYPES
-from megatron_vlbridge.families import ExpertLayout
+from megatron_vlbridge.families import ExpertForm
 from tests import reference
 from tests.unit import test_convert, test_convert_moe
 
@@ -292,7 +292,7 @@ def test_the_dtypes_are_those_of_the_config() -> None:
 
 
 def test_the_forms_of_experts_are_those_of_the_rules() -> None:
-    assert tuple(ExpertLayout) == EXPERTS
+    assert tuple(ExpertForm) == EXPERTS
 
 
 @pytest.mark.parametrize(("short", "name"), DTYPES.items())

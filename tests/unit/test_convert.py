@@ -422,7 +422,7 @@ def training_run(folder: Path, source: Path, *, padding: int = 0, unstacked: boo
     """What a Megatron run leaves: an iteration with weights and optimizer state, and no Hugging Face files."""
     config, found = read_config(source), tensors(source)
     specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()}
-    state = find(config).table(config, find(config).find_expert_layout(config, specs)).to_megatron(found)
+    state = find(config).table(config, find(config).find_expert_form(config, specs)).to_megatron(found)
     for name in [name for name in state if name.endswith(("word_embeddings.weight", "output_layer.weight"))]:
         state[name] = torch.cat([state[name], torch.full((padding, 32), 7, dtype=state[name].dtype)])
     if unstacked:

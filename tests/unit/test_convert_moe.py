@@ -15,7 +15,7 @@ from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_check
 from megatron_vlbridge.checkpoint.export_plan import ExportChoices, plan_export
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import ExpertLayout, find
+from megatron_vlbridge.families import ExpertForm, find
 from tests.closeness import assert_close_in_norm
 from tests.unit.test_convert import (
     EMBEDDING,
@@ -37,7 +37,7 @@ from tests.unit.test_convert import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-FORMS = [form.value for form in ExpertLayout]
+FORMS = [form.value for form in ExpertForm]
 HF_LAYERS = "model.language_model.layers"
 SIDES: dict[str, dict] = {"mixed": {"dense": [1]}, "alike": {}, "tied": {"tie": True}}
 
@@ -340,7 +340,7 @@ def test_the_rules_agree_with_transformers_on_names_and_shapes(sources):
     for side, sizes in SIDES.items():
         model = Qwen3VLMoeForConditionalGeneration(tiny_config(**sizes))
         config = read_config(sources["fused_out_in", side])
-        table = find(config).table(config, ExpertLayout.FUSED_OUT_IN)
+        table = find(config).table(config, ExpertForm.FUSED_OUT_IN)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tied = {HEAD: shapes[HEAD]} if side == "tied" else {}
         assert table.hf_shapes | tied == shapes

@@ -16,7 +16,7 @@ from megatron_vlbridge.checkpoint.live.export import fill_buckets, fused_groups
 from megatron_vlbridge.checkpoint.live.shards import check_complete
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import ExpertLayout, find
+from megatron_vlbridge.families import ExpertForm, find
 from megatron_vlbridge.weights import Copy, Region, RuleTable, TensorSpec
 from tests import reference
 from tests.unit.test_durability import OneRank
@@ -57,15 +57,15 @@ def test_nested_fields_that_differ_are_all_found(config: Config) -> None:
     assert list(config_differences(config, dense)) == [("text.moe", config.text.moe, None)]
 
 
-@pytest.mark.parametrize("form", ExpertLayout)
-def test_every_tensor_is_in_one_group(config: Config, form: ExpertLayout) -> None:
+@pytest.mark.parametrize("form", ExpertForm)
+def test_every_tensor_is_in_one_group(config: Config, form: ExpertForm) -> None:
     table = find(config).table(config, form)
     assert list(itertools.chain(*fused_groups(table))) == list(table.hf_shapes)
 
 
 def test_what_belongs_together_is_one_group(config: Config) -> None:
     groups = {
-        name: group for group in fused_groups(find(config).table(config, ExpertLayout.PER_EXPERT)) for name in group
+        name: group for group in fused_groups(find(config).table(config, ExpertForm.PER_EXPERT)) for name in group
     }
     layers = "model.language_model.layers"
     together = [

@@ -14,7 +14,7 @@ from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_check
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import ExpertLayout
+from megatron_vlbridge.families import ExpertForm
 from megatron_vlbridge.weights import Region
 from tests.mtp_reference import FILE, write_mtp_checkpoint
 from tests.unit.test_convert import assert_same_bits, assert_side_files_are_the_same, tensors
@@ -22,7 +22,7 @@ from tests.unit.test_convert_moe import other_form
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-FORMS = [form.value for form in ExpertLayout]
+FORMS = [form.value for form in ExpertForm]
 BLOCK = "language_model.mtp.layers.0"
 
 

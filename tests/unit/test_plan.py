@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_vlbridge import read_config
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import ExpertLayout, find
+from megatron_vlbridge.families import ExpertForm, find
 from megatron_vlbridge.weights import Copy, Plan, Region, RuleTable, TensorSpec, gate_up
 from megatron_vlbridge.weights.plan import MismatchError
 from megatron_vlbridge.weights.regions import check_exact_cover
@@ -191,7 +191,7 @@ def test_only_16_bit_tensors_may_be_part_of_a_tensor_held_as_float32():
 def test_published_qwen3_5_have_the_published_tensors_and_bytes(name, mtp_experts, tensors, nbytes):
     """As `total_size` and `weight_map` of the published `model.safetensors.index.json` say."""
     config = read_config(CONFIGS / f"Qwen3.5-{name}.json")
-    table = find(config).table(config, None, mtp_experts and ExpertLayout(mtp_experts))
+    table = find(config).table(config, None, mtp_experts and ExpertForm(mtp_experts))
     fp32 = (".linear_attn.A_log", ".linear_attn.norm.weight")
     sizes = {key: math.prod(shape) * (4 if key.endswith(fp32) else 2) for key, shape in table.hf_shapes.items()}
     assert (len(sizes), sum(sizes.values())) == (tensors, nbytes)

@@ -187,7 +187,7 @@ def swap_norms(monkeypatch) -> None:
 CODE = {
     "rules": swap_norms,
     "torch": lambda monkeypatch: monkeypatch.setattr(torch, "__version__", "99.0"),
-    "layout": lambda monkeypatch: monkeypatch.setattr(conversion, "_LAYOUT", 99),
+    "version": lambda monkeypatch: monkeypatch.setattr(conversion, "_VERSION", 99),
 }
 
 

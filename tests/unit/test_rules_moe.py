@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from megatron_vlbridge import read_config
 from megatron_vlbridge.config import Config, MoeConfig, TextConfig, VisionConfig
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families import ExpertLayout, find
+from megatron_vlbridge.families import ExpertForm, find
 from megatron_vlbridge.weights import Move, Plan, Region, RuleTable, SingleExperts, TensorSpec
 from megatron_vlbridge.weights.regions import RegionIndex
 from megatron_vlbridge.weights.rules import assemble
 from tests.calls import count_calls
 
 SETTINGS = settings(max_examples=25, deadline=None)
-FORMS = st.sampled_from(list(ExpertLayout))
+FORMS = st.sampled_from(list(ExpertForm))
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 HF_LAYERS, LAYERS = "model.language_model.layers", "language_model.decoder.layers"
 FC1, FC2 = "mlp.experts.experts.linear_fc1.weight", "mlp.experts.experts.linear_fc2.weight"
@@ -71,10 +71,10 @@ def specs(shapes) -> dict[str, TensorSpec]:
     return {name: TensorSpec(tuple(shape), torch.bfloat16) for name, shape in shapes.items()}
 
 
-def as_form(single: dict[str, torch.Tensor], config: Config, form: ExpertLayout) -> dict[str, torch.Tensor]:
+def as_form(single: dict[str, torch.Tensor], config: Config, form: ExpertForm) -> dict[str, torch.Tensor]:
     """The same model with its experts in another form, made with torch alone from single experts `[out, in]`."""
     result = {name: tensor for name, tensor in single.items() if ".mlp.experts." not in name}
-    if form is ExpertLayout.PER_EXPERT:
+    if form is ExpertForm.PER_EXPERT:
         return single
     for layer in range(config.text.num_layers):
         place = f"{HF_LAYERS}.{layer}.mlp.experts"
@@ -85,7 +85,7 @@ def as_form(single: dict[str, torch.Tensor], config: Config, form: ExpertLayout)
             for part in ("gate", "up", "down")
         }
         fused = {"gate_up": torch.cat([parts["gate"], parts["up"]], dim=1), "down": parts["down"]}
-        turn = form is ExpertLayout.FUSED_IN_OUT
+        turn = form is ExpertForm.FUSED_IN_OUT
         result |= {f"{place}.{k}_proj": v.transpose(1, 2).contiguous() if turn else v for k, v in fused.items()}
     return result
 
@@ -107,7 +107,7 @@ def test_there_and_back_is_the_same(config, form):
 @given(configs(), FORMS)
 def test_the_three_forms_of_a_model_are_one_megatron_model(config, form):
     family = find(config)
-    table = family.table(config, ExpertLayout.PER_EXPERT)
+    table = family.table(config, ExpertForm.PER_EXPERT)
     single = distinct(table.hf_shapes)
     other = as_form(single, config, form)
     expected, found = table.to_megatron(single), family.table(config, form).to_megatron(other)
@@ -119,7 +119,7 @@ def test_the_three_forms_of_a_model_are_one_megatron_model(config, form):
 @given(configs())
 def test_each_expert_has_its_gate_then_its_up_rows_and_the_router_its_own(config):
     """Read out of Megatron's tensors as its SequentialMLP does, expert by expert."""
-    table = find(config).table(config, ExpertLayout.PER_EXPERT)
+    table = find(config).table(config, ExpertForm.PER_EXPERT)
     hf = distinct(table.hf_shapes)
     megatron = table.to_megatron(hf)
     inner = config.text.moe.moe_intermediate_size
@@ -173,7 +173,7 @@ def test_any_region_of_either_side_is_the_slice_of_the_whole(config, form, data)
         assert torch.equal(assemble(sources(region), shape, other), whole[name][region.slices])
 
 
-@pytest.mark.parametrize("form", list(ExpertLayout))
+@pytest.mark.parametrize("form", list(ExpertForm))
 @pytest.mark.parametrize("mixed", [False, True], ids=["alike", "mixed"])
 @pytest.mark.parametrize(("ep", "etp"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 4)])
 def test_every_rank_gets_its_experts_and_its_rows(ep, etp, mixed, form):
@@ -200,13 +200,13 @@ def test_every_rank_gets_its_experts_and_its_rows(ep, etp, mixed, form):
                 assert torch.equal(found, full2[expert, :, start : start + part])
 
 
-@pytest.mark.parametrize("form", list(ExpertLayout))
+@pytest.mark.parametrize("form", list(ExpertForm))
 def test_a_slice_of_one_expert_asks_for_that_slice_alone(form):
     config = make(experts=8, hidden=6, inner=4, layers=3, step=1)
     pieces = find(config).table(config, form).hf_sources(Region(f"{LAYERS}.{FC1}", (1, 5, 2, 0), (1, 1, 2, 6)))
     assert [piece.source.volume for piece in pieces] == [12]
     assert pieces[0].source.name.startswith(f"{HF_LAYERS}.1.mlp.experts.")
-    assert pieces[0].transposed == (form is ExpertLayout.FUSED_IN_OUT)
+    assert pieces[0].transposed == (form is ExpertForm.FUSED_IN_OUT)
 
 
 @SETTINGS
@@ -216,18 +216,18 @@ def test_the_form_is_found_from_the_tensors(config, form):
     found = specs(family.table(config, form).hf_shapes)
     square = text.hidden_size in (text.moe.moe_intermediate_size, 2 * text.moe.moe_intermediate_size)
     if not any(map(text.moe.is_moe_layer, range(text.num_layers))):
-        assert family.find_expert_layout(config, found) is ExpertLayout.FUSED_IN_OUT
-    elif square and form is not ExpertLayout.PER_EXPERT:
+        assert family.find_expert_form(config, found) is ExpertForm.FUSED_IN_OUT
+    elif square and form is not ExpertForm.PER_EXPERT:
         with pytest.raises(VLBridgeError, match='cannot be seen: say which it is with experts="fused_in_out"'):
-            family.find_expert_layout(config, found)
-        assert family.find_expert_layout(config, found, form.value) is form
+            family.find_expert_form(config, found)
+        assert family.find_expert_form(config, found, form.value) is form
     else:
-        assert family.find_expert_layout(config, found) is form
+        assert family.find_expert_form(config, found) is form
 
 
 def test_without_tensors_the_form_is_that_of_the_hub():
     config = make(4, 6, 5, 2, 1)
-    assert find(config).find_expert_layout(config) is ExpertLayout.FUSED_IN_OUT
+    assert find(config).find_expert_form(config) is ExpertForm.FUSED_IN_OUT
     shapes = find(config).table(config).hf_shapes
     assert shapes[f"{HF_LAYERS}.0.mlp.experts.gate_up_proj"] == (4, 6, 10)
     assert shapes[f"{HF_LAYERS}.0.mlp.experts.down_proj"] == (4, 5, 6)
@@ -239,7 +239,7 @@ def test_a_square_weight_is_refused_although_the_other_is_not_square(inner, down
     found = specs(find(config).table(config).hf_shapes)
     assert found[f"{HF_LAYERS}.0.mlp.experts.down_proj"].shape == down
     with pytest.raises(VLBridgeError, match=r"layers\.0\.mlp\.experts\.gate_up_proj.*The hidden size 6 makes one"):
-        find(config).find_expert_layout(config, found)
+        find(config).find_expert_form(config, found)
 
 
 @pytest.mark.parametrize(
@@ -251,16 +251,16 @@ def test_experts_of_neither_orientation_are_refused(shapes):
     config = make(4, 6, 5, 2, 1)
     names = [f"{HF_LAYERS}.0.mlp.experts.{part}_proj" for part in ("gate_up", "down")]
     with pytest.raises(VLBridgeError, match=r"gate_up_proj and .*expected \[4, 6, 10\] and \[4, 5, 6\]"):
-        find(config).find_expert_layout(config, specs(dict(zip(names, shapes, strict=True))))
+        find(config).find_expert_form(config, specs(dict(zip(names, shapes, strict=True))))
 
 
 def test_layers_of_two_orientations_are_refused():
     config = make(4, 6, 5, 2, 1)
     family = find(config)
-    found = specs(family.table(config, ExpertLayout.FUSED_IN_OUT).hf_shapes)
-    turned = specs(family.table(config, ExpertLayout.FUSED_OUT_IN).hf_shapes)
+    found = specs(family.table(config, ExpertForm.FUSED_IN_OUT).hf_shapes)
+    turned = specs(family.table(config, ExpertForm.FUSED_OUT_IN).hf_shapes)
     found |= {name: spec for name, spec in turned.items() if f"{HF_LAYERS}.1." in name}
-    table = family.table(config, family.find_expert_layout(config, found))
+    table = family.table(config, family.find_expert_form(config, found))
     with pytest.raises(
         VLBridgeError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: expected \[4, 6, 10\], found \[4, 10, 6\]"
     ):
@@ -270,9 +270,9 @@ def test_layers_of_two_orientations_are_refused():
 def test_a_missing_expert_is_refused():
     config = make(4, 6, 5, 2, 1)
     family = find(config)
-    found = specs(family.table(config, ExpertLayout.PER_EXPERT).hf_shapes)
+    found = specs(family.table(config, ExpertForm.PER_EXPERT).hf_shapes)
     del found[f"{HF_LAYERS}.0.mlp.experts.0.gate_proj.weight"]
-    table = family.table(config, family.find_expert_layout(config, found))
+    table = family.table(config, family.find_expert_form(config, found))
     with pytest.raises(VLBridgeError, match=r"in 1 places:[\s\S]*layers\.0\.mlp\.experts\.0\.gate_proj\.weight"):
         Plan(table, found, specs(table.megatron_shapes))
 
@@ -280,10 +280,10 @@ def test_a_missing_expert_is_refused():
 def test_an_option_that_makes_no_sense_is_refused():
     config = make(4, 6, 5, 2, 1)
     with pytest.raises(VLBridgeError, match="experts: expected one of fused_in_out, fused_out_in, per_expert"):
-        find(config).find_expert_layout(config, asked="transposed")
+        find(config).find_expert_form(config, asked="transposed")
     dense = read_config(CONFIGS / "Qwen3-VL-2B-Instruct.json")
     with pytest.raises(VLBridgeError, match="a model without experts"):
-        find(dense).find_expert_layout(dense, asked="per_expert")
+        find(dense).find_expert_form(dense, asked="per_expert")
 
 
 def test_transposed_regions_that_do_not_match_are_refused():
@@ -311,13 +311,13 @@ def test_single_experts_share_the_rows_of_their_tensor():
     assert table.megatron_shapes == {"m": (2, 4, 3)}
 
 
-@pytest.mark.parametrize("form", list(ExpertLayout))
+@pytest.mark.parametrize("form", list(ExpertForm))
 def test_the_235b_checkpoint_is_planned_from_headers_with_few_calls_per_tensor(form):
     config = read_config(CONFIGS / "Qwen3-VL-235B-A22B-Instruct.json")
     family = find(config)
     hf = specs(family.table(config, form).hf_shapes)
     with count_calls() as calls:
-        table = family.table(config, family.find_expert_layout(config, hf))
+        table = family.table(config, family.find_expert_form(config, hf))
         plan = Plan(table, hf, specs(table.megatron_shapes))
     assert sum(spec.nbytes for spec in plan.hf.values()) == 2 * 235_670_022_896
     # As many for a tensor of a thousand as for one of 37,000; about a microsecond each.

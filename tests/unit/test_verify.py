@@ -23,7 +23,7 @@ from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS, verify_chec
 from megatron_vlbridge.checkpoint.stream.digest import ALGORITHMS
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.errors import UsageError, VLBridgeError
-from megatron_vlbridge.families import ExpertLayout
+from megatron_vlbridge.families import ExpertForm
 from tests import reference
 from tests.unit import test_convert_moe
 from tests.unit.test_convert import bits_without_nan, training_run
@@ -99,8 +99,8 @@ def test_a_single_bit_is_found_and_named(model, hf):
         assert difference.text.startswith(text)
 
 
-@pytest.mark.parametrize("other", ExpertLayout)
-@pytest.mark.parametrize("form", ExpertLayout)
+@pytest.mark.parametrize("other", ExpertForm)
+@pytest.mark.parametrize("form", ExpertForm)
 def test_forms_of_experts_are_compared_in_the_names_of_the_first(form, other, tmp_path):
     """Against a comparison by torch, of the same model whose folder holds its experts in another form."""
     left, right = (test_convert_moe.make(tmp_path / name, str(form)) for name, form in (("a", form), ("b", other)))

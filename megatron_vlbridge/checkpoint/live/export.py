@@ -35,7 +35,7 @@ def export_hf_weights(
     `"first"` alone, or each a `"shared"` part, every tensor on one rank; where a rank does not receive, its iterator
     sends what the rank holds and yields nothing. Names and their order depend on the architecture alone, not on the
     layout. Tensors are on the device of the parameters, in their dtype or in `dtype`; experts have the form `experts`
-    (an `ExpertLayout`, default: the Hub's). Rows that pad the vocabulary are cut, a tied head is not repeated.
+    (an `ExpertForm`, default: the Hub's). Rows that pad the vocabulary are cut, a tied head is not repeated.
 
     Tensors travel in buckets of at most `bucket_bytes`. Those that belong together (q, k, v of a layer; gate and up; an
     expert's) are never split, and larger ones are buckets of their own. Beside the model, and what the consumer keeps,

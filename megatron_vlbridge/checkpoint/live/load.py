@@ -36,7 +36,7 @@ def load_hf_weights(
     pipelining, wrapped or not. Its own `sharded_state_dict` says which slice of which tensor each rank holds; only
     those are read (of columns, also what lies between them in the file, up to 4 MiB at once), and converted to the
     dtype of the parameter. Rows that pad the vocabulary become zero. All ranks must call it. `experts` (an
-    `ExpertLayout`) says how the folder holds its experts where its tensors do not tell, `ignore` are patterns
+    `ExpertForm`) says how the folder holds its experts where its tensors do not tell, `ignore` are patterns
     (`rotary.*`) for tensors that are not part of the model; `leave_out` is its former name. With `random_mtp` the MTP
     layer, which the config has and the folder has not, keeps the weights that the model was built with.
 

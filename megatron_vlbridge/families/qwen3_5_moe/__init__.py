@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from megatron_vlbridge.config import ConfigFormat
 from megatron_vlbridge.families import qwen3_vl_moe
-from megatron_vlbridge.families.experts import ExpertLayout
+from megatron_vlbridge.families.experts import ExpertForm
 from megatron_vlbridge.families.qwen3_5 import TEXT, TOKENS, VISION
 
 CONFIG = ConfigFormat(
@@ -28,4 +28,4 @@ CONFIG = ConfigFormat(
     tokens=TOKENS,
 )
 
-FAMILY = replace(qwen3_vl_moe.FAMILY, config=CONFIG, expert_layout=ExpertLayout.FUSED_OUT_IN)
+FAMILY = replace(qwen3_vl_moe.FAMILY, config=CONFIG, expert_form=ExpertForm.FUSED_OUT_IN)

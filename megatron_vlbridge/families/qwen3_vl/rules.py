@@ -1,7 +1,7 @@
 """The HF <-> Megatron weight mapping of every family: Qwen3-VL, Qwen3.5 and Cosmos3, dense or with experts."""
 
 from megatron_vlbridge.config import Config, LayerKind, TextConfig, VisionConfig
-from megatron_vlbridge.families.experts import ExpertLayout, expert_rules
+from megatron_vlbridge.families.experts import ExpertForm, expert_rules
 from megatron_vlbridge.families.linear_attention import linear_attention_rules
 from megatron_vlbridge.families.mtp import mtp_rules
 from megatron_vlbridge.weights import Copy, Rule, gate_up, grouped_qkv, vision_qkv
@@ -12,7 +12,7 @@ HF_LAYERS, LAYERS = f"{_HF_TEXT}.layers", f"{_TEXT}.decoder.layers"
 EMBEDDING = f"{_HF_TEXT}.embed_tokens.weight"
 
 
-def rules(config: Config, experts: ExpertLayout, mtp_experts: ExpertLayout) -> list[Rule]:
+def rules(config: Config, experts: ExpertForm, mtp_experts: ExpertForm) -> list[Rule]:
     """All rules of a checkpoint; `experts` and `mtp_experts` say how HF stores the experts of decoder and MTP layer.
 
     In torch_dist checkpoints Megatron stores layers that are all alike as one tensor with a leading layer axis, others
@@ -33,7 +33,7 @@ def rules(config: Config, experts: ExpertLayout, mtp_experts: ExpertLayout) -> l
 
 
 def _layer_rules(
-    config: Config, kind: LayerKind, experts: ExpertLayout, hf: str, to: str, layer: int | None
+    config: Config, kind: LayerKind, experts: ExpertForm, hf: str, to: str, layer: int | None
 ) -> list[Rule]:
     """One decoder layer: prefixes of its names on both sides, and its index in tensors that stack the layers, or None.
 
