@@ -1,0 +1,1 @@
+"""The sizes of encoded conversations, measured without decoding media, kept in a file beside the data."""

@@ -1,0 +1,94 @@
+"""Measure many conversations with several processes; an interrupted run continues."""
+
+import hashlib
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megatron_vlbridge.data.lengths.table import LengthTable
+from megatron_vlbridge.errors import VLBridgeError
+
+CHUNK = 1024  # conversations that a process measures at a time; after each, an interrupted run continues
+
+type Measure = Callable[[Sequence[Any], range], LengthTable]
+type Progress = Callable[[int, int], None]
+
+
+def build_table(
+    conversations: Sequence[Any],
+    measure: Measure,
+    path: str | Path,
+    fingerprint: Mapping[str, Any],
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> LengthTable:
+    """Measure all conversations and save the table as `path`.
+
+    `measure(conversations, indices)` gives the table of some of them; it and the conversations must be picklable.
+    `progress(done, total)` is called after each chunk. The chunks of an interrupted or failed run with the same
+    fingerprint are in `path + ".parts"` and not measured again; the folder is removed at the end.
+
+    Raises VLBridgeError: as `measure`; `workers` is not positive; there are no conversations.
+    """
+    if workers < 1:
+        raise VLBridgeError(f"workers: expected a positive number, found {workers}")
+    if not len(conversations):
+        raise VLBridgeError(f"{path}: expected at least one conversation, found none")
+    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(f"{path}.parts")
+    parts = folder / key
+    parts.mkdir(parents=True, exist_ok=True)
+    for other in folder.iterdir():
+        if other != parts:
+            shutil.rmtree(other)
+    ranges = [range(start, min(start + CHUNK, len(conversations))) for start in range(0, len(conversations), CHUNK)]
+    missing = [one for one in ranges if not _file(parts, one).exists()]
+    done = len(conversations) - sum(map(len, missing))
+    for one, table in _measure_all(conversations, measure, missing, workers):
+        table.save(_file(parts, one), {})
+        done += len(one)
+        if progress:
+            progress(done, len(conversations))
+    table = LengthTable.join([LengthTable.open(_file(parts, one), {}) for one in ranges])
+    table.save(path, fingerprint)
+    shutil.rmtree(folder)
+    return table
+
+
+def _file(parts: Path, indices: range) -> Path:
+    return parts / f"{indices.start}-{indices.stop}"
+
+
+def _measure_all(
+    conversations: Sequence[Any], measure: Measure, ranges: Sequence[range], workers: int
+) -> Iterator[tuple[range, LengthTable]]:
+    if workers == 1 or len(ranges) < 2:
+        for one in ranges:
+            yield one, measure(conversations, one)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _set_task, (conversations, measure)) as pool:
+        try:
+            yield from zip(ranges, pool.map(_run_task, ranges), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# What each process measures; sent to it once.
+_task: tuple[Sequence[Any], Measure] | None = None
+
+
+def _set_task(conversations: Sequence[Any], measure: Measure) -> None:
+    global _task
+    _task = conversations, measure
+
+
+def _run_task(indices: range) -> LengthTable:
+    assert _task is not None
+    conversations, measure = _task
+    return measure(conversations, indices)

@@ -1,0 +1,120 @@
+"""Tables of lengths: what is saved is read, damage and other settings are refused, an interrupted run continues."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_vlbridge.data.lengths.build import CHUNK, build_table
+from megatron_vlbridge.data.lengths.table import COLUMNS, Excluded, LengthTable
+from megatron_vlbridge.errors import VLBridgeError
+from tests.errors import rejects
+
+FINGERPRINT = {"data": ["train.jsonl", 7], "processor": {"patch_size": 16}}
+
+
+def table(count: int, excluded: int | None = None, first: int = 0) -> LengthTable:
+    """Row i has the values i to i + 4."""
+    rows = np.empty(count, COLUMNS)
+    for offset, name in enumerate(COLUMNS.names or ()):
+        rows[name] = np.arange(first, first + count) + offset
+    return LengthTable(rows, None if excluded is None else Excluded(excluded, f"conversation {first + excluded}"))
+
+
+def same(one: LengthTable, other: LengthTable) -> bool:
+    return np.array_equal(one.rows, other.rows) and one.first_excluded == other.first_excluded
+
+
+@pytest.mark.parametrize("excluded", [None, 3])
+def test_what_is_saved_is_read(excluded: int | None, tmp_path: Path) -> None:
+    table(5, excluded).save(tmp_path / "lengths", FINGERPRINT)
+    read = LengthTable.open(tmp_path / "lengths", FINGERPRINT)
+    assert same(read, table(5, excluded))
+    assert isinstance(read.rows, np.memmap)
+    assert [path.name for path in tmp_path.iterdir()] == ["lengths"]
+
+
+def test_a_joined_table_counts_on(tmp_path: Path) -> None:
+    parts = [table(2), table(3, 1, first=2), table(1, 0, first=5)]
+    assert same(LengthTable.join(parts), table(6, 3))
+
+
+def test_every_cut_is_refused(tmp_path: Path) -> None:
+    table(2, 1).save(tmp_path / "lengths", FINGERPRINT)
+    whole = (tmp_path / "lengths").read_bytes()
+    for size in range(len(whole)):
+        (tmp_path / "cut").write_bytes(whole[:size])
+        with rejects("not a complete table of lengths", "vlbridge data index"):
+            LengthTable.open(tmp_path / "cut", FINGERPRINT)
+
+
+def test_another_fingerprint_is_refused_by_its_keys(tmp_path: Path) -> None:
+    table(2).save(tmp_path / "lengths", FINGERPRINT)
+    with rejects("data, new differ", "expected ['train.jsonl', 8], found ['train.jsonl', 7]"):
+        LengthTable.open(tmp_path / "lengths", {**FINGERPRINT, "data": ["train.jsonl", 8], "new": 1})
+    with rejects("no such file"):
+        LengthTable.open(tmp_path / "none", FINGERPRINT)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "other.npy", np.arange(3))
+    with rejects("other.npy"):
+        LengthTable.open(tmp_path / "other.npy", FINGERPRINT)
+
+
+def measure(conversations: Sequence[int], indices: range, fails_at: int = -1, log: Path | None = None) -> LengthTable:
+    """A table like that of `table`, of conversations that are their own index; each call is noted in `log`."""
+    if log:
+        with log.open("a") as file:
+            file.write(f"{indices.start} ")
+    if fails_at in indices:
+        raise VLBridgeError(f"conversation {fails_at} is broken")
+    first = conversations[indices.start]
+    return table(len(indices), len(indices) - 1 if first else None, first)
+
+
+COUNT = 3 * CHUNK + 5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_processes_measure_each_conversation_once(workers: int, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    path = tmp_path / "lengths"
+    built = build_table(
+        range(COUNT), measure, path, FINGERPRINT, workers=workers, progress=lambda *counts: seen.append(counts)
+    )
+    assert same(built, table(COUNT, 2 * CHUNK - 1))
+    assert same(LengthTable.open(path, FINGERPRINT), built)
+    assert seen == [(count, COUNT) for count in (CHUNK, 2 * CHUNK, 3 * CHUNK, COUNT)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_run_continues(workers: int, tmp_path: Path) -> None:
+    """Not with another fingerprint."""
+    path, log = tmp_path / "lengths", tmp_path / "log"
+    with rejects(f"conversation {2 * CHUNK + 1} is broken"):
+        build_table(range(COUNT), partial(measure, fails_at=2 * CHUNK + 1), path, FINGERPRINT, workers=workers)
+    assert not path.exists()
+    kept = [int(file.name.partition("-")[0]) for file in path.with_name("lengths.parts").glob("*/*")]
+    assert {0, CHUNK} <= set(kept)
+    build_table(range(COUNT), partial(measure, log=log), path, FINGERPRINT)
+    assert sorted([*kept, *map(int, log.read_text().split())]) == [0, CHUNK, 2 * CHUNK, 3 * CHUNK]
+    assert same(LengthTable.open(path, FINGERPRINT), table(COUNT, 2 * CHUNK - 1))
+
+
+def test_parts_for_another_fingerprint_are_not_used(tmp_path: Path) -> None:
+    path, log = tmp_path / "lengths", tmp_path / "log"
+    with rejects("is broken"):
+        build_table(range(COUNT), partial(measure, fails_at=COUNT - 1), path, FINGERPRINT)
+    build_table(range(COUNT), partial(measure, log=log), path, {**FINGERPRINT, "data": "other"})
+    assert len(log.read_text().split()) == 4
+
+
+def test_sizes_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    with rejects("workers", "0"):
+        build_table(range(3), measure, tmp_path / "lengths", FINGERPRINT, workers=0)
+    with rejects("at least one conversation"):
+        build_table(range(0), measure, tmp_path / "lengths", FINGERPRINT)
