@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
 from tests import mtp_reference, reference
+from tests.cases import in_turn
 from tests.functional import ranks
-from tests.functional.cases import in_turn
 from tests.functional.pool import Layout, Pool
 
 LAYOUTS = [Layout(tp=tp, pp=pp, sp=tp > 1, world=tp * pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))]

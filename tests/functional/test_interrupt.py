@@ -26,7 +26,7 @@ from megatron_vlbridge.checkpoint.stream.engine import Options
 from megatron_vlbridge.checkpoint.torch_dist import writer as torch_dist_writer
 from tests import reference
 from tests.calls import at_each_call, count_calls
-from tests.functional.cases import in_turn, later
+from tests.cases import in_turn, later
 from tests.functional.pool import PRELOAD
 
 NOTE = "megatron_vlbridge.checkpoint.stream.staging.Staging.note"

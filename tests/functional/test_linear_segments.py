@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import reference
+from tests.cases import later
 from tests.functional import matrix, ranks
-from tests.functional.cases import later
 from tests.functional.parity import measure
 from tests.functional.pool import Layout, Pool
 

@@ -17,8 +17,8 @@ from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS, verify_chec
 from megatron_vlbridge.checkpoint.verify import verify
 from megatron_vlbridge.families import ExpertForm, find
 from tests import mtp_reference, reference
+from tests.cases import in_turn
 from tests.functional import live_ranks, ranks
-from tests.functional.cases import in_turn
 from tests.functional.live_ranks import BIG, MODES, TINY
 from tests.functional.pool import Layout, Pool
 from tests.unit.test_convert_moe import other_form

@@ -7,9 +7,9 @@ import torch
 
 from megatron_vlbridge import read_config
 from tests import mtp_reference, reference
+from tests.cases import in_turn, later
 from tests.closeness import assert_close_in_norm
 from tests.functional import mtp_ranks, ranks
-from tests.functional.cases import in_turn, later
 from tests.functional.parity import PACK_LENGTH, measure, tolerance
 from tests.functional.pool import Layout, Pool
 

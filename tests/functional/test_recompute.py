@@ -17,9 +17,9 @@ import torch
 from megatron_vlbridge import read_config
 from megatron_vlbridge.training.settings import VERIFIED_ITEMS
 from tests import reference
+from tests.cases import later
 from tests.closeness import relative_error
 from tests.functional import matrix, ranks
-from tests.functional.cases import later
 from tests.functional.parity import PACK_LENGTH
 from tests.functional.pool import Layout, Pool
 

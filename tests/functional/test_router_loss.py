@@ -13,8 +13,8 @@ from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertForm
 from megatron_vlbridge.training.metrics.columns import LOSSES
 from tests import reference
+from tests.cases import later
 from tests.functional import matrix, ranks
-from tests.functional.cases import later
 from tests.functional.parity import PACK_LENGTH, TOLERANCE, tolerance
 from tests.functional.pool import Layout, Pool
 

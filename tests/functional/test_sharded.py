@@ -9,8 +9,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from tests import reference
+from tests.cases import later
 from tests.functional import ranks, sharded_ranks
-from tests.functional.cases import later
 from tests.functional.parity import PACK_LENGTH, compare
 from tests.functional.pool import Layout, Pool
 

@@ -8,8 +8,8 @@ import torch
 from megatron_vlbridge import read_config
 from megatron_vlbridge.families import find
 from tests import reference
+from tests.cases import later
 from tests.functional import ranks, step_ranks
-from tests.functional.cases import later
 from tests.functional.parity import PACK_LENGTH, TOLERANCE, measure
 from tests.functional.pool import Layout, Pool
 

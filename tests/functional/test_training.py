@@ -16,8 +16,8 @@ from megatron_vlbridge.training.metrics.columns import MEASURED
 from megatron_vlbridge.training.metrics.csv_file import read_rows
 from megatron_vlbridge.training.metrics.plot import plot
 from tests import digits_checkpoint
+from tests.cases import later
 from tests.closeness import assert_close_in_norm, relative_error
-from tests.functional.cases import later
 from tests.functional.launch import SCRIPT, run_example
 from tests.functional.pool import Pool
 from tests.functional.test_arguments import said
