@@ -1,0 +1,136 @@
+"""The tokens, media and failures of conversations, and some conversations as tokens that are supervised or not."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from PIL import Image
+from transformers import ProcessorMixin
+
+from megatron_vlbridge.data.chat import Sample
+from megatron_vlbridge.data.images import MediaOptions, read_image
+from megatron_vlbridge.data.media import Conversation
+from megatron_vlbridge.data.messages import message_parts
+from megatron_vlbridge.data.turns import TURN_START
+from megatron_vlbridge.errors import VLBridgeError
+
+THUMBNAIL = 160  # the longer side in pixels
+SHOWN_IMAGES = 8  # of a conversation
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens as text, all of them supervised or none."""
+
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A conversation to look at: its location, its tokens, and its first images as `data:` URLs."""
+
+    location: str
+    pieces: tuple[Piece, ...]
+    images: tuple[str, ...]
+
+
+@dataclass
+class Summary:
+    """The conversations of one source: of those that can be encoded `lengths` and `patches`, of the others `failures`.
+
+    `tokens` and `supervised` count by role. `failures` are error texts with file and line.
+    """
+
+    name: str
+    lengths: list[int] = field(default_factory=list)
+    patches: list[int] = field(default_factory=list)
+    images: int = 0
+    videos: int = 0
+    excluded_turns: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
+    supervised: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)
+
+
+def summarize(
+    name: str,
+    conversations: Sequence[Conversation],
+    encode: Callable[[Conversation], Sample],
+    processor: ProcessorMixin,
+    *,
+    show: int = 0,
+    media: MediaOptions,
+    location: Callable[[int], str],
+) -> Summary:
+    """Encode every conversation and count; `show` of them, evenly spread, are kept to look at.
+
+    `location(index)` names a conversation. A conversation that cannot be encoded is a failure, never an exception.
+    """
+    summary = Summary(name)
+    chosen = {round((place + 0.5) * len(conversations) / show - 0.5) for place in range(show)}
+    for index in range(len(conversations)):
+        try:
+            conversation = conversations[index]
+            sample = encode(conversation)
+        except VLBridgeError as error:
+            summary.failures.append(str(error) if location(index) in str(error) else f"{location(index)}: {error}")
+            continue
+        _count(summary, sample, processor)
+        if index in chosen:
+            pieces = tuple(supervised_pieces(sample, processor))
+            summary.shown.append(Shown(location(index), pieces, tuple(_thumbnails(conversation, media))))
+    return summary
+
+
+def supervised_pieces(sample: Sample, processor: ProcessorMixin) -> list[Piece]:
+    """The tokens as text, split where the loss begins and ends; n placeholders in a row are one with `x n`."""
+    pieces = []
+    tokens = zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True)
+    for supervised, run in groupby(tokens, key=lambda token: token[1]):
+        text = ""
+        for token, same in groupby(token for token, _ in run):
+            count = len(list(same))
+            word = processor.tokenizer.decode([token] * count)
+            if token in (processor.image_token_id, processor.video_token_id):
+                word = f"{processor.tokenizer.decode([token])} x {count} "
+            text += word
+        pieces.append(Piece(text, supervised))
+    return pieces
+
+
+def _count(summary: Summary, sample: Sample, processor: ProcessorMixin) -> None:
+    summary.lengths.append(len(sample.input_ids))
+    grids = [*sample.image_grid_thw.tolist(), *sample.video_grid_thw.tolist()]
+    summary.patches.append(sum(frames * rows * columns for frames, rows, columns in grids))
+    summary.images += len(sample.image_grid_thw)
+    summary.videos += len(sample.video_grid_thw)
+    summary.excluded_turns += len(sample.excluded_turns)
+    start = processor.tokenizer.convert_tokens_to_ids(TURN_START)
+    places = (sample.input_ids == start).nonzero().flatten().tolist()
+    for begin, end in zip(places, [*places[1:], len(sample.input_ids)], strict=True):
+        role = processor.tokenizer.decode(sample.input_ids[begin + 1 : begin + 8]).partition("\n")[0]
+        summary.tokens[role] += end - begin
+        summary.supervised[role] += int(sample.loss_mask[begin:end].sum())
+
+
+def _thumbnails(conversation: Conversation, media: MediaOptions) -> list[str]:
+    """The first images and video frames, scaled down."""
+    sources: list[Any] = []
+    for part in (part for message in conversation for part in message_parts(message)):
+        if part["type"] == "image":
+            sources.append(part["image"])
+        elif part["type"] == "video" and isinstance(part["video"], list):
+            sources += part["video"]
+    return [_data_url(read_image(source, "image", media)) for source in sources[:SHOWN_IMAGES]]
+
+
+def _data_url(image: Image.Image) -> str:
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
