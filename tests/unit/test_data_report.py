@@ -14,6 +14,7 @@ from transformers import Qwen3VLProcessor
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.report.packing import pack_report
 from megatron_vlbridge.data.report.page import histogram, page
 from megatron_vlbridge.data.report.summary import Summary, summarize, supervised_pieces
 from megatron_vlbridge.demo.tiny_processor import build_processor
@@ -137,3 +138,23 @@ def test_every_value_is_in_one_bar() -> None:
     assert sum(counts) == 500
     assert len(counts) == 40
     assert histogram([7], "one").count("<rect") == 1
+
+
+def test_a_pack_report_counts_room_and_work() -> None:
+    """Three packs of 10 tokens by hand: lengths 3, 4, 9 and 5, each rounded up to an even number."""
+    report = pack_report(
+        [[0, 1], [2], [3]],
+        [3, 4, 9, 5],
+        [8, 0, 2, 4],
+        [6, 0, 2, 100],
+        seq_length=10,
+        multiple_of=2,
+        data_parallel=2,
+    )
+    assert (report.packs, report.conversations, report.tokens) == (3, 4, 21)
+    assert (report.fill, report.padding, report.empty) == (21 / 30, 3 / 30, 6 / 30)
+    assert report.patches == (12, 2)
+    # The one whole step has the work 6 and 2.
+    assert report.work_imbalance == 1.5
+    assert pack_report([[0]], [3], [0], [0], seq_length=4).work_imbalance == 1
+    assert report.as_json()["patches"] == (12, 2)
