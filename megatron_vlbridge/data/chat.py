@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.images import MediaOptions
-from megatron_vlbridge.data.media import DEFAULTS, Conversation, Video, load_image, load_video
+from megatron_vlbridge.data.media import DEFAULTS, Conversation, Video, image_size, load_image, load_video, with_sizes
 from megatron_vlbridge.data.messages import check_conversation, message_name, message_parts, message_text
 from megatron_vlbridge.data.turns import (
     TURN_END,
@@ -56,7 +56,8 @@ def encode_conversation(
 
     A message is `{"role": "system" | "user" | "assistant", "content": ...}`; the content is a string or a list of
     `{"type": "text", "text": str}` and, in user messages, `{"type": "image", "image": path or PIL image}` and
-    `{"type": "video", "video": frames, "fps": float}` (see `media.load_video`). Other keys are rejected.
+    `{"type": "video", "video": path or frames, "fps": float}` (see `media.load_video`), both with `min_pixels` and
+    `max_pixels` where these differ from the processor's. Other keys are rejected.
 
     The loss covers the assistant content, byte for byte, and its closing `<|im_end|>`. A turn that the chat template
     modifies (the template of a thinking model drops the reasoning of earlier turns, for example) is excluded from the
@@ -72,12 +73,17 @@ def encode_conversation(
     check_conversation(messages)
     _check_special_tokens(messages, _special_tokens(processor))
     images = _load_media(messages, "image", partial(load_image, options=media))
-    videos = _load_media(messages, "video", partial(load_video, options=media))
+    image_sizes = _load_media(
+        messages, "image", partial(image_size, image_processor=processor.image_processor, options=media)
+    )
+    videos = _load_media(
+        messages, "video", partial(load_video, options=media, video_processor=processor.video_processor)
+    )
     text = without_outer_pair(render(messages, processor), processor)
     # What stands for an image and for a video, before the processor expands it.
     image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
     turns = match_turns(split_turns(text), messages, {"image": image, "video": processor.video_token})
-    encoded = _run_processor(text, images, videos, processor)
+    encoded = _run_processor(text, images, videos, with_sizes(processor, image_sizes, [video.size for video in videos]))
     ids = encoded["input_ids"][0]
     loss_mask, excluded = supervised_mask(ids, turns, messages, processor)
     if not allow_no_loss and not loss_mask.any():

@@ -1,11 +1,12 @@
 """Read an image file or a PIL image as RGB. Images that would lose content in the conversion are rejected."""
 
+import math
 import os
 import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, cast
@@ -34,13 +35,28 @@ os.register_at_fork(
 
 @dataclass(frozen=True)
 class MediaOptions:
-    """How images and frames are read: those of more pixels are rejected before they are decoded (default: Pillow's)."""
+    """How images and videos are read and resized.
+
+    Images and frames of more than `max_image_pixels` are rejected before they are decoded (default: Pillow's limit).
+    The others are settings of the processor, by default its own: `min_pixels` and `max_pixels` of images, and those of
+    videos, of which `video_fps` and the limits of frames are for video files. A part can have its own values.
+    """
 
     max_image_pixels: int = 178_956_970
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    video_min_pixels: int | None = None
+    video_max_pixels: int | None = None
+    video_total_pixels: int | None = None
+    video_fps: float | None = None
+    video_min_frames: int | None = None
+    video_max_frames: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_image_pixels < 1:
-            raise VLBridgeError(f"max_image_pixels: expected a positive number, found {self.max_image_pixels}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not 0 < value < math.inf:
+                raise VLBridgeError(f"{field.name}: expected a positive number, found {value}")
 
 
 def is_url(source: object) -> bool:

@@ -4,7 +4,9 @@ Source: `smart_resize`, `resize` and `sample_frames` in models/qwen2_vl and mode
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,15 +17,14 @@ from megatron_vlbridge.families.processors import IMAGE_PROCESSORS, VIDEO_PROCES
 
 MAX_ASPECT_RATIO = 200
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 type Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a processor resizes an image: to multiples of `patch_size * merge_size`, with pixels between the limits.
-
-    Limits of one image: `dataclasses.replace(settings, max_pixels=...)`.
-    """
+    """How a processor resizes an image: to multiples of `patch_size * merge_size`, with pixels between the limits."""
 
     patch_size: int
     merge_size: int
@@ -47,8 +48,9 @@ class VideoSettings(ImageSettings):
     """How a processor samples the frames of a video and resizes them.
 
     With `limits_whole_video` the limits are for the pixels of all frames (Qwen3-VL), otherwise for those of each
-    (Qwen2.5-VL). `cap_pixels_per_frame` is a further limit, from `max_video_tokens`. Without `sample_frames` all frames
-    are used.
+    (Qwen2.5-VL). `cap_pixels_per_frame` is a further limit, from `max_video_tokens`. `total_pixels` limits the pixels
+    of the whole video for both, where each temporal patch counts as one frame. Without `sample_frames` all frames are
+    used.
     """
 
     temporal_patch_size: int
@@ -60,22 +62,27 @@ class VideoSettings(ImageSettings):
     max_frames: int
     cap_pixels_per_frame: bool
     max_video_tokens: int
+    total_pixels: int | None = None
 
 
-def image_settings(image_processor: Any) -> ImageSettings:
-    """The settings of a transformers image processor.
+def image_settings(image_processor: Any, given: Mapping[str, Any] = NOTHING) -> ImageSettings:
+    """The settings of a transformers image processor, with the `given` `min_pixels` and `max_pixels`.
 
-    Raises VLBridgeError: its class is not in `families.processors`, or it does not resize.
+    Raises VLBridgeError: its class is not in `families.processors`, it does not resize, a given value is invalid.
     """
     _check_class(image_processor, IMAGE_PROCESSORS)
-    return ImageSettings(image_processor.patch_size, image_processor.merge_size, *_pixel_limits(image_processor))
+    settings = ImageSettings(image_processor.patch_size, image_processor.merge_size, *_pixel_limits(image_processor))
+    return _with_limits("image", settings, given)
 
 
-def video_settings(video_processor: Any) -> VideoSettings:
-    """The settings of a transformers video processor.
+def video_settings(video_processor: Any, given: Mapping[str, Any] = NOTHING) -> VideoSettings:
+    """The settings of a transformers video processor, with the `given` ones.
 
-    Raises VLBridgeError: its class is not in `families.processors`, it does not resize, or transformers is older than
-    `cap_pixels_per_frame` (its formulas were others).
+    These are `min_pixels`, `max_pixels`, `total_pixels`, and `fps`, `min_frames` and `max_frames`, with any of which
+    frames are sampled.
+
+    Raises VLBridgeError: its class is not in `families.processors`, it does not resize, transformers is older than
+    `cap_pixels_per_frame` (its formulas were others), or a given value is invalid.
     """
     _check_class(video_processor, VIDEO_PROCESSORS)
     if not hasattr(video_processor, "cap_pixels_per_frame"):
@@ -83,7 +90,7 @@ def video_settings(video_processor: Any) -> VideoSettings:
             f"{type(video_processor).__name__}: expected the setting cap_pixels_per_frame, found none; update "
             "transformers to 5.20 or newer"
         )
-    return VideoSettings(
+    settings = VideoSettings(
         video_processor.patch_size,
         video_processor.merge_size,
         *_pixel_limits(video_processor),
@@ -97,6 +104,29 @@ def video_settings(video_processor: Any) -> VideoSettings:
         cap_pixels_per_frame=bool(video_processor.cap_pixels_per_frame),
         max_video_tokens=video_processor.max_video_tokens,
     )
+    if {"fps", "min_frames", "max_frames"} & given.keys():
+        settings = replace(settings, sample_frames=True)
+    if "fps" in given:
+        settings = replace(settings, num_frames=None)
+    settings = _with_limits("video", settings, given)
+    if {"min_frames", "max_frames"} & given.keys() and settings.min_frames > settings.max_frames:
+        raise VLBridgeError(
+            f"video: expected min_frames up to max_frames, found {settings.min_frames} and {settings.max_frames}"
+        )
+    return settings
+
+
+def longest_edge(num_frames: int, settings: VideoSettings) -> int:
+    """The `size["longest_edge"]` with which a processor keeps the limits of a video of `num_frames` frames.
+
+    `total_pixels` is taken as by qwen-vl-utils.
+    """
+    if settings.total_pixels is None:
+        return settings.max_pixels
+    total = settings.total_pixels * settings.temporal_patch_size
+    if settings.limits_whole_video:
+        return min(settings.max_pixels, total)
+    return max(min(settings.max_pixels, total // num_frames), int(settings.min_pixels * 1.05))
 
 
 def image_grid(width: int, height: int, settings: ImageSettings) -> Grid:
@@ -178,13 +208,14 @@ def _resize(
 
 def _max_pixels(num_frames: int, settings: VideoSettings) -> int:
     """The upper limit of a video, for all its frames or for each, see `VideoSettings`."""
+    highest = longest_edge(num_frames, settings)
     if not settings.cap_pixels_per_frame:
-        return settings.max_pixels
+        return highest
     pixels, lowest = settings.max_video_tokens * settings.factor**2, int(settings.min_pixels * 1.05)
     if settings.limits_whole_video:
-        return max(min(pixels, settings.max_pixels // num_frames), lowest) * num_frames
+        return max(min(pixels, highest // num_frames), lowest) * num_frames
     share = int(pixels * 0.9) * settings.temporal_patch_size // num_frames
-    return max(min(settings.max_pixels, share), lowest)
+    return max(min(highest, share), lowest)
 
 
 def _sampled_count(num_frames: int, fps: float | None, settings: VideoSettings) -> int:
@@ -216,6 +247,24 @@ def _seconds(num_frames: int, fps: float | None) -> float:
     if fps is None or not 0 < fps < math.inf:
         raise VLBridgeError(f"video: expected its frames per second, a positive number, found {fps}")
     return num_frames / fps
+
+
+def _with_limits[S: ImageSettings](kind: str, settings: S, given: Mapping[str, Any]) -> S:
+    for name, value in given.items():
+        numbers = (int, float) if name == "fps" else (int,)
+        if isinstance(value, bool) or not isinstance(value, numbers) or not 0 < value < math.inf:
+            what = "number" if name == "fps" else "integer"
+            raise VLBridgeError(f"{kind}: expected a positive {what} under {name!r}, found {value!r}")
+    settings = replace(settings, **given)
+    highest = settings.max_pixels
+    if isinstance(settings, VideoSettings) and settings.limits_whole_video:
+        highest = longest_edge(1, settings)  # any number of frames
+    if {"min_pixels", "max_pixels", "total_pixels"} & given.keys() and highest < settings.min_pixels:
+        raise VLBridgeError(
+            f"{kind}: expected an upper limit (max_pixels, total_pixels) of at least min_pixels, found {highest} and "
+            f"{settings.min_pixels}; what is not given is that of the processor"
+        )
+    return settings
 
 
 def _pixel_limits(processor: Any) -> tuple[int, int]:

@@ -3,11 +3,15 @@
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_vlbridge.data.media import Conversation, Message, shown
+from megatron_vlbridge.data.media import CLIP, LIMITS, SAMPLING, VIDEO_LIMITS, Conversation, Message, shown
 from megatron_vlbridge.errors import VLBridgeError
 
 ROLES = ("system", "user", "assistant")
-PART_KEYS = {"text": ("text",), "image": ("image",), "video": ("video", "fps")}
+PART_KEYS = {
+    "text": ("text",),
+    "image": ("image", *LIMITS),
+    "video": ("video", *SAMPLING, *VIDEO_LIMITS, *CLIP),
+}
 
 MEDIA_FORM = (
     '{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}]}, '

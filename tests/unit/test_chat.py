@@ -170,7 +170,7 @@ REJECTED = {
     "one frame": (talk([SMALL, {**SMALL, "video": frames(1)}]), "video 1: expected at least 2 frames", "found 1"),
     "float frames": (talk([{**SMALL, "video": frames(4).float()}]), "expected frames uint8", "found torch.float32"),
     "frames of two sizes": (talk([{**SMALL, "video": TWO_SIZES}]), "frames of the same size", "(8, 16)"),
-    "video file": (talk([{**SMALL, "video": "a.mp4"}]), "found str 'a.mp4'", "decode a video file"),
+    "video file": (talk([{**SMALL, "video": "a.mp4"}]), f"{USER}, part 0", "video: no file 'a.mp4'"),
 }
 
 

@@ -103,7 +103,7 @@ REJECTED = {
     "tools": (line(tools=[]), "the line: unknown key 'tools'"),
     "system": (line(system="s"), "the line: unknown key 'system'"),
     "id": (line(id=3), "the line: unknown key 'id'"),
-    "max_pixels": (with_part(type="image", image="a", max_pixels=9), "message 0 (user), part 1, image: unknown key"),
+    "nframes": (with_part(type="video", video="a", nframes=9), "message 0 (user), part 1, video: unknown key"),
     "duplicate key": (GOOD[:-1] + ', "messages": []}', "key 'messages' occurs twice"),
     "duplicate role": ('{"messages": [{"role": "user", "content": "q", "role": "user"}]}', "key 'role' occurs twice"),
     "NaN": (with_part(type="video", video=[], fps=float("nan")), "NaN is not a JSON value"),

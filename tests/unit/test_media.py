@@ -526,7 +526,7 @@ def test_a_url_is_not_supported(tmp_path: Path, url: str) -> None:
         image_of(url)
     with rejects(start=f"video frame 1: '{url}' is a URL"):
         frames_of([noise(4, 4), url])
-    with rejects("decode a video file", start=f"video: str '{url}' is a URL"):
+    with rejects("download it first", start=f"video: str '{url}' is a URL"):
         load_video({"video": url, "fps": 2})
     path = tmp_path / "train.jsonl"
     path.write_text(f'{{"messages": [{{"role": "user", "content": [{{"type": "image", "image": "{url}"}}]}}]}}\n')
