@@ -1,5 +1,6 @@
 """Encode a conversation as tokens, a loss mask (see `turns`) and patches."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,12 +12,24 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.images import MediaOptions
-from megatron_vlbridge.data.media import DEFAULTS, Conversation, Video, image_size, load_image, load_video, with_sizes
+from megatron_vlbridge.data.media import (
+    DEFAULTS,
+    Conversation,
+    MediaShape,
+    Video,
+    image_size,
+    load_image,
+    load_video,
+    media_shape,
+    placeholder_text,
+    with_sizes,
+)
 from megatron_vlbridge.data.messages import check_conversation, message_name, message_parts, message_text
 from megatron_vlbridge.data.turns import (
     TURN_END,
     TURN_START,
     ExcludedTurn,
+    Turn,
     match_turns,
     render,
     split_turns,
@@ -41,6 +54,17 @@ class Sample:
     pixel_values: Tensor
     image_grid_thw: Tensor
     pixel_values_videos: Tensor
+    video_grid_thw: Tensor
+    excluded_turns: tuple[ExcludedTurn, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredConversation:
+    """What a `Sample` has beside the patches, in the same form."""
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    image_grid_thw: Tensor
     video_grid_thw: Tensor
     excluded_turns: tuple[ExcludedTurn, ...] = ()
 
@@ -70,8 +94,7 @@ def encode_conversation(
     Example: of `[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]` the supervised text,
     `processor.decode(sample.input_ids[sample.loss_mask])`, is `A cat.<|im_end|>`.
     """
-    check_conversation(messages)
-    _check_special_tokens(messages, _special_tokens(processor))
+    prompt = _prompt(messages, processor)
     images = _load_media(messages, "image", partial(load_image, options=media))
     image_sizes = _load_media(
         messages, "image", partial(image_size, image_processor=processor.image_processor, options=media)
@@ -79,15 +102,10 @@ def encode_conversation(
     videos = _load_media(
         messages, "video", partial(load_video, options=media, video_processor=processor.video_processor)
     )
-    text = without_outer_pair(render(messages, processor), processor)
-    # What stands for an image and for a video, before the processor expands it.
-    image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
-    turns = match_turns(split_turns(text), messages, {"image": image, "video": processor.video_token})
-    encoded = _run_processor(text, images, videos, with_sizes(processor, image_sizes, [video.size for video in videos]))
+    sizes = with_sizes(processor, image_sizes, [video.size for video in videos])
+    encoded = _run_processor(prompt.text, images, videos, sizes)
     ids = encoded["input_ids"][0]
-    loss_mask, excluded = supervised_mask(ids, turns, messages, processor)
-    if not allow_no_loss and not loss_mask.any():
-        raise _no_supervised_token(messages, excluded)
+    loss_mask, excluded = _supervised(ids, prompt, messages, processor, allow_no_loss=allow_no_loss)
     empty = torch.zeros(0, _patch_dim(processor)), torch.zeros(0, 3, dtype=torch.int64)
     sample = Sample(
         ids,
@@ -100,6 +118,68 @@ def encode_conversation(
     )
     _check_media(sample, len(images), len(videos), processor)
     return sample
+
+
+def measure_conversation(
+    messages: Conversation,
+    processor: ProcessorMixin,
+    *,
+    allow_no_loss: bool = False,
+    media: MediaOptions = DEFAULTS,
+) -> MeasuredConversation:
+    """The tokens, loss mask and grids of `encode_conversation`, from the headers of media files, without decoding them.
+
+    Raises VLBridgeError: as `encode_conversation`, except for what only decoding shows.
+
+    Example: `len(measure_conversation(messages, processor).input_ids)`.
+    """
+    prompt = _prompt(messages, processor)
+    shape = partial(media_shape, processor=processor, options=media)
+    shapes = {kind: _load_media(messages, kind, shape) for kind in ("image", "video")}
+    ids = _expanded_ids(prompt.text, shapes, processor)
+    loss_mask, excluded = _supervised(ids, prompt, messages, processor, allow_no_loss=allow_no_loss)
+    images, videos = (
+        torch.tensor([one.grid for one in shapes[kind]], dtype=torch.int64).view(-1, 3) for kind in ("image", "video")
+    )
+    return MeasuredConversation(ids, loss_mask, images, videos, excluded)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A rendered conversation, with one placeholder token for each image and video, and the turn of each message."""
+
+    text: str
+    turns: list[Turn]
+
+
+def _prompt(messages: Conversation, processor: ProcessorMixin) -> _Prompt:
+    check_conversation(messages)
+    _check_special_tokens(messages, _special_tokens(processor))
+    text = without_outer_pair(render(messages, processor), processor)
+    # What stands for an image and for a video, before the processor expands it.
+    image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
+    return _Prompt(text, match_turns(split_turns(text), messages, {"image": image, "video": processor.video_token}))
+
+
+def _supervised(
+    ids: Tensor, prompt: _Prompt, messages: Conversation, processor: ProcessorMixin, *, allow_no_loss: bool
+) -> tuple[Tensor, tuple[ExcludedTurn, ...]]:
+    loss_mask, excluded = supervised_mask(ids, prompt.turns, messages, processor)
+    if not allow_no_loss and not loss_mask.any():
+        raise _no_supervised_token(messages, excluded)
+    return loss_mask, excluded
+
+
+def _expanded_ids(text: str, shapes: dict[str, list[MediaShape]], processor: ProcessorMixin) -> Tensor:
+    """The tokens of a text whose placeholders are expanded as by the processor."""
+    kinds = {processor.image_token: "image", processor.video_token: "video"}
+    remaining = {kind: iter(found) for kind, found in shapes.items()}
+    pieces = re.split(f"({'|'.join(map(re.escape, kinds))})", text)
+    expanded = [
+        placeholder_text(kinds[piece], next(remaining[kinds[piece]]), processor) if piece in kinds else piece
+        for piece in pieces
+    ]
+    return torch.tensor(processor.tokenizer("".join(expanded))["input_ids"])
 
 
 def _load_media[T](messages: Conversation, kind: str, load: Callable[[dict[str, Any]], T]) -> list[T]:
