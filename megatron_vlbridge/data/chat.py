@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.labels.tools import check_tools, tool_text
 from megatron_vlbridge.data.media import (
     DEFAULTS,
     Conversation,
@@ -24,16 +25,24 @@ from megatron_vlbridge.data.media import (
     placeholder_text,
     with_sizes,
 )
-from megatron_vlbridge.data.messages import check_conversation, message_name, message_parts, message_text
+from megatron_vlbridge.data.messages import (
+    check_conversation,
+    message_calls,
+    message_name,
+    message_parts,
+    message_text,
+)
 from megatron_vlbridge.data.turns import (
     TURN_END,
     TURN_START,
     ExcludedTurn,
     Turn,
+    check_reasoning,
     match_turns,
     render,
     split_turns,
     supervised_mask,
+    template_messages,
 )
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
@@ -73,28 +82,32 @@ def encode_conversation(
     messages: Conversation,
     processor: ProcessorMixin,
     *,
+    tools: Sequence[dict[str, Any]] | None = None,
     allow_no_loss: bool = False,
     media: MediaOptions = DEFAULTS,
 ) -> Sample:
     """Encode a conversation in the Hugging Face messages format with a Qwen3-VL processor.
 
-    A message is `{"role": "system" | "user" | "assistant", "content": ...}`; the content is a string or a list of
-    `{"type": "text", "text": str}` and, in user messages, `{"type": "image", "image": path or PIL image}` and
-    `{"type": "video", "video": path or frames, "fps": float}` (see `media.load_video`), both with `min_pixels` and
-    `max_pixels` where these differ from the processor's. Other keys are rejected.
+    A message is `{"role": "system" | "user" | "assistant" | "tool", "content": ...}`; the content is a string or a list
+    of `{"type": "text", "text": str}` and, in user and tool messages, `{"type": "image", "image": path or PIL image}`
+    and `{"type": "video", "video": path or frames, "fps": float}` (see `media.load_video`), both with `min_pixels`
+    and `max_pixels` where these differ from the processor's. Assistant messages may have `reasoning_content` and
+    `tool_calls` (see `labels.tools`), tool messages `tool_call_id` and `name`, which must be those of the calls. Other
+    keys are rejected. `tools` are those of the conversation, JSON schemas of functions.
 
-    The loss covers the assistant content, byte for byte, and its closing `<|im_end|>`. A turn that the chat template
-    modifies (the template of a thinking model drops the reasoning of earlier turns, for example) is excluded from the
-    loss and listed in `Sample.excluded_turns`. `media` sets how images and frames are read.
+    The loss covers the assistant's reasoning, content and calls, byte for byte, and the closing `<|im_end|>`. A turn
+    that the chat template modifies (the template of a thinking model drops the reasoning of earlier turns, for example)
+    is excluded from the loss and listed in `Sample.excluded_turns`. `media` sets how images and frames are read.
 
     Raises VLBridgeError: a message does not have this format; a text contains a special token; the chat template
-    modifies system or user content; placeholders, grids, patches and media do not match; there is no supervised token
-    (unless `allow_no_loss`). Errors name messages and parts by index, from 0.
+    modifies system, user or tool content, or does not render tools, calls or reasoning; placeholders, grids, patches
+    and media do not match; there is no supervised token (unless `allow_no_loss`). Errors name messages and parts by
+    index, from 0.
 
     Example: of `[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]` the supervised text,
     `processor.decode(sample.input_ids[sample.loss_mask])`, is `A cat.<|im_end|>`.
     """
-    prompt = _prompt(messages, processor)
+    prompt = _prompt(messages, processor, tools)
     images = _load_media(messages, "image", partial(load_image, options=media))
     image_sizes = _load_media(
         messages, "image", partial(image_size, image_processor=processor.image_processor, options=media)
@@ -124,6 +137,7 @@ def measure_conversation(
     messages: Conversation,
     processor: ProcessorMixin,
     *,
+    tools: Sequence[dict[str, Any]] | None = None,
     allow_no_loss: bool = False,
     media: MediaOptions = DEFAULTS,
 ) -> MeasuredConversation:
@@ -133,7 +147,7 @@ def measure_conversation(
 
     Example: `len(measure_conversation(messages, processor).input_ids)`.
     """
-    prompt = _prompt(messages, processor)
+    prompt = _prompt(messages, processor, tools)
     shape = partial(media_shape, processor=processor, options=media)
     shapes = {kind: _load_media(messages, kind, shape) for kind in ("image", "video")}
     ids = _expanded_ids(prompt.text, shapes, processor)
@@ -152,13 +166,18 @@ class _Prompt:
     turns: list[Turn]
 
 
-def _prompt(messages: Conversation, processor: ProcessorMixin) -> _Prompt:
+def _prompt(messages: Conversation, processor: ProcessorMixin, tools: Sequence[dict[str, Any]] | None) -> _Prompt:
+    tools = [] if tools is None else list(tools)
     check_conversation(messages)
+    check_tools(tools)
     _check_special_tokens(messages, _special_tokens(processor))
-    text = without_outer_pair(render(messages, processor), processor)
+    check_reasoning(messages, processor)
+    rendered = render(template_messages(messages), processor, **({"tools": tools} if tools else {}))
+    text = without_outer_pair(rendered, processor)
     # What stands for an image and for a video, before the processor expands it.
     image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
-    return _Prompt(text, match_turns(split_turns(text), messages, {"image": image, "video": processor.video_token}))
+    placeholders = {"image": image, "video": processor.video_token}
+    return _Prompt(text, match_turns(split_turns(text), messages, placeholders, tools))
 
 
 def _supervised(
@@ -199,6 +218,8 @@ def _check_special_tokens(messages: Conversation, special_tokens: Sequence[str])
     for index, message in enumerate(messages):
         # Concatenated as by the template: two parts can form a special token together.
         text = message_text(message, {"image": "\n", "video": "\n"})
+        written = [message.get("reasoning_content") or "", *(tool_text(call[:2]) for call in message_calls(message))]
+        text = "\n".join([text, *written])
         found = [token for token in special_tokens if token in text]
         if found:
             raise VLBridgeError(

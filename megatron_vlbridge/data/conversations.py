@@ -3,11 +3,12 @@
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_vlbridge.data.images import is_url
+from megatron_vlbridge.data.labels.tools import check_tools
 from megatron_vlbridge.data.media import Conversation, Message, shown
 from megatron_vlbridge.data.messages import MEDIA_FORM, check_conversation, check_keys, message_name, message_parts
 from megatron_vlbridge.errors import VLBridgeError
@@ -21,16 +22,18 @@ SOURCE = re.compile(r"[^<>]*\.\w+\s*|\s*[^\s<>]*/[^\s<>]*\s*")
 
 
 class FileConversation(list[Message]):
-    """A conversation read from a file, with its location for error messages, e.g. "train.jsonl, line 7"."""
+    """A conversation read from a file, its tools, and its location for error messages, e.g. "train.jsonl, line 7"."""
 
-    def __init__(self, messages: Iterable[Message], location: str) -> None:
+    def __init__(self, messages: Iterable[Message], location: str, tools: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(messages)
         self.location = location
+        self.tools = tools
 
 
 def read_conversations(path: str | Path, *, split: str = "", literal_tags: bool = False) -> list[Conversation]:
     """Read a JSONL file (UTF-8) with `{"messages": [...]}` on each line, in the format of `chat.encode_conversation`.
 
+    A line may also have `"tools": [...]`, those of the conversation.
     Paths of images and frames are relative to the folder of the file. Blank lines and a byte order mark are skipped.
     Every conversation keeps its file and line, so that errors raised when it is encoded can name them.
 
@@ -63,14 +66,17 @@ def read_conversations(path: str | Path, *, split: str = "", literal_tags: bool 
 
 def _read_line(line: bytes, location: str, folder: Path, literal_tags: bool) -> FileConversation:
     try:
-        messages = _messages(_parse_json(line))
+        value = _parse_json(line)
+        messages = _messages(value)
         check_conversation(messages)
+        tools = [] if value.get("tools") is None else value["tools"]
+        check_tools(tools)
         if not literal_tags:
             _check_tags(messages)
     except VLBridgeError as error:
         raise VLBridgeError(f"{location}: {error}") from error
-    resolved = [{**message, "content": _resolve_paths(message["content"], folder)} for message in messages]
-    return FileConversation(resolved, location)
+    resolved = [{**message, "content": _resolve_paths(message.get("content"), folder)} for message in messages]
+    return FileConversation(resolved, location, tools)
 
 
 def _parse_json(line: bytes) -> Any:
@@ -124,13 +130,14 @@ def _messages(value: object) -> Any:
         raise VLBridgeError(
             f'expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}, found the keys {sorted(value)}'
         )
-    check_keys("the line", value, ("messages",))
+    check_keys("the line", value, ("messages", "tools"))
     return value["messages"]
 
 
 def _check_tags(messages: Conversation) -> None:
     for index, message in enumerate(messages):
         text = "".join(part["text"] for part in message_parts(message) if part["type"] == "text")
+        text = f"{message.get('reasoning_content') or ''}\n{text}"
         for tag in MEDIA_TAG.finditer(text):
             # `<img>`, a tag that is not closed, or one around a file name.
             end = text.find(f"</{tag[1]}>", tag.end())
@@ -144,7 +151,7 @@ def _check_tags(messages: Conversation) -> None:
 
 def _resolve_paths(content: Any, folder: Path) -> Any:
     """The content with its paths joined to the folder of the file."""
-    if isinstance(content, str):
+    if isinstance(content, str | None):
         return content
     return [
         {key: _resolve_path(value, folder) if key in ("image", "video") else value for key, value in part.items()}

@@ -209,8 +209,10 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         return sample
 
     def _encode(self, index: int) -> Sample:
+        conversation = self.conversations[index]
+        tools = conversation.tools if isinstance(conversation, FileConversation) else ()
         try:
-            return encode_conversation(self.conversations[index], self.processor, media=self.media)
+            return encode_conversation(conversation, self.processor, tools=tools, media=self.media)
         except VLBridgeError as error:
             raise VLBridgeError(f"{self._location(index)}: {error}") from error
 

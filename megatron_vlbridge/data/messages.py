@@ -1,12 +1,20 @@
 """The format of a conversation: allowed keys, roles and content parts. Anything else is rejected by name."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megatron_vlbridge.data.labels.tools import Call, read_calls
 from megatron_vlbridge.data.media import CLIP, LIMITS, SAMPLING, VIDEO_LIMITS, Conversation, Message, shown
 from megatron_vlbridge.errors import VLBridgeError
 
-ROLES = ("system", "user", "assistant")
+# The keys of a message beside "role" and "content".
+MESSAGE_KEYS: dict[str, tuple[str, ...]] = {
+    "system": (),
+    "user": (),
+    "assistant": ("reasoning_content", "tool_calls"),
+    "tool": ("tool_call_id", "name"),
+}
+ROLES = tuple(MESSAGE_KEYS)
 PART_KEYS = {
     "text": ("text",),
     "image": ("image", *LIMITS),
@@ -23,10 +31,12 @@ HINTS = {
     **dict.fromkeys(("images", "videos", "image", "video"), _MEDIA_HINT),
     **dict.fromkeys(("audio", "audios"), "audio is not supported"),
     **dict.fromkeys(("url", "path", "image_url", "image_path", "video_path", "video_url"), _SOURCE_HINT),
-    **dict.fromkeys(("tools", "tool_calls", "function_call", "tool_call_id"), "tools are not supported"),
+    "tools": "write the tools beside the messages, not in one of them",
+    **dict.fromkeys(("tool_calls", "function_call"), "calls are written in assistant messages, under 'tool_calls'"),
+    "tool_call_id": "results of calls are written in messages of the role 'tool'",
     **dict.fromkeys(
         ("reasoning_content", "reasoning", "thinking"),
-        r"write the reasoning at the start of the content, as '<think>\n...\n</think>\n\n...'",
+        "write the reasoning in assistant messages, under 'reasoning_content'",
     ),
     **dict.fromkeys(("system", "system_prompt"), 'expected {"role": "system", "content": ...} as the first message'),
     **dict.fromkeys(("from", "value"), "expected 'role' and 'content'"),
@@ -55,14 +65,25 @@ def check_conversation(messages: object) -> None:
         raise VLBridgeError(f"expected a list of messages, found {shown(messages)}")
     if not messages:
         raise VLBridgeError("expected a conversation of at least one message, found none")
+    calls: list[Call] = []  # those whose results have not come yet
     for index, message in enumerate(messages):
         _check_message(index, message)
+        if message["role"] == "tool":
+            _check_result(index, message, calls)
+            calls = calls[1:]
+        else:
+            calls = message_calls(message)
 
 
 def message_parts(message: Message) -> list[dict[str, Any]]:
-    """The content parts of a validated message; a string is one text part."""
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    """The content parts of a validated message; a string is one text part, None none."""
+    content = message.get("content")
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+
+
+def message_calls(message: Message) -> list[Call]:
+    """The tool calls of a message."""
+    return read_calls("message", message.get("tool_calls"))
 
 
 def message_text(message: Message, placeholders: dict[str, str]) -> str:
@@ -80,20 +101,36 @@ def message_name(messages: Conversation, index: int) -> str:
 def _check_message(index: int, message: object) -> None:
     if not isinstance(message, dict):
         raise VLBridgeError(f"message {index}: expected an object with 'role' and 'content', found {shown(message)}")
-    check_keys(f"message {index}", message, ("role", "content"))
     role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
+    own = MESSAGE_KEYS.get(role, ()) if isinstance(role, str) else ()
+    check_keys(f"message {index}", message, ("role", "content", *own))
+    if not isinstance(role, str) or role not in ROLES:
         raise VLBridgeError(f"message {index}: expected 'role' to be one of {', '.join(ROLES)}, found {shown(role)}")
     name = f"message {index} ({role})"
+    calls = read_calls(name, message.get("tool_calls"))
+    if message.get("reasoning_content") is not None:
+        _check_text(name, message["reasoning_content"], "reasoning_content")
     if isinstance(content, str):
         _check_text(name, content)
     elif isinstance(content, list) and content:
         for part_index, part in enumerate(content):
             _check_part(f"{name}, part {part_index}", part, role)
-    else:
+    elif content is not None or not calls:
         raise VLBridgeError(
             f"{name}: expected 'content' to be a string or a list of at least one part, found {shown(content)}"
         )
+
+
+def _check_result(index: int, message: Message, calls: Sequence[Call]) -> None:
+    """Templates write no ids: results must be in the order of the calls before them."""
+    expected = {"tool_call_id": calls[0].id, "name": calls[0].name} if calls else {}
+    for key in ("tool_call_id", "name"):
+        if message.get(key) not in (None, expected.get(key)):
+            call = f"{expected.get(key)!r}, that of the call" if calls else "a tool call before it"
+            raise VLBridgeError(
+                f"message {index} (tool): {key}: expected {call}, found {shown(message[key])}; write results in the "
+                "order of the calls, and one for each"
+            )
 
 
 def _check_part(name: str, part: object, role: str) -> None:
@@ -103,13 +140,15 @@ def _check_part(name: str, part: object, role: str) -> None:
     check_keys(f"{name}, {kind}", part, ("type", *PART_KEYS[kind]))
     if kind == "text":
         _check_text(name, part.get("text"))
-    elif role != "user":
-        raise VLBridgeError(f"{name}: expected text, found {kind}: only user messages may contain images and videos")
+    elif role not in ("user", "tool"):
+        raise VLBridgeError(
+            f"{name}: expected text, found {kind}: only user and tool messages may contain images and videos"
+        )
 
 
-def _check_text(name: str, text: object) -> None:
+def _check_text(name: str, text: object, key: str = "text") -> None:
     if not isinstance(text, str):
-        raise VLBridgeError(f"{name}: expected a string under 'text', found {shown(text)}")
+        raise VLBridgeError(f"{name}: expected a string under {key!r}, found {shown(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

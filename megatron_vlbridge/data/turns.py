@@ -17,8 +17,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from megatron_vlbridge.data.media import Conversation
-from megatron_vlbridge.data.messages import message_name, message_text
+from megatron_vlbridge.data.labels.tools import call_texts, tool_text
+from megatron_vlbridge.data.media import Conversation, Message
+from megatron_vlbridge.data.messages import message_calls, message_name, message_text
 from megatron_vlbridge.errors import VLBridgeError
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -87,32 +88,105 @@ def split_turns(text: str) -> list[Turn]:
     return turns
 
 
-def match_turns(turns: Sequence[Turn], messages: Conversation, placeholders: dict[str, str]) -> list[Turn]:
-    """The turn of each message, after checking that the template kept the system and user content.
+def template_messages(messages: Conversation) -> Conversation:
+    """The messages as every published chat template renders them alike.
+
+    Assistant content is one string: Qwen3-VL writes a newline between a list and tool calls, also if its texts are
+    empty. Arguments of calls are objects: Qwen3.5 takes no JSON text. If one message has `reasoning_content`, the
+    others have `""`, no reasoning: otherwise templates read an answer up to a `</think>` in it as reasoning.
+    """
+    structured = any(message.get("reasoning_content") is not None for message in messages)
+    rendered: Conversation = []
+    for message in messages:
+        one = {"role": message["role"], "content": message.get("content")}
+        if message["role"] == "assistant":
+            one["content"] = message_text(message, {})
+            calls = [{"name": call.name, "arguments": call.arguments} for call in message_calls(message)]
+            if calls:
+                one["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+            if structured:
+                one["reasoning_content"] = message.get("reasoning_content") or ""
+        rendered.append(one)
+    return rendered
+
+
+def check_reasoning(messages: Conversation, processor: ProcessorMixin) -> None:
+    """Check that the chat template renders `reasoning_content`, where a message has it: else VLBridgeError."""
+    first = next((index for index, message in enumerate(messages) if message.get("reasoning_content")), None)
+    answer = {"role": "assistant", "content": "x", "reasoning_content": "vlbridge"}
+    if first is not None and "vlbridge" not in render([{"role": "user", "content": "x"}, answer], processor):
+        raise VLBridgeError(
+            f"{message_name(messages, first)}: the chat template does not render 'reasoning_content'; write the "
+            r"reasoning at the start of the content, as '<think>\n...\n</think>\n\n...'"
+        )
+
+
+def turn_groups(messages: Conversation) -> list[list[int]]:
+    """The messages of each turn, by index: consecutive tool messages are one turn of the user, others one each."""
+    groups: list[list[int]] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "tool" and index and messages[index - 1]["role"] == "tool":
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def match_turns(
+    turns: Sequence[Turn], messages: Conversation, placeholders: dict[str, str], tools: Sequence[Any] = ()
+) -> list[Turn]:
+    """The turn of each of `turn_groups`, after checking that the template kept the content of all but the assistant.
 
     The template may start with its own system prompt. It may add to the texts and strip whitespace from their ends, as
-    the published templates do. Assistant content is checked by `supervised_mask`.
+    the published templates do. Assistant content is checked by `supervised_mask`, but its tool calls here.
 
-    Raises VLBridgeError: messages and turns do not match one to one; a text was modified, or an image or video dropped.
+    Raises VLBridgeError: messages and turns do not match one to one; a text was modified, or an image or video dropped;
+    the tools or calls are not rendered in a published form.
     """
-    roles, found = [message["role"] for message in messages], [turn.role for turn in turns]
+    groups = turn_groups(messages)
+    roles = ["user" if messages[group[0]]["role"] == "tool" else messages[group[0]]["role"] for group in groups]
+    found = [turn.role for turn in turns]
     added = 1 if found[:1] == ["system"] and roles[0] != "system" else 0
     if found[added:] != roles:
+        names = [messages[group[0]]["role"] for group in groups]
         raise VLBridgeError(
-            f"expected one turn for each of the {len(messages)} messages ({', '.join(roles)}), but the chat template "
+            f"expected one turn for each of the {len(messages)} messages ({', '.join(names)}), but the chat template "
             f"rendered {len(turns)} ({', '.join(found) or 'none'})"
+            + ("; consecutive tool messages are expected as one user turn" if "tool" in names else "")
         )
-    matched = list(turns[added:])
-    for index, (message, turn) in enumerate(zip(messages, matched, strict=True)):
-        expected = message_text(message, placeholders).strip()
-        kept = expected in turn.content
-        kept &= all(expected.count(mark) == turn.content.count(mark) for mark in placeholders.values())
-        if message["role"] != "assistant" and not kept:
+    for tool in tools:
+        if turns[0].role != "system" or tool_text(tool) not in turns[0].content:
             raise VLBridgeError(
-                f"{message_name(messages, index)}: the chat template changes the text: "
-                f"{_difference(expected, turn.content)}"
+                f"tools: the chat template does not render them in its system prompt, expected {tool_text(tool)!r}; "
+                "use a template with tools, or write them into the system message"
             )
+    matched = list(turns[added:])
+    for group, turn in zip(groups, matched, strict=True):
+        _check_kept([(message_name(messages, index), messages[index]) for index in group], turn, placeholders)
     return matched
+
+
+def _check_kept(named: Sequence[tuple[str, Message]], turn: Turn, placeholders: dict[str, str]) -> None:
+    """Check that a turn has the messages' content in order and no other placeholders; of an assistant, its calls."""
+    texts = [message_text(message, placeholders).strip() for _, message in named]
+    if named[0][1]["role"] == "assistant":
+        calls = message_calls(named[0][1])
+        if calls and not turn.content.endswith(tuple(call_texts(calls))):
+            expected = _closest(call_texts(calls), turn.content)
+            raise VLBridgeError(
+                f"{named[0][0]}: the chat template does not render the tool calls in a known form: "
+                f"{_difference(expected, turn.content[-len(expected) :])}; use a template with tools"
+            )
+        return
+    position = 0
+    for (name, _), text in zip(named, texts, strict=True):
+        start = turn.content.find(text, position)
+        marks = (sum(one.count(mark) for one in texts) == turn.content.count(mark) for mark in placeholders.values())
+        if start < 0 or not all(marks):
+            raise VLBridgeError(
+                f"{name}: the chat template changes the text: {_difference(text, turn.content[position:])}"
+            )
+        position = start + len(text)
 
 
 def generation_prompts(processor: ProcessorMixin) -> list[GenerationPrompt]:
@@ -140,30 +214,45 @@ def supervised_mask(
     """Bool `[L]`, True for supervised tokens: assistant content and its `<|im_end|>`; and the turns without loss.
 
     `ids` int64 `[L]` are the tokens of the rendered conversation, placeholders expanded; `turns` has one turn for each
-    of `messages`.
+    of `turn_groups(messages)`.
     """
     prompts, tokens = generation_prompts(processor), ids.tolist()
     excluded: list[ExcludedTurn] = []
     candidates: list[tuple[int, GenerationPrompt, slice]] = []
-    for index, (start, end) in enumerate(_turn_spans(ids, len(messages), processor.tokenizer)):
+    spans = _turn_spans(ids, len(turns), processor.tokenizer)
+    for (index, *_), turn, (start, end) in zip(turn_groups(messages), turns, spans, strict=True):
         if messages[index]["role"] == "assistant":
             prompt = next((one for one in prompts if tokens[start : start + len(one.ids)] == one.ids), None)
             if prompt:
                 candidates.append((index, prompt, slice(start + len(prompt.ids), end + 1)))
             else:
-                reason = _prompt_mismatch(message_text(messages[index], {}), turns[index], prompts)
+                reason = _prompt_mismatch(_assistant_texts(messages[index]), turn, prompts)
                 excluded.append(ExcludedTurn(index, reason))
     mask = torch.zeros_like(ids, dtype=torch.bool)
     # One call is several times faster than one for each turn.
     supervised = [token for _, _, span in candidates for token in tokens[span]]
     decoded = processor.tokenizer.decode(supervised, clean_up_tokenization_spaces=False).split(TURN_END)[:-1]
     for (index, prompt, span), found in zip(candidates, decoded, strict=True):
-        text = message_text(messages[index], {})
-        if found in (text, text.removeprefix(prompt.prefix)):
+        texts = _assistant_texts(messages[index])
+        if any(found in (text, text.removeprefix(prompt.prefix)) for text in texts):
             mask[span] = True
         else:
-            excluded.append(ExcludedTurn(index, _difference(text, found)))
+            excluded.append(ExcludedTurn(index, _difference(_closest(texts, found), found)))
     return mask, tuple(sorted(excluded, key=lambda turn: turn.message))
+
+
+def _assistant_texts(message: Message) -> list[str]:
+    """What a template may render for an assistant message: its reasoning, content and calls, nothing else."""
+    text, reasoning = message_text(message, {}), message.get("reasoning_content")
+    text = f"<think>\n{reasoning}\n</think>\n\n{text}" if reasoning else text
+    calls = message_calls(message)
+    between = ("", "\n", "\n\n") if text else ("",)
+    return [f"{text}{white}{form}" for form in call_texts(calls) for white in between] if calls else [text]
+
+
+def _closest(texts: Sequence[str], found: str) -> str:
+    """The text that has the longest start in common with the one found."""
+    return max(texts, key=lambda text: _first_difference(text, found))
 
 
 def _turn_spans(ids: Tensor, count: int, tokenizer: Any) -> list[tuple[int, int]]:
@@ -179,8 +268,9 @@ def _turn_spans(ids: Tensor, count: int, tokenizer: Any) -> list[tuple[int, int]
     return list(zip(starts, ends, strict=True))[-count:]
 
 
-def _prompt_mismatch(text: str, turn: Turn, prompts: Sequence[GenerationPrompt]) -> str:
+def _prompt_mismatch(texts: Sequence[str], turn: Turn, prompts: Sequence[GenerationPrompt]) -> str:
     """Why the tokens of a turn start with none of the generation prompts."""
+    text = _closest(texts, turn.content)
     if turn.content != text:
         return _difference(text, turn.content)
     prompt = next((prompt.text for prompt in prompts if f"{HEADER}{text}".startswith(prompt.text)), None)
@@ -194,9 +284,7 @@ def _prompt_mismatch(text: str, turn: Turn, prompts: Sequence[GenerationPrompt])
 
 def _difference(expected: str, found: str) -> str:
     """Excerpts of both texts, starting shortly before the first difference."""
-    pairs = enumerate(zip(expected, found, strict=False))
-    first = next((index for index, (one, other) in pairs if one != other), min(len(expected), len(found)))
-    start = max(0, first - MAX_EXCERPT // 3)
+    start = max(0, _first_difference(expected, found) - MAX_EXCERPT // 3)
     excerpts = _excerpt(expected, start), _excerpt(found, start)
     composed = unicodedata.normalize("NFC", expected)
     if composed.endswith(found) and not expected.endswith(found):
@@ -204,6 +292,11 @@ def _difference(expected: str, found: str) -> str:
             f"expected {excerpts[0]!a}, found {excerpts[1]!a}: the tokenizer normalizes to NFC, write the text in NFC"
         )
     return f"expected {excerpts[0]!r}, found {excerpts[1]!r}"
+
+
+def _first_difference(one: str, other: str) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _excerpt(text: str, start: int) -> str:

@@ -72,6 +72,7 @@ OTHER = {
     "pipeline": (README, "HF checkpoint ──import──>"),
     "folder": (CHECKPOINTS, "MEGATRON_DIR/"),
     "output": (TRAINING, "model    Qwen3VLForConditionalGeneration, "),
+    "tools": (TRAINING, '{"tools": [{'),  # tests/unit/test_label_masks.py
     "flops": (TRAINING, "3 x forward"),  # tests/unit/test_flops.py
     "router loss": (TRAINING, "(sum of token losses "),  # tests/functional/test_router_loss.py
     "prediction": (TRAINING, "x_i = mtp.fc("),  # tests/functional/test_mtp.py

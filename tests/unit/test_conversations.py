@@ -100,7 +100,11 @@ REJECTED = {
     "no content": ('{"messages": [{"role": "user"}]}', "message 0 (user): expected 'content'"),
     "images": (line(images=["a.png"]), "the line: unknown key 'images'"),
     "videos": (line(videos=[]), "the line: unknown key 'videos'"),
-    "tools": (line(tools=[]), "the line: unknown key 'tools'"),
+    "tools as text": (line(tools="[]"), "found str '[]'"),
+    "tools false": (line(tools=False), "tools: expected a list of"),
+    "tool as text": (line(tools=[{"name": "a"}, "look"]), "tool 1: expected"),
+    "tool without a name": (line(tools=[{"type": "function", "function": {}}]), "tool 0: expected"),
+    "lone surrogate in a tool": (line(tools=[{"name": "\ud800"}]), "tool 0: expected JSON values of Unicode text"),
     "system": (line(system="s"), "the line: unknown key 'system'"),
     "id": (line(id=3), "the line: unknown key 'id'"),
     "nframes": (with_part(type="video", video="a", nframes=9), "message 0 (user), part 1, video: unknown key"),
@@ -129,7 +133,6 @@ def test_a_bad_line_is_rejected_with_file_and_line(tmp_path: Path, bad: str, pro
     [
         ("images", '{"type": "image", "image": "a.png"}'),
         ("videos", "as a content part"),
-        ("tools", "tools are not supported"),
         ("system", '"role": "system"'),
         ("id", "remove it"),
     ],
@@ -208,4 +211,26 @@ def test_a_missing_empty_or_binary_file_is_rejected(tmp_path: Path) -> None:
         read_conversations(path)
     path.write_bytes(GOOD.encode("utf-16"))
     with rejects("train.jsonl, line 1: expected UTF-8 text"):
+        read_conversations(path)
+
+
+def test_tools_results_and_calls_are_read(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}, {"name": "find"}]
+    messages = [
+        TALK[0],
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "look", "arguments": {"image": "b.png"}}]},
+        {"role": "tool", "content": [{"type": "image", "image": "a.png"}]},
+        {"role": "assistant", "tool_calls": [{"name": "find"}]},
+    ]
+    path = write_lines(tmp_path / "a.jsonl", line(messages=messages, tools=tools), line(tools=None), line())
+    read = read_conversations(path)
+    assert [one.tools for one in read] == [tools, [], []]
+    resolved = {"role": "tool", "content": [{"type": "image", "image": str(tmp_path / "a.png")}]}
+    assert list(read[0]) == [*messages[:2], resolved, {**messages[3], "content": None}]
+
+
+def test_a_tag_of_another_format_in_the_reasoning_is_rejected(tmp_path: Path) -> None:
+    messages = [TALK[0], {"role": "assistant", "content": "a", "reasoning_content": "In <image> I see"}]
+    path = write_lines(tmp_path / "a.jsonl", line(messages=messages))
+    with rejects("line 1: message 1 (assistant)", "'<image>'", "--literal-tags"):
         read_conversations(path)

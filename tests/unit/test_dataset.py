@@ -17,6 +17,7 @@ from transformers import Qwen3VLConfig, Qwen3VLProcessor
 from megatron_vlbridge import read_config
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.chat import encode_conversation
+from megatron_vlbridge.data.conversations import FileConversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.packing.offline import PackingOptions
@@ -356,3 +357,18 @@ def test_the_pixel_limit_is_an_option(processor: Qwen3VLProcessor, config: Confi
     assert len(build(conversations, processor, config, media=MediaOptions(1200)).lengths) == 1
     with rejects("line 1: message 0 (user), part 0: ", "a.png' is too large", "1199 pixels"):
         build(conversations, processor, config, media=MediaOptions(1199))
+
+
+def test_the_tools_of_a_conversation_are_encoded(processor: Qwen3VLProcessor, config: Config) -> None:
+    template = "{%- if tools %}<|im_start|>system\n{{ tools[0] | tojson }}<|im_end|>\n{% endif %}" + CHAT_TEMPLATE
+    with_tools = Qwen3VLProcessor(
+        processor.image_processor, processor.tokenizer, processor.video_processor, chat_template=template
+    )
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    conversations = [FileConversation(talk, "a, line 1", tools=[{"name": "f"}]), FileConversation(talk, "a, line 2")]
+    data = PackedConversations(conversations, with_tools, config, seq_length=SEQ_LENGTH, num_samples=1)
+    texts = sorted(processor.decode(data[0]["tokens"]).split("<|im_start|>system\n"))
+    assert len(texts) == 2
+    assert any(text.startswith('{"name": "f"}<|im_end|>\n<|im_start|>user') for text in texts)
+    with rejects("a, line 1: tools: the chat template does not render them"):
+        PackedConversations(conversations, processor, config, seq_length=SEQ_LENGTH, num_samples=1)

@@ -53,14 +53,101 @@ def test_an_unused_key_of_a_part_is_rejected(part: dict, key: str) -> None:
             check_conversation(user(TEXT, {**part, key: value}))
 
 
-UNUSED_OF_MESSAGE = ["tool_calls", "reasoning_content", "name", "loss", "weight", "train", "images", "videos", "id"]
+UNUSED_OF_MESSAGE = {
+    "system": ["tool_calls", "reasoning_content", "name", "tool_call_id", "train"],
+    "user": ["tool_calls", "reasoning_content", "name", "tool_call_id", "train"],
+    "assistant": ["name", "loss", "weight", "images", "videos", "id", "tool_call_id", "reasoning", "train"],
+    "tool": ["tool_calls", "reasoning_content", "id", "is_error", "train"],
+}
 
 
-@pytest.mark.parametrize("key", UNUSED_OF_MESSAGE)
-def test_an_unused_key_of_a_message_is_rejected(key: str) -> None:
-    for value in ([], None, 0):
-        with rejects(f"message 1: unknown key '{key}'", "known: 'role', 'content'"):
-            check_conversation(assistant(**{key: value}))
+@pytest.mark.parametrize("role", UNUSED_OF_MESSAGE)
+def test_an_unused_key_of_a_message_is_rejected(role: str) -> None:
+    for key in UNUSED_OF_MESSAGE[role]:
+        for value in ([], None, 0):
+            with rejects(f"message 1: unknown key '{key}'", "known: 'role', 'content'"):
+                check_conversation([ANSWER, {"role": role, "content": "x", key: value}])
+
+
+CALL = {"type": "function", "id": "c1", "function": {"name": "look", "arguments": {"x": 1}}}
+OTHER_CALL = {"function": {"name": "find", "arguments": '{"y": [null, "é"]}'}}
+
+
+def tool(content: Any = "r", **keys: Any) -> dict:
+    return {"role": "tool", "content": content, **keys}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        assistant(reasoning_content="hm"),
+        assistant(reasoning_content="", tool_calls=[CALL], content=None),
+        assistant(reasoning_content=None, tool_calls=None),
+        assistant(tool_calls=[]),
+        [{"role": "assistant", "tool_calls": [CALL]}],
+        assistant(tool_calls=[{"name": "look"}, {"name": "look", "arguments": {}}]),
+        [*assistant(tool_calls=[CALL, OTHER_CALL]), tool(tool_call_id="c1", name="look"), tool(name="find")],
+        [*assistant(tool_calls=[CALL]), tool([IMAGE, TEXT], tool_call_id="c1"), ANSWER],
+        [*assistant(), tool(), tool()],
+    ],
+    ids=range(9),
+)
+def test_reasoning_tool_calls_and_results_are_accepted(messages: list) -> None:
+    check_conversation(messages)
+
+
+def call(**keys: Any) -> list:
+    return assistant(tool_calls=[CALL, {**CALL, **keys}])
+
+
+def function(**keys: Any) -> list:
+    return call(function={**CALL["function"], **keys})
+
+
+def results(*tools: dict) -> list:
+    return [*assistant(tool_calls=[CALL, OTHER_CALL]), *tools]
+
+
+REJECTED_TOOLS = {
+    "calls as object": (assistant(tool_calls=CALL), "expected 'tool_calls' to be a list", "found dict"),
+    "call as text": (assistant(tool_calls=["look"]), "tool call 0: expected", "found str 'look'"),
+    "other type": (call(type="custom"), "tool call 1: expected", "custom"),
+    "no function": (call(function=None), "tool call 1: expected", "'function': None"),
+    "unknown key": (call(index=0), "tool call 1: unknown key 'index'", "expected {"),
+    "unknown keys": (function(strict=True, b=1), "tool call 1: unknown key 'b', 'strict'", "expected {"),
+    "key of a bare call": (assistant(tool_calls=[{"name": "a", "x": 1}]), "tool call 0: unknown key 'x'", ""),
+    "no name": (function(name=None), "tool call 1: expected a function name", "found nothing"),
+    "empty name": (function(name=""), "tool call 1: expected a function name", "found str ''"),
+    "id as number": (call(id=3), "tool call 1: expected a function name and an id", "found str 'look', int '3'"),
+    "arguments as list": (function(arguments=[1]), "expected 'arguments' to be an object", "found list '[1]'"),
+    "arguments null": (function(arguments=None), "expected 'arguments' to be an object", "found nothing"),
+    "JSON list": (function(arguments="[1]"), "expected 'arguments' to be an object", "found str '[1]'"),
+    "no JSON": (function(arguments="{x"), "expected 'arguments' to be JSON", "found str '{x'"),
+    "empty text": (function(arguments=""), "expected 'arguments' to be JSON", "found str ''"),
+    "key twice": (function(arguments='{"x": 1, "x": 2}'), "expected 'arguments' to be JSON", "occurs twice"),
+    "NaN": (function(arguments={"x": float("nan")}), "expected JSON values of Unicode text", "nan"),
+    "surrogate": (function(arguments={"x": "\ud800"}), "expected JSON values of Unicode text", "surrogate"),
+    "no JSON value": (function(arguments={"x": {1}}), "expected JSON values of Unicode text", "set"),
+    "reasoning as list": (assistant(reasoning_content=["a"]), "a string under 'reasoning_content'", "found list"),
+    "neither content nor calls": (assistant(content=None, tool_calls=[]), "expected 'content'", "found nothing"),
+    "content as number": (assistant(content=3, tool_calls=[CALL]), "expected 'content'", "found int"),
+    "other id": (results(tool(tool_call_id="c2")), "message 2 (tool): tool_call_id: expected 'c1'", "'c2'"),
+    "order of names": (results(tool(name="find"), tool(name="look")), "message 2 (tool): name: expected 'look'", ""),
+    "order": (results(tool(), tool(name="look")), "message 3 (tool): name: expected 'find'", "found str 'look'"),
+    "one result too many": (results(tool(), tool(), tool(name="look")), "message 4 (tool)", "expected a tool call"),
+    "result without a call": ([*assistant(), tool(tool_call_id="c1")], "expected a tool call before it", "'c1'"),
+    "call before an answer": (
+        [*results(ANSWER, tool(tool_call_id="c1"))],
+        "message 3 (tool): tool_call_id: expected a tool call before it",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize(("messages", "where", "problem"), REJECTED_TOOLS.values(), ids=REJECTED_TOOLS.keys())
+def test_another_format_of_calls_and_results_is_rejected(messages: Any, where: str, problem: str) -> None:
+    with rejects("message ", where, problem):
+        check_conversation(messages)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +156,11 @@ def test_an_unused_key_of_a_message_is_rejected(key: str) -> None:
         (assistant(images=["a.png"]), '{"type": "image", "image": "a.png"}'),
         (user({"type": "image", "url": "a.png"}), "write the path under the key"),
         (user({**IMAGE, "video": "a.mp4"}), "each image and video as a content part"),
-        (assistant(reasoning_content="hm"), r"'<think>\n...\n</think>\n\n...'"),
-        (assistant(tool_calls=[]), "tools are not supported"),
+        ([{"role": "user", "content": "q", "reasoning_content": "hm"}], "in assistant messages, under 'reasoning_con"),
+        (assistant(reasoning="hm"), "under 'reasoning_content'"),
+        ([{"role": "user", "content": "q", "tool_calls": []}], "in assistant messages, under 'tool_calls'"),
+        (assistant(tools=[]), "beside the messages"),
+        (assistant(tool_call_id="a"), "of the role 'tool'"),
         (user({**TEXT, "max_pixels": 1, "train": 0}), "remove it"),
         ([{"from": "human", "value": "q"}], "expected 'role' and 'content'"),
     ],
@@ -92,7 +182,7 @@ REJECTED = {
     "no message": ([], "", "at least one message"),
     "message as text": (["q"], "message 0", "expected an object"),
     "no role": ([{"content": "q"}], "message 0: expected 'role'", "found nothing"),
-    "role": ([{"role": "tool", "content": "x"}], "message 0: expected 'role'", "found str 'tool'"),
+    "role": ([{"role": "bot", "content": "x"}], "message 0: expected 'role'", "found str 'bot'"),
     "role as list": ([{"role": ["user"], "content": "x"}], "message 0: expected 'role'", "found list"),
     "content null": (assistant(content=None), f"{MODEL}: expected 'content'", "found nothing"),
     "content missing": ([{"role": "user"}], f"{USER}: expected 'content'", "found nothing"),

@@ -1,0 +1,1 @@
+"""What is learned of a conversation: options, tools, special tokens in texts."""

@@ -1,0 +1,82 @@
+"""Labels equal masks made by hand, under the published templates and tokenizers of three families."""
+
+import functools
+import json
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3VLProcessor
+
+from megatron_vlbridge.data.chat import Sample, encode_conversation
+from megatron_vlbridge.demo.tiny_processor import build_processor
+from tests import label_cases, label_cases_tools
+from tests.errors import rejects
+from tests.published_tokenizer import build_tokenizer
+from tests.unit.test_turns import TEMPLATES
+
+CASES = label_cases.CASES | label_cases_tools.CASES
+FAMILIES = label_cases.FAMILIES
+PARTS = build_processor(["x"], patch_size=16, merge_size=4, min_pixels=64 * 64, max_pixels=64 * 64)
+tokenizer = functools.cache(build_tokenizer)
+
+
+@functools.cache
+def processor_of(family: str) -> Qwen3VLProcessor:
+    name = "qwen3_6" if family == "qwen3_5" else "qwen"
+    template = TEMPLATES[FAMILIES[family]]
+    return Qwen3VLProcessor(PARTS.image_processor, tokenizer(name), PARTS.video_processor, chat_template=template)
+
+
+def marked(sample: Sample, processor: Qwen3VLProcessor) -> str:
+    """The tokens as text in the form of `label_cases`."""
+    special = {index for index, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True)
+    pieces = []
+    for has_loss, run in groupby(tokens, key=lambda token: token[1]):
+        piece = ""
+        for is_special, group in groupby((token for token, _ in run), key=special.__contains__):
+            decoded = processor.tokenizer.decode(list(group))
+            piece += decoded if is_special else decoded.replace("<|", "\\<|")
+        pieces.append(f"⟦{piece}⟧" if has_loss else piece)
+    return "".join(pieces)
+
+
+def assistant_turns(text: str) -> tuple[int, int]:
+    """How many assistant turns a marked text has, and how many of them are learned."""
+    turns = [turn.partition("<|im_end|>")[0] for turn in text.split("<|im_start|>assistant\n")[1:]]
+    return len(turns), sum("⟦" in turn for turn in turns)
+
+
+def test_there_are_sixty_conversations_and_more() -> None:
+    masks = [text for case in CASES.values() for text in case.expected.values() if isinstance(text, str)]
+    assert len(masks) >= 60
+    assert all(set(case.expected) == set(FAMILIES) for case in CASES.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", CASES)
+def test_the_labels_are_those_marked_by_hand(name: str, family: str) -> None:
+    case = CASES[name]
+    processor, expected = processor_of(family), case.expected[family]
+    if not isinstance(expected, str):
+        with rejects(*expected):
+            encode_conversation(case.messages, processor, **case.options)
+        return
+    sample = encode_conversation(case.messages, processor, allow_no_loss=True, **case.options)
+    assert marked(sample, processor) == expected
+    turns, learned = assistant_turns(expected)
+    assert len(sample.excluded_turns) == turns - learned
+
+
+def test_the_conversation_of_the_documentation_is_learned() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    conversation = json.loads(page.partition("```json\n")[2].partition("```")[0])
+    messages = conversation["messages"]
+    messages[2]["content"] = [label_cases.PICTURE]
+    processor = processor_of("qwen3_5")
+    sample = encode_conversation(messages, processor, tools=conversation["tools"])
+    assert processor.decode(sample.input_ids[sample.loss_mask]) == (
+        "I have to look.\n</think>\n\n<tool_call>\n<function=look>\n<parameter=side>\nleft\n</parameter>\n</function>\n"
+        "</tool_call><|im_end|>A cat.<|im_end|>"
+    )
