@@ -1,9 +1,9 @@
 """A map-style dataset of packed conversations."""
 
 import logging
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch.distributed
@@ -13,13 +13,15 @@ from transformers import ProcessorMixin
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.chat import Sample, encode_conversation
-from megatron_vlbridge.data.conversations import FileConversation, read_conversations
+from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.lengths.measure import Measure, location, tools_of
+from megatron_vlbridge.data.lengths.table import LengthTable
 from megatron_vlbridge.data.media import DEFAULTS, Conversation
 from megatron_vlbridge.data.packing.offline import PackingOptions, order_packs, pack_lengths
 from megatron_vlbridge.data.packing.packs import best_fit, build_pack
+from megatron_vlbridge.data.packing.replacement import Replacements
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.layout.balance import frame_work
 
 DEFAULT_PACKING = PackingOptions()
 
@@ -35,10 +37,10 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     conversation occurs once per epoch, together with different ones. Item i has the same tensors (see
     `packing.packs.build_pack`) in every process, worker and resumed run.
 
-    Each conversation is encoded once when the dataset is created, to determine its length; only the lengths are kept.
-    `__getitem__` encodes it again, and raises an error if its length has changed. Assistant turns excluded from the
-    loss (see `chat.encode_conversation`) are counted in `num_assistant_turns` and `num_excluded_turns`, and
-    `excluded_turns_report` describes them; rank 0 logs it as a warning.
+    The lengths are `lengths`, a table that was built before (see `lengths.build`), or else measured when the dataset is
+    created, without decoding media. `__getitem__` encodes, and raises an error if a length has changed. Assistant turns
+    excluded from the loss (see `chat.encode_conversation`) are counted in `num_assistant_turns` and
+    `num_excluded_turns`, and `excluded_turns_report` describes them; rank 0 logs it as a warning.
 
     The conversations have the format of `chat.encode_conversation`; `processor` and `config` are those of one
     checkpoint. A pack has `seq_length` tokens. The length of a conversation in it is rounded up to a multiple of
@@ -46,6 +48,10 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     reserved; the tensors are unpadded. `media` says how images and frames are read, `packing` how packs are formed.
     With `too_long="drop"` conversations that fit into no pack are left out: `dropped` has their indices,
     `dropped_report` describes them; rank 0 logs it.
+
+    At most the share `max_bad_samples` of the conversations may fail to be encoded. Those that already cannot be
+    measured are left out: `failed` has their indices, and rank 0 logs `failed_report`. One that fails later, when its
+    media are decoded, is replaced in its pack (see `packing.replacement`) and logged.
 
     Raises VLBridgeError: the processor does not match the config; a conversation cannot be encoded or exceeds a limit
     of a pack (the error names its file and line, or its index); there are no conversations, or all were dropped.
@@ -66,6 +72,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         multiple_of: int = 1,
         media: MediaOptions = DEFAULTS,
         packing: PackingOptions = DEFAULT_PACKING,
+        lengths: LengthTable | None = None,
+        max_bad_samples: float = 0,
     ) -> None:
         check_processor(processor, config)
         if not conversations:
@@ -78,23 +86,29 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.multiple_of = multiple_of
         self.media = media
         self.packing = packing
-        self.hidden_size = config.vision.hidden_size
-        self.num_assistant_turns = self.num_excluded_turns = 0
-        self._first_excluded_turn = ""
-        self.lengths: list[int] = []
-        self.dropped: list[int] = []
-        self._first_dropped = ""
-        # Of each conversation: its patches, and its work in the vision tower.
-        self._patches: list[int] = []
-        self._work: list[int] = []
-        for index in range(len(conversations)):
-            self._measure(index)
-        if len(self.dropped) == len(conversations):
+        table = lengths or Measure(processor, config.vision.hidden_size, media)(
+            conversations, range(len(conversations))
+        )
+        if len(table.rows) != len(conversations):
+            raise VLBridgeError(
+                f"lengths: expected those of {len(conversations)} conversations, found {len(table.rows)}"
+            )
+        self.lengths = table.rows["tokens"]
+        self._patches, self._work = table.rows["patches"], table.rows["work"]
+        self.replacements = Replacements(self.lengths, self._patches, seed=seed, max_share=max_bad_samples)
+        self._first_failed = table.first_failed.text if table.first_failed else ""
+        self.failed = self._find_failed()
+        self.dropped = self._find_too_long()
+        self._kept = np.setdiff1d(np.arange(len(conversations)), [*self.failed, *self.dropped])
+        if not len(self._kept):
             raise VLBridgeError(f"conversations: expected at least one that fits into a pack; {self.dropped_report}")
-        self._kept = np.setdiff1d(np.arange(len(conversations)), self.dropped)
+        kept = table.rows[self._kept]
+        self.num_assistant_turns = int(kept["assistant_turns"].sum())
+        self.num_excluded_turns = int(kept["excluded_turns"].sum())
+        self._first_excluded_turn = table.first_excluded.text if table.first_excluded else ""
         self._epoch_starts = [0]
         self._cached_epoch: tuple[int, list[list[int]]] = (-1, [])
-        for report in filter(None, (self.excluded_turns_report, self.dropped_report)):
+        for report in filter(None, (self.excluded_turns_report, self.dropped_report, self.failed_report)):
             if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
                 logger.warning(report)
 
@@ -102,7 +116,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        samples = [self._encode_again(member) for member in self.members(index)]
+        samples = [self._encode_or_replace(index, member) for member in self.members(index)]
         return build_pack(samples, self.seq_length, self.processor.tokenizer.pad_token_id)
 
     def members(self, index: int) -> list[int]:
@@ -130,7 +144,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
 
     def _best_fit(self, epoch: int) -> list[list[int]]:
         order = np.random.default_rng((self.seed, epoch)).permutation(self._kept).tolist()
-        packs = best_fit([self._padded_length(self.lengths[member]) for member in order], self.seq_length)
+        packs = best_fit(self._padded_lengths[order].tolist(), self.seq_length)
         return [[order[position] for position in positions] for positions in packs]
 
     def _first_fit_decreasing(self, epoch: int) -> list[list[int]]:
@@ -164,61 +178,81 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         """The number of conversations that were dropped, and the first of them; empty if there are none."""
         if not self.dropped:
             return ""
-        return f"{len(self.dropped)} of {len(self.lengths)} conversations are dropped (first: {self._first_dropped})"
+        first = self._excess(self.dropped[0])
+        return f"{len(self.dropped)} of {len(self.lengths)} conversations are dropped (first: {first})"
 
-    def _padded_length(self, length: int) -> int:
-        return -(-length // self.multiple_of) * self.multiple_of
+    @property
+    def failed_report(self) -> str:
+        """The number of conversations that cannot be measured, and the first of them; empty if there are none."""
+        if not self.failed:
+            return ""
+        return (
+            f"{len(self.failed)} of {len(self.lengths)} conversations cannot be encoded (first: {self._first_failed})"
+        )
 
-    def _measure(self, index: int) -> None:
-        """Encode a conversation and record its sizes and its excluded turns."""
-        sample = self._encode(index)
-        grids = [*sample.image_grid_thw.tolist(), *sample.video_grid_thw.tolist()]
-        self.lengths.append(len(sample.input_ids))
-        self._patches.append(sum(math.prod(grid) for grid in grids))
-        self._work.append(sum(frames * frame_work(rows * columns, self.hidden_size) for frames, rows, columns in grids))
-        if excess := self._excess(index):
-            if self.packing.too_long == "error":
-                raise VLBridgeError(
-                    f"{self._location(index)}: {excess}; increase the limit, shorten the conversation, scale its "
-                    "images down, or drop it (--long-conversations drop)"
-                )
-            self.dropped.append(index)
-            self._first_dropped = self._first_dropped or f"{self._location(index)}: {excess}"
-            return
-        self.num_assistant_turns += sum(message["role"] == "assistant" for message in self.conversations[index])
-        self.num_excluded_turns += len(sample.excluded_turns)
-        if sample.excluded_turns and not self._first_excluded_turn:
-            first = sample.excluded_turns[0]
-            self._first_excluded_turn = f"{self._location(index)}, message {first.message}: {first.reason}"
+    @property
+    def _padded_lengths(self) -> np.ndarray:
+        return -(-self.lengths // self.multiple_of) * self.multiple_of
+
+    def _find_failed(self) -> list[int]:
+        """The indices of the conversations that could not be measured; an error if they are too many."""
+        found: list[int] = (self.lengths == 0).nonzero()[0].tolist()
+        share = self.replacements.max_share
+        if found and not share:
+            raise VLBridgeError(self._first_failed)
+        if len(found) > share * len(self.lengths):
+            raise VLBridgeError(
+                f"{len(found)} of {len(self.lengths)} conversations cannot be encoded, more than --max-bad-samples "
+                f"{share}; the first: {self._first_failed}"
+            )
+        return found
+
+    def _find_too_long(self) -> list[int]:
+        """The indices of the conversations that fit into no pack; an error unless they are dropped."""
+        too_long = self._padded_lengths > self.seq_length
+        if self.packing.max_patches is not None:
+            too_long |= self._patches > self.packing.max_patches
+        found: list[int] = too_long.nonzero()[0].tolist()
+        if found and self.packing.too_long == "error":
+            raise VLBridgeError(
+                f"{self._excess(found[0])}; increase the limit, shorten the conversation, scale its images down, or "
+                "drop it (--long-conversations drop)"
+            )
+        return found
 
     def _excess(self, index: int) -> str:
-        """The limit that a conversation alone exceeds; empty if it fits into a pack."""
-        if self._padded_length(self.lengths[index]) > self.seq_length:
-            return f"{self.lengths[index]} tokens do not fit into a pack of {self.seq_length}"
-        if self.packing.max_patches is not None and self._patches[index] > self.packing.max_patches:
-            return f"{self._patches[index]} patches do not fit into a pack of {self.packing.max_patches}"
-        return ""
+        """The limit that a conversation alone exceeds, and where it is."""
+        where = location(self.conversations[index], index)
+        if self._padded_lengths[index] > self.seq_length:
+            return f"{where}: {self.lengths[index]} tokens do not fit into a pack of {self.seq_length}"
+        return f"{where}: {self._patches[index]} patches do not fit into a pack of {self.packing.max_patches}"
 
-    def _encode_again(self, index: int) -> Sample:
-        sample = self._encode(index)
-        if len(sample.input_ids) != self.lengths[index]:
-            raise VLBridgeError(
-                f"{self._location(index)}: {len(sample.input_ids)} tokens, but {self.lengths[index]} when the dataset "
-                "was created; its images have changed since then"
-            )
-        return sample
+    def _encode_or_replace(self, pack: int, member: int) -> Sample:
+        """The sample of a conversation of a pack, or that of its replacement."""
+        self.replacements.note_read()
+        try:
+            return self._encode(member)
+        except VLBridgeError as error:
+            self.replacements.note_failure(member, error)
+            failure = error
+        for candidate in self.replacements.candidates(pack, member):
+            with suppress(VLBridgeError):
+                return self._encode(candidate)
+        raise failure
 
     def _encode(self, index: int) -> Sample:
         conversation = self.conversations[index]
-        tools = conversation.tools if isinstance(conversation, FileConversation) else ()
+        where = location(conversation, index)
         try:
-            return encode_conversation(conversation, self.processor, tools=tools, media=self.media)
+            sample = encode_conversation(conversation, self.processor, tools=tools_of(conversation), media=self.media)
         except VLBridgeError as error:
-            raise VLBridgeError(f"{self._location(index)}: {error}") from error
-
-    def _location(self, index: int) -> str:
-        conversation = self.conversations[index]
-        return conversation.location if isinstance(conversation, FileConversation) else f"conversation {index}"
+            raise VLBridgeError(f"{where}: {error}") from error
+        if len(sample.input_ids) != self.lengths[index]:
+            raise VLBridgeError(
+                f"{where}: {len(sample.input_ids)} tokens, but {self.lengths[index]} when it was measured; its text or "
+                "media have changed since then"
+            )
+        return sample
 
 
 def check_processor(processor: ProcessorMixin, config: Config) -> None:

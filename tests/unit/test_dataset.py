@@ -321,7 +321,7 @@ def test_an_image_whose_size_changed_after_creation_is_rejected(
     parts = [{"type": "image", "image": str(tmp_path / "a.png")}]
     dataset = build([[{"role": "user", "content": parts}, CONVERSATIONS[0][1]]], processor, config)
     Image.new("RGB", (32, 16)).save(tmp_path / "a.png")
-    with rejects("when the dataset was created", start="conversation 0: "):
+    with rejects("when it was measured", start="conversation 0: "):
         dataset[0]
 
 

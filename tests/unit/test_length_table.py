@@ -8,37 +8,40 @@ import numpy as np
 import pytest
 
 from megatron_vlbridge.data.lengths.build import CHUNK, build_table
-from megatron_vlbridge.data.lengths.table import COLUMNS, Excluded, LengthTable
+from megatron_vlbridge.data.lengths.table import COLUMNS, LengthTable, Note
 from megatron_vlbridge.errors import VLBridgeError
 from tests.errors import rejects
 
 FINGERPRINT = {"data": ["train.jsonl", 7], "processor": {"patch_size": 16}}
 
 
-def table(count: int, excluded: int | None = None, first: int = 0) -> LengthTable:
+def table(count: int, excluded: int | None = None, first: int = 0, failed: int | None = None) -> LengthTable:
     """Row i has the values i to i + 4."""
     rows = np.empty(count, COLUMNS)
     for offset, name in enumerate(COLUMNS.names or ()):
         rows[name] = np.arange(first, first + count) + offset
-    return LengthTable(rows, None if excluded is None else Excluded(excluded, f"conversation {first + excluded}"))
+    notes = (None if place is None else Note(place, f"conversation {first + place}") for place in (excluded, failed))
+    return LengthTable(rows, *notes)
 
 
 def same(one: LengthTable, other: LengthTable) -> bool:
-    return np.array_equal(one.rows, other.rows) and one.first_excluded == other.first_excluded
+    notes = [(each.first_excluded, each.first_failed) for each in (one, other)]
+    return np.array_equal(one.rows, other.rows) and notes[0] == notes[1]
 
 
-@pytest.mark.parametrize("excluded", [None, 3])
-def test_what_is_saved_is_read(excluded: int | None, tmp_path: Path) -> None:
-    table(5, excluded).save(tmp_path / "lengths", FINGERPRINT)
+@pytest.mark.parametrize(("excluded", "failed"), [(None, None), (3, None), (None, 0), (2, 4)])
+def test_what_is_saved_is_read(excluded: int | None, failed: int | None, tmp_path: Path) -> None:
+    saved = table(5, excluded, failed=failed)
+    saved.save(tmp_path / "lengths", FINGERPRINT)
     read = LengthTable.open(tmp_path / "lengths", FINGERPRINT)
-    assert same(read, table(5, excluded))
+    assert same(read, saved)
     assert isinstance(read.rows, np.memmap)
     assert [path.name for path in tmp_path.iterdir()] == ["lengths"]
 
 
 def test_a_joined_table_counts_on(tmp_path: Path) -> None:
-    parts = [table(2), table(3, 1, first=2), table(1, 0, first=5)]
-    assert same(LengthTable.join(parts), table(6, 3))
+    parts = [table(2), table(3, 1, first=2), table(1, 0, first=5, failed=0)]
+    assert same(LengthTable.join(parts), table(6, 3, failed=5))
 
 
 def test_every_cut_is_refused(tmp_path: Path) -> None:

@@ -57,18 +57,28 @@ def test_without_a_share_the_error_itself_is_raised() -> None:
 
 
 def test_more_failures_than_the_share_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
-    """Each conversation counts once; its first failure is logged with its cause."""
-    some = replacements(max_share=0.1)
+    """Of the conversations that were read, or of all where these are few. Each is counted and logged once."""
+    some = replacements(max_share=0.01)
     with caplog.at_level(logging.WARNING):
-        some.note_read()
-        some.note_failure(0, VLBridgeError("line 1: broken"))
-        some.note_failure(0, VLBridgeError("line 1: broken"))
-        for _ in range(19):
+        for member in (0, 1, 1, 0):
             some.note_read()
-        some.note_failure(1, VLBridgeError("line 2: broken"))
-        with rejects("3 of 20 conversations", "--max-bad-samples 0.1", "the last: line 3: broken"):
-            some.note_failure(2, VLBridgeError("line 3: broken"))
-    assert [record.getMessage() for record in caplog.records] == [f"replaced: line {n}: broken" for n in (1, 2, 3)]
+            some.note_failure(member, VLBridgeError(f"line {member}: broken"))
+        with rejects("3 conversations", "has read 4", "--max-bad-samples 0.01 of 200", "the last: line 2: broken"):
+            some.note_failure(2, VLBridgeError("line 2: broken"))
+        for _ in range(296):
+            some.note_read()
+        some.note_failure(2, VLBridgeError("line 2: broken"))
+        with rejects("4 conversations", "of 300"):
+            some.note_failure(3, VLBridgeError("line 3: broken"))
+    assert [record.getMessage() for record in caplog.records] == [f"replaced: line {n}: broken" for n in range(4)]
+
+
+def test_many_conversations_are_judged_by_a_thousand() -> None:
+    many = Replacements([5] * 5000, [0] * 5000, seed=0, max_share=0.002)
+    many.note_failure(0, VLBridgeError("line 0: broken"))
+    many.note_failure(1, VLBridgeError("line 1: broken"))
+    with rejects("of 1000"):
+        many.note_failure(2, VLBridgeError("line 2: broken"))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])

@@ -12,14 +12,15 @@ import numpy as np
 from megatron_vlbridge.errors import VLBridgeError
 
 FORMAT = 1
-# Tokens; patches; work in the vision tower; assistant turns, and those of them that are excluded from the loss.
+# Tokens, 0 of a conversation that cannot be encoded; patches; work in the vision tower; assistant turns, and those of
+# them that are excluded from the loss.
 COLUMNS = np.dtype(
     [("tokens", "<i4"), ("patches", "<i4"), ("work", "<i8"), ("assistant_turns", "<i4"), ("excluded_turns", "<i4")]
 )
 
 
-class Excluded(NamedTuple):
-    """The first assistant turn excluded from the loss: the index of its conversation, and where and why."""
+class Note(NamedTuple):
+    """The index of a conversation, and a text with its place and a reason."""
 
     conversation: int
     text: str
@@ -29,27 +30,33 @@ class Excluded(NamedTuple):
 class LengthTable:
     """The sizes of N conversations: `rows` has the dtype `COLUMNS` and shape `[N]`.
 
+    `first_excluded` is the first assistant turn excluded from the loss, `first_failed` the first conversation that
+    cannot be encoded.
+
     Example: `LengthTable.open("train.jsonl.lengths", fingerprint).rows["tokens"].sum()`.
     """
 
     rows: np.ndarray
-    first_excluded: Excluded | None = None
+    first_excluded: Note | None = None
+    first_failed: Note | None = None
 
     @classmethod
     def join(cls, parts: Sequence["LengthTable"]) -> "LengthTable":
         """The tables of consecutive conversations as one."""
         starts = np.cumsum([0, *(len(part.rows) for part in parts)]).tolist()
-        excluded = [
-            Excluded(start + part.first_excluded.conversation, part.first_excluded.text)
-            for start, part in zip(starts, parts, strict=False)
-            if part.first_excluded
-        ]
-        return cls(np.concatenate([part.rows for part in parts]), excluded[0] if excluded else None)
+
+        def first(notes: Sequence[Note | None]) -> Note | None:
+            shifted = (Note(start + note[0], note[1]) for start, note in zip(starts, notes, strict=False) if note)
+            return next(shifted, None)
+
+        rows = np.concatenate([part.rows for part in parts])
+        return cls(rows, first([part.first_excluded for part in parts]), first([part.first_failed for part in parts]))
 
     def save(self, path: str | Path, fingerprint: Mapping[str, Any]) -> None:
         """Write the table to a file, which appears only when it is complete."""
         partial = Path(f"{path}.partial-{os.getpid()}")
-        head = {"format": FORMAT, "fingerprint": fingerprint, "first_excluded": self.first_excluded}
+        notes = [self.first_excluded, self.first_failed]
+        head = {"format": FORMAT, "fingerprint": fingerprint, "notes": notes}
         try:
             with partial.open("wb") as file:
                 np.save(file, self.rows)
@@ -76,8 +83,7 @@ class LengthTable:
                 f"{path}: made for other data or settings; {', '.join(names)} differ ({key}: expected "
                 f"{fingerprint.get(key)!r}, found {found.get(key)!r}); {REMEDY}"
             )
-        excluded = head["first_excluded"]
-        return cls(rows, Excluded(*excluded) if excluded else None)
+        return cls(rows, *(Note(*note) if note else None for note in head["notes"]))
 
 
 REMEDY = "make it again with vlbridge data index"

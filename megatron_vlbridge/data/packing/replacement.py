@@ -8,6 +8,10 @@ import numpy as np
 from megatron_vlbridge.errors import VLBridgeError
 
 ATTEMPTS = 100
+# A share of fewer conversations says little.
+LEAST = 1000
+
+type Ints = Sequence[int] | np.ndarray
 
 logger = logging.getLogger(__name__)
 
@@ -17,12 +21,12 @@ class Replacements:
 
     Which one is a pure function of `seed`, the index of the pack and the conversation, so it is the same on every rank,
     loader process and resumed run. `lengths` and `patches` are those of all N conversations. `max_share` is the share
-    of the conversations read so far that may fail; one always may unless it is 0.
+    of the conversations read so far that may fail, where at least `LEAST` or N count as read.
 
     Example: `next(Replacements([5, 3, 9], [0, 0, 0], seed=0, max_share=0.01).candidates(pack=7, member=0))` is 1.
     """
 
-    def __init__(self, lengths: Sequence[int], patches: Sequence[int], *, seed: int, max_share: float) -> None:
+    def __init__(self, lengths: Ints, patches: Ints, *, seed: int, max_share: float) -> None:
         if not 0 <= max_share < 1:
             raise VLBridgeError(f"max_bad_samples: expected a share from 0 to below 1, found {max_share}")
         self.lengths, self.patches = np.asarray(lengths), np.asarray(patches)
@@ -35,8 +39,9 @@ class Replacements:
     def candidates(self, pack: int, member: int) -> Iterator[int]:
         """The conversations to try in the place of `member`, in order; at most `ATTEMPTS`."""
         random = np.random.default_rng((self.seed, pack, member))
-        shorter = int(np.searchsorted(self._sorted, self.lengths[member], "right"))
-        for place in random.integers(shorter, size=ATTEMPTS).tolist():
+        # Those of 0 tokens cannot be encoded either.
+        first, end = np.searchsorted(self._sorted, (0, self.lengths[member]), "right").tolist()
+        for place in random.integers(first, end, size=ATTEMPTS).tolist():
             candidate = int(self._by_length[place])
             if candidate != member and self.patches[candidate] <= self.patches[member]:
                 yield candidate
@@ -56,8 +61,9 @@ class Replacements:
             return
         self.failures[member] = str(error)
         logger.warning("replaced: %s", error)
-        if len(self.failures) > max(1, self.max_share * self.num_read):
+        read = max(self.num_read, min(LEAST, len(self.lengths)))
+        if len(self.failures) > self.max_share * read:
             raise VLBridgeError(
-                f"{len(self.failures)} of {self.num_read} conversations read by this process cannot be encoded, more "
-                f"than --max-bad-samples {self.max_share}; the last: {error}"
+                f"{len(self.failures)} conversations cannot be encoded, and this process has read {self.num_read}: "
+                f"more than --max-bad-samples {self.max_share} of {read}; the last: {error}"
             ) from error

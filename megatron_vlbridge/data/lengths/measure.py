@@ -1,0 +1,71 @@
+"""The sizes of conversations, from the headers of their media files."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import ProcessorMixin
+
+from megatron_vlbridge.data.chat import measure_conversation
+from megatron_vlbridge.data.conversations import FileConversation
+from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.lengths.table import COLUMNS, LengthTable, Note
+from megatron_vlbridge.data.media import DEFAULTS, Conversation
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.layout.balance import frame_work
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures conversations for a processor, and a vision tower of `hidden_size`.
+
+    A conversation that cannot be encoded has 0 tokens; `first_failed` of the table says where and why.
+
+    Example: `Measure(processor, config.vision.hidden_size)(conversations, range(10)).rows["tokens"]`.
+    """
+
+    processor: ProcessorMixin
+    hidden_size: int
+    media: MediaOptions = DEFAULTS
+
+    def __call__(self, conversations: Sequence[Conversation], indices: range) -> LengthTable:
+        """The table of the conversations with these indices, in this order."""
+        rows = np.zeros(len(indices), COLUMNS)
+        excluded: list[Note] = []
+        failed: list[Note] = []
+        for place, index in enumerate(indices):
+            try:
+                conversation = conversations[index]
+            except VLBridgeError as error:
+                failed.append(Note(place, str(error)))
+                continue
+            where = location(conversation, index)
+            try:
+                tools = tools_of(conversation)
+                sample = measure_conversation(conversation, self.processor, tools=tools, media=self.media)
+            except VLBridgeError as error:
+                failed.append(Note(place, f"{where}: {error}"))
+                continue
+            grids = [*sample.image_grid_thw.tolist(), *sample.video_grid_thw.tolist()]
+            rows[place] = (
+                len(sample.input_ids),
+                sum(math.prod(grid) for grid in grids),
+                sum(frames * frame_work(height * width, self.hidden_size) for frames, height, width in grids),
+                sum(message["role"] == "assistant" for message in conversation),
+                len(sample.excluded_turns),
+            )
+            if sample.excluded_turns and not excluded:
+                turn = sample.excluded_turns[0]
+                excluded.append(Note(place, f"{where}, message {turn.message}: {turn.reason}"))
+        return LengthTable(rows, excluded[0] if excluded else None, failed[0] if failed else None)
+
+
+def location(conversation: Conversation, index: int) -> str:
+    """How errors name a conversation: its file and line, or its index."""
+    return conversation.location if isinstance(conversation, FileConversation) else f"conversation {index}"
+
+
+def tools_of(conversation: Conversation) -> Sequence[dict[str, object]]:
+    """The tools of a conversation that was read from a file."""
+    return conversation.tools if isinstance(conversation, FileConversation) else ()
