@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.labels.tools import check_tools, tool_text
 from megatron_vlbridge.data.media import DEFAULTS, Conversation, Video, load_image, load_video
 from megatron_vlbridge.data.messages import (
@@ -27,6 +28,7 @@ from megatron_vlbridge.data.turns import (
     check_reasoning,
     match_turns,
     render,
+    skipped_turns,
     split_turns,
     supervised_mask,
     template_messages,
@@ -35,6 +37,8 @@ from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.positions import mrope_positions
 
+DEFAULT_LABELS = LabelOptions()
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -42,7 +46,8 @@ class Sample:
 
     `input_ids` is int64 `[L]`; `loss_mask` bool `[L]`, True for a supervised token (not shifted). Patches are float32
     `[P, patch_dim]`, in order, 0 rows where there are none; grids, in patches, int64 `[n, 3]` and `[m, 3]`.
-    `excluded_turns` are the assistant turns excluded from the loss, with the reasons.
+    `excluded_turns` are the assistant turns excluded from the loss, with the reasons; `skipped_turns` the messages
+    that were not to be learned.
     """
 
     input_ids: Tensor
@@ -52,6 +57,7 @@ class Sample:
     pixel_values_videos: Tensor
     video_grid_thw: Tensor
     excluded_turns: tuple[ExcludedTurn, ...] = ()
+    skipped_turns: tuple[int, ...] = ()
 
 
 def encode_conversation(
@@ -61,18 +67,20 @@ def encode_conversation(
     tools: Sequence[dict[str, Any]] | None = None,
     allow_no_loss: bool = False,
     media: MediaOptions = DEFAULTS,
+    labels: LabelOptions = DEFAULT_LABELS,
 ) -> Sample:
     """Encode a conversation in the Hugging Face messages format with a Qwen3-VL processor.
 
     A message is `{"role": "system" | "user" | "assistant" | "tool", "content": ...}`; the content is a string or a list
     of `{"type": "text", "text": str}` and, in user and tool messages, `{"type": "image", "image": path or PIL image}`
     and `{"type": "video", "video": frames, "fps": float}` (see `media.load_video`). Assistant messages may have
-    `reasoning_content` and `tool_calls` (see `labels.tools`), tool messages `tool_call_id` and `name`, which must be
-    those of the calls. Other keys are rejected. `tools` are those of the conversation, JSON schemas of functions.
+    `reasoning_content`, `tool_calls` (see `labels.tools`) and `train`, tool messages `tool_call_id` and `name`, which
+    must be those of the calls. Other keys are rejected. `tools` are those of the conversation, JSON schemas of functions.
 
     The loss covers the assistant's reasoning, content and calls, byte for byte, and the closing `<|im_end|>`. A turn
     that the chat template modifies (the template of a thinking model drops the reasoning of earlier turns, for example)
-    is excluded from the loss and listed in `Sample.excluded_turns`. `media` sets how images and frames are read.
+    is excluded from the loss and listed in `Sample.excluded_turns`. Assistant messages with `"train": false` are not
+    learned; `labels` sets which others are. `media` sets how images and frames are read.
 
     Raises VLBridgeError: a message does not have this format; a text contains a special token; the chat template
     modifies system, user or tool content, or does not render tools, calls or reasoning; placeholders, grids, patches
@@ -96,9 +104,10 @@ def encode_conversation(
     turns = match_turns(split_turns(text), messages, {"image": image, "video": processor.video_token}, tools)
     encoded = _run_processor(text, images, videos, processor)
     ids = encoded["input_ids"][0]
-    loss_mask, excluded = supervised_mask(ids, turns, messages, processor)
+    skipped = skipped_turns(messages, labels)
+    loss_mask, excluded = supervised_mask(ids, turns, messages, processor, skipped)
     if not allow_no_loss and not loss_mask.any():
-        raise _no_supervised_token(messages, excluded)
+        raise _no_supervised_token(messages, excluded, skipped)
     empty = torch.zeros(0, _patch_dim(processor)), torch.zeros(0, 3, dtype=torch.int64)
     sample = Sample(
         ids,
@@ -108,6 +117,7 @@ def encode_conversation(
         encoded.get("pixel_values_videos", empty[0]),
         encoded.get("video_grid_thw", empty[1]),
         excluded,
+        skipped,
     )
     _check_media(sample, len(images), len(videos), processor)
     return sample
@@ -161,7 +171,14 @@ def _run_processor(
         raise VLBridgeError(f"the processor rejects {len(images)} images and {len(videos)} videos: {error}") from error
 
 
-def _no_supervised_token(messages: Conversation, excluded: Sequence[ExcludedTurn]) -> VLBridgeError:
+def _no_supervised_token(
+    messages: Conversation, excluded: Sequence[ExcludedTurn], skipped: Sequence[int]
+) -> VLBridgeError:
+    if not excluded and skipped:
+        return VLBridgeError(
+            f"no supervised token: {message_name(messages, skipped[-1])} and all other assistant messages have "
+            '"train": false or are before the last user query; remove the conversation'
+        )
     if not excluded:
         roles = ", ".join(message["role"] for message in messages)
         return VLBridgeError(

@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.data.chat import Sample, encode_conversation
+from megatron_vlbridge.data.chat import DEFAULT_LABELS, Sample, encode_conversation
 from megatron_vlbridge.data.conversations import FileConversation, read_conversations
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.media import DEFAULTS, Conversation
 from megatron_vlbridge.data.packing.offline import PackingOptions, order_packs, pack_lengths
 from megatron_vlbridge.data.packing.packs import best_fit, build_pack
@@ -43,7 +44,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     The conversations have the format of `chat.encode_conversation`; `processor` and `config` are those of one
     checkpoint. A pack has `seq_length` tokens. The length of a conversation in it is rounded up to a multiple of
     `multiple_of`, for context-parallel padding: 2 * the context-parallel size if that is above 1. The space is
-    reserved; the tensors are unpadded. `media` says how images and frames are read, `packing` how packs are formed.
+    reserved; the tensors are unpadded. `media` says how images and frames are read, `labels` what is learned
+    (`num_skipped_turns` assistant turns are not), `packing` how packs are formed.
     With `too_long="drop"` conversations that fit into no pack are left out: `dropped` has their indices,
     `dropped_report` describes them; rank 0 logs it.
 
@@ -65,6 +67,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         seed: int = 0,
         multiple_of: int = 1,
         media: MediaOptions = DEFAULTS,
+        labels: LabelOptions = DEFAULT_LABELS,
         packing: PackingOptions = DEFAULT_PACKING,
     ) -> None:
         check_processor(processor, config)
@@ -77,9 +80,10 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.seed = seed
         self.multiple_of = multiple_of
         self.media = media
+        self.labels = labels
         self.packing = packing
         self.hidden_size = config.vision.hidden_size
-        self.num_assistant_turns = self.num_excluded_turns = 0
+        self.num_assistant_turns = self.num_excluded_turns = self.num_skipped_turns = 0
         self._first_excluded_turn = ""
         self.lengths: list[int] = []
         self.dropped: list[int] = []
@@ -94,7 +98,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self._kept = np.setdiff1d(np.arange(len(conversations)), self.dropped)
         self._epoch_starts = [0]
         self._cached_epoch: tuple[int, list[list[int]]] = (-1, [])
-        for report in filter(None, (self.excluded_turns_report, self.dropped_report)):
+        for report in filter(None, (self.excluded_turns_report, self.skipped_turns_report, self.dropped_report)):
             if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
                 logger.warning(report)
 
@@ -160,6 +164,16 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         )
 
     @property
+    def skipped_turns_report(self) -> str:
+        """The number of assistant turns that were not to be learned; empty if there are none."""
+        if not self.num_skipped_turns:
+            return ""
+        return (
+            f"{self.num_skipped_turns} of {self.num_assistant_turns} assistant turns are not learned, as they have "
+            '"train": false or --label-turns is last'
+        )
+
+    @property
     def dropped_report(self) -> str:
         """The number of conversations that were dropped, and the first of them; empty if there are none."""
         if not self.dropped:
@@ -187,6 +201,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
             return
         self.num_assistant_turns += sum(message["role"] == "assistant" for message in self.conversations[index])
         self.num_excluded_turns += len(sample.excluded_turns)
+        self.num_skipped_turns += len(sample.skipped_turns)
         if sample.excluded_turns and not self._first_excluded_turn:
             first = sample.excluded_turns[0]
             self._first_excluded_turn = f"{self._location(index)}, message {first.message}: {first.reason}"
@@ -212,7 +227,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         conversation = self.conversations[index]
         tools = conversation.tools if isinstance(conversation, FileConversation) else ()
         try:
-            return encode_conversation(conversation, self.processor, tools=tools, media=self.media)
+            return encode_conversation(conversation, self.processor, tools=tools, media=self.media, labels=self.labels)
         except VLBridgeError as error:
             raise VLBridgeError(f"{self._location(index)}: {error}") from error
 

@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.labels.tools import call_texts, tool_text
 from megatron_vlbridge.data.media import Conversation, Message
 from megatron_vlbridge.data.messages import message_calls, message_name, message_text
@@ -208,20 +209,40 @@ def generation_prompts(processor: ProcessorMixin) -> list[GenerationPrompt]:
     return sorted(found, key=lambda prompt: len(prompt.ids), reverse=True)
 
 
+def skipped_turns(messages: Conversation, options: LabelOptions) -> tuple[int, ...]:
+    """The assistant messages that are not to be learned: with `"train": false`, or before the last user query.
+
+    Example: of four messages, user and assistant in turn, `LabelOptions(turns="last")` skips `(1,)`.
+    """
+    queries = [index for index, message in enumerate(messages) if message["role"] == "user" and not _result(message)]
+    first = max(queries, default=-1) if options.turns == "last" else -1
+    return tuple(
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and (index < first or not message.get("train", True))
+    )
+
+
+def _result(message: Message) -> bool:
+    """Whether a user message is the result of a tool, as Qwen3.5's template decides it."""
+    text = message_text(message, {"image": "x", "video": "x"}).strip()
+    return text.startswith("<tool_response>") and text.endswith("</tool_response>")
+
+
 def supervised_mask(
-    ids: Tensor, turns: Sequence[Turn], messages: Conversation, processor: ProcessorMixin
+    ids: Tensor, turns: Sequence[Turn], messages: Conversation, processor: ProcessorMixin, skipped: Sequence[int] = ()
 ) -> tuple[Tensor, tuple[ExcludedTurn, ...]]:
     """Bool `[L]`, True for supervised tokens: assistant content and its `<|im_end|>`; and the turns without loss.
 
     `ids` int64 `[L]` are the tokens of the rendered conversation, placeholders expanded; `turns` has one turn for each
-    of `turn_groups(messages)`.
+    of `turn_groups(messages)`. `skipped` messages are not learned.
     """
     prompts, tokens = generation_prompts(processor), ids.tolist()
     excluded: list[ExcludedTurn] = []
     candidates: list[tuple[int, GenerationPrompt, slice]] = []
     spans = _turn_spans(ids, len(turns), processor.tokenizer)
     for (index, *_), turn, (start, end) in zip(turn_groups(messages), turns, spans, strict=True):
-        if messages[index]["role"] == "assistant":
+        if messages[index]["role"] == "assistant" and index not in skipped:
             prompt = next((one for one in prompts if tokens[start : start + len(one.ids)] == one.ids), None)
             if prompt:
                 candidates.append((index, prompt, slice(start + len(prompt.ids), end + 1)))
