@@ -110,3 +110,47 @@ CASES = {
         LAST,
     ),
 }  # fmt: skip
+
+NEWLINE = {"labels": LabelOptions(newline=True)}
+
+
+def with_newline(turn: str) -> str:
+    """The same turn, its last newline learned."""
+    return turn.removesuffix("⟧\n") + "\n⟧"
+
+
+CASES |= {
+    "newline": Case(
+        [user("Q"), bot("A"), user("R"), bot("B\n")],
+        instruct(
+            Q + with_newline(learned("A")) + R + with_newline(learned("B\n")),
+            Q + turn("assistant", "A") + R + turn("assistant", "<think>\n\n</think>\n\nB"),
+        ),
+        NEWLINE,
+    ),
+    "newline, train false": Case(
+        [user("\n"), bot("A", train=False), bot("B"), user("\n"), bot("C", train=False)],
+        instruct(
+            turn("user", "\n")
+            + turn("assistant", "A")
+            + with_newline(learned("B"))
+            + turn("user", "\n")
+            + turn("assistant", "C"),
+            turn("user", "")
+            + turn("assistant", "A")
+            + turn("assistant", "B")
+            + turn("user", "")
+            + turn("assistant", "<think>\n\n</think>\n\nC"),
+        ),
+        NEWLINE,
+    ),
+    "newline, with a call": Case(
+        [user("Q"), bot("I look.", tool_calls=LOOK), result("a"), bot("B")],
+        families(
+            NO_RESULTS,
+            Q + with_newline(learned(f"I look.\n{JSON_LOOK}")) + response("a") + with_newline(learned("B")),
+            Q + with_newline(thought(f"I look.\n\n{TAGS_LOOK}")) + response("a") + with_newline(thought("B")),
+        ),
+        NEWLINE,
+    ),
+}  # fmt: skip

@@ -25,6 +25,7 @@ from megatron_vlbridge.data.turns import (
     TURN_END,
     TURN_START,
     ExcludedTurn,
+    add_newlines,
     check_reasoning,
     match_turns,
     render,
@@ -75,7 +76,8 @@ def encode_conversation(
     of `{"type": "text", "text": str}` and, in user and tool messages, `{"type": "image", "image": path or PIL image}`
     and `{"type": "video", "video": frames, "fps": float}` (see `media.load_video`). Assistant messages may have
     `reasoning_content`, `tool_calls` (see `labels.tools`) and `train`, tool messages `tool_call_id` and `name`, which
-    must be those of the calls. Other keys are rejected. `tools` are those of the conversation, JSON schemas of functions.
+    must be those of the calls. Other keys are rejected. `tools` are those of the conversation, JSON schemas of
+    functions.
 
     The loss covers the assistant's reasoning, content and calls, byte for byte, and the closing `<|im_end|>`. A turn
     that the chat template modifies (the template of a thinking model drops the reasoning of earlier turns, for example)
@@ -106,6 +108,8 @@ def encode_conversation(
     ids = encoded["input_ids"][0]
     skipped = skipped_turns(messages, labels)
     loss_mask, excluded = supervised_mask(ids, turns, messages, processor, skipped)
+    if labels.newline:
+        add_newlines(loss_mask, ids, processor)
     if not allow_no_loss and not loss_mask.any():
         raise _no_supervised_token(messages, excluded, skipped)
     empty = torch.zeros(0, _patch_dim(processor)), torch.zeros(0, 3, dtype=torch.int64)

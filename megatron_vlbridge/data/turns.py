@@ -276,6 +276,20 @@ def _closest(texts: Sequence[str], found: str) -> str:
     return max(texts, key=lambda text: _first_difference(text, found))
 
 
+def add_newlines(mask: Tensor, ids: Tensor, processor: ProcessorMixin) -> None:
+    """Add the newline after each learned turn to `mask`, bool `[L]` (VLBridgeError if another token is there)."""
+    newline = processor.tokenizer.encode("\n", add_special_tokens=False)
+    ends = (mask & (ids == processor.tokenizer.convert_tokens_to_ids(TURN_END))).nonzero().flatten() + 1
+    for end in ends.tolist():
+        if ids[end : end + 1].tolist() != newline:
+            found = processor.tokenizer.decode(ids[end : end + 1].tolist())
+            raise VLBridgeError(
+                f"token {end}: expected a newline after {TURN_END}, found {found!r}; leave out --label-newline, the "
+                "chat template does not write one"
+            )
+    mask[ends] = True
+
+
 def _turn_spans(ids: Tensor, count: int, tokenizer: Any) -> list[tuple[int, int]]:
     """Index of the first and the last token of each of the last `count` turns."""
     starts, ends = (

@@ -105,3 +105,14 @@ def test_the_arguments_of_a_run_say_what_is_learned() -> None:
     parser = add_arguments(argparse.ArgumentParser())
     assert label_options(parser.parse_args([])) == LabelOptions()
     assert label_options(parser.parse_args(["--label-turns", "last"])) == LabelOptions(turns="last")
+    assert label_options(parser.parse_args(["--label-newline"])) == LabelOptions(newline=True)
+
+
+@pytest.mark.parametrize(("written", "found"), [("", "''"), (" ", "' '"), ("\n\n", r"'\n\n'")])
+def test_a_template_without_the_newline_is_rejected_if_it_is_to_be_learned(written: str, found: str) -> None:
+    whole = processor_of("qwen3_vl")
+    template = whole.chat_template.replace("'<|im_end|>\\n'", repr(f"<|im_end|>{written}"))
+    processor = Qwen3VLProcessor(whole.image_processor, whole.tokenizer, whole.video_processor, chat_template=template)
+    encode_conversation(CASES["newline"].messages[:2], processor)
+    with rejects("expected a newline after <|im_end|>", f"found {found}", "--label-newline"):
+        encode_conversation(CASES["newline"].messages[:2], processor, labels=LabelOptions(newline=True))
