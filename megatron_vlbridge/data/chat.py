@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.labels.tools import check_tools, tool_text
 from megatron_vlbridge.data.media import (
     DEFAULTS,
@@ -41,12 +42,13 @@ from megatron_vlbridge.data.turns import (
     match_turns,
     render,
     split_turns,
-    supervised_mask,
     template_messages,
 )
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.positions import mrope_positions
+
+DEFAULT_LABELS = LabelOptions()
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,8 @@ class Sample:
 
     `input_ids` is int64 `[L]`; `loss_mask` bool `[L]`, True for a supervised token (not shifted). Patches are float32
     `[P, patch_dim]`, in order, 0 rows where there are none; grids, in patches, int64 `[n, 3]` and `[m, 3]`.
-    `excluded_turns` are the assistant turns excluded from the loss, with the reasons.
+    `excluded_turns` are the assistant turns excluded from the loss, with the reasons; `skipped_turns` the messages
+    that were not to be learned.
     """
 
     input_ids: Tensor
@@ -65,6 +68,7 @@ class Sample:
     pixel_values_videos: Tensor
     video_grid_thw: Tensor
     excluded_turns: tuple[ExcludedTurn, ...] = ()
+    skipped_turns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +80,7 @@ class MeasuredConversation:
     image_grid_thw: Tensor
     video_grid_thw: Tensor
     excluded_turns: tuple[ExcludedTurn, ...] = ()
+    skipped_turns: tuple[int, ...] = ()
 
 
 def encode_conversation(
@@ -85,19 +90,21 @@ def encode_conversation(
     tools: Sequence[dict[str, Any]] | None = None,
     allow_no_loss: bool = False,
     media: MediaOptions = DEFAULTS,
+    labels: LabelOptions = DEFAULT_LABELS,
 ) -> Sample:
     """Encode a conversation in the Hugging Face messages format with a Qwen3-VL processor.
 
     A message is `{"role": "system" | "user" | "assistant" | "tool", "content": ...}`; the content is a string or a list
     of `{"type": "text", "text": str}` and, in user and tool messages, `{"type": "image", "image": path or PIL image}`
     and `{"type": "video", "video": path or frames, "fps": float}` (see `media.load_video`), both with `min_pixels`
-    and `max_pixels` where these differ from the processor's. Assistant messages may have `reasoning_content` and
-    `tool_calls` (see `labels.tools`), tool messages `tool_call_id` and `name`, which must be those of the calls. Other
-    keys are rejected. `tools` are those of the conversation, JSON schemas of functions.
+    and `max_pixels` where these differ from the processor's. Assistant messages may have `reasoning_content`,
+    `tool_calls` (see `labels.tools`) and `train`, tool messages `tool_call_id` and `name`, which must be those of the
+    calls. Other keys are rejected. `tools` are those of the conversation, JSON schemas of functions.
 
     The loss covers the assistant's reasoning, content and calls, byte for byte, and the closing `<|im_end|>`. A turn
     that the chat template modifies (the template of a thinking model drops the reasoning of earlier turns, for example)
-    is excluded from the loss and listed in `Sample.excluded_turns`. `media` sets how images and frames are read.
+    is excluded from the loss and listed in `Sample.excluded_turns`. Assistant messages with `"train": false` are not
+    learned; `labels` sets which others are. `media` sets how images and frames are read.
 
     Raises VLBridgeError: a message does not have this format; a text contains a special token; the chat template
     modifies system, user or tool content, or does not render tools, calls or reasoning; placeholders, grids, patches
@@ -118,16 +125,17 @@ def encode_conversation(
     sizes = with_sizes(processor, image_sizes, [video.size for video in videos])
     encoded = _run_processor(prompt.text, images, videos, sizes)
     ids = encoded["input_ids"][0]
-    loss_mask, excluded = _supervised(ids, prompt, messages, processor, allow_no_loss=allow_no_loss)
+    mask = loss_mask(ids, prompt.turns, messages, processor, labels, allow_no_loss=allow_no_loss)
     empty = torch.zeros(0, _patch_dim(processor)), torch.zeros(0, 3, dtype=torch.int64)
     sample = Sample(
         ids,
-        loss_mask,
+        mask.supervised,
         encoded.get("pixel_values", empty[0]),
         encoded.get("image_grid_thw", empty[1]),
         encoded.get("pixel_values_videos", empty[0]),
         encoded.get("video_grid_thw", empty[1]),
-        excluded,
+        mask.excluded_turns,
+        mask.skipped_turns,
     )
     _check_media(sample, len(images), len(videos), processor)
     return sample
@@ -140,6 +148,7 @@ def measure_conversation(
     tools: Sequence[dict[str, Any]] | None = None,
     allow_no_loss: bool = False,
     media: MediaOptions = DEFAULTS,
+    labels: LabelOptions = DEFAULT_LABELS,
 ) -> MeasuredConversation:
     """The tokens, loss mask and grids of `encode_conversation`, from the headers of media files, without decoding them.
 
@@ -151,11 +160,11 @@ def measure_conversation(
     shape = partial(media_shape, processor=processor, options=media)
     shapes = {kind: _load_media(messages, kind, shape) for kind in ("image", "video")}
     ids = _expanded_ids(prompt.text, shapes, processor)
-    loss_mask, excluded = _supervised(ids, prompt, messages, processor, allow_no_loss=allow_no_loss)
+    mask = loss_mask(ids, prompt.turns, messages, processor, labels, allow_no_loss=allow_no_loss)
     images, videos = (
         torch.tensor([one.grid for one in shapes[kind]], dtype=torch.int64).view(-1, 3) for kind in ("image", "video")
     )
-    return MeasuredConversation(ids, loss_mask, images, videos, excluded)
+    return MeasuredConversation(ids, mask.supervised, images, videos, mask.excluded_turns, mask.skipped_turns)
 
 
 @dataclass(frozen=True)
@@ -178,15 +187,6 @@ def _prompt(messages: Conversation, processor: ProcessorMixin, tools: Sequence[d
     image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
     placeholders = {"image": image, "video": processor.video_token}
     return _Prompt(text, match_turns(split_turns(text), messages, placeholders, tools))
-
-
-def _supervised(
-    ids: Tensor, prompt: _Prompt, messages: Conversation, processor: ProcessorMixin, *, allow_no_loss: bool
-) -> tuple[Tensor, tuple[ExcludedTurn, ...]]:
-    loss_mask, excluded = supervised_mask(ids, prompt.turns, messages, processor)
-    if not allow_no_loss and not loss_mask.any():
-        raise _no_supervised_token(messages, excluded)
-    return loss_mask, excluded
 
 
 def _expanded_ids(text: str, shapes: dict[str, list[MediaShape]], processor: ProcessorMixin) -> Tensor:
@@ -247,19 +247,6 @@ def _run_processor(
         return processor(text=[text], return_tensors="pt", **media)
     except ValueError as error:
         raise VLBridgeError(f"the processor rejects {len(images)} images and {len(videos)} videos: {error}") from error
-
-
-def _no_supervised_token(messages: Conversation, excluded: Sequence[ExcludedTurn]) -> VLBridgeError:
-    if not excluded:
-        roles = ", ".join(message["role"] for message in messages)
-        return VLBridgeError(
-            f"no supervised token: none of the {len(messages)} messages has the role 'assistant' (roles: {roles})"
-        )
-    first = excluded[0]
-    return VLBridgeError(
-        "no supervised token: every assistant turn is excluded from the loss; "
-        f"{message_name(messages, first.message)}: {first.reason}"
-    )
 
 
 def _check_media(sample: Sample, num_images: int, num_videos: int, processor: ProcessorMixin) -> None:

@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.data.chat import Sample, encode_conversation
+from megatron_vlbridge.data.chat import DEFAULT_LABELS, Sample, encode_conversation
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.lengths.measure import Measure, location, tools_of
 from megatron_vlbridge.data.lengths.table import LengthTable
 from megatron_vlbridge.data.media import DEFAULTS, Conversation
@@ -45,7 +46,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     The conversations have the format of `chat.encode_conversation`; `processor` and `config` are those of one
     checkpoint. A pack has `seq_length` tokens. The length of a conversation in it is rounded up to a multiple of
     `multiple_of`, for context-parallel padding: 2 * the context-parallel size if that is above 1. The space is
-    reserved; the tensors are unpadded. `media` says how images and frames are read, `packing` how packs are formed.
+    reserved; the tensors are unpadded. `media` says how images and frames are read, `labels` what is learned
+    (`num_skipped_turns` assistant turns are not), `packing` how packs are formed.
     With `too_long="drop"` conversations that fit into no pack are left out: `dropped` has their indices,
     `dropped_report` describes them; rank 0 logs it.
 
@@ -71,6 +73,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         seed: int = 0,
         multiple_of: int = 1,
         media: MediaOptions = DEFAULTS,
+        labels: LabelOptions = DEFAULT_LABELS,
         packing: PackingOptions = DEFAULT_PACKING,
         lengths: LengthTable | None = None,
         max_bad_samples: float = 0,
@@ -85,8 +88,9 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.seed = seed
         self.multiple_of = multiple_of
         self.media = media
+        self.labels = labels
         self.packing = packing
-        table = lengths or Measure(processor, config.vision.hidden_size, media)(
+        table = lengths or Measure(processor, config.vision.hidden_size, media, labels)(
             conversations, range(len(conversations))
         )
         if len(table.rows) != len(conversations):
@@ -105,10 +109,12 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         kept = table.rows[self._kept]
         self.num_assistant_turns = int(kept["assistant_turns"].sum())
         self.num_excluded_turns = int(kept["excluded_turns"].sum())
+        self.num_skipped_turns = int(kept["skipped_turns"].sum())
         self._first_excluded_turn = table.first_excluded.text if table.first_excluded else ""
         self._epoch_starts = [0]
         self._cached_epoch: tuple[int, list[list[int]]] = (-1, [])
-        for report in filter(None, (self.excluded_turns_report, self.dropped_report, self.failed_report)):
+        reports = self.excluded_turns_report, self.skipped_turns_report, self.dropped_report, self.failed_report
+        for report in filter(None, reports):
             if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
                 logger.warning(report)
 
@@ -171,6 +177,16 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         return (
             f"{self.num_excluded_turns} of {self.num_assistant_turns} assistant turns are excluded from the loss, as "
             f"their tokens differ from the message (first: {self._first_excluded_turn})"
+        )
+
+    @property
+    def skipped_turns_report(self) -> str:
+        """The number of assistant turns that were not to be learned; empty if there are none."""
+        if not self.num_skipped_turns:
+            return ""
+        return (
+            f"{self.num_skipped_turns} of {self.num_assistant_turns} assistant turns are not learned, as they have "
+            '"train": false or --label-turns is last'
         )
 
     @property
@@ -244,7 +260,10 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         conversation = self.conversations[index]
         where = location(conversation, index)
         try:
-            sample = encode_conversation(conversation, self.processor, tools=tools_of(conversation), media=self.media)
+            tools = tools_of(conversation)
+            sample = encode_conversation(
+                conversation, self.processor, tools=tools, media=self.media, labels=self.labels
+            )
         except VLBridgeError as error:
             raise VLBridgeError(f"{where}: {error}") from error
         if len(sample.input_ids) != self.lengths[index]:

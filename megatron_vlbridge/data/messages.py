@@ -11,7 +11,7 @@ from megatron_vlbridge.errors import VLBridgeError
 MESSAGE_KEYS: dict[str, tuple[str, ...]] = {
     "system": (),
     "user": (),
-    "assistant": ("reasoning_content", "tool_calls"),
+    "assistant": ("reasoning_content", "tool_calls", "train"),
     "tool": ("tool_call_id", "name"),
 }
 ROLES = tuple(MESSAGE_KEYS)
@@ -31,6 +31,11 @@ HINTS = {
     **dict.fromkeys(("images", "videos", "image", "video"), _MEDIA_HINT),
     **dict.fromkeys(("audio", "audios"), "audio is not supported"),
     **dict.fromkeys(("url", "path", "image_url", "image_path", "video_path", "video_url"), _SOURCE_HINT),
+    "train": 'only assistant messages are learned, and have "train": false',
+    "weight": (
+        "all learned tokens weigh the same, as a pack has labels but no weights and Megatron divides by their number; "
+        'leave turns out with "train": false, or list a conversation several times'
+    ),
     "tools": "write the tools beside the messages, not in one of them",
     **dict.fromkeys(("tool_calls", "function_call"), "calls are written in assistant messages, under 'tool_calls'"),
     "tool_call_id": "results of calls are written in messages of the role 'tool'",
@@ -110,6 +115,8 @@ def _check_message(index: int, message: object) -> None:
     calls = read_calls(name, message.get("tool_calls"))
     if message.get("reasoning_content") is not None:
         _check_text(name, message["reasoning_content"], "reasoning_content")
+    if not isinstance(message.get("train", True), bool):
+        raise VLBridgeError(f"{name}: expected 'train' to be true or false, found {shown(message['train'])}")
     if isinstance(content, str):
         _check_text(name, content)
     elif isinstance(content, list) and content:

@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.labels.tools import call_texts, tool_text
 from megatron_vlbridge.data.media import Conversation, Message
 from megatron_vlbridge.data.messages import message_calls, message_name, message_text
@@ -208,20 +209,40 @@ def generation_prompts(processor: ProcessorMixin) -> list[GenerationPrompt]:
     return sorted(found, key=lambda prompt: len(prompt.ids), reverse=True)
 
 
+def skipped_turns(messages: Conversation, options: LabelOptions) -> tuple[int, ...]:
+    """The assistant messages that are not to be learned: with `"train": false`, or before the last user query.
+
+    Example: of four messages, user and assistant in turn, `LabelOptions(turns="last")` skips `(1,)`.
+    """
+    queries = [index for index, message in enumerate(messages) if message["role"] == "user" and not _result(message)]
+    first = max(queries, default=-1) if options.turns == "last" else -1
+    return tuple(
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and (index < first or not message.get("train", True))
+    )
+
+
+def _result(message: Message) -> bool:
+    """Whether a user message is the result of a tool, as Qwen3.5's template decides it."""
+    text = message_text(message, {"image": "x", "video": "x"}).strip()
+    return text.startswith("<tool_response>") and text.endswith("</tool_response>")
+
+
 def supervised_mask(
-    ids: Tensor, turns: Sequence[Turn], messages: Conversation, processor: ProcessorMixin
+    ids: Tensor, turns: Sequence[Turn], messages: Conversation, processor: ProcessorMixin, skipped: Sequence[int] = ()
 ) -> tuple[Tensor, tuple[ExcludedTurn, ...]]:
     """Bool `[L]`, True for supervised tokens: assistant content and its `<|im_end|>`; and the turns without loss.
 
     `ids` int64 `[L]` are the tokens of the rendered conversation, placeholders expanded; `turns` has one turn for each
-    of `turn_groups(messages)`.
+    of `turn_groups(messages)`. `skipped` messages are not learned.
     """
     prompts, tokens = generation_prompts(processor), ids.tolist()
     excluded: list[ExcludedTurn] = []
     candidates: list[tuple[int, GenerationPrompt, slice]] = []
     spans = _turn_spans(ids, len(turns), processor.tokenizer)
     for (index, *_), turn, (start, end) in zip(turn_groups(messages), turns, spans, strict=True):
-        if messages[index]["role"] == "assistant":
+        if messages[index]["role"] == "assistant" and index not in skipped:
             prompt = next((one for one in prompts if tokens[start : start + len(one.ids)] == one.ids), None)
             if prompt:
                 candidates.append((index, prompt, slice(start + len(prompt.ids), end + 1)))
@@ -253,6 +274,20 @@ def _assistant_texts(message: Message) -> list[str]:
 def _closest(texts: Sequence[str], found: str) -> str:
     """The text that has the longest start in common with the one found."""
     return max(texts, key=lambda text: _first_difference(text, found))
+
+
+def add_newlines(mask: Tensor, ids: Tensor, processor: ProcessorMixin) -> None:
+    """Add the newline after each learned turn to `mask`, bool `[L]` (VLBridgeError if another token is there)."""
+    newline = processor.tokenizer.encode("\n", add_special_tokens=False)
+    ends = (mask & (ids == processor.tokenizer.convert_tokens_to_ids(TURN_END))).nonzero().flatten() + 1
+    for end in ends.tolist():
+        if ids[end : end + 1].tolist() != newline:
+            found = processor.tokenizer.decode(ids[end : end + 1].tolist())
+            raise VLBridgeError(
+                f"token {end}: expected a newline after {TURN_END}, found {found!r}; leave out --label-newline, the "
+                "chat template does not write one"
+            )
+    mask[ends] = True
 
 
 def _turn_spans(ids: Tensor, count: int, tokenizer: Any) -> list[tuple[int, int]]:

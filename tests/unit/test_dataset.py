@@ -20,6 +20,7 @@ from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.conversations import FileConversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.packing.offline import PackingOptions
 from megatron_vlbridge.data.packing.packs import next_token_labels
 from megatron_vlbridge.demo.tiny_processor import CHAT_TEMPLATE, build_processor
@@ -372,3 +373,17 @@ def test_the_tools_of_a_conversation_are_encoded(processor: Qwen3VLProcessor, co
     assert any(text.startswith('{"name": "f"}<|im_end|>\n<|im_start|>user') for text in texts)
     with rejects("a, line 1: tools: the chat template does not render them"):
         PackedConversations(conversations, processor, config, seq_length=SEQ_LENGTH, num_samples=1)
+
+
+def test_turns_that_are_not_learned_are_counted(
+    processor: Qwen3VLProcessor, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    talk = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+    conversations = [talk, [*talk, {"role": "assistant", "content": "b", "train": False}], talk[:2]]
+    data = PackedConversations(
+        conversations, processor, config, seq_length=SEQ_LENGTH, num_samples=1, labels=LabelOptions(turns="last")
+    )
+    assert (data.num_skipped_turns, data.num_assistant_turns, data.num_excluded_turns) == (3, 6, 0)
+    assert data.skipped_turns_report.startswith("3 of 6 assistant turns are not learned")
+    assert [record.message for record in caplog.records] == [data.skipped_turns_report]
+    assert int((data[0]["labels"] >= 0).sum()) == 3 * len(processor.tokenizer.encode("a<|im_end|>"))

@@ -1,5 +1,6 @@
 """Labels equal masks made by hand, under the published templates and tokenizers of three families."""
 
+import argparse
 import functools
 import json
 from itertools import groupby
@@ -9,13 +10,16 @@ import pytest
 from transformers import Qwen3VLProcessor
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
+from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.demo.tiny_processor import build_processor
-from tests import label_cases, label_cases_tools
+from megatron_vlbridge.training.launch.arguments import add_arguments
+from megatron_vlbridge.training.launch.labels import label_options
+from tests import label_cases, label_cases_options, label_cases_tools
 from tests.errors import rejects
 from tests.published_tokenizer import build_tokenizer
 from tests.unit.test_turns import TEMPLATES
 
-CASES = label_cases.CASES | label_cases_tools.CASES
+CASES = label_cases.CASES | label_cases_tools.CASES | label_cases_options.CASES
 FAMILIES = label_cases.FAMILIES
 PARTS = build_processor(["x"], patch_size=16, merge_size=4, min_pixels=64 * 64, max_pixels=64 * 64)
 tokenizer = functools.cache(build_tokenizer)
@@ -66,7 +70,9 @@ def test_the_labels_are_those_marked_by_hand(name: str, family: str) -> None:
     sample = encode_conversation(case.messages, processor, allow_no_loss=True, **case.options)
     assert marked(sample, processor) == expected
     turns, learned = assistant_turns(expected)
-    assert len(sample.excluded_turns) == turns - learned
+    assert len(sample.excluded_turns) + len(sample.skipped_turns) == turns - learned
+    if "train" not in name and "last" not in name:
+        assert sample.skipped_turns == ()
 
 
 def test_the_conversation_of_the_documentation_is_learned() -> None:
@@ -80,3 +86,33 @@ def test_the_conversation_of_the_documentation_is_learned() -> None:
         "I have to look.\n</think>\n\n<tool_call>\n<function=look>\n<parameter=side>\nleft\n</parameter>\n</function>\n"
         "</tool_call><|im_end|>A cat.<|im_end|>"
     )
+
+
+def test_turns_that_are_not_to_be_learned_are_skipped_not_excluded() -> None:
+    case = CASES["last and train false"]
+    sample = encode_conversation(case.messages, processor_of("qwen3_5"), **case.options)
+    assert (sample.skipped_turns, sample.excluded_turns) == ((1, 3), ())
+    with rejects("no supervised token: message 3 (assistant)", '"train": false', "last user query"):
+        encode_conversation(case.messages[:4], processor_of("qwen3_5"), **case.options)
+
+
+def test_an_unknown_choice_of_turns_is_rejected() -> None:
+    with rejects("turns: expected one of all, last, found 'first'"):
+        LabelOptions(turns="first")
+
+
+def test_the_arguments_of_a_run_say_what_is_learned() -> None:
+    parser = add_arguments(argparse.ArgumentParser())
+    assert label_options(parser.parse_args([])) == LabelOptions()
+    assert label_options(parser.parse_args(["--label-turns", "last"])) == LabelOptions(turns="last")
+    assert label_options(parser.parse_args(["--label-newline"])) == LabelOptions(newline=True)
+
+
+@pytest.mark.parametrize(("written", "found"), [("", "''"), (" ", "' '"), ("\n\n", r"'\n\n'")])
+def test_a_template_without_the_newline_is_rejected_if_it_is_to_be_learned(written: str, found: str) -> None:
+    whole = processor_of("qwen3_vl")
+    template = whole.chat_template.replace("'<|im_end|>\\n'", repr(f"<|im_end|>{written}"))
+    processor = Qwen3VLProcessor(whole.image_processor, whole.tokenizer, whole.video_processor, chat_template=template)
+    encode_conversation(CASES["newline"].messages[:2], processor)
+    with rejects("expected a newline after <|im_end|>", f"found {found}", "--label-newline"):
+        encode_conversation(CASES["newline"].messages[:2], processor, labels=LabelOptions(newline=True))

@@ -16,7 +16,7 @@ FINGERPRINT = {"data": ["train.jsonl", 7], "processor": {"patch_size": 16}}
 
 
 def table(count: int, excluded: int | None = None, first: int = 0, failed: int | None = None) -> LengthTable:
-    """Row i has the values i to i + 4."""
+    """Row i has the values i to i + 5."""
     rows = np.empty(count, COLUMNS)
     for offset, name in enumerate(COLUMNS.names or ()):
         rows[name] = np.arange(first, first + count) + offset

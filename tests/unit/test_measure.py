@@ -70,7 +70,7 @@ def check_same(messages: list[dict[str, Any]], processor: Qwen3VLProcessor, medi
         found, expected = getattr(measured, name), getattr(sample, name)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected), name
-    assert measured.excluded_turns == sample.excluded_turns
+    assert (measured.excluded_turns, measured.skipped_turns) == (sample.excluded_turns, sample.skipped_turns)
     return sample
 
 

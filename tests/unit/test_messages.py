@@ -56,7 +56,7 @@ def test_an_unused_key_of_a_part_is_rejected(part: dict, key: str) -> None:
 UNUSED_OF_MESSAGE = {
     "system": ["tool_calls", "reasoning_content", "name", "tool_call_id", "train"],
     "user": ["tool_calls", "reasoning_content", "name", "tool_call_id", "train"],
-    "assistant": ["name", "loss", "weight", "images", "videos", "id", "tool_call_id", "reasoning", "train"],
+    "assistant": ["name", "loss", "weight", "images", "videos", "id", "tool_call_id", "reasoning"],
     "tool": ["tool_calls", "reasoning_content", "id", "is_error", "train"],
 }
 
@@ -83,14 +83,15 @@ def tool(content: Any = "r", **keys: Any) -> dict:
         assistant(reasoning_content="hm"),
         assistant(reasoning_content="", tool_calls=[CALL], content=None),
         assistant(reasoning_content=None, tool_calls=None),
-        assistant(tool_calls=[]),
+        assistant(tool_calls=[], train=True),
+        assistant(train=False),
         [{"role": "assistant", "tool_calls": [CALL]}],
         assistant(tool_calls=[{"name": "look"}, {"name": "look", "arguments": {}}]),
         [*assistant(tool_calls=[CALL, OTHER_CALL]), tool(tool_call_id="c1", name="look"), tool(name="find")],
         [*assistant(tool_calls=[CALL]), tool([IMAGE, TEXT], tool_call_id="c1"), ANSWER],
         [*assistant(), tool(), tool()],
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_reasoning_tool_calls_and_results_are_accepted(messages: list) -> None:
     check_conversation(messages)
@@ -129,6 +130,8 @@ REJECTED_TOOLS = {
     "surrogate": (function(arguments={"x": "\ud800"}), "expected JSON values of Unicode text", "surrogate"),
     "no JSON value": (function(arguments={"x": {1}}), "expected JSON values of Unicode text", "set"),
     "reasoning as list": (assistant(reasoning_content=["a"]), "a string under 'reasoning_content'", "found list"),
+    "train as number": (assistant(train=0), "(assistant): expected 'train' to be true or false", "found int '0'"),
+    "train null": (assistant(train=None), "(assistant): expected 'train' to be true or false", "found nothing"),
     "neither content nor calls": (assistant(content=None, tool_calls=[]), "expected 'content'", "found nothing"),
     "content as number": (assistant(content=3, tool_calls=[CALL]), "expected 'content'", "found int"),
     "other id": (results(tool(tool_call_id="c2")), "message 2 (tool): tool_call_id: expected 'c1'", "'c2'"),
@@ -160,8 +163,10 @@ def test_another_format_of_calls_and_results_is_rejected(messages: Any, where: s
         (assistant(reasoning="hm"), "under 'reasoning_content'"),
         ([{"role": "user", "content": "q", "tool_calls": []}], "in assistant messages, under 'tool_calls'"),
         (assistant(tools=[]), "beside the messages"),
+        (assistant(weight=0.5), 'no weights and Megatron divides by their number; leave turns out with "train": false'),
+        ([{"role": "user", "content": "q", "train": True}], "only assistant messages are learned"),
         (assistant(tool_call_id="a"), "of the role 'tool'"),
-        (user({**TEXT, "max_pixels": 1, "train": 0}), "remove it"),
+        (user({**TEXT, "max_pixels": 1, "detail": 0}), "remove it"),
         ([{"from": "human", "value": "q"}], "expected 'role' and 'content'"),
     ],
 )

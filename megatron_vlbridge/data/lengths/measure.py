@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import ProcessorMixin
 
-from megatron_vlbridge.data.chat import measure_conversation
+from megatron_vlbridge.data.chat import DEFAULT_LABELS, measure_conversation
 from megatron_vlbridge.data.conversations import FileConversation
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.lengths.table import COLUMNS, LengthTable, Note
 from megatron_vlbridge.data.media import DEFAULTS, Conversation
 from megatron_vlbridge.errors import VLBridgeError
@@ -28,6 +29,7 @@ class Measure:
     processor: ProcessorMixin
     hidden_size: int
     media: MediaOptions = DEFAULTS
+    labels: LabelOptions = DEFAULT_LABELS
 
     def __call__(self, conversations: Sequence[Conversation], indices: range) -> LengthTable:
         """The table of the conversations with these indices, in this order."""
@@ -43,7 +45,9 @@ class Measure:
             where = location(conversation, index)
             try:
                 tools = tools_of(conversation)
-                sample = measure_conversation(conversation, self.processor, tools=tools, media=self.media)
+                sample = measure_conversation(
+                    conversation, self.processor, tools=tools, media=self.media, labels=self.labels
+                )
             except VLBridgeError as error:
                 failed.append(Note(place, f"{where}: {error}"))
                 continue
@@ -54,6 +58,7 @@ class Measure:
                 sum(frames * frame_work(height * width, self.hidden_size) for frames, height, width in grids),
                 sum(message["role"] == "assistant" for message in conversation),
                 len(sample.excluded_turns),
+                len(sample.skipped_turns),
             )
             if sample.excluded_turns and not excluded:
                 turn = sample.excluded_turns[0]

@@ -12,10 +12,15 @@ import numpy as np
 from megatron_vlbridge.errors import VLBridgeError
 
 FORMAT = 1
-# Tokens, 0 of a conversation that cannot be encoded; patches; work in the vision tower; assistant turns, and those of
-# them that are excluded from the loss.
 COLUMNS = np.dtype(
-    [("tokens", "<i4"), ("patches", "<i4"), ("work", "<i8"), ("assistant_turns", "<i4"), ("excluded_turns", "<i4")]
+    [
+        ("tokens", "<i4"),  # 0: the conversation cannot be encoded
+        ("patches", "<i4"),
+        ("work", "<i8"),  # in the vision tower
+        ("assistant_turns", "<i4"),
+        ("excluded_turns", "<i4"),  # of these: the template changes them
+        ("skipped_turns", "<i4"),  # of these: not to be learned
+    ]
 )
 
 

@@ -23,6 +23,7 @@ from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.training import console
 from megatron_vlbridge.training.guards import ALLOW, allow_words, check_layout
+from megatron_vlbridge.training.launch.labels import add_label_arguments
 from megatron_vlbridge.training.launch.packing import add_packing_arguments, packing_options
 from megatron_vlbridge.training.launch.parser import make_parser, parse_words
 from megatron_vlbridge.training.launch.parts import add_part_arguments, check_part_arguments
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     limit = MediaOptions().max_image_pixels
     group.add_argument("--max-image-pixels", type=int, default=limit, help="larger images are rejected (%(default)s)")
     group.add_argument("--literal-tags", action="store_true", help="take <image> and the like in texts as text")
+    add_label_arguments(group)
     group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
     add_packing_arguments(group)
     group.add_argument("--no-vision-balance", action="store_true", help="each context-parallel rank runs all frames")
