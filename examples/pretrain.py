@@ -27,9 +27,9 @@ from transformers import AutoProcessor
 
 from megatron_vlbridge import read_config
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
-from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.launch.labels import label_options
+from megatron_vlbridge.training.launch.media import media_options
 from megatron_vlbridge.training.launch.packing import packing_options
 from megatron_vlbridge.training.pretrain import parse_arguments, run
 
@@ -53,7 +53,7 @@ def main() -> None:
             num_samples=count,
             seed=args.seed,
             multiple_of=args.pack_multiple_of,
-            media=MediaOptions(args.max_image_pixels),
+            media=media_options(args),
             labels=label_options(args),
             packing=packing_options(args),
         )

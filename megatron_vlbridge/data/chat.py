@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.labels.mask import loss_mask
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.labels.tools import check_tools, tool_text
 from megatron_vlbridge.data.media import (

@@ -57,6 +57,10 @@ class MediaOptions:
             value = getattr(self, field.name)
             if value is not None and not 0 < value < math.inf:
                 raise VLBridgeError(f"{field.name}: expected a positive number, found {value}")
+        for kind in ("{}_pixels", "video_{}_pixels", "video_{}_frames"):
+            low, high = (getattr(self, kind.format(end)) for end in ("min", "max"))
+            if low is not None and high is not None and low > high:
+                raise VLBridgeError(f"{kind.format('min')}: expected at most {kind.format('max')} {high}, found {low}")
 
 
 def is_url(source: object) -> bool:

@@ -109,7 +109,7 @@ def video_settings(video_processor: Any, given: Mapping[str, Any] = NOTHING) -> 
     if "fps" in given:
         settings = replace(settings, num_frames=None)
     settings = _with_limits("video", settings, given)
-    if {"min_frames", "max_frames"} & given.keys() and settings.min_frames > settings.max_frames:
+    if {"min_frames", "max_frames"} <= given.keys() and settings.min_frames > settings.max_frames:
         raise VLBridgeError(
             f"video: expected min_frames up to max_frames, found {settings.min_frames} and {settings.max_frames}"
         )

@@ -46,6 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("arguments", "stated"),
     [
         (["--num-layers", "5"], "--num-layers is 5, but"),
+        (["--video-min-pixels", "0"], "--video-min-pixels is 0, expected at least 1"),
+        (["--video-fps", "0"], "video_fps: expected a positive number, found 0.0"),
+        (["--min-pixels", "9", "--max-pixels", "8"], "min_pixels: expected at most max_pixels 8, found 9"),
         (["--num-experts", "8"], "--num-experts is 8, but"),
         (["--num-query-groups", "3"], "--num-query-groups is 3, but"),
         (["--norm-epsilon", "0.1"], "--norm-epsilon is 0.1, but"),

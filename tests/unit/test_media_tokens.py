@@ -5,14 +5,18 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoVideoProcessor, Qwen2VLImageProcessor, Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
+from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.media import media_grid
 from megatron_vlbridge.data.media_tokens import (
     ImageSettings,
     VideoSettings,
@@ -27,6 +31,7 @@ from megatron_vlbridge.data.video_prompt import timestamps
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from megatron_vlbridge.errors import VLBridgeError
 from tests.errors import rejects
+from tests.video_writer import decoded, moving, write_video
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 # A factor of 8 pixels, and limits that bind for images of up to 100 pixels a side.
@@ -126,6 +131,39 @@ def test_invalid_images_are_rejected_with_their_size() -> None:
             dataclasses.replace(settings, **{name: 0})
 
 
+def some_limits(random: random.Random, low: int, high: int) -> dict[str, int]:
+    """None, one or both of the limits of an image or video."""
+    smallest = random.randint(low, high // 4)
+    given = {"min_pixels": smallest, "max_pixels": random.randint(2 * smallest, high)}
+    return {name: value for name, value in given.items() if random.random() < 0.6}
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.layouts)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grids_of_images_with_their_own_limits_are_those_of_the_processor(
+    family: str, count: int, tmp_path: Path
+) -> None:
+    size = {"shortest_edge": 900, "longest_edge": 3000}
+    processor, generator = auto(AutoImageProcessor, family, tmp_path, **PATCHES, size=size), random.Random(1)
+    shim: Any = SimpleNamespace(image_processor=processor)
+    rejected = changed = 0
+    for width, height, _ in images(count):
+        given = some_limits(generator, 1, 6000)
+        own = {"shortest_edge": given.get("min_pixels", 900), "longest_edge": given.get("max_pixels", 3000)}
+        image = Image.new("RGB", (width, height))
+        expected = result(processor, [image], size=own, return_tensors="pt")
+        found = result(media_grid, {"type": "image", "image": image, **given}, shim)
+        if own["shortest_edge"] > own["longest_edge"] or expected is None:
+            assert found is None
+            rejected += 1
+            continue
+        assert found is not None
+        assert list(found) == expected["image_grid_thw"][0].tolist()
+        changed += found != image_grid(width, height, image_settings(processor))
+    assert changed > count // 10
+    assert count // 60 < rejected < count // 2
+
+
 # ---- videos ---------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +221,68 @@ def test_grids_of_videos_are_those_of_the_processor(family: str, count: int, tmp
         below += grids[0] > grids[1]
     assert rejected > count // 20
     assert min(capped, above, below) > count // 40
+
+
+FILES = [(rate, codec, count) for rate in (5, 12, 30) for codec in ("mpeg4", "libx264") for count in (2, 7, 31)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, np.ndarray]]:
+    """Video files of all sizes, with their frames."""
+    folder, generator, made = tmp_path_factory.mktemp("videos"), random.Random(2), []
+    for index, (rate, codec, count) in enumerate(FILES):
+        width, height = (2 * generator.randint(8, 30) for _ in range(2))
+        path = folder / f"{index}.{'mkv' if index % 3 == 0 else 'mp4'}"
+        write_video(path, moving(count, width, height, index), rate, codec)
+        made.append((path, decoded(path)))
+    return made
+
+
+def grid_with_options(part: dict[str, Any], processor: Any, options: dict[str, Any]) -> Any:
+    return media_grid(part, processor, MediaOptions(**options))
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(400, marks=pytest.mark.layouts)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grids_of_video_files_are_those_of_the_processor(
+    family: str, count: int, tmp_path: Path, files: list[tuple[Path, np.ndarray]]
+) -> None:
+    """Read from the header, with settings of the file, the options and the processor."""
+    whole_video, generator = family != "qwen2_5_vl", random.Random(3)
+    processor_class = type(auto(AutoVideoProcessor, family, tmp_path))
+    rejected, found_grids, changed = 0, set(), 0
+    for index in range(count):
+        path, frames = files[index % len(files)]
+        own = {"shortest_edge": 300, "longest_edge": 12_000 if whole_video else 1500}
+        base = PATCHES | VIDEO_DEFAULTS | {"size": own, "cap_pixels_per_frame": index % 4 == 0}
+        base |= {"max_video_tokens": generator.choice([3, 9, 20] if whole_video else [40, 100, 200])}
+        choices = {"fps": [0.5, 1, 3, 7.5, 24], "min_frames": [1, 2, 4, 5], "max_frames": [2, 6, 7, 768]}
+        sampling = {name: generator.choice(values) for name, values in choices.items() if generator.random() < 0.5}
+        given = some_limits(generator, 100, 24_000 if whole_video else 3000)
+        least, most = given.get("min_pixels", own["shortest_edge"]), given.get("max_pixels", own["longest_edge"])
+        # The same of a processor that has these settings.
+        expected, frame_limits = None, sampling.keys() >= {"min_frames", "max_frames"}
+        if least <= most and not (frame_limits and sampling["min_frames"] > sampling["max_frames"]):
+            same = processor_class(**base | sampling | {"size": {"shortest_edge": least, "longest_edge": most}})
+            metadata = VideoMetadata(total_num_frames=len(frames), fps=float(FILES[index % len(files)][0]))
+            expected = result(same, [frames], video_metadata=[metadata], return_tensors="pt")
+        part = {"type": "video", "video": str(path)}
+        shim: Any = SimpleNamespace(video_processor=processor_class(**base))
+        options = {f"video_{name}": value for name, value in [*sampling.items(), *given.items()]}
+        if index % 3:
+            found = result(media_grid, {**part, **sampling, **given}, shim)
+        else:
+            found = result(grid_with_options, part, shim, options)
+        if expected is None:
+            assert found is None
+            rejected += 1
+            continue
+        assert list(found) == expected["video_grid_thw"][0].tolist()
+        found_grids.add(found)
+        changed += found != media_grid(part, shim)
+    assert rejected < count // 2
+    assert len(found_grids) > count // 8
+    assert changed > count // 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -126,8 +126,6 @@ def test_sampling_is_that_of_a_processor_with_these_settings(family: str, tmp_pa
             with rejects("min_frames up to max_frames, found 8 and 3"):
                 load_video(part(path, **given), video_processor=make())
             continue
-        if most == 3:
-            given["min_frames"] = 2
         metadata = VideoMetadata(total_num_frames=60, fps=20.0)
         expected = make(**given)([frames], video_metadata=[metadata], return_metadata=True, return_tensors="pt")
         indices = list(expected["video_metadata"][0].frames_indices)

@@ -17,13 +17,13 @@ from megatron_vlbridge import families
 from megatron_vlbridge.backends import cpu_runtime
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.training import console
 from megatron_vlbridge.training.guards import ALLOW, allow_words, check_layout
 from megatron_vlbridge.training.launch.labels import add_label_arguments
+from megatron_vlbridge.training.launch.media import add_media_arguments, media_options
 from megatron_vlbridge.training.launch.packing import add_packing_arguments, packing_options
 from megatron_vlbridge.training.launch.parser import make_parser, parse_words
 from megatron_vlbridge.training.launch.parts import add_part_arguments, check_part_arguments
@@ -72,8 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--random-weights", action="store_true", help="start from random weights")
     group.add_argument("--conversations", help="JSON lines of {'messages': [...]}, images by path")
     group.add_argument("--valid-conversations", help="the same, for evaluation")
-    limit = MediaOptions().max_image_pixels
-    group.add_argument("--max-image-pixels", type=int, default=limit, help="larger images are rejected (%(default)s)")
+    add_media_arguments(group)
     group.add_argument("--literal-tags", action="store_true", help="take <image> and the like in texts as text")
     add_label_arguments(group)
     group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
@@ -117,6 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     check_arguments(args, config)
     check_part_arguments(args, config)
     packing_options(args)
+    media_options(args)
     _set_defaults(args)
     if args.hf_weights and not loads_checkpoint(args):
         args.hf_folder = str(find_folder(name))

@@ -28,7 +28,9 @@ _POSITIVE = (
     *(_TP, _PP, _CP, _EP, _ETP, _FIRST, _LAST, _CHUNK_LAYERS, _CHUNKS),
     *("--seq-length", "--global-batch-size", "--eval-global-batch-size", "--train-iters", "--train-samples"),
     *("--save-interval", "--eval-interval", "--seed", "--num-distributed-optimizer-instances"),
-    *("--pack-multiple-of", "--max-patches-per-pack", "--pack-window", "--pack-neighbors", "--max-image-pixels"),
+    *("--pack-multiple-of", "--max-patches-per-pack", "--pack-window", "--pack-neighbors"),
+    *("--max-image-pixels", "--min-pixels", "--max-pixels", "--video-min-pixels", "--video-max-pixels"),
+    *("--video-total-pixels", "--video-min-frames", "--video-max-frames"),
     "--microbatch-group-size-per-virtual-pipeline-stage",
 )
 _NAMES = {"--microbatch-group-size-per-virtual-pipeline-stage": "microbatch_group_size_per_vp_stage"}
