@@ -1,22 +1,35 @@
-"""Offline packing of 1,000,000 lengths: time on one core, and packs compared with the lower bound.
+"""Offline packing of 1,000,000 lengths, and opening a file of 10,000,000 lines.
 
-    python benchmarks/data.py
+    python benchmarks/data.py [packing] [lines]
+
+Packing: time on one core, and packs compared with the lower bound.
 
 The bound is the sum of the tokens over the capacity, or that of the patches over their limit, whichever is larger; no
 packing is below it. Exit code 1 if tokens alone take 0.5 s or more or need 0.1 % more packs than the bound, or with a
 limit on patches 5 % more.
+
+Lines: the file is written to the folder for temporary files (0.8 GB). Exit code 1 if opening it with its index takes
+1 s or more, or the process grows by 200 MB or more while it opens the file and reads 10,000 random lines. Pages of the
+index that it reads are not counted then: they are those of the file, shared by all processes.
 """
 
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import psutil
 
 from megatron_vlbridge.data.packing.offline import order_packs, pack_lengths
+from megatron_vlbridge.data.sources.json_lines import JsonLines
 
-COUNT = 1_000_000
+COUNT, LINES = 1_000_000, 10_000_000
 LIMIT_S, LIMIT, LIMIT_PATCHES = 0.5, 0.001, 0.05
+LIMIT_OPEN_S, LIMIT_OPEN_MB = 1, 200
 ROUNDS = 5
 
 type Ints = np.ndarray
@@ -88,9 +101,49 @@ def measure_patches() -> bool:
     return good
 
 
-def main() -> int:
+def measure_packing() -> bool:
     good = measure_tokens()
-    return 0 if measure_patches() and good else 1
+    return measure_patches() and good
+
+
+def measure_lines() -> bool:
+    print(f"\nA JSON Lines file of {LINES:,} lines; limits {LIMIT_OPEN_S} s and {LIMIT_OPEN_MB} MB for opening it")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lines.jsonl"
+        with path.open("w") as file:
+            file.writelines(f'{{"messages": [{{"role": "user", "content": "number {n}"}}]}}\n' for n in range(LINES))
+        # The first process builds the index, the second one finds it.
+        found = [
+            subprocess.run([sys.executable, __file__, "open", path], stdout=subprocess.PIPE, text=True, check=True)
+            for _ in range(2)
+        ]
+    (build, *_), (seconds, opened, reading, read) = (map(float, run.stdout.split()) for run in found)
+    print(f"index built in {build:.1f} s; opened in {seconds:.4f} s and {opened:.1f} MB")
+    print(f"10,000 random lines: {reading * 100:.0f} us each, {read:.1f} MB")
+    return seconds < LIMIT_OPEN_S and max(opened, read) < LIMIT_OPEN_MB
+
+
+def open_lines(path: str) -> None:
+    """Print the time and the growth of this process in MB, for opening a file, and for reading from it."""
+    process, indices = psutil.Process(os.getpid()), np.random.default_rng(0).integers(0, LINES, 10_000)
+    before, begin = process.memory_info(), time.perf_counter()
+    lines = JsonLines(path)
+    opened, seconds = process.memory_info(), time.perf_counter() - begin
+    assert len(lines) == LINES
+    begin = time.perf_counter()
+    assert all(lines[n]["messages"][0]["content"] == f"number {n}" for n in indices)
+    reading, read = time.perf_counter() - begin, process.memory_info()
+    grown = (read.rss - read.shared) - (before.rss - before.shared)
+    print(seconds, (opened.rss - before.rss) / 1e6, reading, grown / 1e6)
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["open"]:
+        open_lines(sys.argv[2])
+        return 0
+    measures = {"packing": measure_packing, "lines": measure_lines}
+    results = [measures[name]() for name in sys.argv[1:] or measures]
+    return 0 if all(results) else 1
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ if "--cpu" in sys.argv:
 from transformers import AutoProcessor
 
 from megatron_vlbridge import read_config
-from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
+from megatron_vlbridge.data.dataset import PackedConversations
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.training.launch.data import open_conversations
 from megatron_vlbridge.training.launch.labels import label_options
 from megatron_vlbridge.training.launch.media import media_options
 from megatron_vlbridge.training.launch.packing import packing_options
@@ -37,16 +38,17 @@ from megatron_vlbridge.training.pretrain import parse_arguments, run
 def main() -> None:
     """Parse the arguments and train."""
     args = parse_arguments()
-    if args.conversations is None:
-        raise VLBridgeError("--conversations is missing: a JSON Lines file of {'messages': [...]}")
+    if args.data is None and args.conversations is None:
+        raise VLBridgeError("--data is missing: a YAML file of sources, or a file of conversations")
     processor = AutoProcessor.from_pretrained(args.hf_folder)
     config = read_config(args.hf_folder)
 
-    def packs(file: str | None, split: str, count: int, *, log: bool) -> PackedConversations | None:
-        if not file or not count:
+    def packs(split: str, count: int, *, log: bool) -> PackedConversations | None:
+        conversations = open_conversations(args, split) if count else None
+        if conversations is None:
             return None
         dataset = PackedConversations(
-            read_conversations(file, split=split, literal_tags=args.literal_tags),
+            conversations,
             processor,
             config,
             seq_length=args.seq_length,
@@ -59,15 +61,14 @@ def main() -> None:
         )
         if log:
             kept = len(dataset.lengths) - len(dataset.dropped)
+            file = args.conversations if split == "train" else args.valid_conversations
+            file = f"{args.data}, {split}" if args.data else file
             console.note(f"data     {kept:,} conversations, {len(dataset.epoch_packs(0)):,} packs: {file}")
         return dataset
 
     def datasets(num_samples: list[int], vp_stage: int | None = None) -> list[PackedConversations | None]:
-        files = {"train": args.conversations, "validation": args.valid_conversations, "test": None}
-        return [
-            packs(file, split, count, log=not vp_stage)
-            for (split, file), count in zip(files.items(), num_samples, strict=True)
-        ]
+        train, valid, _ = num_samples
+        return [packs("train", train, log=not vp_stage), packs("valid", valid, log=not vp_stage), None]
 
     run(args, datasets)
 

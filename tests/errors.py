@@ -9,7 +9,7 @@ from megatron_vlbridge.errors import VLBridgeError
 
 
 @contextmanager
-def rejects(*phrases: str, start: str = "") -> Iterator[None]:
+def rejects(*phrases: str, start: str = "") -> Iterator[pytest.ExceptionInfo[VLBridgeError]]:
     """The block raises a VLBridgeError whose message starts with `start` and contains every phrase.
 
     Example:
@@ -17,7 +17,7 @@ def rejects(*phrases: str, start: str = "") -> Iterator[None]:
         ...     raise VLBridgeError("train.jsonl, line 3: unknown key 'images'")
     """
     with pytest.raises(VLBridgeError) as caught:
-        yield
+        yield caught
     message = str(caught.value)
     assert message.startswith(start), message
     for phrase in phrases:

@@ -1,19 +1,18 @@
 """Read conversations from a JSON Lines file."""
 
-import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from megatron_vlbridge.data.images import is_url
 from megatron_vlbridge.data.labels.tools import check_tools
-from megatron_vlbridge.data.media import Conversation, Message, shown
+from megatron_vlbridge.data.media import Conversation, Message
 from megatron_vlbridge.data.messages import MEDIA_FORM, check_conversation, check_keys, message_name, message_parts
+from megatron_vlbridge.data.sources.forms import FORMS, Form, convert_record, other_form
+from megatron_vlbridge.data.sources.json_lines import JsonLines
 from megatron_vlbridge.errors import VLBridgeError
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Media placeholders of other formats, such as `<image>`, `<image_1>`, `<|video_2|>`, `<img>`. After a backtick the tag
 # is code.
 MEDIA_TAG = re.compile(r"(?<!`)<\|?(image|video|audio|img)(?:[ _-]?\d+)?\|?>")
@@ -30,108 +29,86 @@ class FileConversation(list[Message]):
         self.tools = tools
 
 
-def read_conversations(path: str | Path, *, split: str = "", literal_tags: bool = False) -> list[Conversation]:
-    """Read a JSONL file (UTF-8) with `{"messages": [...]}` on each line, in the format of `chat.encode_conversation`.
+class FileConversations(Sequence[FileConversation]):
+    """The conversations of a file; one is read, checked and converted when it is requested.
 
-    A line may also have `"tools": [...]`, those of the conversation.
-    Paths of images and frames are relative to the folder of the file. Blank lines and a byte order mark are skipped.
-    Every conversation keeps its file and line, so that errors raised when it is encoded can name them.
+    `records` are those of the file (see `sources.json_lines.JsonLines`), `form` is theirs (see `sources.forms`; None
+    detects that of each), without the keys in `ignore`. Paths of media are relative to `folder`.
+
+    Raises VLBridgeError: there are no records; when a conversation is read: the record is not one.
+    """
+
+    def __init__(
+        self,
+        records: JsonLines,
+        folder: Path,
+        *,
+        form: Form | None = FORMS["messages"],
+        ignore: Iterable[str] = (),
+        literal_tags: bool = False,
+    ) -> None:
+        if not len(records):
+            raise VLBridgeError(f"{records.name}: expected at least one conversation, found none")
+        self.records = records
+        self.folder = folder
+        self.form = form
+        self.ignore = frozenset(ignore)
+        self.literal_tags = literal_tags
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> FileConversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[FileConversation]: ...
+    def __getitem__(self, index: int | slice) -> FileConversation | list[FileConversation]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        record = self.records[index]
+        location = self.records.location(index)
+        if isinstance(record, dict):
+            record = {key: value for key, value in record.items() if key not in self.ignore}
+        try:
+            converted, form = convert_record(record, self.form)
+            check_keys("the line", converted, dict.fromkeys(("messages", "tools", *form.keys)))
+            messages = converted["messages"]
+            check_conversation(messages)
+            tools = [] if converted.get("tools") is None else converted["tools"]
+            check_tools(tools)
+            if not self.literal_tags:
+                _check_tags(messages)
+        except VLBridgeError as error:
+            raise VLBridgeError(f"{location}: {error}{other_form(record, self.form)}") from error
+        resolved = [{**message, "content": _resolve_paths(message.get("content"), self.folder)} for message in messages]
+        return FileConversation(resolved, location, tools)
+
+
+def read_conversations(
+    path: str | Path, *, split: str = "", literal_tags: bool = False, cache: str | Path | None = None
+) -> FileConversations:
+    """Open a JSONL file (UTF-8) with `{"messages": [...]}` on each line, in the format of `chat.encode_conversation`.
+
+    A line is read when its conversation is requested, so that a file of any size opens at once (see
+    `sources.json_lines.JsonLines`, also for the index and the folder `cache`). A dataset without a table of lengths
+    reads all of them when it is created. A line may also have `"tools": [...]`, those of the conversation. Paths of
+    images and frames are relative to the folder of the file. Blank lines and a byte order mark are skipped. Every
+    conversation keeps its file and line, so that errors raised when it is encoded can name them.
 
     `split`, such as "train" or "validation", is named in errors. With `literal_tags`, `<image>` and similar tags in
     texts are plain text. By default they are rejected: in files converted from other formats they are placeholders for
     media listed elsewhere, and the model would be trained on the tag. A tag after a backtick, and markup between a tag
     and its closing tag (`<video>...</video>`, but not `<video>a.mp4</video>`), are always plain text.
 
-    Raises VLBridgeError: the file is missing, not UTF-8 or has no conversation; a line does not have this format, has
-    an unknown key or a duplicate key. The error names file and line (from 1), message and part (from 0).
+    Raises VLBridgeError: the file is missing or has no conversation; when a line is read: it is not UTF-8, does not
+    have this format, has an unknown key or a duplicate key. The error names file and line (from 1), message and part
+    (from 0).
 
     Example line: `{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]}`.
     """
     path = Path(path)
-    name = f"{split} data {path}" if split else str(path)
-    conversations: list[Conversation] = []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                content = (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).removesuffix(b"\n")
-                if content.strip():
-                    location = f"{name}, line {number}"
-                    conversations.append(_read_line(content, location, path.parent, literal_tags))
-    except OSError as error:
-        raise VLBridgeError(f"{name}: cannot read the file ({error.strerror})") from error
-    if not conversations:
-        raise VLBridgeError(f"{name}: expected at least one conversation, found none")
-    return conversations
-
-
-def _read_line(line: bytes, location: str, folder: Path, literal_tags: bool) -> FileConversation:
-    try:
-        value = _parse_json(line)
-        messages = _messages(value)
-        check_conversation(messages)
-        tools = [] if value.get("tools") is None else value["tools"]
-        check_tools(tools)
-        if not literal_tags:
-            _check_tags(messages)
-    except VLBridgeError as error:
-        raise VLBridgeError(f"{location}: {error}") from error
-    resolved = [{**message, "content": _resolve_paths(message.get("content"), folder)} for message in messages]
-    return FileConversation(resolved, location, tools)
-
-
-def _parse_json(line: bytes) -> Any:
-    """Parse a line. Python's parser keeps the last of duplicate keys and accepts NaN; both are errors here."""
-    try:
-        return json.loads(
-            line.decode(),
-            object_pairs_hook=_object,
-            parse_constant=_reject_constant,
-            parse_float=_finite,
-            parse_int=_integer,
-        )
-    except UnicodeDecodeError as error:
-        raise VLBridgeError(f"expected UTF-8 text, found {error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise VLBridgeError(
-            f"expected one JSON object on the line, found {line.strip()[:80].decode(errors='replace')!r} "
-            f"(column {error.colno}: {error.msg})"
-        ) from error
-    except RecursionError:
-        raise VLBridgeError("expected one JSON object on the line, found too many nesting levels") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise VLBridgeError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
-    return value
-
-
-def _reject_constant(constant: str) -> None:
-    raise VLBridgeError(f"{constant} is not a JSON value")
-
-
-def _finite(digits: str) -> float:
-    if math.isinf(float(digits)):
-        raise VLBridgeError(f"{digits[:80]} is too large")
-    return float(digits)
-
-
-def _integer(digits: str) -> int:
-    _finite(digits)  # Python parses integers of at most 4300 digits
-    return int(digits)
-
-
-def _messages(value: object) -> Any:
-    if not isinstance(value, dict):
-        raise VLBridgeError(f'expected {{"messages": [...]}}, found {shown(value)}')
-    if "messages" not in value:
-        raise VLBridgeError(
-            f'expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}, found the keys {sorted(value)}'
-        )
-    check_keys("the line", value, ("messages", "tools"))
-    return value["messages"]
+    records = JsonLines(path, name=f"{split} data {path}" if split else str(path), cache=cache)
+    return FileConversations(records, path.parent, literal_tags=literal_tags)
 
 
 def _check_tags(messages: Conversation) -> None:

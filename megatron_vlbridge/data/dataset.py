@@ -4,9 +4,11 @@ import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
+from fractions import Fraction
 
 import numpy as np
 import torch.distributed
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
@@ -22,6 +24,8 @@ from megatron_vlbridge.data.media import DEFAULTS, Conversation
 from megatron_vlbridge.data.packing.offline import PackingOptions, order_packs, pack_lengths
 from megatron_vlbridge.data.packing.packs import best_fit, build_pack
 from megatron_vlbridge.data.packing.replacement import Replacements
+from megatron_vlbridge.data.sources.mixture import Mixture
+from megatron_vlbridge.data.sources.sampling import Share, epoch_members
 from megatron_vlbridge.errors import VLBridgeError
 
 DEFAULT_PACKING = PackingOptions()
@@ -35,8 +39,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     """A map-style dataset of `num_samples` packs; item i is a pure function of the conversations, the seed and i.
 
     Each epoch shuffles the conversations and packs them again (see `packing.offline.PackingOptions`), so every
-    conversation occurs once per epoch, together with different ones. Item i has the same tensors (see
-    `packing.packs.build_pack`) in every process, worker and resumed run.
+    conversation occurs once per epoch, together with different ones; one of a `Mixture` as often as its weight says.
+    Item i has the same tensors (see `packing.packs.build_pack`) in every process, worker and resumed run.
 
     The lengths are `lengths`, a table that was built before (see `lengths.build`), or else measured when the dataset is
     created, without decoding media. `__getitem__` encodes, and raises an error if a length has changed. Assistant turns
@@ -111,6 +115,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.num_excluded_turns = int(kept["excluded_turns"].sum())
         self.num_skipped_turns = int(kept["skipped_turns"].sum())
         self._first_excluded_turn = table.first_excluded.text if table.first_excluded else ""
+        whole = [Share(0, len(conversations), Fraction(1))]
+        self._shares = conversations.shares if isinstance(conversations, Mixture) else whole
         self._epoch_starts = [0]
         self._cached_epoch: tuple[int, list[list[int]]] = (-1, [])
         reports = self.excluded_turns_report, self.skipped_turns_report, self.dropped_report, self.failed_report
@@ -149,25 +155,27 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         return self._epoch_starts[epoch]
 
     def _best_fit(self, epoch: int) -> list[list[int]]:
-        order = np.random.default_rng((self.seed, epoch)).permutation(self._kept).tolist()
+        order = np.random.default_rng((self.seed, epoch)).permutation(self._members(epoch)).tolist()
         packs = best_fit(self._padded_lengths[order].tolist(), self.seq_length)
         return [[order[position] for position in positions] for positions in packs]
 
     def _first_fit_decreasing(self, epoch: int) -> list[list[int]]:
-        options, seed = self.packing, (self.seed, epoch)
+        options, seed, members = self.packing, (self.seed, epoch), self._members(epoch)
         packs = pack_lengths(
-            self.lengths,
+            np.array(self.lengths)[members],
             self.seq_length,
             multiple_of=self.multiple_of,
-            patches=self._patches,
+            patches=np.array(self._patches)[members],
             max_patches=options.max_patches,
             window=options.window,
-            too_long="drop",
             seed=seed,
         ).packs
-        start = self._epoch_start(epoch)
-        ordered = order_packs(packs, self._work, neighbors=options.neighbors, start=start, seed=seed)
-        return [members.tolist() for members in ordered]
+        start, work = self._epoch_start(epoch), np.array(self._work)[members]
+        ordered = order_packs(packs, work, neighbors=options.neighbors, start=start, seed=seed)
+        return [members[places].tolist() for places in ordered]
+
+    def _members(self, epoch: int) -> NDArray[np.int64]:
+        return epoch_members(self._kept, self._shares, seed=self.seed, epoch=epoch)
 
     @property
     def excluded_turns_report(self) -> str:

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from io import BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, cast
@@ -68,8 +69,8 @@ def is_url(source: object) -> bool:
     return isinstance(source, str) and URL.match(source) is not None
 
 
-def read_image(source: str | Path | Image.Image, name: str, options: MediaOptions) -> Image.Image:
-    """Read a file or a PIL image as RGB, with EXIF orientation applied and transparency composited on white.
+def read_image(source: str | Path | bytes | Image.Image, name: str, options: MediaOptions) -> Image.Image:
+    """Read a file, its bytes or a PIL image as RGB, with EXIF orientation applied and transparency on white.
 
     `name` describes the image in errors ("image", "video frame 3").
 
@@ -81,7 +82,7 @@ def read_image(source: str | Path | Image.Image, name: str, options: MediaOption
     return _read(source, name, options, _to_rgb)
 
 
-def read_image_size(source: str | Path | Image.Image, name: str, options: MediaOptions) -> tuple[int, int]:
+def read_image_size(source: str | Path | bytes | Image.Image, name: str, options: MediaOptions) -> tuple[int, int]:
     """The width and height of `read_image(...)`, from the header: the pixels are not decoded.
 
     Raises VLBridgeError: as `read_image`, except for what only decoding shows (a truncated file, a mode).
@@ -91,7 +92,7 @@ def read_image_size(source: str | Path | Image.Image, name: str, options: MediaO
 
 
 def _read[T](
-    source: str | Path | Image.Image, name: str, options: MediaOptions, read: Callable[[Image.Image, int], T]
+    source: str | Path | bytes | Image.Image, name: str, options: MediaOptions, read: Callable[[Image.Image, int], T]
 ) -> T:
     """Open a file or PIL image and `read` it, with errors that name it."""
     where = f"{name}: {_shown(source)}"
@@ -106,7 +107,7 @@ def _read[T](
             if isinstance(source, Image.Image):
                 return read(source, options.max_image_pixels)
             # Given a path, Pillow 13 memory-maps an uncompressed TIFF and scrambles it if it has to be rotated.
-            with Path(source).open("rb") as file, Image.open(file) as opened:
+            with _open(source) as file, Image.open(file) as opened:
                 return read(opened, options.max_image_pixels)
     except VLBridgeError as error:
         raise VLBridgeError(f"{where} {error}") from error
@@ -117,6 +118,10 @@ def _read[T](
     except Exception as error:
         # On a corrupt file Pillow's decoders raise errors of any type.
         raise VLBridgeError(f"{where} cannot be decoded as an image ({type(error).__name__}: {error})") from error
+
+
+def _open(source: str | Path | bytes) -> BinaryIO:
+    return BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
 
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
@@ -198,8 +203,10 @@ def _pillow_settings(max_pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _shown(source: str | Path | Image.Image) -> str:
+def _shown(source: str | Path | bytes | Image.Image) -> str:
     if isinstance(source, Image.Image):
         return f"PIL image {source.width} x {source.height} {getattr(source, 'filename', '')!s}".strip()
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes, {source[:16]!r}..."
     text = str(source)
     return repr(text if len(text) <= 300 else f"{text[:300]}...")

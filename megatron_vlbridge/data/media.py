@@ -57,7 +57,7 @@ class MediaShape(NamedTuple):
 
 
 def load_image(part: dict[str, Any], options: MediaOptions = DEFAULTS) -> Image.Image:
-    """Load the image of a part `{"type": "image", "image": path or PIL image}` as RGB (see `images.read_image`).
+    """Load the image of a part `{"type": "image", "image": path, bytes or PIL image}` as RGB (see `images.read_image`).
 
     Raises VLBridgeError: the image or the file is missing, or it cannot be read as 8-bit RGB without loss.
     """
@@ -189,7 +189,7 @@ def is_file(source: object) -> TypeGuard[str | Path]:
     return isinstance(source, str | Path) and not is_url(source)
 
 
-def _image(part: dict[str, Any]) -> str | Path | Image.Image:
+def _image(part: dict[str, Any]) -> str | Path | bytes | Image.Image:
     return _source(part.get("image"), "image", " under the key 'image'")
 
 
@@ -280,8 +280,8 @@ def _same_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
     return sizes[0]
 
 
-def _source(source: object, name: str, where: str = "") -> str | Path | Image.Image:
-    if not isinstance(source, str | Path | Image.Image):
+def _source(source: object, name: str, where: str = "") -> str | Path | bytes | Image.Image:
+    if not isinstance(source, str | Path | bytes | Image.Image):
         raise VLBridgeError(f"{name}: expected a path or a PIL image{where}, found {shown(source)}")
     return source
 

@@ -25,6 +25,8 @@ from megatron_vlbridge.cli import main
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.media import load_video
+from megatron_vlbridge.data.sources.forms import NAMES
+from megatron_vlbridge.data.sources.meta import read_meta
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.metrics.columns import COLUMNS
 from megatron_vlbridge.training.metrics.csv_file import CsvFile
@@ -73,6 +75,7 @@ OTHER = {
     "folder": (CHECKPOINTS, "MEGATRON_DIR/"),
     "output": (TRAINING, "model    Qwen3VLForConditionalGeneration, "),
     "tools": (TRAINING, '{"tools": [{'),  # tests/unit/test_label_masks.py
+    "sources": (TRAINING, "train:"),
     "flops": (TRAINING, "3 x forward"),  # tests/unit/test_flops.py
     "router loss": (TRAINING, "(sum of token losses "),  # tests/functional/test_router_loss.py
     "prediction": (TRAINING, "x_i = mtp.fc("),  # tests/functional/test_mtp.py
@@ -358,6 +361,21 @@ def test_the_prompt_of_a_video_is_that_of_training(pasted: tuple[Path, str]) -> 
     exec(block(PYTHON["video"]).text, names)
     prompt = names["inputs"]["input_ids"][0]
     assert prompt.equal(encode_conversation(conversation, processor).input_ids[: len(prompt)])
+
+
+def test_the_file_of_sources_is_read(tmp_path: Path) -> None:
+    for folder in ("tables", "images"):
+        (tmp_path / folder).mkdir()
+    for name in ("captions.jsonl", "tables/vqa.jsonl", "valid.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "meta.yaml").write_text(block(OTHER["sources"]).text)
+    found = read_meta(tmp_path / "meta.yaml")
+    assert [[source.form and source.form.name for source in found[split]] for split in ("train", "valid")] == [
+        ["sharegpt", "columns"],
+        [None],
+    ]
+    table = (ROOT / TRAINING).read_text().split("| form | a record |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [name for name in NAMES if name != "auto"]
 
 
 def test_the_lines_for_a_custom_script_run() -> None:

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, *arguments: object, processes: int = 1, script: Path = SCRIPT) -> list[float]:
     """The losses of a run of the example, read from its log."""
-    common = ("--conversations", folder / "train.jsonl", "--seq-length", 256, "--micro-batch-size", 1, "--seed", 5)
+    common = ("--data", folder / "train.jsonl", "--seq-length", 256, "--micro-batch-size", 1, "--seed", 5)
     common += ("--global-batch-size", 2, "--lr", 1e-3, "--lr-decay-style", "constant", "--num-workers", 0)
     # The same packs in every layout: context parallelism needs space for its padding.
     common += ("--train-iters", ITERATIONS, "--log-interval", 1, "--pack-multiple-of", 4)

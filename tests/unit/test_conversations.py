@@ -54,7 +54,7 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_counted(tmp_pat
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"\xef\xbb\xbf\r\n" + GOOD.encode() + b"\r\n  \t\r\n\n" + GOOD.encode())
     read = read_conversations(path)
-    assert read == [TALK, TALK]
+    assert list(read) == [TALK, TALK]
     assert [conversation.location for conversation in read] == [f"{path}, line 2", f"{path}, line 5"]
     path.write_bytes(GOOD.replace(", ", ",\r").encode() + b"\n" + GOOD.encode())  # a carriage return within a line
     assert [conversation.location for conversation in read_conversations(path)] == [
@@ -63,7 +63,7 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_counted(tmp_pat
     ]
     path.write_bytes(b"\n\n\n\n" + GOOD.encode() + b"\n\xef\xbb\xbf" + GOOD.encode())
     with rejects("line 6: "):
-        read_conversations(path)
+        list(read_conversations(path))
 
 
 def test_text_is_read_as_it_is(tmp_path: Path) -> None:
@@ -123,9 +123,11 @@ REJECTED = {
 def test_a_bad_line_is_rejected_with_file_and_line(tmp_path: Path, bad: str, problem: str) -> None:
     path = write_lines(tmp_path / "train.jsonl", GOOD, "", bad, GOOD)
     with rejects(problem, start=f"{path}, line 3: "):
-        read_conversations(path)
+        list(read_conversations(path))
+    read = read_conversations(path, split="train")
+    assert [read[0], read[2]] == [TALK, TALK]
     with rejects(problem, start=f"train data {path}, line 3: "):
-        read_conversations(path, split="train")
+        read[1]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_a_bad_line_is_rejected_with_file_and_line(tmp_path: Path, bad: str, pro
 )
 def test_an_unknown_key_of_a_line_is_rejected_with_the_remedy(tmp_path: Path, key: str, remedy: str) -> None:
     with rejects(f"unknown key '{key}'", remedy):
-        read_conversations(write_lines(tmp_path / "train.jsonl", line(**{key: []})))
+        list(read_conversations(write_lines(tmp_path / "train.jsonl", line(**{key: []}))))
 
 
 @pytest.mark.parametrize("tag", ["<image>", "<video>", "<audio>", "<image_1>", "<image 2>", "<|image_1|>", "<|image|>"])
@@ -147,14 +149,14 @@ def test_a_tag_of_another_format_is_rejected_without_literal_tags(tmp_path: Path
     for content in (f"{tag}what?", [{"type": "text", "text": tag[:3]}, {"type": "text", "text": f"{tag[3:]}\nwhat?"}]):
         path = write_lines(tmp_path / "train.jsonl", line(messages=[{"role": "user", "content": content}, TALK[1]]))
         with rejects("line 1: message 0 (user): the text contains", repr(tag), '"type": "image"'):
-            read_conversations(path)
+            list(read_conversations(path))
         assert read_conversations(path, literal_tags=True)[0][0]["content"] == content
 
 
 def test_the_option_named_in_the_error_exists(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "train.jsonl", line(messages=[{"role": "user", "content": "<image>"}]))
     with rejects("--literal-tags"):
-        read_conversations(path)
+        list(read_conversations(path))
     parser = make_parser(add_arguments)
     assert [parser.parse_args(words).literal_tags for words in ([], ["--literal-tags"])] == [False, True]
 
@@ -170,7 +172,7 @@ def test_a_path_in_media_tags_is_rejected_and_markup_is_not(tmp_path: Path) -> N
     }.items():
         write_lines(path, line(messages=[{"role": "user", "content": text}]))
         with rejects(f"'{tag}'"):
-            read_conversations(path)
+            list(read_conversations(path))
     texts = [
         "<video>\n<source src='a'></video>",
         "<image x>",
@@ -208,10 +210,10 @@ def test_a_missing_empty_or_binary_file_is_rejected(tmp_path: Path) -> None:
         read_conversations(path)
     path.write_bytes(GOOD.encode() + b'\n{"messages": "\xff"}\n')
     with rejects("train.jsonl, line 2: expected UTF-8 text", "at byte 14"):
-        read_conversations(path)
+        list(read_conversations(path))
     path.write_bytes(GOOD.encode("utf-16"))
     with rejects("train.jsonl, line 1: expected UTF-8 text"):
-        read_conversations(path)
+        list(read_conversations(path))
 
 
 def test_tools_results_and_calls_are_read(tmp_path: Path) -> None:
@@ -233,4 +235,4 @@ def test_a_tag_of_another_format_in_the_reasoning_is_rejected(tmp_path: Path) ->
     messages = [TALK[0], {"role": "assistant", "content": "a", "reasoning_content": "In <image> I see"}]
     path = write_lines(tmp_path / "a.jsonl", line(messages=messages))
     with rejects("line 1: message 1 (assistant)", "'<image>'", "--literal-tags"):
-        read_conversations(path)
+        list(read_conversations(path))

@@ -23,6 +23,7 @@ from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.packing.offline import PackingOptions
 from megatron_vlbridge.data.packing.packs import next_token_labels
+from megatron_vlbridge.data.sources.mixture import open_data
 from megatron_vlbridge.demo.tiny_processor import CHAT_TEMPLATE, build_processor
 from tests.errors import rejects
 
@@ -270,6 +271,53 @@ def test_errors_of_conversations_from_a_file_name_file_line_and_split(
             build(read_conversations(path, split="validation"), processor, config)
         with rejects(problem, start=f"{path}, line 3: "):
             build(list(reversed(read_conversations(path))), processor, config)
+
+
+def test_every_line_of_a_file_is_checked_when_the_dataset_is_created(
+    processor: Qwen3VLProcessor, config: Config, tmp_path: Path
+) -> None:
+    path, good = tmp_path / "train.jsonl", json.dumps({"messages": CONVERSATIONS[0]})
+    for bad, problem in (
+        ("{", "one JSON object on the line, found '{'"),
+        (json.dumps({"messages": CONVERSATIONS[0], "images": []}), "the line: unknown key 'images'"),
+    ):
+        path.write_text(f"{good}\n{good}\n{bad}\n")
+        conversations = read_conversations(path, split="train")
+        with rejects(problem, start=f"train data {path}, line 3: ") as error:
+            build(conversations, processor, config)
+        assert str(error.value).count("line 3") == 1
+
+
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS)
+def test_an_epoch_has_the_conversations_of_a_source_as_often_as_its_weight_says(
+    processor: Qwen3VLProcessor, config: Config, tmp_path: Path, packing: PackingOptions
+) -> None:
+    weights, counts = {"half": 0.5, "double": 2, "one": 1}, {"half": 6, "double": 4, "one": 5}
+    for name, count in counts.items():
+        lines = [
+            json.dumps({"messages": [{"role": "user", "content": " hello" * (3 + n)}, CONVERSATIONS[0][1]]})
+            for n in range(count)
+        ]
+        if name == "one":  # and one that fits into no pack
+            lines.insert(1, lines[0].replace("hello", "hello " * 100))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    meta = [{"path": f"{name}.jsonl", "weight": weight} for name, weight in weights.items()]
+    (tmp_path / "meta.yaml").write_text(json.dumps({"train": meta}))
+    conversations = open_data(tmp_path / "meta.yaml")
+    assert conversations is not None
+    packing = dataclasses.replace(packing, too_long="drop")
+    dataset = build(conversations, processor, config, packing=packing)
+    assert dataset.dropped == [11]
+    epochs = [Counter(chain.from_iterable(dataset.epoch_packs(epoch))) for epoch in range(4)]
+    for epoch, taken in enumerate(epochs):
+        assert [taken[member] for member in range(6, 16)] == [2] * 4 + [1, 0, 1, 1, 1, 1]
+        halves = taken + epochs[epoch ^ 1]
+        assert [halves[member] for member in range(6)] == [1] * 6
+        assert sum(taken.values()) == 3 + 8 + 5
+    with_text = dataset[0]["tokens"]
+    again = build(conversations, processor, config, packing=packing)
+    assert [again.epoch_packs(epoch) for epoch in (3, 1)] == [dataset.epoch_packs(epoch) for epoch in (3, 1)]
+    assert torch.equal(again[0]["tokens"], with_text)
 
 
 def thinking(processor: Qwen3VLProcessor) -> Qwen3VLProcessor:

@@ -541,7 +541,16 @@ def test_a_file_with_a_colon_in_its_name_is_a_file(tmp_path: Path, name: str, mo
     assert image_of(name).size == (4, 4)
 
 
-@pytest.mark.parametrize("source", [None, 3, b"bytes", np.zeros((4, 4, 3), dtype=np.uint8)], ids=type)
+def test_the_bytes_of_a_file_are_read_as_the_file(tmp_path: Path) -> None:
+    path = saved(noise(6, 4), tmp_path / "a.png")
+    content = path.read_bytes()
+    assert np.array_equal(np.array(image_of(content)), np.array(image_of(str(path))))
+    assert torch.equal(frames_of([content, content]), frames_of([str(path)] * 2))
+    with rejects("cannot be decoded as an image", start=f"image: {len(content) - 30} bytes, b'\\x89PNG"):
+        image_of(content[:-30])
+
+
+@pytest.mark.parametrize("source", [None, 3, bytearray(b"bytes"), np.zeros((4, 4, 3), dtype=np.uint8)], ids=type)
 def test_another_type_is_rejected_with_the_name_of_the_part(source: Any) -> None:
     with rejects("under the key 'image'", start="image: expected a path or a PIL image"):
         image_of(source)

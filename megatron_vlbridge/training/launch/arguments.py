@@ -22,6 +22,7 @@ from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.training import console
 from megatron_vlbridge.training.guards import ALLOW, allow_words, check_layout
+from megatron_vlbridge.training.launch.data import add_data_arguments, check_data_arguments
 from megatron_vlbridge.training.launch.labels import add_label_arguments
 from megatron_vlbridge.training.launch.media import add_media_arguments, media_options
 from megatron_vlbridge.training.launch.packing import add_packing_arguments, packing_options
@@ -70,10 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="with --hf-weights: the MTP layer, which the config.json has and the weights have not, starts at random",
     )
     group.add_argument("--random-weights", action="store_true", help="start from random weights")
-    group.add_argument("--conversations", help="JSON lines of {'messages': [...]}, images by path")
-    group.add_argument("--valid-conversations", help="the same, for evaluation")
+    add_data_arguments(group)
     add_media_arguments(group)
-    group.add_argument("--literal-tags", action="store_true", help="take <image> and the like in texts as text")
     add_label_arguments(group)
     group.add_argument("--pack-multiple-of", type=int, help="room of a conversation in a pack (default: what CP needs)")
     add_packing_arguments(group)
@@ -115,6 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     _set_architecture(args, config, parser)
     check_arguments(args, config)
     check_part_arguments(args, config)
+    check_data_arguments(args)
     packing_options(args)
     media_options(args)
     _set_defaults(args)

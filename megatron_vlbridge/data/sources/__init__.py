@@ -1,0 +1,1 @@
+"""Where conversations come from: files, their indices, and the formats of their records."""

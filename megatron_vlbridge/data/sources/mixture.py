@@ -1,0 +1,68 @@
+"""The conversations of several sources, as one sequence."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import overload
+
+from megatron_vlbridge.data.conversations import FileConversation, FileConversations
+from megatron_vlbridge.data.sources.json_lines import JsonLines
+from megatron_vlbridge.data.sources.json_list import JsonList
+from megatron_vlbridge.data.sources.meta import Source, read_meta
+from megatron_vlbridge.data.sources.sampling import Share
+from megatron_vlbridge.errors import VLBridgeError
+
+KINDS = {".jsonl": JsonLines, ".json": JsonList}
+
+
+class Mixture(Sequence[FileConversation]):
+    """The conversations of the `parts`, one after the other; `shares` has the weight of each part."""
+
+    def __init__(self, parts: Sequence[FileConversations], sources: Sequence[Source]) -> None:
+        self.parts = parts
+        self._starts = [0, *accumulate(map(len, parts))]
+        bounds = zip(pairwise(self._starts), sources, strict=True)
+        self.shares = [Share(begin, end, source.weight) for (begin, end), source in bounds]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> FileConversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[FileConversation]: ...
+    def __getitem__(self, index: int | slice) -> FileConversation | list[FileConversation]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        index = range(len(self))[index]
+        part = bisect_right(self._starts, index) - 1
+        return self.parts[part][index - self._starts[part]]
+
+
+def open_data(
+    path: str | Path, split: str = "train", *, literal_tags: bool = False, cache: str | Path | None = None
+) -> Mixture | None:
+    """Open the sources of a split, "train" or "valid", of a YAML file (see `meta.read_meta`) or a single file.
+
+    The result is the first argument of `dataset.PackedConversations`. Each conversation is read when it is requested;
+    its errors name the file and the line. For `literal_tags` and `cache` see `conversations.read_conversations`. None
+    if the file has no such split.
+
+    Raises VLBridgeError: as `meta.read_meta`; a file cannot be read, is of another kind, or has no conversation.
+    Example: `open_data("meta.yaml")[0].location` is "train data a.jsonl, line 1".
+    """
+    sources = read_meta(path).get(split)
+    if sources is None:
+        return None
+    name = "validation" if split == "valid" else split
+    return Mixture([_open(source, name, literal_tags, cache) for source in sources], sources)
+
+
+def _open(source: Source, split: str, literal_tags: bool, cache: str | Path | None) -> FileConversations:
+    name = f"{split} data {source.path}"
+    kind = KINDS.get(source.path.suffix)
+    if kind is None:
+        raise VLBridgeError(f"{name}: expected a file that ends with {', '.join(KINDS)}")
+    records = kind(source.path, name=name, cache=cache)
+    return FileConversations(records, source.media, form=source.form, ignore=source.ignore, literal_tags=literal_tags)
