@@ -58,6 +58,8 @@ def read_video_header(path: str | Path, max_pixels: int) -> VideoHeader:
             raise VLBridgeError("has no frame rate; encode it again")
         fps = float(stream.average_rate)
         num_frames = _counted_in_header(container, stream) or _counted_packets(container, stream)
+        if num_frames > (size := Path(path).stat().st_size):
+            raise VLBridgeError(f"is damaged: {num_frames} frames in its header, and it has {size} bytes")
         return VideoHeader(num_frames, fps, *((height, width) if turn[0] else (width, height)), turn)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import struct
 import sys
 from functools import partial
 from pathlib import Path
@@ -176,6 +177,18 @@ def test_a_damaged_frame_is_rejected(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 10])
     with rejects("is damaged at frame", start=f"video: '{path}' "):
         load_video(part(path), video_processor=processor_3())
+
+
+def test_a_damaged_number_of_frames_is_rejected(tmp_path: Path) -> None:
+    """Without sampling, a list of so many indices would not fit into memory."""
+    path = write_video(tmp_path / "a.avi", moving(6))
+    data = bytearray(path.read_bytes())
+    place = data.index(b"strh") + 8 + 32  # its name and size, then dwLength of the stream header
+    assert struct.unpack_from("<I", data, place) == (6,)
+    struct.pack_into("<I", data, place, 2**31 - 1)
+    path.write_bytes(data)
+    with rejects(f"is damaged: {2**31 - 1} frames", f"{len(data)} bytes", start=f"video: '{path}' "):
+        read_video_header(path, MANY)
 
 
 def text_file(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """Of a video file the frames, timestamps and pixels are those that transformers takes of the same file."""
 
 import itertools
+import json
 import math
 from fractions import Fraction
 from functools import partial
@@ -16,6 +17,7 @@ from transformers.video_utils import VideoMetadata
 from transformers.video_utils import load_video as reference_load_video
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
+from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.media import Video, load_video, media_grid, media_shape, placeholder_text
 from megatron_vlbridge.data.video_files import read_video_header
@@ -112,6 +114,18 @@ def test_a_rotated_file_has_the_grid_of_its_upright_frames(qwen3: Qwen3VLProcess
     path = write_video(tmp_path / "a.mp4", moving(8), 2, matrix=[0, -ONE, 0, ONE, 0, 0, 0, 0, 1 << 30])
     expected = encoded_by_transformers(qwen3, np.rot90(decoded(path), 1, (1, 2)).copy(), 2.0)
     same_sample(encode_conversation(talk(part(path)), qwen3), expected)
+
+
+def test_a_line_of_a_file_names_a_video_beside_it(qwen3: Qwen3VLProcessor, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", moving(20), 10)
+    lines = [json.dumps({"messages": talk(part(name, fps=1))}) for name in ("a.mp4", "b.mp4")]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    first, second = read_conversations(tmp_path / "train.jsonl")
+    found, expected = encode_conversation(first, qwen3), encode_conversation(talk(part(path, fps=1)), qwen3)
+    assert torch.equal(found.input_ids, expected.input_ids)
+    assert torch.equal(found.pixel_values_videos, expected.pixel_values_videos)
+    with rejects(f"message 0 (user), part 0: video: no file '{tmp_path / 'b.mp4'}'"):
+        encode_conversation(second, qwen3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
