@@ -1,6 +1,6 @@
 """Encode a conversation as tokens, a loss mask (see `turns`) and patches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,19 +12,25 @@ from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.options import LabelOptions
-from megatron_vlbridge.data.labels.tools import check_tools, tool_text
+from megatron_vlbridge.data.labels.special import (
+    check_special_tokens,
+    hide_special_tokens,
+    plain_ids,
+    shown_tokens,
+    split_hidden,
+)
+from megatron_vlbridge.data.labels.tools import check_tools
 from megatron_vlbridge.data.media import DEFAULTS, Conversation, Video, load_image, load_video
 from megatron_vlbridge.data.messages import (
     check_conversation,
-    message_calls,
     message_name,
     message_parts,
-    message_text,
 )
 from megatron_vlbridge.data.turns import (
     TURN_END,
     TURN_START,
     ExcludedTurn,
+    Turn,
     add_newlines,
     check_reasoning,
     match_turns,
@@ -39,6 +45,10 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.positions import mrope_positions
 
 DEFAULT_LABELS = LabelOptions()
+SPECIAL_REMEDY = {
+    "reject": "remove them, or encode them as plain text with --special-tokens-in-text literal",
+    "literal": "write each of them in one part",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +94,8 @@ def encode_conversation(
     is excluded from the loss and listed in `Sample.excluded_turns`. Assistant messages with `"train": false` are not
     learned; `labels` sets which others are. `media` sets how images and frames are read.
 
-    Raises VLBridgeError: a message does not have this format; a text contains a special token; the chat template
+    Raises VLBridgeError: a message does not have this format; a text contains a special token (unless `labels` makes it
+    plain text); the chat template
     modifies system, user or tool content, or does not render tools, calls or reasoning; placeholders, grids, patches
     and media do not match; there is no supervised token (unless `allow_no_loss`). Errors name messages and parts by
     index, from 0.
@@ -95,16 +106,21 @@ def encode_conversation(
     check_conversation(messages)
     tools = [] if tools is None else list(tools)
     check_tools(tools)
-    _check_special_tokens(messages, _special_tokens(processor))
+    written, special = template_messages(messages), _special_tokens(processor)
+    hidden: dict[str, str] = {}
+    if labels.special_tokens == "literal":
+        written, tools, hidden = hide_special_tokens(written, tools, special)
+    check_special_tokens(written, tools, special, SPECIAL_REMEDY[labels.special_tokens])
     images = _load_media(messages, "image", partial(load_image, options=media))
     videos = _load_media(messages, "video", partial(load_video, options=media))
     check_reasoning(messages, processor)
-    rendered = render(template_messages(messages), processor, **({"tools": tools} if tools else {}))
+    rendered = render(written, processor, **({"tools": tools} if tools else {}))
     text = without_outer_pair(rendered, processor)
     # What stands for an image and for a video, before the processor expands it.
     image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
-    turns = match_turns(split_turns(text), messages, {"image": image, "video": processor.video_token}, tools)
-    encoded = _run_processor(text, images, videos, processor)
+    turns = match_turns(split_turns(text), written, {"image": image, "video": processor.video_token}, tools)
+    turns = [Turn(turn.role, shown_tokens(turn.content, hidden)) for turn in turns]
+    encoded = _run_processor(split_hidden(text, hidden), hidden, images, videos, processor)
     ids = encoded["input_ids"][0]
     skipped = skipped_turns(messages, labels)
     loss_mask, excluded = supervised_mask(ids, turns, messages, processor, skipped)
@@ -140,24 +156,17 @@ def _load_media[T](messages: Conversation, kind: str, load: Callable[[dict[str, 
     return media
 
 
-def _check_special_tokens(messages: Conversation, special_tokens: Sequence[str]) -> None:
-    for index, message in enumerate(messages):
-        # Concatenated as by the template: two parts can form a special token together.
-        text = message_text(message, {"image": "\n", "video": "\n"})
-        written = [message.get("reasoning_content") or "", *(tool_text(call[:2]) for call in message_calls(message))]
-        text = "\n".join([text, *written])
-        found = [token for token in special_tokens if token in text]
-        if found:
-            raise VLBridgeError(
-                f"{message_name(messages, index)}: the text contains the special tokens {', '.join(map(repr, found))}; "
-                "remove them"
-            )
-
-
 def _run_processor(
-    text: str, images: list[Image.Image], videos: list[Video], processor: ProcessorMixin
+    pieces: Sequence[str],
+    hidden: Mapping[str, str],
+    images: list[Image.Image],
+    videos: list[Video],
+    processor: ProcessorMixin,
 ) -> dict[str, Tensor]:
-    """Run the processor on one conversation; tokens have a batch dimension of 1."""
+    """Run the processor on the pieces of one conversation; tokens have a batch dimension of 1.
+
+    Pieces that are in `hidden` stand for a special token as plain text.
+    """
     media: dict[str, Any] = {}
     if images:
         media["images"] = images
@@ -170,9 +179,16 @@ def _run_processor(
         media["video_metadata"] = [video.metadata for video in videos]
         media["do_sample_frames"] = False
     try:
-        return processor(text=[text], return_tensors="pt", **media)
+        texts = [piece for piece in pieces if piece not in hidden]
+        encoded = dict(processor(text=texts, return_tensors="pt", padding=len(texts) > 1, **media))
     except ValueError as error:
         raise VLBridgeError(f"the processor rejects {len(images)} images and {len(videos)} videos: {error}") from error
+    if hidden:
+        rows = zip(encoded["input_ids"], encoded["attention_mask"].bool(), strict=True)
+        ids = (row[mask] for row, mask in rows)
+        plain = {mark: torch.tensor(plain_ids(token, processor.tokenizer)) for mark, token in hidden.items()}
+        encoded["input_ids"] = torch.cat([plain[piece] if piece in hidden else next(ids) for piece in pieces])[None]
+    return encoded
 
 
 def _no_supervised_token(
