@@ -14,7 +14,7 @@ from transformers import ProcessorMixin
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.mask import loss_mask
 from megatron_vlbridge.data.labels.options import LabelOptions
-from megatron_vlbridge.data.labels.tools import check_tools, tool_text
+from megatron_vlbridge.data.labels.prompt import Prompt, make_prompt
 from megatron_vlbridge.data.media import (
     DEFAULTS,
     Conversation,
@@ -28,24 +28,12 @@ from megatron_vlbridge.data.media import (
     with_sizes,
 )
 from megatron_vlbridge.data.messages import (
-    check_conversation,
-    message_calls,
     message_name,
     message_parts,
-    message_text,
 )
 from megatron_vlbridge.data.turns import (
-    TURN_END,
-    TURN_START,
     ExcludedTurn,
-    Turn,
-    check_reasoning,
-    match_turns,
-    render,
-    split_turns,
-    template_messages,
 )
-from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.positions import mrope_positions
 
@@ -107,15 +95,15 @@ def encode_conversation(
     is excluded from the loss and listed in `Sample.excluded_turns`. Assistant messages with `"train": false` are not
     learned; `labels` sets which others are. `media` sets how images and frames are read.
 
-    Raises VLBridgeError: a message does not have this format; a text contains a special token; the chat template
-    modifies system, user or tool content, or does not render tools, calls or reasoning; placeholders, grids, patches
-    and media do not match; there is no supervised token (unless `allow_no_loss`). Errors name messages and parts by
-    index, from 0.
+    Raises VLBridgeError: a message does not have this format; a text contains a special token (unless `labels` makes it
+    plain text); the chat template modifies system, user or tool content, or does not render tools, calls or reasoning;
+    placeholders, grids, patches and media do not match; there is no supervised token (unless `allow_no_loss`). Errors
+    name messages and parts by index, from 0.
 
     Example: of `[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]` the supervised text,
     `processor.decode(sample.input_ids[sample.loss_mask])`, is `A cat.<|im_end|>`.
     """
-    prompt = _prompt(messages, processor, tools)
+    prompt = make_prompt(messages, processor, tools or [], labels)
     images = _load_media(messages, "image", partial(load_image, options=media))
     image_sizes = _load_media(
         messages, "image", partial(image_size, image_processor=processor.image_processor, options=media)
@@ -124,8 +112,8 @@ def encode_conversation(
         messages, "video", partial(load_video, options=media, video_processor=processor.video_processor)
     )
     sizes = with_sizes(processor, image_sizes, [video.size for video in videos])
-    encoded = _run_processor(prompt.text, images, videos, sizes)
-    ids = encoded["input_ids"][0]
+    encoded = _run_processor(prompt, images, videos, sizes)
+    ids = encoded["input_ids"]
     mask = loss_mask(ids, prompt.turns, messages, processor, labels, allow_no_loss=allow_no_loss)
     empty = torch.zeros(0, _patch_dim(processor)), torch.zeros(0, 3, dtype=torch.int64)
     sample = Sample(
@@ -157,10 +145,10 @@ def measure_conversation(
 
     Example: `len(measure_conversation(messages, processor).input_ids)`.
     """
-    prompt = _prompt(messages, processor, tools)
+    prompt = make_prompt(messages, processor, tools or [], labels)
     shape = partial(media_shape, processor=processor, options=media)
     shapes = {kind: _load_media(messages, kind, shape) for kind in ("image", "video")}
-    ids = _expanded_ids(prompt.text, shapes, processor)
+    ids = _expanded_ids(prompt, shapes, processor)
     mask = loss_mask(ids, prompt.turns, messages, processor, labels, allow_no_loss=allow_no_loss)
     images, videos = (
         torch.tensor([one.grid for one in shapes[kind]], dtype=torch.int64).view(-1, 3) for kind in ("image", "video")
@@ -168,38 +156,18 @@ def measure_conversation(
     return MeasuredConversation(ids, mask.supervised, images, videos, mask.excluded_turns, mask.skipped_turns)
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """A rendered conversation, with one placeholder token for each image and video, and the turn of each message."""
-
-    text: str
-    turns: list[Turn]
-
-
-def _prompt(messages: Conversation, processor: ProcessorMixin, tools: Sequence[dict[str, Any]] | None) -> _Prompt:
-    tools = [] if tools is None else list(tools)
-    check_conversation(messages)
-    check_tools(tools)
-    _check_special_tokens(messages, _special_tokens(processor))
-    check_reasoning(messages, processor)
-    rendered = render(template_messages(messages), processor, **({"tools": tools} if tools else {}))
-    text = without_outer_pair(rendered, processor)
-    # What stands for an image and for a video, before the processor expands it.
-    image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
-    placeholders = {"image": image, "video": processor.video_token}
-    return _Prompt(text, match_turns(split_turns(text), messages, placeholders, tools))
-
-
-def _expanded_ids(text: str, shapes: dict[str, list[MediaShape]], processor: ProcessorMixin) -> Tensor:
-    """The tokens of a text whose placeholders are expanded as by the processor."""
+def _expanded_ids(prompt: Prompt, shapes: dict[str, list[MediaShape]], processor: ProcessorMixin) -> Tensor:
+    """The tokens of a prompt whose placeholders are expanded as by the processor."""
     kinds = {processor.image_token: "image", processor.video_token: "video"}
     remaining = {kind: iter(found) for kind, found in shapes.items()}
-    pieces = re.split(f"({'|'.join(map(re.escape, kinds))})", text)
-    expanded = [
-        placeholder_text(kinds[piece], next(remaining[kinds[piece]]), processor) if piece in kinds else piece
-        for piece in pieces
-    ]
-    return torch.tensor(processor.tokenizer("".join(expanded))["input_ids"])
+    placeholders = re.compile("|".join(map(re.escape, kinds)))
+
+    def expand(match: re.Match[str]) -> str:
+        kind = kinds[match[0]]
+        return placeholder_text(kind, next(remaining[kind]), processor)
+
+    texts = [placeholders.sub(expand, piece) for piece in prompt.texts]
+    return prompt.join([torch.tensor(processor.tokenizer(text)["input_ids"]) for text in texts])
 
 
 def _load_media[T](messages: Conversation, kind: str, load: Callable[[dict[str, Any]], T]) -> list[T]:
@@ -215,24 +183,10 @@ def _load_media[T](messages: Conversation, kind: str, load: Callable[[dict[str, 
     return media
 
 
-def _check_special_tokens(messages: Conversation, special_tokens: Sequence[str]) -> None:
-    for index, message in enumerate(messages):
-        # Concatenated as by the template: two parts can form a special token together.
-        text = message_text(message, {"image": "\n", "video": "\n"})
-        written = [message.get("reasoning_content") or "", *(tool_text(call[:2]) for call in message_calls(message))]
-        text = "\n".join([text, *written])
-        found = [token for token in special_tokens if token in text]
-        if found:
-            raise VLBridgeError(
-                f"{message_name(messages, index)}: the text contains the special tokens {', '.join(map(repr, found))}; "
-                "remove them"
-            )
-
-
 def _run_processor(
-    text: str, images: list[Image.Image], videos: list[Video], processor: ProcessorMixin
+    prompt: Prompt, images: list[Image.Image], videos: list[Video], processor: ProcessorMixin
 ) -> dict[str, Tensor]:
-    """Run the processor on one conversation; tokens have a batch dimension of 1."""
+    """Run the processor on one conversation; `input_ids` is `[L]`."""
     media: dict[str, Any] = {}
     if images:
         media["images"] = images
@@ -245,9 +199,13 @@ def _run_processor(
         media["video_metadata"] = [video.metadata for video in videos]
         media["do_sample_frames"] = False
     try:
-        return processor(text=[text], return_tensors="pt", **media)
+        encoded = dict(processor(text=prompt.texts, return_tensors="pt", padding=len(prompt.texts) > 1, **media))
     except ValueError as error:
         raise VLBridgeError(f"the processor rejects {len(images)} images and {len(videos)} videos: {error}") from error
+    if len(prompt.texts) == 1:
+        return encoded | {"input_ids": prompt.join([encoded["input_ids"][0]])}
+    rows = zip(encoded["input_ids"], encoded["attention_mask"].bool(), strict=True)
+    return encoded | {"input_ids": prompt.join([row[mask] for row, mask in rows])}
 
 
 def _check_media(sample: Sample, num_images: int, num_videos: int, processor: ProcessorMixin) -> None:
@@ -274,16 +232,6 @@ def _check_media(sample: Sample, num_images: int, num_videos: int, processor: Pr
         images_per_segment=[num_images],
         videos_per_segment=[num_videos],
     )
-
-
-def _special_tokens(processor: ProcessorMixin) -> list[str]:
-    """The tokens that must not occur in a text."""
-    tokenizer = processor.tokenizer
-    missing = [token for token in (TURN_START, TURN_END) if token not in tokenizer.get_added_vocab()]
-    if missing:
-        raise VLBridgeError(f"tokenizer: expected the special token {missing[0]} of the ChatML format, found none")
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return list(dict.fromkeys([*special, TURN_START, TURN_END, processor.image_token, processor.video_token]))
 
 
 def _patch_dim(processor: ProcessorMixin) -> int:

@@ -252,7 +252,9 @@ def supervised_mask(
     mask = torch.zeros_like(ids, dtype=torch.bool)
     # One call is several times faster than one for each turn.
     supervised = [token for _, _, span in candidates for token in tokens[span]]
-    decoded = processor.tokenizer.decode(supervised, clean_up_tokenization_spaces=False).split(TURN_END)[:-1]
+    decoded = _decode(supervised, processor).split(TURN_END)[:-1]
+    if len(decoded) != len(candidates):  # a text contains the same characters
+        decoded = [_decode(tokens[span][:-1], processor) for _, _, span in candidates]
     for (index, prompt, span), found in zip(candidates, decoded, strict=True):
         texts = _assistant_texts(messages[index])
         if any(found in (text, text.removeprefix(prompt.prefix)) for text in texts):
@@ -260,6 +262,11 @@ def supervised_mask(
         else:
             excluded.append(ExcludedTurn(index, _difference(_closest(texts, found), found)))
     return mask, tuple(sorted(excluded, key=lambda turn: turn.message))
+
+
+def _decode(ids: list[int], processor: ProcessorMixin) -> str:
+    text: str = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _assistant_texts(message: Message) -> list[str]:

@@ -10,15 +10,20 @@ from collections.abc import Sequence
 
 from transformers import ProcessorMixin
 
+from megatron_vlbridge.families.processors import VIDEO_PROCESSORS
+
 
 def without_outer_pair(text: str, processor: ProcessorMixin) -> str:
     """Reduce each video placeholder to `<|video_pad|>`, so that every transformers version builds the same tokens.
 
+    Only for processors that write the time before each frame; those of Qwen2.5-VL keep start and end around a video.
     Call it between `apply_chat_template(..., tokenize=False)` and the processor, also for inference.
 
     Example: `without_outer_pair("<|vision_start|><|video_pad|><|vision_end|>What?", processor)` is
     `'<|video_pad|>What?'`.
     """
+    if not VIDEO_PROCESSORS.get(type(processor.video_processor).__name__, True):
+        return text
     start, video, end = processor.vision_start_token, processor.video_token, processor.vision_end_token
     return text.replace(f"{start}{video}{end}", video)
 

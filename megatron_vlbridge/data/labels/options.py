@@ -1,10 +1,11 @@
-"""Which assistant turns are learned."""
+"""Which tokens of a conversation are learned, and what special tokens in its texts are."""
 
 from dataclasses import dataclass
 
 from megatron_vlbridge.errors import VLBridgeError
 
 LABEL_TURNS = ("all", "last")
+SPECIAL_TOKENS = ("reject", "literal")
 
 
 @dataclass(frozen=True)
@@ -13,11 +14,14 @@ class LabelOptions:
 
     Results of tools are no query, nor is a user message that is one `<tool_response>...</tool_response>`. With
     `newline` the newline after the `<|im_end|>` of a learned turn is learned, too, as in Qwen's own fine-tuning script.
+    `special_tokens` is one of `SPECIAL_TOKENS`: texts with a special token are rejected, or it is plain text.
     """
 
     turns: str = "all"
     newline: bool = False
+    special_tokens: str = "reject"
 
     def __post_init__(self) -> None:
-        if self.turns not in LABEL_TURNS:
-            raise VLBridgeError(f"turns: expected one of {', '.join(LABEL_TURNS)}, found {self.turns!r}")
+        for name, choices in (("turns", LABEL_TURNS), ("special_tokens", SPECIAL_TOKENS)):
+            if getattr(self, name) not in choices:
+                raise VLBridgeError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}")

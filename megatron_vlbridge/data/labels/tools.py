@@ -6,6 +6,7 @@ texts are written here a second time, so that a template which renders anything 
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -82,10 +83,14 @@ def _read_call(where: str, call: object) -> Call:
         raise VLBridgeError(
             f"{where}: expected a function name and an id as text, found {shown(name)}, {shown(identity)}"
         )
+    if re.search(r"[<>\n]", name):
+        raise VLBridgeError(f"{where}: expected a function name without <, > and newlines, found {name!r}")
     arguments = _parse(where, found) if isinstance(found, str) else found
     if not isinstance(arguments, dict):
         raise VLBridgeError(f"{where}: expected 'arguments' to be an object, found {shown(found)}")
     _check_json(where, [name, arguments])
+    if any(re.search(r"[<>\n]", key) for key in arguments):
+        raise VLBridgeError(f"{where}: expected names of arguments without <, > and newlines, found {shown(arguments)}")
     return Call(name, arguments, identity)
 
 
