@@ -82,8 +82,7 @@ def main() -> None:
 
     with packed_models.flash_attention():
         for folder in sys.argv[1:]:
-            for implementation in packed_models.IMPLEMENTATIONS:
-                packed_models.compare(Path(folder), implementation, bound=2e-5)
+            packed_models.compare(Path(folder), packed_models.IMPLEMENTATIONS, bound=2e-5)
     assert {(part, given) for part in ("rule", "convolution") for given in (False, True)} == USED
 
 

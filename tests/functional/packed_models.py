@@ -21,7 +21,7 @@ type Sample = tuple[Conversation, list[float]]
 # For each model, options of `reference.write_checkpoint`.
 WINDOWS: dict[str, Any] = {
     "classes": "Qwen2_5_VL",
-    "text_fields": {"rope_parameters": reference._ROPE | {"rope_type": "default"}},
+    "text_fields": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
     "vision_fields": {"window_size": 16, "fullatt_block_indexes": [1, 3], "tokens_per_second": 3},
 }
 KINDS: dict[str, dict[str, Any]] = {"qwen2_5_vl": WINDOWS, "qwen3_vl": {}, "qwen3_vl_moe": {"experts": {}}}
@@ -68,8 +68,7 @@ def attend_by_segments(
     bounds = cu_seq_lens_q.tolist()
     assert (bounds[0], bounds[-1]) == (0, query.shape[2])
     lengths = [end - begin for begin, end in pairwise(bounds)]
-    assert isinstance(max_length_q, int)
-    assert max_length_q == max_length_k == max(lengths)
+    assert int(max_length_q) == int(max_length_k) == max(lengths)
     parts = [
         torch.nn.functional.scaled_dot_product_attention(
             *part,
@@ -80,6 +79,28 @@ def attend_by_segments(
         for part in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float = 1.0,
+    causal: bool = False,
+) -> Tensor:
+    """The kernel of the package flash_attn: `attend_by_segments` with its arguments, tokens `[T, H, D]`."""
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+    bounds = {"cu_seq_lens_q": cu_seqlens_q, "cu_seq_lens_k": cu_seqlens_k}
+    lengths = {"max_length_q": max_seqlen_q, "max_length_k": max_seqlen_k}
+    unused = torch.nn.Module()
+    return attend_by_segments(unused, *heads_first, None, scaling=softmax_scale, is_causal=causal, **bounds, **lengths)[
+        0
+    ][0]
 
 
 @contextmanager
@@ -123,7 +144,6 @@ def collect(model: Any, logits: list[Tensor], loss: float) -> Results:
 
 def one_by_one(model: Any, packs: Sequence[Sequence[Sample]]) -> Results:
     """Each conversation separately, with the positions that transformers computes."""
-    model.config._attn_implementation = "sdpa"
     supervised = sum(int((c.labels != -100).sum()) for pack in packs for c, _ in pack)
     logits, total = [], 0.0
     for c, seconds in (sample for pack in packs for sample in pack):
@@ -141,9 +161,10 @@ def packed(model: Any, packs: Sequence[dict[str, Tensor]]) -> Results:
     logits: list[Tensor] = []
     total = 0.0
     for pack in packs:
-        out = model(**as_transformers_batch(pack, model), num_items_in_batch=supervised)
-        out.loss.backward()
-        total += out.loss.item()
+        out = model(**as_transformers_batch(pack, model))
+        loss = out.loss * (pack["labels"] != -100).sum() / supervised
+        loss.backward()
+        total += loss.item()
         lengths = pack["segment_lengths"].tolist()
         assert out.logits.isfinite().all()
         logits += out.logits[0, : sum(lengths)].split(lengths)
@@ -167,11 +188,11 @@ def assert_equal(found: Results, expected: Results, bound: float = FP32) -> None
         assert_close_in_norm(found.gradients[name], gradient, bound)
 
 
-def compare(folder: Path, implementation: str, filler: int = 5, bound: float = FP32) -> None:
-    """Assert that `PACKS` through a model equal their conversations."""
-    model = load(folder, implementation)
+def compare(folder: Path, implementations: Sequence[str], bound: float = FP32) -> None:
+    """Assert that `PACKS` through a model equal their conversations, with each implementation and another filler."""
+    model = load(folder, "sdpa")
     every = [samples(kinds, seed, model) for seed, (kinds, _) in enumerate(PACKS)]
     expected = one_by_one(model, every)
-    model.config._attn_implementation = implementation
-    packs = [pack_of(pack, padding, filler) for pack, (_, padding) in zip(every, PACKS, strict=True)]
-    assert_equal(packed(model, packs), expected, bound)
+    for filler, implementation in enumerate(implementations, 5):
+        packs = [pack_of(pack, padding, filler) for pack, (_, padding) in zip(every, PACKS, strict=True)]
+        assert_equal(packed(load(folder, implementation), packs), expected, bound)
