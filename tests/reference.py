@@ -151,10 +151,13 @@ def randomize(model: torch.nn.Module) -> None:
             parameter.data *= 0.25
 
 
-def conversation(kind: str, seed: int, *, merge_size: int = 2, patch_dim: int = PATCH_DIM) -> Conversation:
+def conversation(
+    kind: str, seed: int, *, merge_size: int = 2, patch_dim: int = PATCH_DIM, whole_videos: bool = False
+) -> Conversation:
     """A random conversation of a `kind`: text, image, images, video or mixed.
 
-    Grids scale with `merge_size`, so that the tokens are the same.
+    Grids scale with `merge_size`, so that the tokens are the same. With `whole_videos`, as in Qwen2.5-VL, no text is
+    between the frames of a video.
     """
     random = torch.Generator().manual_seed(seed)
     media = {
@@ -171,9 +174,10 @@ def conversation(kind: str, seed: int, *, merge_size: int = 2, patch_dim: int = 
 
     tokens = words(3, 7)
     for what, (frames, height, width) in media:
-        for _ in range(frames):
+        for _ in range(1 if whole_videos else frames):
             placeholder = IMAGE if what == "image" else VIDEO
-            tokens += [START, *[placeholder] * (height * width // 4), END, *words(1, 4)]
+            size = height * width // 4 * (frames if whole_videos else 1)
+            tokens += [START, *[placeholder] * size, END, *words(1, 4)]
     tokens += words(4, 9)
     ids = torch.tensor(tokens)
     supervised = (torch.rand(len(ids), generator=random) < 0.7) & (ids >= TEXT_IDS.start)

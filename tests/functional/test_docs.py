@@ -59,6 +59,8 @@ PYTHON = {
     "recipe": (TRAINING, "from megatron_vlbridge import Qwen3VLModel, load_hf_weights, read_config"),
     # Run by tests/functional/test_torch_pipeline.py.
     "pipeline": ("docs/torch-pipeline.md", "import torch"),
+    # Run by tests/functional/test_transformers_batch.py.
+    "packs": ("docs/transformers.md", "import torch"),
 }
 # Too long for this test, or needs a GPU; see `test_commands_of_the_project_exist`.
 PROJECT = {
