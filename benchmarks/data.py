@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 
 from megatron_vlbridge.data.packing.offline import order_packs, pack_lengths
-from megatron_vlbridge.data.sources.json_lines import JsonLines
+from megatron_vlbridge.data.sources.files.json_lines import JsonLines
 
 COUNT, LINES = 1_000_000, 10_000_000
 LIMIT_S, LIMIT, LIMIT_PATCHES = 0.5, 0.001, 0.05

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from megatron_vlbridge.data.images import is_url
 from megatron_vlbridge.data.labels.tools import check_tools
 from megatron_vlbridge.data.media import Conversation, Message
 from megatron_vlbridge.data.messages import MEDIA_FORM, check_conversation, check_keys, message_name, message_parts
-from megatron_vlbridge.data.sources.forms import FORMS, Form, convert_record, other_form
-from megatron_vlbridge.data.sources.json_lines import JsonLines
+from megatron_vlbridge.data.sources.files.json_lines import JsonLines
+from megatron_vlbridge.data.sources.forms.registry import FORMS, Form, convert_record, other_form
+from megatron_vlbridge.data.sources.lazy import LazySequence, Records
 from megatron_vlbridge.errors import VLBridgeError
 
 # Media placeholders of other formats, such as `<image>`, `<image_1>`, `<|video_2|>`, `<img>`. After a backtick the tag
@@ -29,10 +30,10 @@ class FileConversation(list[Message]):
         self.tools = tools
 
 
-class FileConversations(Sequence[FileConversation]):
+class FileConversations(LazySequence[FileConversation]):
     """The conversations of a file; one is read, checked and converted when it is requested.
 
-    `records` are those of the file (see `sources.json_lines.JsonLines`), `form` is theirs (see `sources.forms`; None
+    `records` are those of the file (see `sources.files`), `form` is theirs (see `sources.forms.registry`; None
     detects that of each), without the keys in `ignore`. Paths of media are relative to `folder`.
 
     Raises VLBridgeError: there are no records; when a conversation is read: the record is not one.
@@ -40,7 +41,7 @@ class FileConversations(Sequence[FileConversation]):
 
     def __init__(
         self,
-        records: JsonLines,
+        records: Records,
         folder: Path,
         *,
         form: Form | None = FORMS["messages"],
@@ -58,13 +59,8 @@ class FileConversations(Sequence[FileConversation]):
     def __len__(self) -> int:
         return len(self.records)
 
-    @overload
-    def __getitem__(self, index: int) -> FileConversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[FileConversation]: ...
-    def __getitem__(self, index: int | slice) -> FileConversation | list[FileConversation]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
+    def item(self, index: int) -> FileConversation:
+        """The conversation at an index of at least 0."""
         record = self.records[index]
         location = self.records.location(index)
         if isinstance(record, dict):
@@ -89,9 +85,9 @@ def read_conversations(
 ) -> FileConversations:
     """Open a JSONL file (UTF-8) with `{"messages": [...]}` on each line, in the format of `chat.encode_conversation`.
 
-    A line is read when its conversation is requested, so that a file of any size opens at once (see
-    `sources.json_lines.JsonLines`, also for the index and the folder `cache`). A dataset without a table of lengths
-    reads all of them when it is created. A line may also have `"tools": [...]`, those of the conversation. Paths of
+    A line is read when its conversation is requested, so that a file of any size opens at once (for the index and the
+    folder `cache` see `sources.files.json_lines.JsonLines`). A dataset without a table of lengths reads all of them
+    when it is created. A line may also have `"tools": [...]`, those of the conversation. Paths of
     images and frames are relative to the folder of the file. Blank lines and a byte order mark are skipped. Every
     conversation keeps its file and line, so that errors raised when it is encoded can name them.
 

@@ -25,7 +25,7 @@ from megatron_vlbridge.cli import main
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
 from megatron_vlbridge.data.media import load_video
-from megatron_vlbridge.data.sources.forms import NAMES
+from megatron_vlbridge.data.sources.forms.registry import NAMES
 from megatron_vlbridge.data.sources.meta import read_meta
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.metrics.columns import COLUMNS

@@ -16,9 +16,9 @@ from PIL import Image
 from megatron_vlbridge.data.conversations import FileConversations
 from megatron_vlbridge.data.media import load_image
 from megatron_vlbridge.data.messages import message_text
-from megatron_vlbridge.data.sources.forms import AUTO, FORMS, NAMES, convert_record, detect_form, find_form
-from megatron_vlbridge.data.sources.json_lines import JsonLines
-from megatron_vlbridge.data.sources.tagged import from_tags
+from megatron_vlbridge.data.sources.files.json_lines import JsonLines
+from megatron_vlbridge.data.sources.forms.registry import AUTO, FORMS, NAMES, convert_record, detect_form, find_form
+from megatron_vlbridge.data.sources.forms.tagged import from_tags
 from tests.errors import rejects
 
 COLUMNS = {"user": "q", "assistant": "a", "image": "file"}

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vlbridge.data.sources.json_lines import BYTE_ORDER_MARK, JsonLines, scan_lines
-from megatron_vlbridge.data.sources.json_list import JsonList, scan_list
+from megatron_vlbridge.data.sources.files.json_lines import BYTE_ORDER_MARK, JsonLines, scan_lines
+from megatron_vlbridge.data.sources.files.json_list import JsonList, scan_list
 from tests.errors import rejects
 
 LINES = st.lists(
@@ -85,7 +85,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         found.append(path)
         yield from scan_lines(path)
 
-    monkeypatch.setattr("megatron_vlbridge.data.sources.json_lines.scan_lines", scan)
+    monkeypatch.setattr("megatron_vlbridge.data.sources.files.json_lines.scan_lines", scan)
     return found
 
 
@@ -224,7 +224,7 @@ def test_errors_name_the_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({}) + "\n\n{\n")
     lines = JsonLines(path)
-    assert [lines.location(0), lines.location(-1)] == [f"{path}, line 1", f"{path}, line 3"]
+    assert [lines.location(0), lines.location(1)] == [f"{path}, line 1", f"{path}, line 3"]
     with rejects(start=f"{path}, line 3: expected one JSON object on the line, found '{{'"):
         lines[1]
     with rejects(start="train data x: cannot read the file (No such file"):

@@ -103,8 +103,8 @@ REJECTED = {
     "empty path": (source(path=""), "'path' is missing"),
     "path as number": (source(path=3), "expected 'path' to be a string, found int '3'"),
     "no file": (source(path="a.jsonl"), "train, source 1 (a.jsonl): no file "),
-    "other file": (source(path="meta.yaml"), "expected a file that ends with .jsonl, .json"),
-    "folder": (source(path="one"), "expected a file that ends with .jsonl, .json"),
+    "other file": (source(path="meta.yaml"), "expected a file that ends with .jsonl, .json, .parquet"),
+    "folder": (source(path="one"), "expected a folder saved by `datasets`, or with Parquet files"),
     "form": (source(form="alpaca"), "train, source 1 (tags.jsonl): form: expected one of auto"),
     "form as list": (source(form=[]), "expected 'form' to be a string"),
     "columns of a form": (source(form="tags", columns=COLUMNS), "columns: expected the form columns"),
@@ -121,11 +121,16 @@ REJECTED = {
 }  # fmt: skip
 
 
+def path_kind(problem: str) -> bool:
+    """Whether the error is that of a source, which is opened after the file of --data is read."""
+    return "ends with" in problem or "saved by" in problem
+
+
 @pytest.mark.parametrize(("text", "problem"), REJECTED.values(), ids=REJECTED.keys())
 def test_a_file_with_an_error_is_rejected(folder: Path, text: str, problem: str) -> None:
     path = folder / "meta.yaml"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with rejects(problem, start="train data " if "ends with" in problem else f"{path}: "):
+    with rejects(problem, start="train data " if path_kind(problem) else f"{path}: "):
         open_data(path)
 
 

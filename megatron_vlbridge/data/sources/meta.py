@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_vlbridge.data.media import shown
-from megatron_vlbridge.data.sources.forms import AUTO, Form, find_form
+from megatron_vlbridge.data.sources.forms.registry import AUTO, Form, find_form
 from megatron_vlbridge.errors import VLBridgeError
 
 SPLITS = ("train", "valid")

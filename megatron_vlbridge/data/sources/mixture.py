@@ -4,19 +4,15 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import overload
 
 from megatron_vlbridge.data.conversations import FileConversation, FileConversations
-from megatron_vlbridge.data.sources.json_lines import JsonLines
-from megatron_vlbridge.data.sources.json_list import JsonList
+from megatron_vlbridge.data.sources.files.kinds import open_records
+from megatron_vlbridge.data.sources.lazy import LazySequence
 from megatron_vlbridge.data.sources.meta import Source, read_meta
 from megatron_vlbridge.data.sources.sampling import Share
-from megatron_vlbridge.errors import VLBridgeError
-
-KINDS = {".jsonl": JsonLines, ".json": JsonList}
 
 
-class Mixture(Sequence[FileConversation]):
+class Mixture(LazySequence[FileConversation]):
     """The conversations of the `parts`, one after the other; `shares` has the weight of each part."""
 
     def __init__(self, parts: Sequence[FileConversations], sources: Sequence[Source]) -> None:
@@ -28,14 +24,8 @@ class Mixture(Sequence[FileConversation]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> FileConversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[FileConversation]: ...
-    def __getitem__(self, index: int | slice) -> FileConversation | list[FileConversation]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
-        index = range(len(self))[index]
+    def item(self, index: int) -> FileConversation:
+        """The conversation at an index of at least 0."""
         part = bisect_right(self._starts, index) - 1
         return self.parts[part][index - self._starts[part]]
 
@@ -61,8 +51,5 @@ def open_data(
 
 def _open(source: Source, split: str, literal_tags: bool, cache: str | Path | None) -> FileConversations:
     name = f"{split} data {source.path}"
-    kind = KINDS.get(source.path.suffix)
-    if kind is None:
-        raise VLBridgeError(f"{name}: expected a file that ends with {', '.join(KINDS)}")
-    records = kind(source.path, name=name, cache=cache)
+    records = open_records(source.path, name=name, cache=cache)
     return FileConversations(records, source.media, form=source.form, ignore=source.ignore, literal_tags=literal_tags)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_vlbridge.data.sources.tagged import media_part
+from megatron_vlbridge.data.sources.forms.tagged import media_part
 from megatron_vlbridge.errors import VLBridgeError
 
 type Record = dict[str, Any]

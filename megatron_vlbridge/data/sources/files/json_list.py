@@ -9,8 +9,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_vlbridge.data.sources.json_lines import BYTE_ORDER_MARK, CHUNK, JsonLines
-from megatron_vlbridge.data.sources.record_index import Rows
+from megatron_vlbridge.data.sources.files.json_lines import BYTE_ORDER_MARK, CHUNK, JsonLines
+from megatron_vlbridge.data.sources.files.record_index import Rows
 from megatron_vlbridge.errors import VLBridgeError
 
 _SPACE = re.compile(r"[ \t\n\r]*")

@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from megatron_vlbridge.data.media import shown
-from megatron_vlbridge.data.sources.columns import check_columns, from_columns
-from megatron_vlbridge.data.sources.openai_parts import KINDS, from_openai
-from megatron_vlbridge.data.sources.tagged import SHAREGPT_KEYS, TAG_KEYS, from_sharegpt, from_tags
+from megatron_vlbridge.data.sources.forms.columns import check_columns, from_columns
+from megatron_vlbridge.data.sources.forms.openai import KINDS, from_openai
+from megatron_vlbridge.data.sources.forms.tagged import SHAREGPT_KEYS, TAG_KEYS, from_sharegpt, from_tags
 from megatron_vlbridge.errors import VLBridgeError
 
 type Record = dict[str, Any]

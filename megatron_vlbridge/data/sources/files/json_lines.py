@@ -1,15 +1,16 @@
 """Random access to the lines of a JSON Lines file."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vlbridge.data.sources.json_values import parse_json
-from megatron_vlbridge.data.sources.record_index import SMALL, Rows, open_index
+from megatron_vlbridge.data.sources.files.json_values import parse_json
+from megatron_vlbridge.data.sources.files.record_index import SMALL, Rows, open_index
+from megatron_vlbridge.data.sources.lazy import Records
 from megatron_vlbridge.errors import VLBridgeError
 
 type Ints = NDArray[np.int64]
@@ -21,7 +22,7 @@ _NEWLINE = ord("\n")
 _IS_SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
 
 
-class JsonLines(Sequence[Any]):
+class JsonLines(Records):
     """The values of the lines of a JSON Lines file (UTF-8); a line is read and parsed when it is requested.
 
     Blank lines and a byte order mark are skipped. Where the lines begin is in an index (`record_index.open_index`), so
@@ -55,13 +56,8 @@ class JsonLines(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
+    def item(self, index: int) -> Any:
+        """The value of a line."""
         begin, end, _ = self._rows[index].tolist()
         descriptor = self._file.fileno()
         if _status(descriptor) != self._status:

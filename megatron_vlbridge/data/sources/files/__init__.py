@@ -1,0 +1,1 @@
+"""Random access to the records of files."""

@@ -1,0 +1,1 @@
+"""Formats of records; each is converted to the messages form."""

@@ -1,0 +1,32 @@
+"""Sequences whose items are made when they are requested."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, overload
+
+
+class LazySequence[T](Sequence[T]):
+    """A sequence with slices and negative indices, of subclasses that define `__len__` and `item`."""
+
+    @abstractmethod
+    def item(self, index: int) -> T:
+        """The item at an index of at least 0."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self.item(position) for position in range(len(self))[index]]
+        return self.item(range(len(self))[index])
+
+
+class Records(LazySequence[Any]):
+    """The records of a file. `name` is that of the file in errors, `location(index)` that of a record."""
+
+    name: str
+
+    @abstractmethod
+    def location(self, index: int) -> str:
+        """The name of a record in errors, such as "train.jsonl, line 7"; `index` is at least 0."""

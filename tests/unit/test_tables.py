@@ -1,0 +1,158 @@
+"""Tables as sources: rows of Parquet files and of saved datasets, in any order, with images in the table."""
+
+import json
+import os
+import pickle
+import random
+import sys
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from megatron_vlbridge.data.media import load_image
+from megatron_vlbridge.data.sources.files.kinds import open_records
+from megatron_vlbridge.data.sources.files.tables import DatasetRows, ParquetRows
+from megatron_vlbridge.data.sources.mixture import open_data
+from tests.errors import rejects
+
+ROWS: list[dict[str, Any]] = [
+    {"q": f"q{n}", "a": f"a{n}", "file": {"bytes": bytes([n]), "path": None}, "n": None if n % 2 else n}
+    for n in range(25)
+]
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]] = ROWS, size: int = 4) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=size)
+    return path
+
+
+def write_dataset(folder: Path, *parts: list[dict[str, Any]]) -> Path:
+    """What `datasets.Dataset.save_to_disk` of datasets 5.2 writes, as far as it is read."""
+    folder.mkdir(parents=True)
+    schema, files = pa.Table.from_pylist(parts[0]).schema, []
+    for number, rows in enumerate(parts):
+        files.append({"filename": f"data-{number:05}-of-{len(parts):05}.arrow"})
+        with pa.ipc.new_stream(str(folder / files[-1]["filename"]), schema) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, schema), max_chunksize=3)
+    (folder / "state.json").write_text(json.dumps({"_data_files": files, "_split": None}))
+    return folder
+
+
+def nested(row: dict[str, Any]) -> dict[str, Any]:
+    """What is read of a row: without nulls in the struct."""
+    return {**row, "file": {"bytes": row["file"]["bytes"]}}
+
+
+@pytest.fixture(params=["file", "folder", "dataset"])
+def rows(request: pytest.FixtureRequest, tmp_path: Path) -> ParquetRows | DatasetRows:
+    if request.param == "file":
+        return ParquetRows(write_parquet(tmp_path / "a.parquet"))
+    if request.param == "dataset":
+        return DatasetRows(write_dataset(tmp_path / "a", ROWS[:10], ROWS[10:11], ROWS[11:]))
+    (tmp_path / "a").mkdir()
+    for number, part in enumerate((ROWS[:10], ROWS[10:11], ROWS[11:])):
+        write_parquet(tmp_path / "a" / f"train-{number:05}-of-00003.parquet", part)
+    return ParquetRows(tmp_path / "a")
+
+
+def test_rows_are_read_in_any_order(rows: ParquetRows | DatasetRows) -> None:
+    expected = [nested(row) for row in ROWS]
+    assert list(rows) == expected
+    order = list(range(-25, 25)) * 2
+    random.Random(0).shuffle(order)
+    assert [rows[index] for index in order] == [expected[index] for index in order]
+    assert rows[20:3:-7] == expected[20:3:-7]
+    assert pickle.loads(pickle.dumps(rows))[7] == expected[7]
+    with pytest.raises(IndexError):
+        rows[25]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if list(rows) == expected else 1)
+    assert list(rows) == expected
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_errors_name_file_and_row(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet")
+    assert ParquetRows(path, name="train data x").location(6) == "train data x, row 6"
+    folder = write_dataset(tmp_path / "set", ROWS[:10], ROWS[10:])
+    rows = DatasetRows(folder)
+    assert [rows.location(index) for index in (9, 10)] == [
+        f"{folder}/data-00000-of-00002.arrow, row 9",
+        f"{folder}/data-00001-of-00002.arrow, row 0",
+    ]
+    meta = tmp_path / "meta.yaml"
+    columns = {"user": "q", "assistant": "a", "image": "file"}
+    meta.write_text(json.dumps({"train": [{"path": "a.parquet", "form": "columns", "columns": columns}]}))
+    with rejects("unknown key 'n'", start=f"train data {path}, row 6: "):
+        (open_data(meta) or [])[6]
+
+
+def test_images_and_messages_in_a_table_are_those_of_files(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(content := BytesIO(), "png")
+    image = {"bytes": content.getvalue(), "path": "a.png"}
+    texts = [{"role": "user", "content": "<image>Who?"}, {"role": "assistant", "content": "A cat."}]
+    # In Arrow, each part of a message has the keys of all.
+    question = [{"type": "image", "image": "a.png", "text": None}, {"type": "text", "image": None, "text": "Who?"}]
+    answer = [{"type": "text", "image": None, "text": "A cat."}]
+    parts = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for name, row in {
+        "tags": {"messages": texts, "images": [image]},
+        "text": {"messages": texts[1:], "images": None},
+        "messages": {"messages": parts},
+    }.items():
+        write_parquet(tmp_path / f"{name}.parquet", [row])
+        write_dataset(tmp_path / name, [row])
+    for ending in ("", ".parquet"):
+        tags, messages = (open_data(tmp_path / f"{name}{ending}") for name in ("tags", "messages"))
+        assert tags is not None
+        assert messages is not None
+        for read in (tags[0], messages[0]):
+            first, second = read[0]["content"]
+            assert np.array_equal(np.array(load_image(first)), pixels)
+            assert second == {"type": "text", "text": "Who?"}
+            assert read[1]["role"] == "assistant"
+    text = open_data(tmp_path / "text")
+    assert text is not None
+    assert text[0] == texts[1:]
+
+
+def test_a_folder_or_file_of_another_kind_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with rejects("expected a folder saved by `datasets`, or with Parquet files", start="x: "):
+        open_records(tmp_path / "empty", name="x")
+    for split in ("train", "test"):
+        write_dataset(tmp_path / "dict" / split, ROWS)
+        write_parquet(tmp_path / "empty" / f"{split}-00000-of-00001.parquet")
+    (tmp_path / "dict" / "dataset_dict.json").write_text("{}")
+    with rejects("expected one split of the dataset, name one of its folders: test, train", start="x: "):
+        open_records(tmp_path / "dict", name="x")
+    with rejects("expected files of one split, found those of test, train", start="x: "):
+        open_records(tmp_path / "empty", name="x")
+    (tmp_path / "a.parquet").write_text("{}")
+    with rejects("expected a Parquet file, a.parquet is none", start="x: "):
+        open_records(tmp_path / "a.parquet", name="x")
+    cut = tmp_path / "dict" / "test" / "data-00000-of-00001.arrow"
+    for damage, problem in ((b"{}", "expected an Arrow stream"), (b"", "expected an Arrow stream")):
+        cut.write_bytes(damage)
+        with rejects(problem, start="x: "):
+            open_records(cut.parent, name="x")
+    for text in ("{", "{}", "[]", '{"_data_files": [{}]}'):
+        (cut.parent / "state.json").write_text(text)
+        with rejects("expected a saved dataset, state.json is invalid", start="x: "):
+            open_records(cut.parent, name="x")
+
+
+def test_without_pyarrow_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with rejects('the package pyarrow is not installed, which reads tables: pip install -e ".[parquet]"', start="x: "):
+        open_records(path, name="x")
