@@ -1,7 +1,7 @@
 """Read conversations from a JSON Lines file."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,11 @@ class FileConversations(LazySequence[FileConversation]):
                 _check_tags(messages)
         except VLBridgeError as error:
             raise VLBridgeError(f"{location}: {error}{other_form(record, self.form)}") from error
-        resolved = [{**message, "content": _resolve_paths(message.get("content"), self.folder)} for message in messages]
+
+        def resolve(source: str) -> str | bytes:
+            return self.records.media(index, source, self.folder)
+
+        resolved = [{**message, "content": _resolve_paths(message.get("content"), resolve)} for message in messages]
         return FileConversation(resolved, location, tools)
 
 
@@ -122,18 +126,18 @@ def _check_tags(messages: Conversation) -> None:
                 )
 
 
-def _resolve_paths(content: Any, folder: Path) -> Any:
-    """The content with its paths joined to the folder of the file."""
+def _resolve_paths(content: Any, resolve: Callable[[str], str | bytes]) -> Any:
+    """The content with its paths joined to the folder of the media, or replaced by the bytes of the file."""
     if isinstance(content, str | None):
         return content
     return [
-        {key: _resolve_path(value, folder) if key in ("image", "video") else value for key, value in part.items()}
+        {key: _resolve_path(value, resolve) if key in ("image", "video") else value for key, value in part.items()}
         for part in content
     ]
 
 
-def _resolve_path(value: Any, folder: Path) -> Any:
+def _resolve_path(value: Any, resolve: Callable[[str], str | bytes]) -> Any:
     """Resolve a path or a list of paths. Other values stay unchanged: `media` rejects them by name."""
     if isinstance(value, list):
-        return [_resolve_path(item, folder) for item in value]
-    return str(folder / value) if isinstance(value, str) and not is_url(value) else value
+        return [_resolve_path(item, resolve) for item in value]
+    return resolve(value) if isinstance(value, str) and not is_url(value) else value

@@ -134,6 +134,18 @@ def test_a_stale_index_is_built_again(tmp_path: Path, scans: list[Path]) -> None
         assert JsonLines(path, small=0)._rows.tolist() == rows
 
 
+def test_an_index_belongs_to_the_last_bytes_of_a_large_file_and_to_its_kind(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for end in (b"1\n22", b"11\n2"):
+        path.write_bytes(b"[" + b" " * (2 << 20) + b"]\n" + end)
+        os.utime(path, ns=(0, 10**18))
+        assert len(list(JsonLines(path, small=0))) == 3
+        assert JsonLines(path, small=0)[1] == int(end.split()[0])
+    path.write_text("[7]\n")
+    assert list(JsonLines(path, small=0)) == [[7]]
+    assert list(JsonList(path, small=0)) == [7]
+
+
 def test_the_index_is_written_to_a_folder_of_choice(tmp_path: Path, scans: list[Path]) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -160,7 +172,7 @@ def test_a_file_that_changes_while_it_is_read_is_rejected(tmp_path: Path) -> Non
     lines = JsonLines(path)
     with path.open("a") as file:
         file.write("\n")
-    with rejects("the file has changed since it was opened", start=f"{path}: "):
+    with rejects("the file has changed since it was opened", start=f"{path}, line 1: "):
         lines[0]
 
 

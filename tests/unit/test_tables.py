@@ -127,7 +127,7 @@ def test_images_and_messages_in_a_table_are_those_of_files(tmp_path: Path) -> No
 
 def test_a_folder_or_file_of_another_kind_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with rejects("expected a folder saved by `datasets`, or with Parquet files", start="x: "):
+    with rejects("expected a folder saved by `datasets`, or with Parquet or tar files", start="x: "):
         open_records(tmp_path / "empty", name="x")
     for split in ("train", "test"):
         write_dataset(tmp_path / "dict" / split, ROWS)

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, overload
 
 
@@ -30,3 +31,7 @@ class Records(LazySequence[Any]):
     @abstractmethod
     def location(self, index: int) -> str:
         """The name of a record in errors, such as "train.jsonl, line 7"; `index` is at least 0."""
+
+    def media(self, index: int, source: str, folder: Path) -> str | bytes:
+        """What a path in a record stands for: a file in `folder`, or its bytes if the records have it."""
+        return str(folder / source)

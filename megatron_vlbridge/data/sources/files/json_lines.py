@@ -58,17 +58,24 @@ class JsonLines(Records):
 
     def item(self, index: int) -> Any:
         """The value of a line."""
+        try:
+            return self._parse(self._content(index))
+        except VLBridgeError as error:
+            raise VLBridgeError(f"{self.location(index)}: {error}") from error
+
+    def _content(self, index: int) -> bytes:
         begin, end, _ = self._rows[index].tolist()
         descriptor = self._file.fileno()
         if _status(descriptor) != self._status:
-            raise VLBridgeError(f"{self.name}: the file has changed since it was opened; start again")
+            raise VLBridgeError("the file has changed since it was opened; start again")
         try:
             # `pread`, as processes and threads share the position of the file.
-            return parse_json(os.pread(descriptor, end - begin, begin))
+            return os.pread(descriptor, end - begin, begin)
         except OSError as error:
-            raise VLBridgeError(f"{self.location(index)}: cannot read the file ({error.strerror})") from error
-        except VLBridgeError as error:
-            raise VLBridgeError(f"{self.location(index)}: {error}") from error
+            raise VLBridgeError(f"cannot read the file ({error.strerror})") from error
+
+    def _parse(self, content: bytes) -> Any:
+        return parse_json(content)
 
     def location(self, index: int) -> str:
         """The name of a line in errors, counted from 1 with blank lines: "train.jsonl, line 7"."""
@@ -99,8 +106,8 @@ def scan_lines(path: Path, chunk: int = CHUNK) -> Iterator[Rows]:
             ends = position + np.flatnonzero(values == _NEWLINE)
             if len(ends):
                 begins = np.concatenate(([begin], ends[:-1] + 1))
-                # Where the first line began in an earlier chunk, its first byte is not in the buffer.
-                suspects = _IS_SPACE[values[np.maximum(begins - position, 0)]] | (begins < position)
+                # Of a line that began in an earlier chunk, the first byte that is in this one.
+                suspects = _IS_SPACE[values[np.maximum(begins - position, 0)]]
                 yield _not_blank(probe, begins, ends, number, suspects)
                 begin, number = int(ends[-1]) + 1, number + len(ends)
             position += count
@@ -109,7 +116,7 @@ def scan_lines(path: Path, chunk: int = CHUNK) -> Iterator[Rows]:
 
 
 def _not_blank(probe: BinaryIO, begins: Ints, ends: Ints, number: int, suspects: NDArray[np.bool_]) -> Rows:
-    """The rows of the lines with these bounds; `suspects` are those that begin with white space."""
+    """The rows of the lines with these bounds; `suspects` are those that may be white space."""
     rows = np.stack((begins, ends, number + np.arange(len(begins))), axis=1)
     keep = begins < ends
     for line in np.flatnonzero(suspects & keep).tolist():

@@ -5,11 +5,17 @@ from pathlib import Path
 
 from megatron_vlbridge.data.sources.files.json_lines import JsonLines
 from megatron_vlbridge.data.sources.files.json_list import JsonList
+from megatron_vlbridge.data.sources.files.shards import Shards
 from megatron_vlbridge.data.sources.files.tables import STATE, DatasetRows, ParquetRows
 from megatron_vlbridge.data.sources.lazy import Records
 from megatron_vlbridge.errors import VLBridgeError
 
-KINDS: dict[str, Callable[..., Records]] = {".jsonl": JsonLines, ".json": JsonList, ".parquet": ParquetRows}
+KINDS: dict[str, Callable[..., Records]] = {
+    ".jsonl": JsonLines,
+    ".json": JsonList,
+    ".parquet": ParquetRows,
+    ".tar": Shards,
+}
 DICT = "dataset_dict.json"
 
 
@@ -30,4 +36,6 @@ def open_records(path: Path, *, name: str, cache: str | Path | None = None) -> R
         return DatasetRows(path, name=name)
     if any(path.glob("*.parquet")):
         return ParquetRows(path, name=name)
-    raise VLBridgeError(f"{name}: expected a folder saved by `datasets`, or with Parquet files, found neither")
+    if any(path.glob("*.tar")):
+        return Shards(path, name=name, cache=cache)
+    raise VLBridgeError(f"{name}: expected a folder saved by `datasets`, or with Parquet or tar files, found none")

@@ -1,0 +1,145 @@
+"""WebDataset shards as sources: a sample is what lies in its members, and nothing in it is left out."""
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_vlbridge.data.media import load_image
+from megatron_vlbridge.data.sources.files.kinds import open_records
+from megatron_vlbridge.data.sources.files.shards import Shards
+from megatron_vlbridge.data.sources.mixture import open_data
+from tests.errors import rejects
+
+TALK = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "A cat."}]
+
+
+def image(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+
+
+def png(seed: int) -> bytes:
+    Image.fromarray(image(seed)).save(content := io.BytesIO(), "png")
+    return content.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, Any], kind: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, value in members.items():
+            content = value if isinstance(value, bytes) else json.dumps(value).encode()
+            info = tarfile.TarInfo(name)
+            if value is None:
+                info.type = tarfile.DIRTYPE
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_samples_of_shards_are_read_in_any_order(tmp_path: Path, kind: int) -> None:
+    long, expected = "x" * 150, []
+    for shard in range(3):
+        members: dict[str, Any] = {"dir": None}
+        for n in range(4):
+            seed = 10 * shard + n
+            expected.append(image(seed))
+            key = f"dir/{long * (n % 2)}{seed:03}"
+            members |= {f"{key}.png": png(seed), f"{key}.json": {"conversations": TALK}}
+        write_tar(tmp_path / "set" / f"{shard}.tar", members, kind)
+    read = open_data(tmp_path / "set")
+    assert read is not None
+    assert len(read) == 12
+    for index in [11, 0, 5, 5, 4, 7, 3, 8, 1, 2, 6, 9, 10]:
+        [user, answer] = pickle.loads(pickle.dumps(read))[index]
+        assert np.array_equal(np.array(load_image(user["content"][0])), expected[index])
+        assert [user["content"][1]["text"], answer["content"]] == ["\nWho?", "A cat."]
+    assert read[7].location == f"train data {tmp_path / 'set'}/1.tar, sample 4"
+    assert len(open_records(tmp_path / "set" / "2.tar", name="x")) == 4
+
+
+def test_a_record_may_name_its_members_by_path_or_name(tmp_path: Path) -> None:
+    parts = [{"type": "image", "image": "b.png"}, {"type": "image", "image": "d/a.b.png"}]
+    samples: dict[str, Any] = {
+        "d/a.json": {"messages": [{"role": "user", "content": [parts[1]]}]},
+        "d/a.b.png": png(1),
+        "d/b.png": png(2),
+        "d/b.json": {"conversations": TALK, "image": "d/b.png"},
+        "c.png": png(3),
+        "c.jpg": png(4),
+        "c.json": {"messages": [{"role": "user", "content": "<image><image>"}], "images": ["c.jpg", "c.png"]},
+        "d.png": png(5),
+        "d.x.PNG": png(6),
+        "d.json": {"messages": [{"role": "user", "content": "<image>1.png<image>"}]},
+        "e.json": {"messages": [{"role": "user", "content": "q"}]},
+        "f/1.png": png(7),
+        "f/1.json": {"messages": [{"role": "user", "content": "<image>"}], "images": ["1.png"]},
+    }
+    read = open_data(write_tar(tmp_path / "a.tar", samples))
+    assert read is not None
+    found = []
+    for conversation in read:
+        content = conversation[0]["content"]
+        images = [] if isinstance(content, str) else [part for part in content if part["type"] == "image"]
+        found.append([np.array(load_image(part)) for part in images])
+    expected = [[1], [2], [4, 3], [5, 6], [], [7]]
+    assert [len(images) for images in found] == [len(seeds) for seeds in expected]
+    for images, seeds in zip(found, expected, strict=True):
+        assert all(np.array_equal(one, image(seed)) for one, seed in zip(images, seeds, strict=True))
+
+
+def test_other_members_are_used_ignored_or_rejected(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"1.json": {"q": "Who?"}, "1.txt": b"A cat.", "1.png": png(1), "1.cls": b"7"})
+    source = {"path": "a.tar", "form": "columns", "columns": {"user": "q", "assistant": "txt", "images": "images"}}
+    meta = tmp_path / "meta.yaml"
+    meta.write_text(json.dumps({"train": [{**source, "ignore": ["cls"]}]}))
+    read = open_data(meta)
+    assert read is not None
+    assert [part.get("text") for part in read[0][0]["content"]] == [None, "Who?"]
+    assert read[0][1]["content"] == "A cat."
+    meta.write_text(json.dumps({"train": [source]}))
+    with rejects("unknown key 'cls'", start=f"train data {tmp_path / 'a.tar'}, sample 1: "):
+        (open_data(meta) or [])[0]
+
+
+@pytest.mark.parametrize(
+    ("members", "problem"),
+    [
+        ({"1.png": b"", "1.txt": b"q"}, "expected a member that ends with .json, found 1.png, 1.txt"),
+        ({"1.json": {"image": "1.png"}, "1.png": b"", "1.jpg": b""}, "a member '1.jpg' that its .json does not name"),
+        ({"1.json": {"txt": ""}, "1.txt": b"q"}, "a member '1.txt' and its .json the key 'txt'"),
+        ({"1.json": b"{"}, "expected one JSON object"),
+        ({"1.json": []}, "expected {"),
+    ],
+)
+def test_a_sample_that_is_not_understood_is_rejected(tmp_path: Path, members: dict[str, Any], problem: str) -> None:
+    path = write_tar(tmp_path / "a.tar", {"0.json": {"messages": [{"role": "user", "content": "q"}]}, **members})
+    read = open_data(path)
+    assert read is not None
+    assert read[0][0]["content"] == "q"
+    with rejects(problem, start=f"train data {path}, sample 2: "):
+        read[1]
+
+
+def test_a_file_that_is_not_a_tar_file_of_samples_is_rejected(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"1.json": {}, "2.json": {}, "1.png": png(1)})
+    with rejects("the members of the sample '1' are not adjacent", start=f"{path}: expected a tar file of samples"):
+        Shards(path)
+    write_tar(path, {"1.json": {}, "2.png": bytes(3000)})
+    content = path.read_bytes()
+    for damaged in (content[:2000], content[:700], b"{}", content[:1025], content[:1024], b""):
+        path.write_bytes(damaged)
+        with rejects(start=f"{path}: expected a tar file of samples: "):
+            Shards(path)
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("1.json"))
+    with rejects(start=f"{path}: expected a tar file of samples: "):
+        Shards(path)
