@@ -27,8 +27,9 @@ from transformers import AutoProcessor
 
 from megatron_vlbridge import read_config
 from megatron_vlbridge.data.dataset import PackedConversations
+from megatron_vlbridge.data.lengths.measure import Measure
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.training.launch.data import open_conversations
+from megatron_vlbridge.training.launch.data import data_file, open_conversations, open_lengths
 from megatron_vlbridge.training.launch.labels import label_options
 from megatron_vlbridge.training.launch.media import media_options
 from megatron_vlbridge.training.launch.packing import packing_options
@@ -47,6 +48,8 @@ def main() -> None:
         conversations = open_conversations(args, split) if count else None
         if conversations is None:
             return None
+        media, labels = media_options(args), label_options(args)
+        measure = Measure(processor, config.vision.hidden_size, media, labels)
         dataset = PackedConversations(
             conversations,
             processor,
@@ -55,14 +58,15 @@ def main() -> None:
             num_samples=count,
             seed=args.seed,
             multiple_of=args.pack_multiple_of,
-            media=media_options(args),
-            labels=label_options(args),
+            media=media,
+            labels=labels,
             packing=packing_options(args),
+            lengths=open_lengths(args, split, conversations, measure),
+            max_bad_samples=args.max_bad_samples,
         )
         if log:
-            kept = len(dataset.lengths) - len(dataset.dropped)
-            file = args.conversations if split == "train" else args.valid_conversations
-            file = f"{args.data}, {split}" if args.data else file
+            kept = len(dataset.lengths) - len(dataset.dropped) - len(dataset.failed)
+            file = f"{data_file(args, split)}, {split}"
             console.note(f"data     {kept:,} conversations, {len(dataset.epoch_packs(0)):,} packs: {file}")
         return dataset
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(f"vlbridge {_version('megatron-vlbridge')} ({others})")
         return 0
     if args.command is None:
-        show(make_parser()[0].format_help(), stream=sys.stderr)
+        show(make_parser([])[0].format_help(), stream=sys.stderr)
         return 2
     return _run(args)
 

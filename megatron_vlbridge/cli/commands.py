@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import NamedTuple
 
+from megatron_vlbridge.cli import data
 from megatron_vlbridge.cli.arguments import add_experts, add_ignore, add_json, count, size
 from megatron_vlbridge.cli.conversion import add_options, convert
 from megatron_vlbridge.cli.output import show
@@ -174,4 +175,5 @@ example:
         _add_plot_arguments,
         _run_plot,
     ),
+    "data": Command(data.SUMMARY, data.DESCRIPTION, data.add_arguments, data.run),
 }

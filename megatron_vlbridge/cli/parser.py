@@ -36,8 +36,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown option {name}.{suggestion(name, self.known)}")
 
 
-def make_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the command line, and those of the commands."""
+def make_parser(words: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command line `words`, and those of the commands; only one that is named has its arguments."""
     parser = Parser(prog="vlbridge", description=_DESCRIPTION, epilog=_EXIT_CODES)
     parser.add_argument(
         "--version", action="store_true", help="print the version, and that of Megatron-Core and others"
@@ -46,14 +46,15 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     found: dict[str, Parser] = {}
     for name, command in COMMANDS.items():
         found[name] = commands.add_parser(name, help=command.summary, description=command.description)
-        command.add_arguments(found[name])
+        if name in words:  # to add them may take imports
+            command.add_arguments(found[name])
         found[name].set_defaults(run=command.run)
     return parser, found
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments of a command line; raises SystemExit with 2 where they are wrong."""
-    parser, commands = make_parser()
+    parser, commands = make_parser(words)
     first = next((number for number, word in enumerate(words) if not word.startswith("-")), len(words))
     parser.check_options(words[:first])
     if first < len(words):

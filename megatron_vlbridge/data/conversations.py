@@ -33,8 +33,9 @@ class FileConversation(list[Message]):
 class FileConversations(LazySequence[FileConversation]):
     """The conversations of a file; one is read, checked and converted when it is requested.
 
-    `records` are those of the file (see `sources.files`), `form` is theirs (see `sources.forms.registry`; None
-    detects that of each), without the keys in `ignore`. Paths of media are relative to `folder`.
+    `records` are those of the file or folder `path` (see `sources.files`), `form` is theirs (see
+    `sources.forms.registry`; None detects that of each), without the keys in `ignore`. Paths of media are relative to
+    `folder`.
 
     Raises VLBridgeError: there are no records; when a conversation is read: the record is not one.
     """
@@ -42,6 +43,7 @@ class FileConversations(LazySequence[FileConversation]):
     def __init__(
         self,
         records: Records,
+        path: Path,
         folder: Path,
         *,
         form: Form | None = FORMS["messages"],
@@ -51,6 +53,7 @@ class FileConversations(LazySequence[FileConversation]):
         if not len(records):
             raise VLBridgeError(f"{records.name}: expected at least one conversation, found none")
         self.records = records
+        self.path = path
         self.folder = folder
         self.form = form
         self.ignore = frozenset(ignore)
@@ -108,7 +111,7 @@ def read_conversations(
     """
     path = Path(path)
     records = JsonLines(path, name=f"{split} data {path}" if split else str(path), cache=cache)
-    return FileConversations(records, path.parent, literal_tags=literal_tags)
+    return FileConversations(records, path, path.parent, literal_tags=literal_tags)
 
 
 def _check_tags(messages: Conversation) -> None:

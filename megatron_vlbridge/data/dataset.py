@@ -102,8 +102,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
                 f"lengths: expected those of {len(conversations)} conversations, found {len(table.rows)}"
             )
         self.lengths = table.rows["tokens"]
-        self._patches, self._work = table.rows["patches"], table.rows["work"]
-        self.replacements = Replacements(self.lengths, self._patches, seed=seed, max_share=max_bad_samples)
+        self.patches, self.work = table.rows["patches"], table.rows["work"]
+        self.replacements = Replacements(self.lengths, self.patches, seed=seed, max_share=max_bad_samples)
         self._first_failed = table.first_failed.text if table.first_failed else ""
         self.failed = self._find_failed()
         self.dropped = self._find_too_long()
@@ -165,12 +165,12 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
             np.array(self.lengths)[members],
             self.seq_length,
             multiple_of=self.multiple_of,
-            patches=np.array(self._patches)[members],
+            patches=np.array(self.patches)[members],
             max_patches=options.max_patches,
             window=options.window,
             seed=seed,
         ).packs
-        start, work = self._epoch_start(epoch), np.array(self._work)[members]
+        start, work = self._epoch_start(epoch), np.array(self.work)[members]
         ordered = order_packs(packs, work, neighbors=options.neighbors, start=start, seed=seed)
         return [members[places].tolist() for places in ordered]
 
@@ -235,7 +235,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         """The indices of the conversations that fit into no pack; an error unless they are dropped."""
         too_long = self._padded_lengths > self.seq_length
         if self.packing.max_patches is not None:
-            too_long |= self._patches > self.packing.max_patches
+            too_long |= self.patches > self.packing.max_patches
         found: list[int] = too_long.nonzero()[0].tolist()
         if found and self.packing.too_long == "error":
             raise VLBridgeError(
@@ -249,7 +249,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         where = location(self.conversations[index], index)
         if self._padded_lengths[index] > self.seq_length:
             return f"{where}: {self.lengths[index]} tokens do not fit into a pack of {self.seq_length}"
-        return f"{where}: {self._patches[index]} patches do not fit into a pack of {self.packing.max_patches}"
+        return f"{where}: {self.patches[index]} patches do not fit into a pack of {self.packing.max_patches}"
 
     def _encode_or_replace(self, pack: int, member: int) -> Sample:
         """The sample of a conversation of a pack, or that of its replacement."""

@@ -53,7 +53,6 @@ def summary(processor: Qwen3VLProcessor, tmp_path_factory: pytest.TempPathFactor
         processor,
         show=4,
         media=MediaOptions(),
-        location=lambda index: f"{path}, line {index + 1}",
     )
 
 

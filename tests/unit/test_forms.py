@@ -54,7 +54,7 @@ def form_of(name: str) -> Any:
 
 def open_records(path: Path, *records: Any, form: str, **options: Any) -> FileConversations:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return FileConversations(JsonLines(path), path.parent, form=form_of(form), **options)
+    return FileConversations(JsonLines(path), path, path.parent, form=form_of(form), **options)
 
 
 @pytest.mark.parametrize("name", SAME)

@@ -91,7 +91,7 @@ class LengthTable:
         return cls(rows, *(Note(*note) if note else None for note in head["notes"]))
 
 
-REMEDY = "make it again with vlbridge data index"
+REMEDY = "make it again with `vlbridge data index`, with the options of the training, or remove it"
 
 
 def _read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:

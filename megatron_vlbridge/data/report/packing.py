@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+type Ints = Sequence[int] | np.ndarray
+
 
 @dataclass(frozen=True)
 class PackReport:
@@ -32,9 +34,9 @@ class PackReport:
 
 def pack_report(
     packs: Sequence[Sequence[int]],
-    lengths: Sequence[int],
-    patches: Sequence[int],
-    work: Sequence[int],
+    lengths: Ints,
+    patches: Ints,
+    work: Ints,
     *,
     seq_length: int,
     multiple_of: int = 1,

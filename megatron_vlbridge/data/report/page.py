@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 
-from megatron_vlbridge.data.report.summary import Piece, Shown, Summary
+from megatron_vlbridge.data.report.summary import Piece, Shown, Summary, totals
 
 BINS = 40
 WIDTH, HEIGHT, MARGIN = 520, 120, 40
@@ -65,16 +65,7 @@ def _section(summary: Summary) -> str:
 
 
 def _totals(summary: Summary) -> str:
-    cells = {
-        "conversations": len(summary.lengths),
-        "failures": len(summary.failures),
-        "images": summary.images,
-        "videos": summary.videos,
-        "tokens": sum(summary.lengths),
-        "longest": max(summary.lengths, default=0),
-        "supervised": summary.supervised.total(),
-        "excluded turns": summary.excluded_turns,
-    }
+    cells = totals(summary)
     head = "".join(f"<th>{name}</th>" for name in cells)
     return f"<table><tr>{head}</tr><tr>{''.join(f'<td>{value:,}</td>' for value in cells.values())}</tr></table>"
 

@@ -13,6 +13,7 @@ from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.chat import Sample
 from megatron_vlbridge.data.images import MediaOptions, read_image
+from megatron_vlbridge.data.lengths.measure import location
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.messages import message_parts
 from megatron_vlbridge.data.turns import TURN_START
@@ -65,26 +66,44 @@ def summarize(
     *,
     show: int = 0,
     media: MediaOptions,
-    location: Callable[[int], str],
 ) -> Summary:
     """Encode every conversation and count; `show` of them, evenly spread, are kept to look at.
 
-    `location(index)` names a conversation. A conversation that cannot be encoded is a failure, never an exception.
+    A conversation that cannot be encoded is a failure, never an exception.
     """
     summary = Summary(name)
     chosen = {round((place + 0.5) * len(conversations) / show - 0.5) for place in range(show)}
     for index in range(len(conversations)):
         try:
             conversation = conversations[index]
+        except VLBridgeError as error:
+            summary.failures.append(str(error))
+            continue
+        where = location(conversation, index)
+        try:
             sample = encode(conversation)
         except VLBridgeError as error:
-            summary.failures.append(str(error) if location(index) in str(error) else f"{location(index)}: {error}")
+            summary.failures.append(f"{where}: {error}")
             continue
         _count(summary, sample, processor)
         if index in chosen:
             pieces = tuple(supervised_pieces(sample, processor))
-            summary.shown.append(Shown(location(index), pieces, tuple(_thumbnails(conversation, media))))
+            summary.shown.append(Shown(where, pieces, tuple(_thumbnails(conversation, media))))
     return summary
+
+
+def totals(summary: Summary) -> dict[str, int]:
+    """What the summary counts, by name."""
+    return {
+        "conversations": len(summary.lengths),
+        "failures": len(summary.failures),
+        "images": summary.images,
+        "videos": summary.videos,
+        "tokens": sum(summary.lengths),
+        "longest": max(summary.lengths, default=0),
+        "supervised": summary.supervised.total(),
+        "excluded turns": summary.excluded_turns,
+    }
 
 
 def supervised_pieces(sample: Sample, processor: ProcessorMixin) -> list[Piece]:

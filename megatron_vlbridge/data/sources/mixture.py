@@ -52,4 +52,6 @@ def open_data(
 def _open(source: Source, split: str, literal_tags: bool, cache: str | Path | None) -> FileConversations:
     name = f"{split} data {source.path}"
     records = open_records(source.path, name=name, cache=cache)
-    return FileConversations(records, source.media, form=source.form, ignore=source.ignore, literal_tags=literal_tags)
+    return FileConversations(
+        records, source.path, source.media, form=source.form, ignore=source.ignore, literal_tags=literal_tags
+    )

@@ -1,12 +1,14 @@
 """The arguments that name the conversations."""
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
-from megatron_vlbridge.data.conversations import FileConversation, read_conversations
+from megatron_vlbridge.data.conversations import FileConversations, read_conversations
+from megatron_vlbridge.data.lengths.fingerprint import open_table
+from megatron_vlbridge.data.lengths.measure import Measure
+from megatron_vlbridge.data.lengths.table import LengthTable
 from megatron_vlbridge.data.sources.meta import read_meta
-from megatron_vlbridge.data.sources.mixture import open_data
+from megatron_vlbridge.data.sources.mixture import Mixture, open_data
 from megatron_vlbridge.errors import VLBridgeError
 
 
@@ -15,14 +17,24 @@ def add_data_arguments(group: Any) -> None:
     group.add_argument("--data", metavar="FILE", help="YAML with the sources of train and valid, or one source")
     group.add_argument("--conversations", help="JSON lines of {'messages': [...]}, images by path")
     group.add_argument("--valid-conversations", help="the same, for evaluation")
+    group.add_argument(
+        "--max-bad-samples",
+        type=float,
+        default=0,
+        metavar="SHARE",
+        help="share of the conversations that may fail; they are left out or replaced, and logged (%(default)s)",
+    )
     group.add_argument("--literal-tags", action="store_true", help="take <image> and the like in texts as text")
 
 
 def check_data_arguments(args: argparse.Namespace) -> None:
     """Check that the conversations are named once, and the file of `--data`; none at all is an error of the script.
 
-    Raises VLBridgeError: `--data` stands beside the other arguments, or its file is invalid (see `meta.read_meta`).
+    Raises VLBridgeError: `--data` stands beside the other arguments, its file is invalid (see `meta.read_meta`), or
+    `--max-bad-samples` is not a share.
     """
+    if not 0 <= args.max_bad_samples < 1:
+        raise VLBridgeError(f"--max-bad-samples: expected a share from 0 to below 1, found {args.max_bad_samples}")
     if args.data is None:
         return
     given = {"--conversations": args.conversations, "--valid-conversations": args.valid_conversations}
@@ -33,7 +45,24 @@ def check_data_arguments(args: argparse.Namespace) -> None:
         raise VLBridgeError(f"--data {args.data}: expected sources under 'train', found {', '.join(splits)}")
 
 
-def open_conversations(args: argparse.Namespace, split: str) -> Sequence[FileConversation] | None:
+def data_file(args: argparse.Namespace, split: str) -> str | None:
+    """The file that names the conversations of a split, "train" or "valid"; None if there is none."""
+    file: str | None = args.conversations if split == "train" else args.valid_conversations
+    return args.data or file
+
+
+def open_lengths(
+    args: argparse.Namespace, split: str, conversations: FileConversations | Mixture, measure: Measure
+) -> LengthTable | None:
+    """The table of lengths beside the data file; None if there is none, so that all conversations are measured.
+
+    Raises VLBridgeError: it was made for other data or settings.
+    """
+    file = data_file(args, split)
+    return None if file is None else open_table(file, split, conversations, measure)
+
+
+def open_conversations(args: argparse.Namespace, split: str) -> FileConversations | Mixture | None:
     """The conversations of a split, "train" or "valid", that the arguments name; None if they name none.
 
     Raises VLBridgeError: see `mixture.open_data` and `conversations.read_conversations`.
@@ -42,7 +71,7 @@ def open_conversations(args: argparse.Namespace, split: str) -> Sequence[FileCon
     options = {"literal_tags": args.literal_tags, "cache": args.data_cache_path}
     if args.data is not None:
         return open_data(args.data, split, **options)
-    file = args.conversations if split == "train" else args.valid_conversations
+    file = data_file(args, split)
     if file is None:
         return None
     return read_conversations(file, split="train" if split == "train" else "validation", **options)

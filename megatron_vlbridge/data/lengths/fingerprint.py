@@ -1,0 +1,88 @@
+"""What a table of lengths depends on: the data, the processor, and how conversations are encoded."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_vlbridge.data.conversations import FileConversations
+from megatron_vlbridge.data.lengths.measure import Measure
+from megatron_vlbridge.data.lengths.table import LengthTable
+from megatron_vlbridge.data.sources.mixture import Mixture
+
+SUFFIX = "lengths"
+_EDGE = 1 << 20
+
+
+def table_path(data: str | Path, split: str) -> Path:
+    """Where the table of a split of a data file is: beside it.
+
+    Example: `table_path("meta.yaml", "train")` is `Path("meta.yaml.train.lengths")`.
+    """
+    return Path(f"{data}.{split}.{SUFFIX}")
+
+
+def fingerprint(conversations: FileConversations | Mixture, measure: Measure) -> dict[str, Any]:
+    """The values, in JSON, for which a table of `conversations` is valid.
+
+    Of each file of the sources: name, size, and a digest of the first and the last MB. Media files are not read: that
+    an image has changed shows when it is encoded, and is an error then.
+    """
+    parts = conversations.parts if isinstance(conversations, Mixture) else [conversations]
+    processor = measure.processor
+    tokenizer = processor.tokenizer
+    values = {
+        "conversations": len(conversations),
+        "sources": [
+            {
+                "files": [_file(path) for path in _files(part.path)],
+                "form": part.form.name if part.form else "auto",
+                "example": part.form.example if part.form else "",
+                "ignore": sorted(part.ignore),
+                "literal_tags": part.literal_tags,
+            }
+            for part in parts
+        ],
+        "image_processor": processor.image_processor.to_dict(),
+        "video_processor": processor.video_processor.to_dict(),
+        "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
+        "chat_template": _digest(json.dumps(processor.chat_template)),
+        "vision hidden size": measure.hidden_size,
+        "media": asdict(measure.media),
+        "labels": asdict(measure.labels),
+        "transformers": version("transformers"),
+    }
+    as_json: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return as_json
+
+
+def open_table(
+    data: str | Path, split: str, conversations: FileConversations | Mixture, measure: Measure
+) -> LengthTable | None:
+    """The table of a split that `vlbridge data index` wrote beside the data file; None if there is none.
+
+    Raises VLBridgeError: it was made for other data or settings, or is damaged.
+    """
+    path = table_path(data, split)
+    return LengthTable.open(path, fingerprint(conversations, measure)) if path.exists() else None
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The file, or the files in the folder."""
+    yield from sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _file(path: Path) -> list[Any]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(_EDGE))
+        file.seek(max(0, size - _EDGE))
+        digest.update(file.read(_EDGE))
+    return [path.name, size, digest.hexdigest()]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,80 @@
+"""The fingerprint of a table of lengths differs where lengths may, and is the same for a copy of the data."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3VLProcessor
+
+from megatron_vlbridge.data.conversations import read_conversations
+from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.labels.options import LabelOptions
+from megatron_vlbridge.data.lengths.fingerprint import fingerprint, table_path
+from megatron_vlbridge.data.lengths.measure import Measure
+from megatron_vlbridge.data.sources.mixture import open_data
+from megatron_vlbridge.demo.tiny_processor import build_processor
+
+LINE = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "seven"}]}
+
+
+def processor(*words: str, max_pixels: int = 1024) -> Qwen3VLProcessor:
+    return build_processor(["hello", *words], patch_size=4, merge_size=2, min_pixels=64, max_pixels=max_pixels)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "a" / "train.jsonl"
+    file.parent.mkdir()
+    file.write_text(f"{json.dumps(LINE)}\n" * 3)
+    return file
+
+
+def test_a_copy_of_the_data_has_the_same(path: Path) -> None:
+    shutil.copytree(path.parent, path.parents[1] / "b")
+    copies = [read_conversations(path.parents[1] / name / "train.jsonl") for name in "ab"]
+    first, second = (fingerprint(one, Measure(processor(), 32)) for one in copies)
+    assert first == second
+    assert json.loads(json.dumps(first)) == first
+
+
+def test_every_setting_that_changes_lengths_is_in_it(path: Path) -> None:
+    base = Measure(processor(), 32)
+    measures = {
+        "image_processor": Measure(processor(max_pixels=2048), 32),
+        "vision hidden size": replace(base, hidden_size=64),
+        "media": replace(base, media=MediaOptions(max_pixels=500)),
+        "labels": replace(base, labels=LabelOptions("last")),
+        "tokenizer": Measure(
+            build_processor(["hello"], patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024), 32
+        ),
+    }
+    template = processor()
+    template.chat_template += " "
+    measures["chat_template"] = Measure(template, 32)
+    expected = fingerprint(read_conversations(path), base)
+    for name, measure in measures.items():
+        found = fingerprint(read_conversations(path), measure)
+        assert name in {key for key in expected if expected[key] != found[key]}, name
+
+
+def test_data_form_and_tags_are_in_it(path: Path) -> None:
+    base = Measure(processor(), 32)
+    expected = fingerprint(read_conversations(path), base)
+    assert fingerprint(read_conversations(path, literal_tags=True), base) != expected
+    meta = path.with_name("meta.yaml")
+    found = []
+    for options in ("", ", form: openai", ", ignore: [id]"):
+        meta.write_text(f"train: [{{path: train.jsonl{options}}}]")
+        conversations = open_data(meta)
+        assert conversations
+        found.append(fingerprint(conversations, base))
+    assert len({json.dumps(one) for one in found}) == 3
+    # Another text of the same length.
+    path.write_text(path.read_text().replace("seven", "eight"))
+    assert fingerprint(read_conversations(path), base)["sources"] != expected["sources"]
+
+
+def test_the_table_is_beside_the_data() -> None:
+    assert table_path("data/meta.yaml", "valid") == Path("data/meta.yaml.valid.lengths")
