@@ -61,6 +61,9 @@ def test_flash_attention_gets_the_bounds_of_segments() -> None:
 def test_linear_attention_gets_the_index_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     with rejects("Qwen3_5ForConditionalGeneration: linear attention", "flash-linear-attention and causal-conv1d"):
         as_transformers_batch(pack_of(), model_of("qwen3_5"))
+    monkeypatch.setattr(integration, "LINEAR_PACKAGES", {"torch": "torch", "absent_kernels": "absent"})
+    with rejects("expected the packages torch and absent, did not find absent."):
+        as_transformers_batch(pack_of(), model_of("qwen3_5"))
     monkeypatch.setattr(integration, "LINEAR_PACKAGES", {"torch": "torch"})
     found = as_transformers_batch(pack_of(), model_of("qwen3_5"))
     assert (found["seq_idx"].dtype, found["seq_idx"].tolist()) == (torch.int32, [SEGMENTS])
@@ -86,6 +89,22 @@ def test_media_are_those_of_the_pack() -> None:
     found = as_transformers_batch(pack, model_of())
     for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
         assert found[key].equal(pack[key])
+
+
+def test_frames_of_whole_videos_differ_in_time() -> None:
+    """Three samples: text, a video of 2 frames of 2 x 1 tokens with text, text."""
+    model = model_of()
+    model.config.model_type = "qwen2_5_vl"
+    model.config.vision_config.tokens_per_second = 2
+    lengths = [2, 6, 2]
+    pack = reference.pack([reference.text(length, 0) for length in lengths], total=11)
+    pack["tokens"][2:6] = reference.VIDEO
+    pack |= {"videos_per_segment": torch.tensor([0, 1, 0]), "video_grid_thw": torch.tensor([[2, 4, 2]])}
+    pack |= {"pixel_values_videos": torch.zeros(16, reference.PATCH_DIM), "second_per_grid_ts": torch.tensor([1.7])}
+    token = [0, 1, *range(6), 0, 1, 0]
+    time, row, column = [0, 0, 3, 3], [0, 1, 0, 1], [0, 0, 0, 0]
+    expected = [token, *([0, 1, *axis, 2, 3, 0, 1, 0] for axis in (time, row, column))]
+    assert as_transformers_batch(pack, model)["position_ids"][:, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("seconds", [None, [0.5]])
