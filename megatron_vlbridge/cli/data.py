@@ -14,6 +14,7 @@ from megatron_vlbridge.errors import UsageError, VLBridgeError
 if TYPE_CHECKING:
     from megatron_vlbridge.data.report.commands import Data
 
+MAX_SHOWN = 100  # failures
 ACTIONS = ("check", "index", "pack")
 # The options of one action alone, with their defaults.
 OWN: dict[str, dict[str, Any]] = {
@@ -33,7 +34,7 @@ DESCRIPTION = """Look at the conversations of a data file, the one of --data of 
          work of each data-parallel rank
 
 examples:
-  vlbridge data check meta.yaml --hf-folder Qwen3-VL-2B-Instruct --html data.html
+  vlbridge data check meta.yaml --hf-folder Qwen3-VL-2B-Instruct --html a.html
   vlbridge data index meta.yaml --hf-folder Qwen3-VL-2B-Instruct --workers 8
   vlbridge data pack meta.yaml --hf-folder Qwen3-VL-2B-Instruct --seq-length 8192"""
 
@@ -102,8 +103,8 @@ def _check(args: argparse.Namespace, data: "Data") -> int:
         splits = {
             summary.name: {
                 **totals(summary),
-                "roles": dict(summary.tokens),
-                "supervised roles": dict(summary.supervised),
+                "tokens of roles": dict(summary.tokens),
+                "supervised of roles": dict(summary.supervised),
             }
             for summary in summaries
         }
@@ -113,8 +114,10 @@ def _check(args: argparse.Namespace, data: "Data") -> int:
         show(f"{summary.name}: " + ", ".join(f"{value:,} {what}" for what, value in totals(summary).items()))
         for role, tokens in summary.tokens.items():
             show(f"  {role}: {tokens:,} tokens, {summary.supervised[role]:,} supervised")
-    for text in failures:
+    for text in failures[:MAX_SHOWN]:
         show(text)
+    if len(failures) > MAX_SHOWN:
+        show(f"... and {len(failures) - MAX_SHOWN:,} more: --html and --json have all of them")
     return 1 if failures else 0
 
 
