@@ -338,6 +338,26 @@ def test_calls_in_another_form_are_rejected(name: str, monkeypatch: pytest.Monke
         encode_conversation([*talk("q"), {"role": "assistant", "tool_calls": calls}], processor_with(name))
 
 
+def test_text_after_a_call_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TEMPLATES, "after", OTHER_TEMPLATES["text after the call"])
+    with rejects("does not render the tool calls in a known form", "</tool_call>."):
+        encode_conversation([*talk("q"), {"role": "assistant", "tool_calls": [{"name": "f"}]}], processor_with("after"))
+
+
+def test_a_newline_that_a_template_adds_before_a_call_is_not_learned() -> None:
+    """With a tokenizer that does not merge it with the newline of the header."""
+    parts = build_processor(["x"], patch_size=4, merge_size=2, min_pixels=64, max_pixels=64)
+    added = TEMPLATES["qwen3_vl"].replace("(loop.first and message.content) or", "loop.first or")
+    messages = [*talk("q"), {"role": "assistant", "tool_calls": [{"name": "f"}]}]
+    for template, number in ((TEMPLATES["qwen3_vl"], 0), (added, 1)):
+        processor = Qwen3VLProcessor(
+            parts.image_processor, parts.tokenizer, parts.video_processor, chat_template=template
+        )
+        sample = encode_conversation(messages, processor, allow_no_loss=True)
+        assert len(sample.excluded_turns) == number
+        assert bool(sample.loss_mask.any()) == (number == 0)
+
+
 def test_a_template_that_adds_to_content_before_a_call_is_not_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     template = TEMPLATES["qwen3_vl"].replace("{{- message.content }}", "{{- message.content + '!' }}")
     monkeypatch.setitem(TEMPLATES, "added", template)
