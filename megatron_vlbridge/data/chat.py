@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.images import MediaOptions
-from megatron_vlbridge.data.labels.options import LabelOptions
+from megatron_vlbridge.data.labels.options import LabelOptions, skipped_turns
 from megatron_vlbridge.data.labels.special import (
     check_special_tokens,
     hide_special_tokens,
@@ -19,6 +19,7 @@ from megatron_vlbridge.data.labels.special import (
     shown_tokens,
     split_hidden,
 )
+from megatron_vlbridge.data.labels.template import check_reasoning, render, template_messages
 from megatron_vlbridge.data.labels.tools import check_tools
 from megatron_vlbridge.data.media import DEFAULTS, Conversation, Video, load_image, load_video
 from megatron_vlbridge.data.messages import (
@@ -32,13 +33,9 @@ from megatron_vlbridge.data.turns import (
     ExcludedTurn,
     Turn,
     add_newlines,
-    check_reasoning,
     match_turns,
-    render,
-    skipped_turns,
     split_turns,
     supervised_mask,
-    template_messages,
 )
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
