@@ -160,6 +160,18 @@ CASES = {
         [user("Q"), bot("B", reasoning_content="so ")],
         families(NO_REASONING, NO_REASONING, Q + turn("assistant", "<think>\nso\n</think>\n\nB")),
     ),
+    "reasoning in two ways": Case(
+        [user("Q"), bot("A", reasoning_content="hm"), user("R"), bot("<think>\nso\n</think>\n\nB")],
+        dict.fromkeys(FAMILIES, ("message 3 (assistant): the content starts with '<think>', but message 1 has",)),
+    ),
+    "reasoning twice": Case(
+        [user("Q"), bot("\n<think>\nso\n</think>\n\nB", reasoning_content="")],
+        dict.fromkeys(FAMILIES, ("message 1 (assistant): the content starts with '<think>', but message 1 has",)),
+    ),
+    "a user message that starts with <think>": Case(
+        [user("<think> Q"), bot("B", reasoning_content="so")],
+        families(NO_REASONING, NO_REASONING, turn("user", "<think> Q") + thinking("so\n</think>\n\nB")),
+    ),
     "a literal </think>": Case(
         [user("Q"), bot("write </think> last", reasoning_content="hm </think> hm"), bot("a </think> b")],
         families(

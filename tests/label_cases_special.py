@@ -124,6 +124,22 @@ CASES = {
         ),
         {**LITERAL, "tools": [{"name": "look<|im_end|>"}]},
     ),
+    "keys with special tokens": Case(
+        [user("Q"), bot("", tool_calls=[call("look", {"x": {"<|im_end|>": 1}})])],
+        families(
+            NO_TOOLS,
+            turn("system", QWEN3_VL_TOOLS.replace(TOOL_TEXT, r'{"name": "a", "\<|im_end|>": []}'))
+            + Q
+            + learned('<tool_call>\n{"name": "look", "arguments": {"x": {"\\<|im_end|>": 1}}}\n</tool_call>'),
+            turn("system", QWEN3_5_TOOLS.replace(TOOL_TEXT, r'{"name": "a", "\<|im_end|>": []}'))
+            + Q
+            + thought(
+                '<tool_call>\n<function=look>\n<parameter=x>\n{"\\<|im_end|>": 1}\n</parameter>\n</function>\n'
+                "</tool_call>"
+            ),
+        ),
+        {**LITERAL, "tools": [{"name": "a", "<|im_end|>": []}]},
+    ),
     "tools with special tokens, rejected": Case(
         [user("Q"), bot("A")],
         dict.fromkeys(

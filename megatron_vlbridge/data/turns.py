@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from megatron_vlbridge.data.labels.options import LabelOptions
+from megatron_vlbridge.data.labels.template import render
 from megatron_vlbridge.data.labels.tools import call_texts, tool_text
 from megatron_vlbridge.data.media import Conversation, Message
 from megatron_vlbridge.data.messages import message_calls, message_name, message_text
@@ -57,14 +56,6 @@ class GenerationPrompt:
         return self.text.removeprefix(HEADER)
 
 
-def render(messages: Conversation, processor: ProcessorMixin, **variables: Any) -> str:
-    """Apply the processor's chat template to the conversation (VLBridgeError if the template raises an error)."""
-    try:
-        return processor.apply_chat_template(messages, tokenize=False, **variables)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise VLBridgeError(f"the chat template rejects the conversation: {error}") from error
-
-
 def split_turns(text: str) -> list[Turn]:
     r"""Split a rendered conversation into its turns; only whitespace is allowed between them.
 
@@ -87,39 +78,6 @@ def split_turns(text: str) -> list[Turn]:
     if between.strip():
         raise _text_outside_turns("after the last turn", between)
     return turns
-
-
-def template_messages(messages: Conversation) -> Conversation:
-    """The messages as every published chat template renders them alike.
-
-    Assistant content is one string: Qwen3-VL writes a newline between a list and tool calls, also if its texts are
-    empty. Arguments of calls are objects: Qwen3.5 takes no JSON text. If one message has `reasoning_content`, the
-    others have `""`, no reasoning: otherwise templates read an answer up to a `</think>` in it as reasoning.
-    """
-    structured = any(message.get("reasoning_content") is not None for message in messages)
-    rendered: Conversation = []
-    for message in messages:
-        one = {"role": message["role"], "content": message.get("content")}
-        if message["role"] == "assistant":
-            one["content"] = message_text(message, {})
-            calls = [{"name": call.name, "arguments": call.arguments} for call in message_calls(message)]
-            if calls:
-                one["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-            if structured:
-                one["reasoning_content"] = message.get("reasoning_content") or ""
-        rendered.append(one)
-    return rendered
-
-
-def check_reasoning(messages: Conversation, processor: ProcessorMixin) -> None:
-    """Check that the chat template renders `reasoning_content`, where a message has it: else VLBridgeError."""
-    first = next((index for index, message in enumerate(messages) if message.get("reasoning_content")), None)
-    answer = {"role": "assistant", "content": "x", "reasoning_content": "vlbridge"}
-    if first is not None and "vlbridge" not in render([{"role": "user", "content": "x"}, answer], processor):
-        raise VLBridgeError(
-            f"{message_name(messages, first)}: the chat template does not render 'reasoning_content'; write the "
-            r"reasoning at the start of the content, as '<think>\n...\n</think>\n\n...'"
-        )
 
 
 def turn_groups(messages: Conversation) -> list[list[int]]:
@@ -207,26 +165,6 @@ def generation_prompts(processor: ProcessorMixin) -> list[GenerationPrompt]:
     encode = processor.tokenizer.encode
     found = [GenerationPrompt(prompt, encode(prompt, add_special_tokens=False)) for prompt in prompts]
     return sorted(found, key=lambda prompt: len(prompt.ids), reverse=True)
-
-
-def skipped_turns(messages: Conversation, options: LabelOptions) -> tuple[int, ...]:
-    """The assistant messages that are not to be learned: with `"train": false`, or before the last user query.
-
-    Example: of four messages, user and assistant in turn, `LabelOptions(turns="last")` skips `(1,)`.
-    """
-    queries = [index for index, message in enumerate(messages) if message["role"] == "user" and not _result(message)]
-    first = max(queries, default=-1) if options.turns == "last" else -1
-    return tuple(
-        index
-        for index, message in enumerate(messages)
-        if message["role"] == "assistant" and (index < first or not message.get("train", True))
-    )
-
-
-def _result(message: Message) -> bool:
-    """Whether a user message is the result of a tool, as Qwen3.5's template decides it."""
-    text = message_text(message, {"image": "x", "video": "x"}).strip()
-    return text.startswith("<tool_response>") and text.endswith("</tool_response>")
 
 
 def supervised_mask(

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import Qwen3VLProcessor
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
 from megatron_vlbridge.data.labels.options import LabelOptions
+from megatron_vlbridge.data.labels.special import hide_special_tokens, plain_ids, shown_tokens
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from megatron_vlbridge.training.launch.arguments import add_arguments
 from megatron_vlbridge.training.launch.labels import label_options
@@ -130,13 +132,16 @@ SANITIZED = [
     (name, family)
     for name, case in label_cases_special.CASES.items()
     for family in FAMILIES
-    if case.options and "parts" not in name and isinstance(case.expected[family], str)
+    if case.options and not name.startswith(("two parts", "keys")) and isinstance(case.expected[family], str)
 ]
 
 
 @pytest.mark.parametrize(("name", "family"), SANITIZED)
 def test_special_tokens_in_texts_are_encoded_as_transformers_does(name: str, family: str) -> None:
-    """Oracle: `sanitize_control_tokens`, of the same tokens: it would take others in the template, too."""
+    """Oracle: `sanitize_control_tokens`, of the same tokens: by default it also splits others of the template.
+
+    It leaves special tokens in keys and joins those of two parts.
+    """
     case, processor = CASES[name], processor_of(family)
     processor.tokenizer.chat_control_tokens = []
     messages = [{key: value for key, value in message.items() if key != "train"} for message in case.messages]
@@ -157,3 +162,21 @@ def test_special_tokens_in_texts_are_encoded_as_transformers_does(name: str, fam
     if "pixel_values" in expected:
         assert torch.equal(sample.pixel_values, expected["pixel_values"])
         assert torch.equal(sample.image_grid_thw, expected["image_grid_thw"])
+
+
+def test_a_tokenizer_that_gives_the_special_token_for_plain_text_is_rejected() -> None:
+    processor = build_processor(["x"], patch_size=4, merge_size=2, min_pixels=64, max_pixels=64)
+    assert processor.tokenizer.convert_tokens_to_ids("<|im_end|>") not in plain_ids("<|im_end|>", processor.tokenizer)
+    processor.tokenizer.add_tokens([AddedToken("<|other|>", special=False)])
+    with rejects("it cannot encode '<|other|>' as plain text"):
+        plain_ids("<|other|>", processor.tokenizer)
+
+
+def test_the_longer_of_two_special_tokens_is_hidden() -> None:
+    messages = [{"role": "user", "content": "<a<b>> <b>"}]
+    for special in (["<b>", "<a<b>>"], ["<a<b>>", "<b>"]):
+        hidden, tools, tokens = hide_special_tokens(messages, [], special)
+        assert len(hidden[0]["content"]) == 3
+        assert shown_tokens(hidden[0]["content"], tokens) == "<a<b>> <b>"
+        assert set(tokens.values()) == set(special)
+        assert tools == []

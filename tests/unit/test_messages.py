@@ -129,6 +129,13 @@ REJECTED_TOOLS = {
     "NaN": (function(arguments={"x": float("nan")}), "expected JSON values of Unicode text", "nan"),
     "surrogate": (function(arguments={"x": "\ud800"}), "expected JSON values of Unicode text", "surrogate"),
     "no JSON value": (function(arguments={"x": {1}}), "expected JSON values of Unicode text", "set"),
+    "tag as a name": (function(name="a>b"), "tool call 1: expected a function name without <, >", "found 'a>b'"),
+    "line as an argument": (function(arguments={"a\nb": 1}), "tool call 1: expected names of arguments without", ""),
+    "token as an argument": (
+        function(arguments={"<|im_end|": 1}),
+        "expected names of arguments without <, >",
+        "im_end",
+    ),
     "reasoning as list": (assistant(reasoning_content=["a"]), "a string under 'reasoning_content'", "found list"),
     "train as number": (assistant(train=0), "(assistant): expected 'train' to be true or false", "found int '0'"),
     "train null": (assistant(train=None), "(assistant): expected 'train' to be true or false", "found nothing"),

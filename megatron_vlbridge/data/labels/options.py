@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_vlbridge.data.media import Conversation, Message
+from megatron_vlbridge.data.messages import message_text
 from megatron_vlbridge.errors import VLBridgeError
 
 LABEL_TURNS = ("all", "last")
@@ -25,3 +27,23 @@ class LabelOptions:
         for name, choices in (("turns", LABEL_TURNS), ("special_tokens", SPECIAL_TOKENS)):
             if getattr(self, name) not in choices:
                 raise VLBridgeError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}")
+
+
+def skipped_turns(messages: Conversation, options: LabelOptions) -> tuple[int, ...]:
+    """The assistant messages that are not to be learned: with `"train": false`, or before the last user query.
+
+    Example: of four messages, user and assistant in turn, `LabelOptions(turns="last")` skips `(1,)`.
+    """
+    queries = [index for index, message in enumerate(messages) if message["role"] == "user" and not _result(message)]
+    first = max(queries, default=-1) if options.turns == "last" else -1
+    return tuple(
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and (index < first or not message.get("train", True))
+    )
+
+
+def _result(message: Message) -> bool:
+    """Whether a user message is the result of a tool, as Qwen3.5's template decides it."""
+    text = message_text(message, {"image": "x", "video": "x"}).strip()
+    return text.startswith("<tool_response>") and text.endswith("</tool_response>")

@@ -16,6 +16,7 @@ from megatron_vlbridge.data.labels.special import (
     shown_tokens,
     split_hidden,
 )
+from megatron_vlbridge.data.labels.template import check_reasoning, render, template_messages
 from megatron_vlbridge.data.labels.tools import check_tools
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.messages import check_conversation
@@ -23,11 +24,8 @@ from megatron_vlbridge.data.turns import (
     TURN_END,
     TURN_START,
     Turn,
-    check_reasoning,
     match_turns,
-    render,
     split_turns,
-    template_messages,
 )
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError

@@ -30,7 +30,7 @@ def check_special_tokens(
     """
     for index, message in enumerate(messages):
         # Concatenated as by the template: two parts can form a special token together.
-        texts = [message_text(message, {"image": "\n", "video": "\n"}), *_texts(message)]
+        texts = [message_text(message, {"image": "\n", "video": "\n"}), *_json_texts(list(map(message.get, JSON_KEYS)))]
         _reject(message_name(messages, index), texts, special_tokens, remedy)
     _reject("tools", _json_texts(tools), special_tokens, remedy)
 
