@@ -152,6 +152,13 @@ def test_sampling_is_that_of_a_processor_with_these_settings(family: str, tmp_pa
     assert len(counts) > 5
 
 
+def test_a_frame_that_is_sampled_twice_is_there_twice(tmp_path: Path) -> None:
+    path, processor = write_video(tmp_path / "a.mp4", moving(3), 10), processor_3(fps=None, num_frames=6)
+    video = load_video(part(path), video_processor=processor)
+    assert video.metadata.frames_indices == [0, 0, 1, 1, 2, 2]
+    np.testing.assert_array_equal(video.frames.permute(0, 2, 3, 1).numpy(), decoded(path)[[0, 0, 1, 1, 2, 2]])
+
+
 def test_a_processor_that_does_not_sample_takes_all_frames_unless_asked(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", moving(20), 10)
     processor = processor_25(do_sample_frames=False)
