@@ -209,6 +209,12 @@ def test_a_damaged_number_of_frames_is_rejected(tmp_path: Path) -> None:
         read_video_header(path, MANY)
 
 
+def test_a_file_without_a_frame_rate_is_rejected(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.ts", moving(1), 10, codec="libx264")
+    with rejects("has no frame rate", start=f"video: '{path}' "):
+        read_video_header(path, MANY)
+
+
 def text_file(path: Path) -> Path:
     path.write_text("hello " * 1000)
     return path
