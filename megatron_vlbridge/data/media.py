@@ -215,9 +215,8 @@ def _clip(part: dict[str, Any], header: VideoHeader) -> range:
     for name, value in (("video_start", start), ("video_end", end)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise VLBridgeError(f"video: expected seconds under {name!r}, a number from 0, found {value!r}")
-    clip = range(
-        math.ceil(start * header.fps), min(math.floor(min(end, seconds) * header.fps), header.num_frames - 1) + 1
-    )
+    first, last = math.ceil(min(start, seconds) * header.fps), math.floor(min(end, seconds) * header.fps)
+    clip = range(first, min(last, header.num_frames - 1) + 1)
     if not clip:
         raise VLBridgeError(
             f"video: expected frames between video_start and video_end, found none between {start} and {end} s of "

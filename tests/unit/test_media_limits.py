@@ -99,6 +99,10 @@ def test_each_image_and_video_has_its_own_limits(qwen3: Qwen3VLProcessor) -> Non
         sizes += [image_edges, video_edges]
     # Twice, so that equal shapes with different limits occur.
     parts, sizes = [*parts, image(40, 24), video(3, 40, 32)], [*sizes, IMAGES[0][1], VIDEOS[0][1]]
+    for part, size in zip(parts, sizes, strict=True):
+        if part["type"] == "video":
+            own = load_video(part, video_processor=qwen3.video_processor).size
+            assert own == (size if "total_pixels" in part or "max_pixels" in part or "min_pixels" in part else None)
     sample = encode_conversation(talk(parts), qwen3)
     same(sample, qwen3, parts, sizes)
     grids = [*sample.image_grid_thw.tolist(), *sample.video_grid_thw.tolist()]

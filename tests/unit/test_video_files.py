@@ -4,6 +4,7 @@ import itertools
 import math
 import struct
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,23 @@ def test_a_variable_rate_counts_as_its_average_as_in_transformers(tmp_path: Path
     assert not math.isclose(video.metadata.fps, 30)
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.ts", "a.mp4"])
+def test_a_start_after_zero_changes_nothing(name: str, tmp_path: Path) -> None:
+    path = write_video(tmp_path / name, moving(20), 10, codec="libx264", shift=-50)
+    with av.open(str(path)) as container:
+        assert container.start_time >= 4_900_000
+    header = read_video_header(path, MANY)
+    assert (header.num_frames, header.fps) == (20, 10)
+    np.testing.assert_array_equal(read_video_frames(path, [19], header)[0].permute(1, 2, 0), decoded(path)[19])
+
+
+def test_packets_of_sound_are_not_counted(tmp_path: Path) -> None:
+    path = sound(tmp_path / "a.mkv", frames=moving(12))
+    with av.open(str(path)) as container:
+        assert {stream.type for stream in container.streams} == {"audio", "video"}
+    assert read_video_header(path, MANY).num_frames == len(decoded(path)) == 12
+
+
 def test_a_title_that_is_not_unicode_does_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:
@@ -191,6 +209,12 @@ def test_a_damaged_number_of_frames_is_rejected(tmp_path: Path) -> None:
         read_video_header(path, MANY)
 
 
+def test_a_file_without_a_frame_rate_is_rejected(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.ts", moving(1), 10, codec="libx264")
+    with rejects("has no frame rate", start=f"video: '{path}' "):
+        read_video_header(path, MANY)
+
+
 def text_file(path: Path) -> Path:
     path.write_text("hello " * 1000)
     return path
@@ -207,10 +231,17 @@ def playlist(path: Path) -> Path:
     return path
 
 
-def sound(path: Path, *, cover: bool = False) -> Path:
+def sound(path: Path, *, cover: bool = False, frames: Sequence[np.ndarray] = ()) -> Path:
+    """A file of one second of sound, with a cover image or with frames."""
     Image.new("RGB", (16, 16)).save(path.with_name("cover.jpg"))
     with av.open(str(path), "w") as container, av.open(str(path.with_name("cover.jpg"))) as image:
         stream: Any = container.add_stream("aac", rate=8000)
+        if len(frames):
+            video: Any = container.add_stream("mpeg4", rate=10)
+            video.width, video.height, video.pix_fmt = frames[0].shape[1], frames[0].shape[0], "yuv420p"
+            for pixels in frames:
+                container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(video.encode(None))
         if cover:
             attached: Any = container.add_stream_from_template(image.streams.video[0])
             attached.disposition = av.stream.Disposition.attached_pic

@@ -152,6 +152,13 @@ def test_sampling_is_that_of_a_processor_with_these_settings(family: str, tmp_pa
     assert len(counts) > 5
 
 
+def test_a_frame_that_is_sampled_twice_is_there_twice(tmp_path: Path) -> None:
+    path, processor = write_video(tmp_path / "a.mp4", moving(3), 10), processor_3(fps=None, num_frames=6)
+    video = load_video(part(path), video_processor=processor)
+    assert video.metadata.frames_indices == [0, 0, 1, 1, 2, 2]
+    np.testing.assert_array_equal(video.frames.permute(0, 2, 3, 1).numpy(), decoded(path)[[0, 0, 1, 1, 2, 2]])
+
+
 def test_a_processor_that_does_not_sample_takes_all_frames_unless_asked(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", moving(20), 10)
     processor = processor_25(do_sample_frames=False)
@@ -166,9 +173,9 @@ def test_a_clip_is_sampled_as_if_the_file_had_no_other_frames(family: str, tmp_p
     processor, rate = FAMILIES[family](), Fraction(25, 2)
     path = write_video(tmp_path / "a.mp4", moving(60), rate)
     frames, empty = decoded(path), 0
-    for start, end in itertools.product((None, 0, 0.08, 1, 2.41, 4.7), (None, 0.1, 0.2, 1.6, 4.72, 99)):
+    for start, end in itertools.product((None, 0, 0.08, 1, 2.41, 4.7), (None, 0.1, 0.2, 1.6, 4.72, 1e308)):
         keys = {name: time for name, time in (("video_start", start), ("video_end", end)) if time is not None}
-        inside = [k for k in range(60) if (start or 0) <= k / 12.5 <= (99 if end is None else end)]
+        inside = [k for k in range(60) if (start or 0) <= k / 12.5 <= (1e308 if end is None else end)]
         if len(inside) < 2:
             with rejects(start="video: expected "):
                 load_video(part(path, **keys), video_processor=processor)
@@ -207,6 +214,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
         for value in (-1, math.nan, "1", True, None)
     ),
     ({"max_frames": 1, "min_frames": 1}, "expected at least 2 frames"),
+    ({"video_start": 1e308}, "found none between 1e+308 and 0.8 s"),
     ({"video_start": 3}, "found none between 3 and 0.8 s of 0.80 s"),
     ({"video_start": 0.5, "video_end": 0.4}, "found none between 0.5 and 0.4"),
 ]
