@@ -83,7 +83,10 @@ class FileConversations(LazySequence[FileConversation]):
         def resolve(source: str) -> str | bytes:
             return self.records.media(index, source, self.folder)
 
-        resolved = [{**message, "content": _resolve_paths(message.get("content"), resolve)} for message in messages]
+        try:
+            resolved = [{**message, "content": _resolve_paths(message.get("content"), resolve)} for message in messages]
+        except VLBridgeError as error:
+            raise VLBridgeError(f"{location}: {error}") from error
         return FileConversation(resolved, location, tools)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from megatron_vlbridge.data.sources.files.lmdb_media import MARK, read_lmdb
+
 
 class LazySequence[T](Sequence[T]):
     """A sequence with slices and negative indices, of subclasses that define `__len__` and `item`."""
@@ -33,5 +35,8 @@ class Records(LazySequence[Any]):
         """The name of a record in errors, such as "train.jsonl, line 7"; `index` is at least 0."""
 
     def media(self, index: int, source: str, folder: Path) -> str | bytes:
-        """What a path in a record stands for: a file in `folder`, or its bytes if the records have it."""
-        return str(folder / source)
+        """What a path in a record stands for: a file in `folder`, or the bytes if a database or the records have it.
+
+        Raises VLBridgeError: the bytes cannot be read.
+        """
+        return read_lmdb(source, folder) if MARK in source else str(folder / source)
