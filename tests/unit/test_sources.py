@@ -134,6 +134,12 @@ def test_a_file_with_an_error_is_rejected(folder: Path, text: str, problem: str)
         open_data(path)
 
 
+def test_a_weight_is_the_written_number(folder: Path) -> None:
+    for text, weight in (("0.3", Fraction(3, 10)), ("1.1", Fraction(11, 10)), ("3", Fraction(3))):
+        (folder / "meta.yaml").write_text(f"train: [{{path: tags.jsonl, weight: {text}}}]")
+        assert read_meta(folder / "meta.yaml")["train"][0].weight == weight
+
+
 def test_a_file_that_does_not_exist_is_rejected(tmp_path: Path) -> None:
     with rejects("cannot read the file (No such file", start=f"{tmp_path / 'a.yaml'}: "):
         read_meta(tmp_path / "a.yaml")
