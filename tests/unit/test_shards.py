@@ -115,6 +115,7 @@ def test_other_members_are_used_ignored_or_rejected(tmp_path: Path) -> None:
     [
         ({"1.png": b"", "1.txt": b"q"}, "expected a member that ends with .json, found 1.png, 1.txt"),
         ({"1.json": {"image": "1.png"}, "1.png": b"", "1.jpg": b""}, "a member '1.jpg' that its .json does not name"),
+        ({"1.json": {"image": "1.11.png"}, "1.png": b"", "1.11.png": b""}, "a member '1.png' that its .json does not"),
         ({"1.json": {"txt": ""}, "1.txt": b"q"}, "a member '1.txt' and its .json the key 'txt'"),
         ({"1.json": b"{"}, "expected one JSON object"),
         ({"1.json": []}, "expected {"),

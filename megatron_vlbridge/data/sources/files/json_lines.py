@@ -46,7 +46,7 @@ class JsonLines(Records):
             self._file = self.path.open("rb")
             self._status = _status(self._file.fileno())
             folder = None if cache is None else Path(cache)
-            self._rows = open_index(self.path, self.unit, self._scan, cache=folder, small=small)
+            self._rows = open_index(self.path, type(self).__name__, self._scan, cache=folder, small=small)
         except OSError as error:
             raise VLBridgeError(f"{self.name}: cannot read the file ({error.strerror})") from error
 

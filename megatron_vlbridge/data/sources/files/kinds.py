@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_vlbridge.data.sources.files.csv_rows import CsvRows
 from megatron_vlbridge.data.sources.files.json_lines import JsonLines
 from megatron_vlbridge.data.sources.files.json_list import JsonList
 from megatron_vlbridge.data.sources.files.shards import Shards
@@ -13,6 +14,8 @@ from megatron_vlbridge.errors import VLBridgeError
 KINDS: dict[str, Callable[..., Records]] = {
     ".jsonl": JsonLines,
     ".json": JsonList,
+    ".csv": CsvRows,
+    ".tsv": CsvRows,
     ".parquet": ParquetRows,
     ".tar": Shards,
 }

@@ -30,7 +30,7 @@ def open_index(path: Path, kind: str, scan: Scan, *, cache: Path | None = None, 
     may open the same file. A file below `small` bytes, or in a folder that is read-only, is scanned each time.
 
     Raises OSError: the file cannot be read; VLBridgeError: from `scan`.
-    Example: `open_index(Path("train.jsonl"), "line", scan_lines)[6]` is where the seventh line that is not blank lies.
+    Example: `open_index(Path("train.jsonl"), "JsonLines", scan_lines)[6]` is where the seventh line with content lies.
     """
     if path.stat().st_size < small:
         return _join(scan(path))

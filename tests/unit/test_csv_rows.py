@@ -1,0 +1,81 @@
+"""CSV files as sources: the rows that Python's csv module reads, at random, with the line of each."""
+
+import csv
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vlbridge.data.sources.files.csv_rows import DELIMITERS, CsvRows
+from megatron_vlbridge.data.sources.mixture import open_data
+from tests.errors import rejects
+
+CELLS = st.text(st.sampled_from('aä"\n,;\t \u2028'), max_size=6)
+
+
+ENDS = st.sampled_from(["\n", "\r\n"])
+
+
+@given(st.lists(st.tuples(CELLS, CELLS)), st.sampled_from(sorted(DELIMITERS)), ENDS, st.booleans())
+def test_every_row_is_found(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], suffix: str, end: str, mark: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"rows{suffix}"
+    with path.open("w", encoding="utf-8-sig" if mark else "utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=DELIMITERS[suffix], lineterminator=end)
+        writer.writerows([("q ä", "b"), *rows])
+    read = CsvRows(path, small=10**9)
+    expected = [{"q ä": first or None, "b": second or None} for first, second in rows]
+    assert list(read) == expected
+    assert list(pickle.loads(pickle.dumps(read))) == expected
+
+
+def test_rows_are_named_by_their_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('q,a\n\n"1\n\n2",x\n\n3,y\n4\n')
+    for _ in range(2):
+        read = CsvRows(path, small=0)
+        assert read[:2] == [{"q": "1\n\n2", "a": "x"}, {"q": "3", "a": "y"}]
+        assert [read.location(index) for index in range(3)] == [f"{path}, line {line}" for line in (3, 7, 8)]
+        with rejects("expected 2 cells (q, a), found 1", start=f"{path}, line 8: "):
+            read[2]
+    assert (tmp_path / "a.csv.index").exists()
+
+
+def test_a_table_of_questions_is_a_source(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer,file\nWho?,A cat.,a.png\nWhere?,Here.,\n")
+    columns = "{user: question, assistant: answer, image: file}"
+    (tmp_path / "meta.yaml").write_text(f"train: [{{path: a.csv, form: columns, columns: {columns}}}]")
+    read = open_data(tmp_path / "meta.yaml")
+    assert read is not None
+    image = {"type": "image", "image": str(tmp_path / "a.png")}
+    assert read[0][0]["content"] == [image, {"type": "text", "text": "Who?"}]
+    assert read[1] == [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", ": expected a header with the names of the columns"),
+        (b"\n\n", ": expected a header with the names of the columns"),
+        (b"q,a,q\n1,2,3\n", ": the column 'q' is there twice"),
+        (b'q,a\n1,2\n"1"2,3\n', ", line 3: expected a row of CSV, found an error: "),
+        (b'q,a\n1,2\n"1,3\n4,5\n', ", line 3: expected a row of CSV, found an error: unexpected end of data"),
+        (b"q,a\r1,2\r", ", line 1: expected a row of CSV, found an error: "),
+    ],
+)
+def test_a_file_that_is_not_csv_is_rejected(tmp_path: Path, content: bytes, problem: str) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with rejects(start=f"train data{problem}"):
+        CsvRows(tmp_path / "a.csv", name="train data")
+
+
+def test_another_encoding_is_rejected_with_the_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("q,a\n1,2\n1,ä\n".encode("latin-1"))
+    with rejects("expected UTF-8 text, found", start=f"{tmp_path / 'a.csv'}, line 3: "):
+        CsvRows(tmp_path / "a.csv")[1]
+    (tmp_path / "a.csv").write_bytes("q,ä\n1,2\n".encode("latin-1"))
+    with rejects("expected UTF-8 text, found"):
+        CsvRows(tmp_path / "a.csv")
