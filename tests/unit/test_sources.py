@@ -64,6 +64,7 @@ def test_the_sources_of_a_file_are_one_sequence(folder: Path) -> None:
                             Share(9, 12, Fraction(1))]  # fmt: skip
     assert [len(valid), valid[2].location] == [3, f"validation data {folder / 'columns.jsonl'}, line 3"]
     assert valid.shares == [Share(0, 3, Fraction(9, 4))]
+    assert train[-5].location == train[7].location
     for index in (12, -13):
         with pytest.raises(IndexError):
             train[index]
