@@ -34,9 +34,9 @@ DESCRIPTION = """Look at the conversations of a data file, the one of --data of 
          work of each data-parallel rank
 
 examples:
-  vlbridge data check meta.yaml --hf-folder Qwen3-VL-2B-Instruct --html a.html
-  vlbridge data index meta.yaml --hf-folder Qwen3-VL-2B-Instruct --workers 8
-  vlbridge data pack meta.yaml --hf-folder Qwen3-VL-2B-Instruct --seq-length 8192"""
+  vlbridge data check meta.yaml --hf-folder Qwen3-VL-2B --html a.html
+  vlbridge data index meta.yaml --hf-folder Qwen3-VL-2B --workers 8
+  vlbridge data pack meta.yaml --hf-folder Qwen3-VL-2B --seq-length 8192"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from transformers.video_utils import VideoMetadata
 from megatron_vlbridge.data.images import MediaOptions, is_url, read_image, read_image_size
 from megatron_vlbridge.data.media_tokens import (
     Grid,
+    VideoSettings,
     frame_indices,
     grid_tokens,
     image_grid,
@@ -202,7 +203,7 @@ def _given(part: dict[str, Any], names: Sequence[str], options: MediaOptions, pr
 def _sampled(part: dict[str, Any], options: MediaOptions, processor: Any) -> tuple[VideoHeader, list[int], int]:
     """The header of a file, the indices of the sampled frames, and the number of frames that they are sampled of."""
     header = read_video_header(part["video"], options.max_image_pixels)
-    settings = video_settings(processor, _given(part, SAMPLING, options, "video_"))
+    settings = _settings(processor, _given(part, SAMPLING, options, "video_"))
     clip = _clip(part, header)
     indices = [clip[index] for index in frame_indices(len(clip), header.fps, settings)]
     return header, indices, len(clip)
@@ -229,8 +230,14 @@ def _video_size(part: dict[str, Any], options: MediaOptions, processor: Any, num
     given = _given(part, VIDEO_LIMITS, options, "video_")
     if not given:
         return None
-    settings = video_settings(processor, given)
+    settings = _settings(processor, given)
     return {"shortest_edge": settings.min_pixels, "longest_edge": longest_edge(num_frames, settings)}
+
+
+def _settings(processor: Any, given: dict[str, Any]) -> VideoSettings:
+    if processor is None:
+        raise VLBridgeError("video: a file and limits need the processor: load_video(part, options, video_processor)")
+    return video_settings(processor, given)
 
 
 def _frames_per_second(part: dict[str, Any]) -> float:

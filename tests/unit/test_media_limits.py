@@ -18,7 +18,7 @@ from megatron_vlbridge.data.media import image_size, load_video, media_grid, wit
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from megatron_vlbridge.training.launch.media import add_media_arguments, media_options
 from tests.errors import rejects
-from tests.video_writer import moving
+from tests.video_writer import moving, write_video
 
 # The processor's own limits.
 LEAST, MOST = 64 * 2, 64 * 24
@@ -176,6 +176,14 @@ def test_a_total_below_the_least_pixels_is_rejected(qwen3: Qwen3VLProcessor) -> 
     assert load_video(video(4, 40, 40, total_pixels=LEAST // 2), video_processor=qwen3.video_processor).size
     with rejects(f"at least min_pixels, found {LEAST - 2} and {LEAST}"):
         load_video(video(4, 40, 40, total_pixels=LEAST // 2 - 1), video_processor=qwen3.video_processor)
+
+
+def test_without_a_processor_only_frames_without_limits_are_loaded(tmp_path: Path) -> None:
+    assert load_video(video(4, 40, 40)).size is None
+    file = {"type": "video", "video": str(write_video(tmp_path / "a.mp4", moving(4)))}
+    for part in (file, video(4, 40, 40, max_pixels=2000)):
+        with rejects("a file and limits need the processor: load_video(part, options, video_processor)"):
+            load_video(part)
 
 
 def test_limits_of_an_unknown_processor_are_rejected() -> None:

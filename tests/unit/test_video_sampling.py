@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2VLVideoProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 from transformers.video_utils import load_video as reference_load_video
 
@@ -196,6 +196,7 @@ def test_frames_as_a_list_are_all_used_with_their_own_rate(qwen3: Qwen3VLProcess
     frames = torch.from_numpy(moving(9)).permute(0, 3, 1, 2)
     video = load_video({"type": "video", "video": frames, "fps": 3}, MediaOptions(video_fps=1, video_max_frames=4))
     assert (len(video.frames), video.metadata.fps) == (9, 3)
+    assert (video.metadata.total_num_frames, video.metadata.duration) == (9, 3)
     for name in ("min_frames", "max_frames", "video_start", "video_end"):
         with rejects(f"video: '{name}' is for video files"):
             load_video({"type": "video", "video": frames, "fps": 3, name: 2})
@@ -262,6 +263,17 @@ def test_a_conversation_is_measured_without_decoding(
     content = "".join(around[one["type"]].format(text) for one, text in zip(parts, texts, strict=True))
     text = f"<|im_start|>user\n{content}hello<|im_end|>\n<|im_start|>assistant\nseven<|im_end|>\n"
     assert qwen3.tokenizer(text)["input_ids"] == sample.input_ids.tolist()
+
+
+def test_a_video_of_qwen2_5_has_no_timestamps(qwen3: Qwen3VLProcessor, tmp_path: Path) -> None:
+    processor = Qwen2_5_VLProcessor(qwen3.image_processor, qwen3.tokenizer, processor_25(), qwen3.chat_template)
+    path = write_video(tmp_path / "a.mp4", moving(40), 10)
+    metadata = VideoMetadata(total_num_frames=40, fps=10.0)
+    expected = processor(text=["<|video_pad|>hello"], videos=[decoded(path)], video_metadata=[metadata])
+    shape = media_shape(part(path), processor)
+    assert shape.timestamps == []
+    text = placeholder_text("video", shape, processor) + "hello"
+    assert processor.tokenizer(text)["input_ids"] == expected["input_ids"][0]
 
 
 def test_nothing_of_a_video_is_kept(tmp_path: Path) -> None:
