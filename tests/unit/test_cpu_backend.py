@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
+from megatron_vlbridge.backends import gloo
 from megatron_vlbridge.backends.cpu import CpuSpecProvider, PackedAttention, reference_norm
 from megatron_vlbridge.backends.packed import PackedSegments
 from megatron_vlbridge.errors import VLBridgeError
@@ -214,19 +216,30 @@ print("fine")
     assert in_a_new_process(program) == "fine"
 
 
-@pytest.mark.parametrize(("chosen", "policy"), [("OTHER", "BATCH"), ("IDLE", "IDLE")])
-def test_threads_of_gloo_do_not_preempt_ranks(chosen: str, policy: str, tmp_path: Path):
-    """Unless the user chose another scheduling policy."""
+def test_threads_of_gloo_do_not_preempt_ranks(tmp_path: Path):
     program = f"""
 import os
-os.sched_setscheduler(0, os.SCHED_{chosen}, os.sched_param(0))
 cpu_runtime.enable()
 before = set(os.listdir("/proc/self/task"))
 torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
 started = set(os.listdir("/proc/self/task")) - before
 assert len(started) >= 2, started
-assert all(os.sched_getscheduler(int(task)) == os.SCHED_{policy} for task in started)
+assert all(os.sched_getscheduler(int(task)) == os.SCHED_BATCH for task in started)
 torch.distributed.destroy_process_group()
 print("fine")
 """
     assert in_a_new_process(program) == "fine"
+
+
+def test_a_scheduling_policy_that_the_user_chose_is_kept():
+    found = []
+
+    def choose():
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        gloo.set_batch_scheduling()
+        found.append(os.sched_getscheduler(0))
+
+    thread = threading.Thread(target=choose)
+    thread.start()
+    thread.join()
+    assert found == [os.SCHED_IDLE]
