@@ -320,6 +320,31 @@ def test_an_epoch_has_the_conversations_of_a_source_as_often_as_its_weight_says(
     assert torch.equal(again[0]["tokens"], with_text)
 
 
+def test_neighboring_packs_of_weighted_sources_have_like_vision_work(
+    processor: Qwen3VLProcessor, config: Config, tmp_path: Path
+) -> None:
+    for name in ("text", "image"):
+        lines = []
+        for n in range(9 if name == "text" else 8):
+            parts = [{"type": "text", "text": " hello" * (40 if name == "text" else 30)}]
+            if name == "image":
+                Image.new("RGB", (8, 8 * (1 + n))).save(tmp_path / f"{n}.png")
+                parts.append({"type": "image", "image": f"{n}.png"})
+            lines.append(json.dumps({"messages": [{"role": "user", "content": parts}, CONVERSATIONS[0][1]]}))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "meta.yaml").write_text("train: [{path: text.jsonl, weight: 3}, {path: image.jsonl, weight: 2}]")
+    conversations = open_data(tmp_path / "meta.yaml")
+    assert conversations is not None
+    packing = PackingOptions("first-fit-decreasing", neighbors=2)
+    dataset = build(conversations, processor, config, packing=packing)
+    loads = [sum(dataset._work[member] for member in pack) for pack in dataset.epoch_packs(0)]
+    assert len(loads) % 2 == 0
+    assert len(set(loads)) > 4
+    in_order = sorted(loads)
+    pairs = zip(in_order[::2], in_order[1::2], strict=True)
+    assert sorted(tuple(sorted(pair)) for pair in zip(loads[::2], loads[1::2], strict=True)) == sorted(pairs)
+
+
 def thinking(processor: Qwen3VLProcessor) -> Qwen3VLProcessor:
     """A processor whose template drops reasoning."""
     cut = CHAT_TEMPLATE.replace("message.content }}", "message.content.split('</think>')[-1] }}")
