@@ -59,10 +59,10 @@ def assistant_turns(text: str) -> tuple[int, int]:
     return len(turns), sum("⟦" in turn for turn in turns)
 
 
-def test_there_are_sixty_conversations_and_more() -> None:
-    masks = [text for case in CASES.values() for text in case.expected.values() if isinstance(text, str)]
-    assert len(masks) >= 60
-    assert all(set(case.expected) == set(FAMILIES) for case in CASES.values())
+def test_there_are_sixty_masks_and_more() -> None:
+    """Fewer for Qwen2.5-VL, whose template has neither tools nor `reasoning_content`: these are rejected."""
+    for family, number in (("qwen2_5_vl", 40), ("qwen3_vl", 60), ("qwen3_5", 60)):
+        assert sum(isinstance(case.expected[family], str) for case in CASES.values()) >= number
 
 
 @pytest.mark.parametrize("family", FAMILIES)
