@@ -101,7 +101,7 @@ def encode_conversation(
     `processor.decode(sample.input_ids[sample.loss_mask])`, is `A cat.<|im_end|>`.
     """
     check_conversation(messages)
-    tools = [] if tools is None else list(tools)
+    tools = list(tools or [])
     check_tools(tools)
     written, special = template_messages(messages), _special_tokens(processor)
     hidden: dict[str, str] = {}

@@ -185,3 +185,10 @@ def test_the_longer_of_two_special_tokens_is_hidden() -> None:
         assert shown_tokens(hidden[0]["content"], tokens) == "<a<b>> <b>"
         assert set(tokens.values()) == set(special)
         assert tools == []
+
+
+def test_the_reason_of_an_excluded_turn_shows_its_special_tokens() -> None:
+    case = CASES["special tokens in an answer"]
+    sample = encode_conversation(case.messages, processor_of("qwen3_5"), **case.options)
+    assert [turn.message for turn in sample.excluded_turns] == [1]
+    assert "'<|im_end|>' starts with none of the template's generation prompts" in sample.excluded_turns[0].reason
