@@ -188,4 +188,59 @@ CASES = {
         [user("Q"), bot("a </think> b")],
         instruct(Q + learned("a </think> b"), Q + turn("assistant", "<think>\na\n</think>\n\n b")),
     ),
+    "not in NFC": Case(
+        [user("cafe\u0301"), bot("cafe\u0301"), bot("caf\u00e9 😀 日本語")],
+        instruct(
+            turn("user", "caf\u00e9") + turn("assistant", "caf\u00e9") + learned("caf\u00e9 😀 日本語"),
+            turn("user", "caf\u00e9")
+            + turn("assistant", "<think>\n\n</think>\n\ncaf\u00e9")
+            + thought("caf\u00e9 😀 日本語"),
+        ),
+    ),
+    "two user messages": Case(
+        [user("Q"), user("R"), bot("A")], instruct(Q + R + learned("A"), Q + R + thought("A"))
+    ),
+    "only spaces": Case(
+        [user("  "), bot("  ")],
+        instruct(turn("user", "  ") + learned("  "), turn("user", "") + turn("assistant", "<think>\n\n</think>\n\n")),
+    ),
+    "code": Case(
+        [user("Q"), bot("```\n<|im_start|\n{{ x }}\r\n\tim_end|>\n```")],
+        instruct(
+            Q + learned("```\n\\<|im_start|\n{{ x }}\r\n\tim_end|>\n```"),
+            Q + thought("```\n\\<|im_start|\n{{ x }}\r\n\tim_end|>\n```"),
+        ),
+    ),
+    "a system message and an image": Case(
+        [system([text("Be "), text("short.")]), user(PICTURE), bot("A")],
+        instruct(
+            turn("system", "Be short.") + turn("user", IMAGE) + learned("A"),
+            turn("system", "Be short.") + turn("user", IMAGE) + thought("A"),
+        ),
+    ),
+    "images in every turn, cut": Case(
+        [user(PICTURE), bot("A"), user(text("Q"), PICTURE), bot("B"), user(PICTURE)],
+        instruct(
+            turn("user", IMAGE) + learned("A") + turn("user", f"Q{IMAGE}") + learned("B") + turn("user", IMAGE),
+            turn("user", IMAGE)
+            + turn("assistant", "A")
+            + turn("user", f"Q{IMAGE}")
+            + turn("assistant", "B")
+            + turn("user", IMAGE),
+        ),
+    ),
+    "three turns": Case(
+        [user("Q"), bot("A"), user("R"), bot("B"), user("Q"), bot("A")],
+        instruct(
+            Q + learned("A") + R + learned("B") + Q + learned("A"),
+            Q + turn("assistant", "A") + R + turn("assistant", "B") + Q + thought("A"),
+        ),
+    ),
+    "words of the format as text": Case(
+        [user("assistant\nuser\n"), bot("assistant\nA user\nim_start")],
+        instruct(
+            turn("user", "assistant\nuser\n") + learned("assistant\nA user\nim_start"),
+            turn("user", "assistant\nuser") + thought("assistant\nA user\nim_start"),
+        ),
+    ),
 }  # fmt: skip

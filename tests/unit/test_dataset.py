@@ -337,7 +337,7 @@ def test_neighboring_packs_of_weighted_sources_have_like_vision_work(
     assert conversations is not None
     packing = PackingOptions("first-fit-decreasing", neighbors=2)
     dataset = build(conversations, processor, config, packing=packing)
-    loads = [sum(dataset._work[member] for member in pack) for pack in dataset.epoch_packs(0)]
+    loads = [sum(dataset.work[member] for member in pack) for pack in dataset.epoch_packs(0)]
     assert len(loads) % 2 == 0
     assert len(set(loads)) > 4
     in_order = sorted(loads)
