@@ -1,6 +1,6 @@
-"""Offline packing of 1,000,000 lengths, and opening a file of 10,000,000 lines.
+"""Offline packing of 1,000,000 lengths, opening a file of 10,000,000 lines, and measuring conversations with images.
 
-    python benchmarks/data.py [packing] [lines]
+    python benchmarks/data.py [packing] [lines] [media]
 
 Packing: time on one core, and packs compared with the lower bound.
 
@@ -11,6 +11,9 @@ limit on patches 5 % more.
 Lines: the file is written to the folder for temporary files (0.8 GB). Exit code 1 if opening it with its index takes
 1 s or more, or the process grows by 200 MB or more while it opens the file and reads 10,000 random lines. Pages of the
 index that it reads are not counted then: they are those of the file, shared by all processes.
+
+Media: conversations with one JPEG of 1024 x 1024 each, measured from headers and encoded. Exit code 1 if measuring
+100,000 of them takes 60 s of one core or more, or encoding takes less than 20 times as long.
 """
 
 import os
@@ -20,17 +23,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
+from PIL import Image
 
+from megatron_vlbridge.data.chat import encode_conversation
+from megatron_vlbridge.data.lengths.measure import Measure
 from megatron_vlbridge.data.packing.offline import order_packs, pack_lengths
 from megatron_vlbridge.data.sources.files.json_lines import JsonLines
+from megatron_vlbridge.demo.tiny_processor import build_processor
 
 COUNT, LINES = 1_000_000, 10_000_000
 LIMIT_S, LIMIT, LIMIT_PATCHES = 0.5, 0.001, 0.05
 LIMIT_OPEN_S, LIMIT_OPEN_MB = 1, 200
 ROUNDS = 5
+LIMIT_INDEX_S, LIMIT_RATIO = 60, 20
 
 type Ints = np.ndarray
 
@@ -123,6 +132,36 @@ def measure_lines() -> bool:
     return seconds < LIMIT_OPEN_S and max(opened, read) < LIMIT_OPEN_MB
 
 
+def measure_media() -> bool:
+    print(f"\nConversations with one JPEG of 1024 x 1024; limits {LIMIT_INDEX_S} s for 100,000, {LIMIT_RATIO} times")
+    with tempfile.TemporaryDirectory() as folder:
+        conversations = write_conversations(Path(folder), 200)
+        processor = build_processor(["a", "picture"], patch_size=16, merge_size=2, min_pixels=65_536, max_pixels=2**24)
+        measure = Measure(processor, 1152)
+        measuring, table = fastest(lambda: measure(conversations, range(len(conversations))))
+        encoding, _ = fastest(lambda: [encode_conversation(one, processor) for one in conversations], 1)
+    assert (table.rows["patches"] == 64 * 64).all()
+    seconds = measuring / len(conversations) * 100_000
+    print(f"100,000 measured in {seconds:.0f} s; encoding takes {encoding / measuring:.0f} times as long")
+    return seconds < LIMIT_INDEX_S and encoding / measuring > LIMIT_RATIO
+
+
+def write_conversations(folder: Path, count: int) -> list[list[dict[str, Any]]]:
+    """Conversations about one image each, of some 100 words."""
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    for index in range(count):
+        image = Image.fromarray(np.roll(noise, index, 0)).resize((1024, 1024), Image.Resampling.BICUBIC)
+        image.save(folder / f"{index}.jpg", quality=85)
+    question = {"type": "text", "text": "What is it? " * 10}
+    return [
+        [
+            {"role": "user", "content": [{"type": "image", "image": str(folder / f"{index}.jpg")}, question]},
+            {"role": "assistant", "content": "It is a picture. " * 20},
+        ]
+        for index in range(count)
+    ]
+
+
 def open_lines(path: str) -> None:
     """Print the time and the growth of this process in MB, for opening a file, and for reading from it."""
     process, indices = psutil.Process(os.getpid()), np.random.default_rng(0).integers(0, LINES, 10_000)
@@ -141,7 +180,7 @@ def main() -> int:
     if sys.argv[1:2] == ["open"]:
         open_lines(sys.argv[2])
         return 0
-    measures = {"packing": measure_packing, "lines": measure_lines}
+    measures = {"packing": measure_packing, "lines": measure_lines, "media": measure_media}
     results = [measures[name]() for name in sys.argv[1:] or measures]
     return 0 if all(results) else 1
 

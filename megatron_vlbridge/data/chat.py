@@ -160,14 +160,22 @@ def _expanded_ids(prompt: Prompt, shapes: dict[str, list[MediaShape]], processor
     """The tokens of a prompt whose placeholders are expanded as by the processor."""
     kinds = {processor.image_token: "image", processor.video_token: "video"}
     remaining = {kind: iter(found) for kind, found in shapes.items()}
-    placeholders = re.compile("|".join(map(re.escape, kinds)))
+    runs = re.compile("|".join(f"(?:{re.escape(token)})+" for token in kinds))
+    counts: list[int] = []
 
     def expand(match: re.Match[str]) -> str:
-        kind = kinds[match[0]]
-        return placeholder_text(kind, next(remaining[kind]), processor)
+        token = match[0]
+        text = placeholder_text(kinds[token], next(remaining[kinds[token]]), processor)
+        counts.extend(len(run) // len(token) for run in runs.findall(text))
+        return runs.sub(token, text)
 
+    # A run of a placeholder is tokenized as one and then repeated: it can be of thousands.
+    placeholders = re.compile("|".join(map(re.escape, kinds)))
     texts = [placeholders.sub(expand, piece) for piece in prompt.texts]
-    return prompt.join([torch.tensor(processor.tokenizer(text)["input_ids"]) for text in texts])
+    ids = prompt.join([torch.tensor(processor.tokenizer(text)["input_ids"]) for text in texts])
+    repeats = torch.ones_like(ids)
+    repeats[(ids == processor.image_token_id) | (ids == processor.video_token_id)] = torch.tensor(counts, dtype=ids.dtype)
+    return ids.repeat_interleave(repeats)
 
 
 def _load_media[T](messages: Conversation, kind: str, load: Callable[[dict[str, Any]], T]) -> list[T]:
