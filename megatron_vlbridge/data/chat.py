@@ -174,7 +174,8 @@ def _expanded_ids(prompt: Prompt, shapes: dict[str, list[MediaShape]], processor
     texts = [placeholders.sub(expand, piece) for piece in prompt.texts]
     ids = prompt.join([torch.tensor(processor.tokenizer(text)["input_ids"]) for text in texts])
     repeats = torch.ones_like(ids)
-    repeats[(ids == processor.image_token_id) | (ids == processor.video_token_id)] = torch.tensor(counts, dtype=ids.dtype)
+    repeated = torch.isin(ids, torch.tensor([processor.image_token_id, processor.video_token_id]))
+    repeats[repeated] = torch.tensor(counts, dtype=ids.dtype)
     return ids.repeat_interleave(repeats)
 
 
