@@ -296,7 +296,7 @@ OPTION = r"(?<![\w|-])--[a-z][\w-]*"
 
 def test_each_option_on_the_pages_exists(capsys: pytest.CaptureFixture[str], pool: Pool) -> None:
     known = pool.run(training_options, Layout())[0] | TORCHRUN
-    texts = [help_of(capsys, name) for name in ("import", "export", "verify", "inspect", "plot")]
+    texts = [help_of(capsys, name) for name in ("import", "export", "verify", "inspect", "plot", "data")]
     texts += [printed("-m", "megatron_vlbridge.demo", "--help"), printed("benchmarks/convert.py", "--help")]
     known |= {option for text in texts for option in re.findall(OPTION, text)}
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
