@@ -44,6 +44,7 @@ COMMANDS = {
     "import": (README, "vlbridge import Qwen3-VL-8B-Instruct qwen3-vl-8b-megatron"),
     "export": (README, "vlbridge export run qwen3-vl-8b-trained --like Qwen3-VL-8B-Instruct"),
     "line": (README, '{"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, '),
+    "data": (README, "vlbridge data check train.jsonl"),
     "train": (README, "torchrun --nproc_per_node 8 examples/pretrain.py \\"),
     "plot": (TRAINING, "vlbridge plot metrics.csv -o metrics.html"),
     "short train": (TRAINING, "torchrun --nproc_per_node 1 examples/pretrain.py --cpu "),
@@ -184,6 +185,13 @@ def test_the_commands_of_the_readme_convert(workplace: Path) -> None:
         assert main(command(COMMANDS[name])[1:]) == 0
     assert verify("Qwen3-VL-8B-Instruct", "qwen3-vl-8b-megatron").equal
     assert verify("run", "qwen3-vl-8b-trained").equal
+
+
+def test_the_data_commands_of_the_readme_check_and_measure(workplace: Path) -> None:
+    for line in block(COMMANDS["data"]).text.splitlines():
+        assert main(shlex.split(line)[1:]) == 0
+    assert "<mark>A cat." in (workplace / "data.html").read_text()
+    assert (workplace / "train.jsonl.train.lengths").exists()
 
 
 def test_the_documented_plot_is_drawn(workplace: Path) -> None:
