@@ -121,3 +121,9 @@ def test_sizes_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         build_table(range(3), measure, tmp_path / "lengths", FINGERPRINT, workers=0)
     with rejects("at least one conversation"):
         build_table(range(0), measure, tmp_path / "lengths", FINGERPRINT)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with rejects("file/lengths: cannot write the table of lengths"):
+        build_table(range(3), measure, tmp_path / "file" / "lengths", FINGERPRINT)

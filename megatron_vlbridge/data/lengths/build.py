@@ -33,12 +33,26 @@ def build_table(
     `progress(done, total)` is called after each chunk. The chunks of an interrupted or failed run with the same
     fingerprint are in `path + ".parts"` and not measured again; the folder is removed at the end.
 
-    Raises VLBridgeError: as `measure`; `workers` is not positive; there are no conversations.
+    Raises VLBridgeError: as `measure`; `workers` is not positive; there are no conversations; a file cannot be written.
     """
     if workers < 1:
         raise VLBridgeError(f"workers: expected a positive number, found {workers}")
     if not len(conversations):
         raise VLBridgeError(f"{path}: expected at least one conversation, found none")
+    try:
+        return _build(conversations, measure, Path(path), fingerprint, workers, progress)
+    except OSError as error:
+        raise VLBridgeError(f"{path}: cannot write the table of lengths: {error}") from error
+
+
+def _build(
+    conversations: Sequence[Any],
+    measure: Measure,
+    path: Path,
+    fingerprint: Mapping[str, Any],
+    workers: int,
+    progress: Progress | None,
+) -> LengthTable:
     key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(f"{path}.parts")
     parts = folder / key

@@ -15,6 +15,7 @@ from megatron_vlbridge.data.sources.mixture import Mixture
 
 SUFFIX = "lengths"
 _EDGE = 1 << 20
+_DATA = Path(__file__).parents[1]  # the code that encodes
 
 
 def table_path(data: str | Path, split: str) -> Path:
@@ -54,6 +55,7 @@ def fingerprint(conversations: FileConversations | Mixture, measure: Measure) ->
         "media": asdict(measure.media),
         "labels": asdict(measure.labels),
         "transformers": version("transformers"),
+        "code": _digest("".join(path.read_text("utf-8") for path in sorted(_DATA.rglob("*.py")))),
     }
     as_json: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return as_json
