@@ -121,14 +121,16 @@ def test_those_that_cannot_be_measured_are_left_out(
     processor: Qwen3VLProcessor, config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path, (), (*MISSING, 40))
-    with rejects("2 of 60 conversations", "more than --max-bad-samples 0.03", "line 13:"):
-        make(path, processor, config, 0.03)
+    with path.open("a") as file:
+        file.write('{"messages": 3}\n')
+    with rejects("3 of 61 conversations", "more than --max-bad-samples 0.04", "line 13:"):
+        make(path, processor, config, 0.04)
     with caplog.at_level(logging.WARNING):
         dataset = make(path, processor, config, 0.05)
-    assert dataset.failed == [12, 40]
-    assert not {12, 40} & {member for index in range(24) for member in dataset.members(index)}
+    assert dataset.failed == [12, 40, 60]
+    assert not {12, 40, 60} & {member for index in range(24) for member in dataset.members(index)}
     assert [record.getMessage() for record in caplog.records] == [dataset.failed_report]
-    assert "2 of 60 conversations cannot be encoded (first: " in dataset.failed_report
+    assert "3 of 61 conversations cannot be encoded (first: " in dataset.failed_report
     assert "12.png" in dataset.failed_report
 
 
