@@ -81,7 +81,7 @@ def encode_conversation(
     media: MediaOptions = DEFAULTS,
     labels: LabelOptions = DEFAULT_LABELS,
 ) -> Sample:
-    """Encode a conversation in the Hugging Face messages format with a Qwen3-VL processor.
+    """Encode a conversation in the Hugging Face messages format with the processor of a checkpoint.
 
     A message is `{"role": "system" | "user" | "assistant" | "tool", "content": ...}`; the content is a string or a list
     of `{"type": "text", "text": str}` and, in user and tool messages, `{"type": "image", "image": path or PIL image}`

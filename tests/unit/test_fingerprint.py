@@ -1,7 +1,9 @@
 """The fingerprint of a table of lengths differs where lengths may, and is the same for a copy of the data."""
 
+import io
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +74,30 @@ def test_data_form_and_tags_are_in_it(path: Path) -> None:
     # Another text of the same length.
     path.write_text(path.read_text().replace("seven", "eight"))
     assert fingerprint(read_conversations(path), base)["sources"] != expected["sources"]
+
+
+def test_an_index_in_a_folder_of_shards_is_no_data(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with tarfile.open(folder / "00.tar", "w") as shard:
+        content = json.dumps(LINE).encode()
+        member = tarfile.TarInfo("a.json")
+        member.size = len(content)
+        shard.addfile(member, io.BytesIO(content))
+    found = []
+    for _ in range(2):
+        conversations = open_data(meta_of(folder))
+        assert conversations
+        found.append(fingerprint(conversations, Measure(processor(), 32)))
+        (folder / "00.tar.index").touch()
+    assert found[0] == found[1]
+    assert [file[0] for file in found[0]["sources"][0]["files"]] == ["00.tar"]
+
+
+def meta_of(source: Path) -> Path:
+    meta = source.with_name("meta.yaml")
+    meta.write_text(f"train: [{{path: {source.name}}}]")
+    return meta
 
 
 def test_the_table_is_beside_the_data() -> None:

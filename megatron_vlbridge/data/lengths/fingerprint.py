@@ -11,6 +11,7 @@ from typing import Any
 from megatron_vlbridge.data.conversations import FileConversations
 from megatron_vlbridge.data.lengths.measure import Measure
 from megatron_vlbridge.data.lengths.table import LengthTable
+from megatron_vlbridge.data.sources.files.record_index import SUFFIX as INDEX_SUFFIX
 from megatron_vlbridge.data.sources.mixture import Mixture
 
 SUFFIX = "lengths"
@@ -73,8 +74,11 @@ def open_table(
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """The file, or the files in the folder."""
-    yield from sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    """The file, or the files in the folder without the indices that `sources` writes beside them."""
+    if not path.is_dir():
+        yield path
+        return
+    yield from sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != INDEX_SUFFIX)
 
 
 def _file(path: Path) -> list[Any]:

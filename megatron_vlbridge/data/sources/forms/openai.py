@@ -22,8 +22,7 @@ def from_openai(record: Record) -> Record:
     A URL is a path, `file:///a.png`, or for images `data:image/png;base64,...`, which becomes bytes. Everything else is
     left for the check of the messages form.
 
-    Raises VLBridgeError: another URL, base64 that is none, a `detail` other than "auto". The error names message and
-    part.
+    Raises VLBridgeError: another URL, invalid base64, a `detail` other than "auto". The error names message and part.
     Example: `from_openai({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
     "file:///a.png"}}]}]})` has the part `{"type": "image", "image": "/a.png"}`.
     """
