@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
@@ -97,7 +96,7 @@ def match_turns(
     """The turn of each of `turn_groups`, after checking that the template kept the content of all but the assistant.
 
     The template may start with its own system prompt. It may add to the texts and strip whitespace from their ends, as
-    the published templates do. Assistant content is checked by `supervised_mask`, but its tool calls here.
+    the published templates do. Assistant content is checked by `supervised_spans`, but its tool calls here.
 
     Raises VLBridgeError: messages and turns do not match one to one; a text was modified, or an image or video dropped;
     the tools or calls are not rendered in a published form.
@@ -167,10 +166,10 @@ def generation_prompts(processor: ProcessorMixin) -> list[GenerationPrompt]:
     return sorted(found, key=lambda prompt: len(prompt.ids), reverse=True)
 
 
-def supervised_mask(
+def supervised_spans(
     ids: Tensor, turns: Sequence[Turn], messages: Conversation, processor: ProcessorMixin, skipped: Sequence[int] = ()
-) -> tuple[Tensor, tuple[ExcludedTurn, ...]]:
-    """Bool `[L]`, True for supervised tokens: assistant content and its `<|im_end|>`; and the turns without loss.
+) -> tuple[dict[int, slice], tuple[ExcludedTurn, ...]]:
+    """The supervised tokens of each message, its content and `<|im_end|>`, by its index; and the turns without loss.
 
     `ids` int64 `[L]` are the tokens of the rendered conversation, placeholders expanded; `turns` has one turn for each
     of `turn_groups(messages)`. `skipped` messages are not learned.
@@ -187,7 +186,7 @@ def supervised_mask(
             else:
                 reason = _prompt_mismatch(_assistant_texts(messages[index]), turn, prompts)
                 excluded.append(ExcludedTurn(index, reason))
-    mask = torch.zeros_like(ids, dtype=torch.bool)
+    learned: dict[int, slice] = {}
     # One call is several times faster than one for each turn.
     supervised = [token for _, _, span in candidates for token in tokens[span]]
     decoded = _decode(supervised, processor).split(TURN_END)[:-1]
@@ -196,10 +195,10 @@ def supervised_mask(
     for (index, prompt, span), found in zip(candidates, decoded, strict=True):
         texts = _assistant_texts(messages[index])
         if any(found in (text, text.removeprefix(prompt.prefix)) for text in texts):
-            mask[span] = True
+            learned[index] = span
         else:
             excluded.append(ExcludedTurn(index, _difference(_closest(texts, found), found)))
-    return mask, tuple(sorted(excluded, key=lambda turn: turn.message))
+    return learned, tuple(sorted(excluded, key=lambda turn: turn.message))
 
 
 def _decode(ids: list[int], processor: ProcessorMixin) -> str:
@@ -221,10 +220,13 @@ def _closest(texts: Sequence[str], found: str) -> str:
     return max(texts, key=lambda text: _first_difference(text, found))
 
 
-def add_newlines(mask: Tensor, ids: Tensor, processor: ProcessorMixin) -> None:
-    """Add the newline after each learned turn to `mask`, bool `[L]` (VLBridgeError if another token is there)."""
+def add_newlines(weights: Tensor, ids: Tensor, processor: ProcessorMixin) -> None:
+    """Give the newline after each learned turn its weight; `weights` `[L]` has 0 for tokens that are not learned.
+
+    Raises VLBridgeError: there is another token.
+    """
     newline = processor.tokenizer.encode("\n", add_special_tokens=False)
-    ends = (mask & (ids == processor.tokenizer.convert_tokens_to_ids(TURN_END))).nonzero().flatten() + 1
+    ends = ((weights > 0) & (ids == processor.tokenizer.convert_tokens_to_ids(TURN_END))).nonzero().flatten() + 1
     for end in ends.tolist():
         if ids[end : end + 1].tolist() != newline:
             found = processor.tokenizer.decode(ids[end : end + 1].tolist())
@@ -232,7 +234,7 @@ def add_newlines(mask: Tensor, ids: Tensor, processor: ProcessorMixin) -> None:
                 f"token {end}: expected a newline after {TURN_END}, found {found!r}; leave out --label-newline, the "
                 "chat template does not write one"
             )
-    mask[ends] = True
+    weights[ends] = weights[ends - 1]
 
 
 def _turn_spans(ids: Tensor, count: int, tokenizer: Any) -> list[tuple[int, int]]:
