@@ -71,6 +71,22 @@ class MeasuredConversation:
     video_grid_thw: Tensor
     excluded_turns: tuple[ExcludedTurn, ...] = ()
     skipped_turns: tuple[int, ...] = ()
+    loss_weights: Tensor | None = None
+
+    def without_patches(self) -> Sample:
+        """As a sample whose images and videos have 0 patches, of 0 values."""
+        none = torch.zeros(0, 0)
+        turns = self.excluded_turns, self.skipped_turns
+        return Sample(
+            self.input_ids,
+            self.loss_mask,
+            none,
+            self.image_grid_thw,
+            none,
+            self.video_grid_thw,
+            *turns,
+            self.loss_weights,
+        )
 
 
 def encode_conversation(
@@ -156,7 +172,8 @@ def measure_conversation(
     images, videos = (
         torch.tensor([one.grid for one in shapes[kind]], dtype=torch.int64).view(-1, 3) for kind in ("image", "video")
     )
-    return MeasuredConversation(ids, mask.supervised, images, videos, mask.excluded_turns, mask.skipped_turns)
+    turns = mask.excluded_turns, mask.skipped_turns
+    return MeasuredConversation(ids, mask.supervised, images, videos, *turns, mask.weights)
 
 
 def _expanded_ids(prompt: Prompt, shapes: dict[str, list[MediaShape]], processor: ProcessorMixin) -> Tensor:

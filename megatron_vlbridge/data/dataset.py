@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch.distributed
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.data.chat import DEFAULT_LABELS, Sample, encode_conversation
+from megatron_vlbridge.data.chat import DEFAULT_LABELS, Sample, encode_conversation, measure_conversation
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.options import LabelOptions
@@ -59,6 +60,9 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     measured are left out: `failed` has their indices, and rank 0 logs `failed_report`. One that fails later, when its
     media are decoded, is replaced in its pack (see `packing.replacement`) and logged.
 
+    With `decode_media=False` packs have no patches, and are else the same: for a pipeline stage without the vision
+    tower (see `training.launch.data.decodes_media`). Only the headers of files are read.
+
     Raises VLBridgeError: the processor does not match the config; a conversation cannot be encoded or exceeds a limit
     of a pack (the error names its file and line, or its index); there are no conversations, or all were dropped.
 
@@ -81,6 +85,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         packing: PackingOptions = DEFAULT_PACKING,
         lengths: LengthTable | None = None,
         max_bad_samples: float = 0,
+        decode_media: bool = True,
     ) -> None:
         check_processor(processor, config)
         if not conversations:
@@ -94,6 +99,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.media = media
         self.labels = labels
         self.packing = packing
+        self.decode_media = decode_media
         table = lengths or Measure(processor, config.vision.hidden_size, media, labels)(
             conversations, range(len(conversations))
         )
@@ -269,9 +275,11 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         where = location(conversation, index)
         try:
             tools = tools_of(conversation)
-            sample = encode_conversation(
-                conversation, self.processor, tools=tools, media=self.media, labels=self.labels
-            )
+            options: dict[str, Any] = {"tools": tools, "media": self.media, "labels": self.labels}
+            if self.decode_media:
+                sample = encode_conversation(conversation, self.processor, **options)
+            else:
+                sample = measure_conversation(conversation, self.processor, **options).without_patches()
         except VLBridgeError as error:
             raise VLBridgeError(f"{where}: {error}") from error
         if len(sample.input_ids) != self.lengths[index]:

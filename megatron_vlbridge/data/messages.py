@@ -134,9 +134,7 @@ def _check_weight(name: str, message: Message) -> None:
         low, high = WEIGHTS
         raise VLBridgeError(f"{name}: expected 'weight' to be 0, or from {low} to {high}, found {shown(weight)}")
     if "train" in message and "weight" in message and message["train"] != (weight > 0):
-        raise VLBridgeError(
-            f"{name}: 'train' {shown(message['train'])} contradicts 'weight' {weight}; remove one"
-        )
+        raise VLBridgeError(f"{name}: 'train' {shown(message['train'])} contradicts 'weight' {weight}; remove one")
 
 
 def _check_result(index: int, message: Message, calls: Sequence[Call]) -> None:

@@ -62,7 +62,7 @@ def next_inputs(
                     "return a dataset on that rank"
                 )
             batch = next(data_iterator)
-            inputs = read_pack(batch, config, check_position_ids)
+            inputs = read_pack(batch, config, check_position_ids, with_patches=pre_process)
             if note_pack is not None:
                 note_pack(batch)
             inputs = inputs.context_parallel(pg_collection.cp.size(), pg_collection.cp.rank(), config)
@@ -85,10 +85,13 @@ def next_inputs(
     return inputs.to(device)
 
 
-def read_pack(batch: Mapping[str, Any], config: Config, check_position_ids: bool = False) -> PackedInputs:
+def read_pack(
+    batch: Mapping[str, Any], config: Config, check_position_ids: bool = False, with_patches: bool = True
+) -> PackedInputs:
     """Convert a micro-batch of a data loader (all tensors with a leading dimension of 1) to model inputs.
 
-    Its `position_ids`, if any, are used; `check_position_ids`: they must be those that are computed without.
+    Its `position_ids`, if any, are used; `check_position_ids`: they must be those that are computed without. A stage
+    without the tower needs no patches (`with_patches` False): its data loader may have decoded none.
 
     Raises VLBridgeError: a key is missing or unknown, the micro-batch is not one pack, or its tensors do not match.
     """
@@ -114,7 +117,7 @@ def read_pack(batch: Mapping[str, Any], config: Config, check_position_ids: bool
             f"{list(pack['tokens'].shape)}"
         )
     layout = BatchLayout.packed(pack["segment_lengths"].tolist(), pack["tokens"].shape[0])
-    media = Media(**{key: pack[key] for key in PACK_KEYS[3:]})
+    media = Media(**{key: pack[key] for key in PACK_KEYS[3:]}, patches_wanted=with_patches)
     weights = _loss_weights(batch.get("loss_weights"), layout.total)
     inputs = PackedInputs.from_pack(layout, pack["tokens"][None], media, config, pack["labels"][None], weights)
     inputs = inputs.with_positions(positions and _in_one_row(positions, layout.total))

@@ -1,5 +1,6 @@
 """The dataset has every conversation once per epoch, one pack per index, and errors that name the conversation."""
 
+import copy
 import dataclasses
 import json
 from collections import Counter
@@ -16,6 +17,7 @@ from transformers import Qwen3VLConfig, Qwen3VLProcessor
 
 from megatron_vlbridge import read_config
 from megatron_vlbridge.config import Config
+from megatron_vlbridge.data import chat
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.conversations import FileConversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
@@ -460,3 +462,22 @@ def test_turns_that_are_not_learned_are_counted(
     assert data.skipped_turns_report.startswith("3 of 6 assistant turns are not learned")
     assert [record.message for record in caplog.records] == [data.skipped_turns_report]
     assert int((data[0]["labels"] >= 0).sum()) == 3 * len(processor.tokenizer.encode("a<|im_end|>"))
+
+
+@pytest.mark.parametrize("weight", [None, 0.5])
+def test_packs_without_decoding_differ_only_in_the_patches(
+    processor: Qwen3VLProcessor, config: Config, monkeypatch: pytest.MonkeyPatch, weight: float | None
+) -> None:
+    conversations = copy.deepcopy(CONVERSATIONS)
+    if weight:
+        conversations[5][1]["weight"] = weight
+    options = {"seq_length": SEQ_LENGTH, "num_samples": 20}
+    decoded = [*PackedConversations(conversations, processor, config, **options)]
+    for name in ("load_image", "load_video"):
+        monkeypatch.setattr(chat, name, None)
+    measured = [*PackedConversations(conversations, processor, config, **options, decode_media=False)]
+    assert sum("loss_weights" in pack for pack in decoded) == (2 if weight else 0)
+    for with_patches, without in zip(decoded, measured, strict=True):
+        assert all(len(without.pop(key)) == 0 for key in ("pixel_values", "pixel_values_videos"))
+        rest = {key: x for key, x in with_patches.items() if not key.startswith("pixel_values")}
+        assert equal(without, rest)
