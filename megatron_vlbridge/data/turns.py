@@ -10,8 +10,10 @@ the reasoning of earlier turns, add an empty one, strip whitespace); a modified 
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
@@ -147,12 +149,18 @@ def _check_kept(named: Sequence[tuple[str, Message]], turn: Turn, placeholders: 
         position = start + len(text)
 
 
-def generation_prompts(processor: ProcessorMixin) -> list[GenerationPrompt]:
+def generation_prompts(processor: ProcessorMixin) -> tuple[GenerationPrompt, ...]:
     """All generation prompts of the processor's chat template, longest first."""
     template = processor.chat_template
     template = template.get("default", "") if isinstance(template, dict) else template
+    return _generation_prompts(processor, template or "", len(processor.tokenizer))
+
+
+# With the parts of a processor that decide the prompts, and that a user may change.
+@lru_cache(maxsize=16)
+def _generation_prompts(processor: ProcessorMixin, template: str, _: int) -> tuple[GenerationPrompt, ...]:
     variants: list[dict[str, bool]] = [{}]
-    if "enable_thinking" in (template or ""):
+    if "enable_thinking" in template:
         variants += [{"enable_thinking": True}, {"enable_thinking": False}]
     question = [{"role": "user", "content": "x"}]
     texts = {render(question, processor, add_generation_prompt=True, **variables) for variables in variants}
@@ -163,7 +171,7 @@ def generation_prompts(processor: ProcessorMixin) -> list[GenerationPrompt]:
         )
     encode = processor.tokenizer.encode
     found = [GenerationPrompt(prompt, encode(prompt, add_special_tokens=False)) for prompt in prompts]
-    return sorted(found, key=lambda prompt: len(prompt.ids), reverse=True)
+    return tuple(sorted(found, key=lambda prompt: len(prompt.ids), reverse=True))
 
 
 def supervised_spans(
@@ -188,10 +196,10 @@ def supervised_spans(
                 excluded.append(ExcludedTurn(index, reason))
     learned: dict[int, slice] = {}
     # One call is several times faster than one for each turn.
-    supervised = [token for _, _, span in candidates for token in tokens[span]]
+    supervised = torch.cat([ids[:0], *(ids[span] for _, _, span in candidates)])
     decoded = _decode(supervised, processor).split(TURN_END)[:-1]
     if len(decoded) != len(candidates):  # a text contains the same characters
-        decoded = [_decode(tokens[span][:-1], processor) for _, _, span in candidates]
+        decoded = [_decode(ids[span][:-1], processor) for _, _, span in candidates]
     for (index, prompt, span), found in zip(candidates, decoded, strict=True):
         texts = _assistant_texts(messages[index])
         if any(found in (text, text.removeprefix(prompt.prefix)) for text in texts):
@@ -201,7 +209,7 @@ def supervised_spans(
     return learned, tuple(sorted(excluded, key=lambda turn: turn.message))
 
 
-def _decode(ids: list[int], processor: ProcessorMixin) -> str:
+def _decode(ids: Tensor, processor: ProcessorMixin) -> str:
     text: str = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return text
 

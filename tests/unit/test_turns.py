@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import Qwen3VLProcessor
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
-from megatron_vlbridge.data.turns import Turn, split_turns
+from megatron_vlbridge.data.turns import Turn, generation_prompts, split_turns
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
 
@@ -271,3 +271,16 @@ def test_a_template_that_drops_a_message_is_rejected(name: str, messages: list, 
 def test_turns_are_split_only_at_their_special_tokens() -> None:
     text = "<|im_start|>user\nim_end\n\n<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
     assert split_turns(text) == [Turn("user", "im_end\n\n"), Turn("assistant", "")]
+
+
+def test_the_generation_prompts_are_those_of_the_template_that_the_processor_has_now() -> None:
+    processor = processor_with("qwen3_vl")
+    first = generation_prompts(processor)
+    assert generation_prompts(processor) is first, "rendered once"
+    processor.chat_template = TEMPLATES["qwen3"]
+    thinking = generation_prompts(processor)
+    assert [prompt.prefix for prompt in first] != [prompt.prefix for prompt in thinking]
+    assert thinking == generation_prompts(processor_with("qwen3"))
+    before = [prompt.ids for prompt in thinking]
+    processor.tokenizer.add_tokens(["assistant\n"])
+    assert [prompt.ids for prompt in generation_prompts(processor)] != before
