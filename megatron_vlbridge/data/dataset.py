@@ -25,6 +25,7 @@ from megatron_vlbridge.data.media import DEFAULTS, Conversation
 from megatron_vlbridge.data.packing.offline import PackingOptions, order_packs, pack_lengths
 from megatron_vlbridge.data.packing.packs import best_fit, build_pack
 from megatron_vlbridge.data.packing.replacement import Replacements
+from megatron_vlbridge.data.packing.truncation import truncate
 from megatron_vlbridge.data.sources.mixture import Mixture
 from megatron_vlbridge.data.sources.sampling import Share, epoch_members
 from megatron_vlbridge.errors import VLBridgeError
@@ -54,7 +55,9 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     reserved; the tensors are unpadded. `media` says how images and frames are read, `labels` what is learned
     (`num_skipped_turns` assistant turns are not), `packing` how packs are formed.
     With `too_long="drop"` conversations that fit into no pack are left out: `dropped` has their indices,
-    `dropped_report` describes them; rank 0 logs it.
+    `dropped_report` describes them; rank 0 logs it. With "truncate" they end after the last assistant message with
+    which they fit, and only those without such a message are dropped: `truncated` has the number of messages that are
+    left of each.
 
     At most the share `max_bad_samples` of the conversations may fail to be encoded. Those that already cannot be
     measured are left out: `failed` has their indices, and rank 0 logs `failed_report`. One that fails later, when its
@@ -90,7 +93,6 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         check_processor(processor, config)
         if not conversations:
             raise VLBridgeError("conversations: expected at least one, found none")
-        self.conversations = conversations
         self.processor = processor
         self.seq_length = seq_length
         self.num_samples = num_samples
@@ -100,13 +102,18 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.labels = labels
         self.packing = packing
         self.decode_media = decode_media
-        table = lengths or Measure(processor, config.vision.hidden_size, media, labels)(
-            conversations, range(len(conversations))
-        )
+        measure = Measure(processor, config.vision.hidden_size, media, labels)
+        table = lengths or measure(conversations, range(len(conversations)))
         if len(table.rows) != len(conversations):
             raise VLBridgeError(
                 f"lengths: expected those of {len(conversations)} conversations, found {len(table.rows)}"
             )
+        self.conversations = conversations
+        self.truncated: dict[int, int] = {}
+        if packing.too_long == "truncate":
+            indices = self._too_long(table.rows).nonzero()[0].tolist()
+            cut = truncate(conversations, table, measure, indices, lambda row: not self._too_long(row))
+            self.conversations, table, self.truncated = cut.conversations, cut.table, cut.kept
         self.lengths = table.rows["tokens"]
         self.patches, self.work = table.rows["patches"], table.rows["work"]
         self.replacements = Replacements(self.lengths, self.patches, seed=seed, max_share=max_bad_samples)
@@ -125,8 +132,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self._shares = conversations.shares if isinstance(conversations, Mixture) else whole
         self._epoch_starts = [0]
         self._cached_epoch: tuple[int, list[list[int]]] = (-1, [])
-        reports = self.excluded_turns_report, self.skipped_turns_report, self.dropped_report, self.failed_report
-        for report in filter(None, reports):
+        turns = self.excluded_turns_report, self.skipped_turns_report
+        for report in filter(None, (*turns, self.truncated_report, self.dropped_report, self.failed_report)):
             if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
                 logger.warning(report)
 
@@ -204,6 +211,15 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         )
 
     @property
+    def truncated_report(self) -> str:
+        """The number of conversations that were truncated, and the first of them; empty if there are none."""
+        if not self.truncated:
+            return ""
+        index = min(self.truncated)
+        first = f"{location(self.conversations[index], index)}: {self.truncated[index]} messages are left"
+        return f"{len(self.truncated)} of {len(self.lengths)} conversations are truncated (first: {first})"
+
+    @property
     def dropped_report(self) -> str:
         """The number of conversations that were dropped, and the first of them; empty if there are none."""
         if not self.dropped:
@@ -239,16 +255,21 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
 
     def _find_too_long(self) -> list[int]:
         """The indices of the conversations that fit into no pack; an error unless they are dropped."""
-        too_long = self._padded_lengths > self.seq_length
-        if self.packing.max_patches is not None:
-            too_long |= self.patches > self.packing.max_patches
-        found: list[int] = too_long.nonzero()[0].tolist()
+        rows = {"tokens": self.lengths, "patches": self.patches}
+        found: list[int] = self._too_long(rows).nonzero()[0].tolist()
         if found and self.packing.too_long == "error":
             raise VLBridgeError(
                 f"{self._excess(found[0])}; increase the limit, shorten the conversation, scale its images down, or "
-                "drop it (--long-conversations drop)"
+                "drop or truncate it (--long-conversations drop or truncate)"
             )
         return found
+
+    def _too_long(self, rows: Any) -> Any:
+        """Which rows of a table of lengths, or whether a single one, exceed a limit of a pack."""
+        too_long = -(-rows["tokens"] // self.multiple_of) * self.multiple_of > self.seq_length
+        if self.packing.max_patches is not None:
+            too_long |= rows["patches"] > self.packing.max_patches
+        return too_long
 
     def _excess(self, index: int) -> str:
         """The limit that a conversation alone exceeds, and where it is."""

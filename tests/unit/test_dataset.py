@@ -230,14 +230,47 @@ def test_conversations_that_fit_into_no_pack_are_dropped_and_counted(
         build([long], processor, config, packing=packing)
 
 
+def test_conversations_that_fit_into_no_pack_are_truncated_or_dropped_and_counted(
+    processor: Qwen3VLProcessor, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = [{"type": "image", "image": Image.new("RGB", (24, 16))}] * 4
+    talk = [*CONVERSATIONS[0], {"role": "user", "content": images}, CONVERSATIONS[1][1]]
+    many = [*talk[:2], {"role": "user", "content": " hello" * 100}, talk[1]]
+    conversations = [CONVERSATIONS[3], many, make_conversation(100), talk]
+    for options, truncated in (
+        ({"packing": PackingOptions(too_long="truncate")}, {1: 2}),
+        ({"packing": PackingOptions("first-fit-decreasing", max_patches=60, too_long="truncate")}, {1: 2, 3: 2}),
+    ):
+        caplog.clear()
+        dataset = build(conversations, processor, config, **options)
+        assert dataset.truncated == truncated
+        assert dataset.dropped == [2]
+        assert dataset.truncated_report in caplog.text
+        assert dataset.truncated_report == (
+            f"{len(truncated)} of 4 conversations are truncated (first: conversation 1: 2 messages are left)"
+        )
+        expected = {
+            index: encode_conversation(conversations[index][: truncated.get(index)], processor) for index in (0, 1, 3)
+        }
+        assert dataset.num_assistant_turns == 5 - len(truncated)
+        packs = dataset.epoch_packs(0)
+        assert sorted(member for pack in packs for member in pack) == [0, 1, 3]
+        for item, members in enumerate(packs):
+            tokens = torch.cat([expected[member].input_ids for member in members])
+            assert torch.equal(dataset[item]["tokens"][: len(tokens)], tokens)
+            assert len(dataset[item]["image_grid_thw"]) == sum(len(expected[m].image_grid_thw) for m in members)
+    with rejects("expected at least one that fits into a pack"):  # as padding counts
+        build(conversations[1:2], processor, config, multiple_of=SEQ_LENGTH + 1, **options)
+
+
 def test_invalid_packing_options_are_rejected_by_name() -> None:
     for name, value in (("max_patches", 1), ("window", 1), ("neighbors", 2)):
         with rejects(f"{name}: expected the packing first-fit-decreasing, found best-fit"):
             PackingOptions(**{name: value})
-    with rejects("method: expected best-fit or first-fit-decreasing, found bfd"):
+    with rejects("method: expected one of best-fit, first-fit-decreasing, found bfd"):
         PackingOptions("bfd")
-    with rejects("too_long: expected error or drop, found truncate"):
-        PackingOptions(too_long="truncate")
+    with rejects("too_long: expected one of error, drop, truncate, found cut"):
+        PackingOptions(too_long="cut")
     with rejects("neighbors: expected at least 1, found 0"):
         PackingOptions(neighbors=0)
 
