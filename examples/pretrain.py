@@ -29,7 +29,13 @@ from megatron_vlbridge import read_config
 from megatron_vlbridge.data.dataset import PackedConversations
 from megatron_vlbridge.data.lengths.measure import Measure
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.training.launch.data import data_file, decodes_media, open_conversations, open_lengths
+from megatron_vlbridge.training.launch.data import (
+    data_file,
+    decodes_media,
+    logs_replaced,
+    open_conversations,
+    open_lengths,
+)
 from megatron_vlbridge.training.launch.labels import label_options
 from megatron_vlbridge.training.launch.media import media_options
 from megatron_vlbridge.training.launch.packing import packing_options
@@ -64,6 +70,7 @@ def main() -> None:
             lengths=open_lengths(args, split, conversations, measure),
             max_bad_samples=args.max_bad_samples,
             decode_media=decodes_media(args, vp_stage),
+            log_replaced=logs_replaced(vp_stage),
         )
         if not vp_stage:
             kept = len(dataset.lengths) - len(dataset.dropped) - len(dataset.failed)

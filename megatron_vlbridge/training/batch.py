@@ -28,8 +28,8 @@ PACK_KEYS = (
     "videos_per_segment",
 )
 # A pack may also have positions `[3, T]` (time, row, column), or `[T]` that count the tokens of each segment from 0,
-# and weights `[T]` of the labels.
-OPTIONAL_PACK_KEYS = ("position_ids", "loss_weights")
+# weights `[T]` of the labels, and what `PackedConversations` counts.
+OPTIONAL_PACK_KEYS = ("position_ids", "loss_weights", "replaced_per_source")
 
 
 def next_inputs(

@@ -179,7 +179,7 @@ def test_packs_keep_the_limit_on_patches_and_neighbors_have_like_work(
     free = make_dataset(processor, config, PackingOptions("first-fit-decreasing", neighbors=7))
     work = [patches_of(free[index]) for index in range(60)]
     assert max(work) > 66
-    ends = [free._epoch_start(epoch) for epoch in range(4)]
+    ends = [free.plan._epoch_start(epoch) for epoch in range(4)]
     assert any(end % 7 for end in ends)
     # Groups of seven begin at multiples of seven in every epoch.
     for start, end in pairwise(ends):

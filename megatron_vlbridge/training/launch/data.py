@@ -72,8 +72,19 @@ def decodes_media(args: argparse.Namespace, vp_stage: int | None) -> bool:
 
     Example: `PackedConversations(..., decode_media=decodes_media(args, vp_stage))` in a dataset provider.
     """
-    first: bool = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
-    return first or args.max_bad_samples > 0
+    return _has_tower(vp_stage) or args.max_bad_samples > 0
+
+
+def logs_replaced(vp_stage: int | None) -> bool:
+    """Whether the datasets of this rank's (virtual) pipeline stage log what they replace.
+
+    Of those that read the same packs it is the first one.
+    """
+    return _has_tower(vp_stage) and parallel_state.get_context_parallel_rank() == 0
+
+
+def _has_tower(vp_stage: int | None) -> bool:
+    return bool(parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage))
 
 
 def open_conversations(args: argparse.Namespace, split: str) -> FileConversations | Mixture | None:
