@@ -1,6 +1,6 @@
 """The format of a conversation: allowed keys, roles and content parts. Anything else is rejected by name."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_vlbridge.data.labels.tools import Call, read_calls
@@ -89,7 +89,7 @@ def message_calls(message: Message) -> list[Call]:
     return read_calls("message", message.get("tool_calls"))
 
 
-def message_text(message: Message, placeholders: dict[str, str]) -> str:
+def message_text(message: Message, placeholders: Mapping[str, str]) -> str:
     """The text of a validated message, joined as chat templates do, with a placeholder for each image and video."""
     return "".join(
         part["text"] if part["type"] == "text" else placeholders[part["type"]] for part in message_parts(message)

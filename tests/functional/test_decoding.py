@@ -15,13 +15,13 @@ PP2 = ("--pipeline-model-parallel-size", 2)
 # The example, with the ranks that decode an image noted in a file.
 COUNTED = f"""
 import os, runpy
-from megatron_vlbridge.data import chat
-load = chat.load_image
-def load_and_note(part, **options):
+from megatron_vlbridge.data.processors import published
+load = published.load_image
+def load_and_note(*arguments, **options):
     with open(f"decoded-{{os.environ['RANK']}}", "a") as file:
         file.write("x")
-    return load(part, **options)
-chat.load_image = load_and_note
+    return load(*arguments, **options)
+published.load_image = load_and_note
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 

@@ -17,7 +17,6 @@ from transformers import Qwen3VLConfig, Qwen3VLProcessor
 
 from megatron_vlbridge import read_config
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.data import chat
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.conversations import FileConversation
 from megatron_vlbridge.data.dataset import PackedConversations, read_conversations
@@ -25,6 +24,7 @@ from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.packing.offline import PackingOptions
 from megatron_vlbridge.data.packing.packs import next_token_labels
+from megatron_vlbridge.data.processors import published
 from megatron_vlbridge.data.sources.mixture import open_data
 from megatron_vlbridge.demo.tiny_processor import CHAT_TEMPLATE, build_processor
 from tests.errors import rejects
@@ -507,7 +507,7 @@ def test_packs_without_decoding_differ_only_in_the_patches(
     options = {"seq_length": SEQ_LENGTH, "num_samples": 20}
     decoded = [*PackedConversations(conversations, processor, config, **options)]
     for name in ("load_image", "load_video"):
-        monkeypatch.setattr(chat, name, None)
+        monkeypatch.setattr(published, name, None)
     measured = [*PackedConversations(conversations, processor, config, **options, decode_media=False)]
     assert sum("loss_weights" in pack for pack in decoded) == (2 if weight else 0)
     for with_patches, without in zip(decoded, measured, strict=True):

@@ -116,13 +116,13 @@ def test_torch_has_one_thread_while_conversations_are_measured(
 
     def measured(*_: Any, **__: Any) -> None:
         threads.append(torch.get_num_threads())
-        raise OSError
+        raise OSError("stop")
 
     monkeypatch.setattr(measure, "measure_conversation", measured)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="stop"):
             measure.Measure(processor, 64)([[]], range(1))
         assert (threads, torch.get_num_threads()) == ([1], 2)
     finally:

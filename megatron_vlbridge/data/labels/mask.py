@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.labels.options import LabelOptions, skipped_turns
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.messages import message_name
+from megatron_vlbridge.data.processors.interface import ConversationProcessor
 from megatron_vlbridge.data.turns import ExcludedTurn, Turn, add_newlines, supervised_spans
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -28,7 +28,7 @@ def loss_mask(
     ids: Tensor,
     turns: Sequence[Turn],
     messages: Conversation,
-    processor: ProcessorMixin,
+    processor: ConversationProcessor,
     labels: LabelOptions,
     *,
     allow_no_loss: bool,
