@@ -1,4 +1,4 @@
-"""Encode a conversation as tokens, a loss mask (see `turns`) and patches."""
+"""Encode a conversation as tokens, a loss mask (see `labels.turns`) and patches."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +15,9 @@ from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.mask import loss_mask
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.labels.prompt import Prompt, make_prompt
+from megatron_vlbridge.data.labels.turns import (
+    ExcludedTurn,
+)
 from megatron_vlbridge.data.media import (
     DEFAULTS,
     Conversation,
@@ -30,9 +33,6 @@ from megatron_vlbridge.data.media import (
 from megatron_vlbridge.data.messages import (
     message_name,
     message_parts,
-)
-from megatron_vlbridge.data.turns import (
-    ExcludedTurn,
 )
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.layout.positions import mrope_positions

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import Qwen3VLProcessor
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
-from megatron_vlbridge.data.turns import Turn, split_turns
+from megatron_vlbridge.data.labels.turns import Turn, split_turns
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
 

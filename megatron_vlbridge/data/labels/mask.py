@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.labels.options import LabelOptions, skipped_turns
+from megatron_vlbridge.data.labels.turns import ExcludedTurn, Turn, add_newlines, supervised_mask
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.messages import message_name
-from megatron_vlbridge.data.turns import ExcludedTurn, Turn, add_newlines, supervised_mask
 from megatron_vlbridge.errors import VLBridgeError
 
 

@@ -18,15 +18,15 @@ from megatron_vlbridge.data.labels.special import (
 )
 from megatron_vlbridge.data.labels.template import check_reasoning, render, template_messages
 from megatron_vlbridge.data.labels.tools import check_tools
-from megatron_vlbridge.data.media import Conversation
-from megatron_vlbridge.data.messages import check_conversation
-from megatron_vlbridge.data.turns import (
+from megatron_vlbridge.data.labels.turns import (
     TURN_END,
     TURN_START,
     Turn,
     match_turns,
     split_turns,
 )
+from megatron_vlbridge.data.media import Conversation
+from megatron_vlbridge.data.messages import check_conversation
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
 

@@ -13,10 +13,10 @@ from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.chat import Sample
 from megatron_vlbridge.data.images import MediaOptions, read_image
+from megatron_vlbridge.data.labels.turns import TURN_START
 from megatron_vlbridge.data.lengths.measure import location
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.messages import message_parts
-from megatron_vlbridge.data.turns import TURN_START
 from megatron_vlbridge.errors import VLBridgeError
 
 THUMBNAIL = 160  # the longer side in pixels
