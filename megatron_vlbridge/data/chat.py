@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,9 +16,7 @@ from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.mask import loss_mask
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.labels.prompt import Prompt, make_prompt
-from megatron_vlbridge.data.labels.turns import (
-    ExcludedTurn,
-)
+from megatron_vlbridge.data.labels.turns import ExcludedTurn
 from megatron_vlbridge.data.media import (
     DEFAULTS,
     Conversation,
@@ -27,7 +26,7 @@ from megatron_vlbridge.data.media import (
     load_image,
     load_video,
     media_shape,
-    placeholder_text,
+    placeholder_runs,
     with_sizes,
 )
 from megatron_vlbridge.data.messages import (
@@ -160,23 +159,20 @@ def _expanded_ids(prompt: Prompt, shapes: dict[str, list[MediaShape]], processor
     """The tokens of a prompt whose placeholders are expanded as by the processor."""
     kinds = {processor.image_token: "image", processor.video_token: "video"}
     remaining = {kind: iter(found) for kind, found in shapes.items()}
-    runs = re.compile("|".join(f"(?:{re.escape(token)})+" for token in kinds))
     counts: list[int] = []
 
     def expand(match: re.Match[str]) -> str:
-        token = match[0]
-        text = placeholder_text(kinds[token], next(remaining[kinds[token]]), processor)
-        counts.extend(len(run) // len(token) for run in runs.findall(text))
-        return runs.sub(token, text)
+        text, found = placeholder_runs(kinds[match[0]], next(remaining[kinds[match[0]]]), processor)
+        counts.extend(found)
+        return text
 
     # A run of a placeholder is tokenized as one and then repeated: it can be of thousands.
     placeholders = re.compile("|".join(map(re.escape, kinds)))
     texts = [placeholders.sub(expand, piece) for piece in prompt.texts]
-    ids = prompt.join([torch.tensor(processor.tokenizer(text)["input_ids"]) for text in texts])
-    repeats = torch.ones_like(ids)
-    repeated = torch.isin(ids, torch.tensor([processor.image_token_id, processor.video_token_id]))
-    repeats[repeated] = torch.tensor(counts, dtype=ids.dtype)
-    return ids.repeat_interleave(repeats)
+    ids = prompt.join([torch.tensor(processor.tokenizer(text)["input_ids"]) for text in texts]).numpy()
+    repeats = np.ones_like(ids)
+    repeats[(ids == processor.image_token_id) | (ids == processor.video_token_id)] = counts
+    return torch.from_numpy(ids.repeat(repeats))
 
 
 def _load_media[T](messages: Conversation, kind: str, load: Callable[[dict[str, Any]], T]) -> list[T]:

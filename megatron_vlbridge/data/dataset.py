@@ -18,7 +18,7 @@ from megatron_vlbridge.data.chat import DEFAULT_LABELS, Sample, encode_conversat
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.options import LabelOptions
-from megatron_vlbridge.data.lengths.measure import Measure, location, tools_of
+from megatron_vlbridge.data.lengths.measure import Measure, encode_located, location
 from megatron_vlbridge.data.lengths.table import LengthTable
 from megatron_vlbridge.data.media import DEFAULTS, Conversation
 from megatron_vlbridge.data.packing.offline import PackingOptions, order_packs, pack_lengths
@@ -266,15 +266,11 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
 
     def _encode(self, index: int) -> Sample:
         conversation = self.conversations[index]
-        where = location(conversation, index)
-        try:
-            tools = tools_of(conversation)
-            sample = encode_conversation(
-                conversation, self.processor, tools=tools, media=self.media, labels=self.labels
-            )
-        except VLBridgeError as error:
-            raise VLBridgeError(f"{where}: {error}") from error
+        sample = encode_located(
+            encode_conversation, conversation, index, self.processor, media=self.media, labels=self.labels
+        )
         if len(sample.input_ids) != self.lengths[index]:
+            where = location(conversation, index)
             raise VLBridgeError(
                 f"{where}: {len(sample.input_ids)} tokens, but {self.lengths[index]} when it was measured; its text or "
                 "media have changed since then"

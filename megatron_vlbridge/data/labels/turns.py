@@ -11,10 +11,13 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from megatron_vlbridge.data.labels.template import render
 from megatron_vlbridge.data.labels.tools import call_texts, tool_text
@@ -148,12 +151,26 @@ def _check_kept(named: Sequence[tuple[str, Message]], turn: Turn, placeholders: 
         position = start + len(text)
 
 
+# The prompts of each tokenizer by all else that its template can read: they are the same for every conversation.
+_prompts: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, list[GenerationPrompt]]] = WeakKeyDictionary()
+
+
 def generation_prompts(processor: ProcessorMixin) -> list[GenerationPrompt]:
-    """All generation prompts of the processor's chat template, longest first."""
-    template = processor.chat_template
-    template = template.get("default", "") if isinstance(template, dict) else template
+    """All generation prompts of the processor's chat template, longest first; rendered once, unless they may change."""
+    tokenizer, template = processor.tokenizer, processor.chat_template
+    template = (template.get("default") if isinstance(template, dict) else template) or ""
+    if "strftime_now" in template:
+        return _render_prompts(processor, template)
+    known = _prompts.setdefault(tokenizer, {})
+    key = repr((template, len(tokenizer), tokenizer.special_tokens_map))
+    if key not in known:
+        known[key] = _render_prompts(processor, template)
+    return known[key]
+
+
+def _render_prompts(processor: ProcessorMixin, template: str) -> list[GenerationPrompt]:
     variants: list[dict[str, bool]] = [{}]
-    if "enable_thinking" in (template or ""):
+    if "enable_thinking" in template:
         variants += [{"enable_thinking": True}, {"enable_thinking": False}]
     question = [{"role": "user", "content": "x"}]
     texts = {render(question, processor, add_generation_prompt=True, **variables) for variables in variants}
@@ -175,22 +192,23 @@ def supervised_mask(
     `ids` int64 `[L]` are the tokens of the rendered conversation, placeholders expanded; `turns` has one turn for each
     of `turn_groups(messages)`. `skipped` messages are not learned.
     """
-    prompts, tokens = generation_prompts(processor), ids.tolist()
+    prompts, tokens = generation_prompts(processor), ids.numpy()
     excluded: list[ExcludedTurn] = []
     candidates: list[tuple[int, GenerationPrompt, slice]] = []
-    spans = _turn_spans(ids, len(turns), processor.tokenizer)
+    spans = _turn_spans(tokens, len(turns), processor.tokenizer)
     for (index, *_), turn, (start, end) in zip(turn_groups(messages), turns, spans, strict=True):
         if messages[index]["role"] == "assistant" and index not in skipped:
-            prompt = next((one for one in prompts if tokens[start : start + len(one.ids)] == one.ids), None)
+            prompt = next((one for one in prompts if tokens[start : start + len(one.ids)].tolist() == one.ids), None)
             if prompt:
                 candidates.append((index, prompt, slice(start + len(prompt.ids), end + 1)))
             else:
                 reason = _prompt_mismatch(_assistant_texts(messages[index]), turn, prompts)
                 excluded.append(ExcludedTurn(index, reason))
-    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask, learned = torch.zeros_like(ids, dtype=torch.bool), np.zeros(len(tokens), dtype=bool)
+    for _, _, span in candidates:
+        learned[span] = True
     # One call is several times faster than one for each turn.
-    supervised = [token for _, _, span in candidates for token in tokens[span]]
-    decoded = _decode(supervised, processor).split(TURN_END)[:-1]
+    decoded = _decode(tokens[learned], processor).split(TURN_END)[:-1]
     if len(decoded) != len(candidates):  # a text contains the same characters
         decoded = [_decode(tokens[span][:-1], processor) for _, _, span in candidates]
     for (index, prompt, span), found in zip(candidates, decoded, strict=True):
@@ -202,7 +220,7 @@ def supervised_mask(
     return mask, tuple(sorted(excluded, key=lambda turn: turn.message))
 
 
-def _decode(ids: list[int], processor: ProcessorMixin) -> str:
+def _decode(ids: NDArray[np.int64], processor: ProcessorMixin) -> str:
     text: str = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return text
 
@@ -235,10 +253,10 @@ def add_newlines(mask: Tensor, ids: Tensor, processor: ProcessorMixin) -> None:
     mask[ends] = True
 
 
-def _turn_spans(ids: Tensor, count: int, tokenizer: Any) -> list[tuple[int, int]]:
+def _turn_spans(ids: NDArray[np.int64], count: int, tokenizer: Any) -> list[tuple[int, int]]:
     """Index of the first and the last token of each of the last `count` turns."""
     starts, ends = (
-        (ids == tokenizer.convert_tokens_to_ids(token)).nonzero().flatten().tolist() for token in (TURN_START, TURN_END)
+        np.flatnonzero(ids == tokenizer.convert_tokens_to_ids(token)).tolist() for token in (TURN_START, TURN_END)
     )
     if len(starts) != len(ends) or len(starts) - count not in (0, 1):
         raise VLBridgeError(

@@ -1,8 +1,9 @@
 """The sizes of conversations, from the headers of their media files."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import ProcessorMixin
@@ -42,14 +43,12 @@ class Measure:
             except VLBridgeError as error:
                 failed.append(Note(place, str(error)))
                 continue
-            where = location(conversation, index)
             try:
-                tools = tools_of(conversation)
-                sample = measure_conversation(
-                    conversation, self.processor, tools=tools, media=self.media, labels=self.labels
+                sample = encode_located(
+                    measure_conversation, conversation, index, self.processor, media=self.media, labels=self.labels
                 )
             except VLBridgeError as error:
-                failed.append(Note(place, f"{where}: {error}"))
+                failed.append(Note(place, str(error)))
                 continue
             grids = [*sample.image_grid_thw.tolist(), *sample.video_grid_thw.tolist()]
             rows[place] = (
@@ -62,8 +61,18 @@ class Measure:
             )
             if sample.excluded_turns and not excluded:
                 turn = sample.excluded_turns[0]
-                excluded.append(Note(place, f"{where}, message {turn.message}: {turn.reason}"))
+                excluded.append(Note(place, f"{location(conversation, index)}, message {turn.message}: {turn.reason}"))
         return LengthTable(rows, excluded[0] if excluded else None, failed[0] if failed else None)
+
+
+def encode_located[T](
+    encode: Callable[..., T], conversation: Conversation, index: int, processor: ProcessorMixin, **options: Any
+) -> T:
+    """Call `encode` with a conversation and its tools; errors name its file and line, or its index."""
+    try:
+        return encode(conversation, processor, tools=tools_of(conversation), **options)
+    except VLBridgeError as error:
+        raise VLBridgeError(f"{location(conversation, index)}: {error}") from error
 
 
 def location(conversation: Conversation, index: int) -> str:
