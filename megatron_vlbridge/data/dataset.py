@@ -18,7 +18,7 @@ from megatron_vlbridge.data.chat import DEFAULT_LABELS, Sample, encode_conversat
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.options import LabelOptions
-from megatron_vlbridge.data.lengths.measure import Measure, location, tools_of
+from megatron_vlbridge.data.lengths.measure import Measure, encode_located, location
 from megatron_vlbridge.data.lengths.table import LengthTable
 from megatron_vlbridge.data.media import DEFAULTS, Conversation
 from megatron_vlbridge.data.packing.epochs import EpochPlan
@@ -268,17 +268,14 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
 
     def _encode(self, index: int) -> Sample:
         conversation = self.conversations[index]
-        where = location(conversation, index)
-        try:
-            tools = tools_of(conversation)
-            options: dict[str, Any] = {"tools": tools, "media": self.media, "labels": self.labels}
-            if self.decode_media:
-                sample = encode_conversation(conversation, self.processor, **options)
-            else:
-                sample = measure_conversation(conversation, self.processor, **options).without_patches()
-        except VLBridgeError as error:
-            raise VLBridgeError(f"{where}: {error}") from error
+        options: dict[str, Any] = {"media": self.media, "labels": self.labels}
+        if self.decode_media:
+            sample = encode_located(encode_conversation, conversation, index, self.processor, **options)
+        else:
+            measured = encode_located(measure_conversation, conversation, index, self.processor, **options)
+            sample = measured.without_patches()
         if len(sample.input_ids) != self.lengths[index]:
+            where = location(conversation, index)
             raise VLBridgeError(
                 f"{where}: {len(sample.input_ids)} tokens, but {self.lengths[index]} when it was measured; its text or "
                 "media have changed since then"

@@ -122,7 +122,7 @@ def test_every_pack_concatenates_its_encoded_conversations(
         for sample, end in zip(samples, ends, strict=True):
             segment = slice(end - len(sample.input_ids), end)
             assert torch.equal(batch["tokens"][segment], sample.input_ids)
-            assert torch.equal(batch["labels"][segment], next_token_labels(sample))
+            assert torch.equal(batch["labels"][segment], next_token_labels([sample]))
         assert (batch["tokens"][ends[-1] :] == processor.tokenizer.pad_token_id).all()
         for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
             assert torch.equal(batch[name], torch.cat([getattr(sample, name) for sample in samples])), name
