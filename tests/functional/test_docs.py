@@ -62,6 +62,8 @@ PYTHON = {
     "pipeline": ("docs/torch-pipeline.md", "import torch"),
     # Run by tests/functional/test_transformers_batch.py.
     "packs": ("docs/transformers.md", "import torch"),
+    # Run by tests/energon/test_energon.py.
+    "energon": ("docs/energon.md", "from transformers import AutoProcessor"),
 }
 # Too long for this test, or needs a GPU; see `test_commands_of_the_project_exist`.
 PROJECT = {
@@ -71,6 +73,7 @@ PROJECT = {
     "costs": ("docs/convert.md", "python benchmarks/convert.py --folder DISK"),
     "te": ("docs/gpu.md", "make test-te"),
     "gpu": ("docs/gpu.md", "ci/gpu.sh "),
+    "prepare": ("docs/energon.md", "energon prepare --non-interactive"),  # tests/energon/test_energon.py
 }
 # Not commands.
 OTHER = {
