@@ -17,7 +17,7 @@ from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.processors.published import as_conversation_processor
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
-from tests.other_processor import PreExpanded
+from tests.other_processor import TOKENS, PreExpanded
 from tests.unit.test_turns import TEMPLATES
 
 SIZE = {"shortest_edge": 128, "longest_edge": 2048}
@@ -182,3 +182,14 @@ def test_packs_for_the_models_are_made_with_a_published_processor(other: PreExpa
     config = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3-VL-2B-Instruct.json")
     with rejects("processor PreExpanded: expected a processor of transformers"):
         check_processor(other, config)
+
+
+def test_the_tokens_of_the_interface_must_be_tokens(other: PreExpanded) -> None:
+    with rejects("tokenizer: expected the special token <|im_system|> of the other format, found none"):
+        encode_conversation(conversation(), with_method(other, "tokenizer", base().tokenizer))
+    tokenizer = base().tokenizer
+    tokenizer.add_tokens(list(TOKENS))
+    messages = conversation()
+    messages[0]["content"][0]["text"] = "<|media_pad|>"
+    with rejects("message 0", "the special tokens '<|media_pad|>'"):
+        encode_conversation(messages, with_method(other, "tokenizer", tokenizer))
