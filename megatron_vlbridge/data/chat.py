@@ -36,7 +36,7 @@ class Sample:
     `input_ids` is int64 `[L]`; `loss_mask` bool `[L]`, True for a supervised token (not shifted). Patches are float32
     `[P, patch_dim]`, in order, 0 rows where there are none; grids, in patches, int64 `[n, 3]` and `[m, 3]`.
     `excluded_turns` are the assistant turns excluded from the loss, with the reasons; `skipped_turns` the messages
-    that were not to be learned.
+    that were not to be learned. `loss_weights` float32 `[L]`: the weight of each supervised token; None: all are 1.
     """
 
     input_ids: Tensor
@@ -47,6 +47,7 @@ class Sample:
     video_grid_thw: Tensor
     excluded_turns: tuple[ExcludedTurn, ...] = ()
     skipped_turns: tuple[int, ...] = ()
+    loss_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,22 @@ class MeasuredConversation:
     video_grid_thw: Tensor
     excluded_turns: tuple[ExcludedTurn, ...] = ()
     skipped_turns: tuple[int, ...] = ()
+    loss_weights: Tensor | None = None
+
+    def without_patches(self) -> Sample:
+        """As a sample whose images and videos have 0 patches, of 0 values."""
+        none = torch.zeros(0, 0)
+        turns = self.excluded_turns, self.skipped_turns
+        return Sample(
+            self.input_ids,
+            self.loss_mask,
+            none,
+            self.image_grid_thw,
+            none,
+            self.video_grid_thw,
+            *turns,
+            self.loss_weights,
+        )
 
 
 def encode_conversation(
@@ -76,13 +93,14 @@ def encode_conversation(
     of `{"type": "text", "text": str}` and, in user and tool messages, `{"type": "image", "image": path or PIL image}`
     and `{"type": "video", "video": path or frames, "fps": float}` (see `media.load_video`), both with `min_pixels`
     and `max_pixels` where these differ from the processor's. Assistant messages may have `reasoning_content`,
-    `tool_calls` (see `labels.tools`) and `train`, tool messages `tool_call_id` and `name`, which must be those of the
-    calls. Other keys are rejected. `tools` are those of the conversation, JSON schemas of functions.
+    `tool_calls` (see `labels.tools`), `train`, `weight`, tool messages `tool_call_id` and `name`, which must be those
+    of the calls. Other keys are rejected. `tools` are those of the conversation, JSON schemas of functions.
 
     The loss covers the assistant's reasoning, content and calls, byte for byte, and the closing `<|im_end|>`. A turn
     that the chat template modifies (the template of a thinking model drops the reasoning of earlier turns, for example)
-    is excluded from the loss and listed in `Sample.excluded_turns`. Assistant messages with `"train": false` are not
-    learned; `labels` sets which others are. `media` sets how images and frames are read.
+    is excluded from the loss and listed in `Sample.excluded_turns`. Assistant messages with `"train": false` or the
+    `"weight"` 0 are not learned; another weight multiplies the losses of the message's tokens. `labels` sets which
+    others are learned, `media` how images and frames are read.
 
     Raises VLBridgeError: a message does not have this format; a text contains a special token (unless `labels` makes it
     plain text); the chat template modifies system, user or tool content, or does not render tools, calls or reasoning;
@@ -109,6 +127,7 @@ def encode_conversation(
         encoded.get("video_grid_thw", no_grids),
         mask.excluded_turns,
         mask.skipped_turns,
+        mask.weights,
     )
     _check_media(sample, len(images), len(videos), adapter)
     return sample
@@ -138,7 +157,8 @@ def measure_conversation(
     images, videos = (
         torch.tensor([one.grid for one in shapes[kind]], dtype=torch.int64).view(-1, 3) for kind in ("image", "video")
     )
-    return MeasuredConversation(ids, mask.supervised, images, videos, mask.excluded_turns, mask.skipped_turns)
+    turns = mask.excluded_turns, mask.skipped_turns
+    return MeasuredConversation(ids, mask.supervised, images, videos, *turns, mask.weights)
 
 
 def _expanded_ids(prompt: Prompt, shapes: dict[str, list[MediaShape]], processor: ConversationProcessor) -> Tensor:

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def match_turns(
     """The turn of each of `turn_groups`, after checking that the template kept the content of all but the assistant.
 
     The template may start with its own system prompt. It may add to the texts and strip whitespace from their ends, as
-    the published templates do. Assistant content is checked by `supervised_mask`, but its tool calls here.
+    the published templates do. Assistant content is checked by `supervised_spans`, but its tool calls here.
 
     Raises VLBridgeError: messages and turns do not match one to one; a text was modified, or an image or video dropped;
     the tools or calls are not rendered in a published form.
@@ -146,7 +147,8 @@ def _check_kept(named: Sequence[tuple[str, Message]], turn: Turn, placeholders: 
         position = start + len(text)
 
 
-def generation_prompts(processor: ConversationProcessor) -> list[GenerationPrompt]:
+@lru_cache(maxsize=16)
+def generation_prompts(processor: ConversationProcessor) -> tuple[GenerationPrompt, ...]:
     """All generation prompts of the processor's chat template, longest first."""
     question, turns = [{"role": "user", "content": "x"}], processor.turn_format
     variants = processor.prompt_variables
@@ -162,17 +164,17 @@ def generation_prompts(processor: ConversationProcessor) -> list[GenerationPromp
         GenerationPrompt(prompt, encode(prompt, add_special_tokens=False), prompt.removeprefix(turns.assistant))
         for prompt in prompts
     ]
-    return sorted(found, key=lambda prompt: len(prompt.ids), reverse=True)
+    return tuple(sorted(found, key=lambda prompt: len(prompt.ids), reverse=True))
 
 
-def supervised_mask(
+def supervised_spans(
     ids: Tensor,
     turns: Sequence[Turn],
     messages: Conversation,
     processor: ConversationProcessor,
     skipped: Sequence[int] = (),
-) -> tuple[Tensor, tuple[ExcludedTurn, ...]]:
-    """Bool `[L]`, True for supervised tokens: assistant content and its `<|im_end|>`; and the turns without loss.
+) -> tuple[dict[int, slice], tuple[ExcludedTurn, ...]]:
+    """The supervised tokens of each message, its content and the end token, by its index; and the turns without loss.
 
     `ids` int64 `[L]` are the tokens of the rendered conversation, placeholders expanded; `turns` has one turn for each
     of `turn_groups(messages)`. `skipped` messages are not learned.
@@ -190,22 +192,22 @@ def supervised_mask(
             else:
                 reason = _prompt_mismatch(_assistant_texts(messages[index]), turn, prompts, form.assistant)
                 excluded.append(ExcludedTurn(index, reason))
-    mask = torch.zeros_like(ids, dtype=torch.bool)
+    learned: dict[int, slice] = {}
     # One call is several times faster than one for each turn.
-    supervised = [token for _, _, span in candidates for token in tokens[span]]
+    supervised = torch.cat([ids[:0], *(ids[span] for _, _, span in candidates)])
     decoded = _decode(supervised, processor).split(form.end)[:-1]
     if len(decoded) != len(candidates):  # a text contains the same characters
-        decoded = [_decode(tokens[span][:-1], processor) for _, _, span in candidates]
+        decoded = [_decode(ids[span][:-1], processor) for _, _, span in candidates]
     for (index, prompt, span), found in zip(candidates, decoded, strict=True):
         texts = _assistant_texts(messages[index])
         if any(found in (text, text.removeprefix(prompt.prefix)) for text in texts):
-            mask[span] = True
+            learned[index] = span
         else:
             excluded.append(ExcludedTurn(index, _difference(_closest(texts, found), found)))
-    return mask, tuple(sorted(excluded, key=lambda turn: turn.message))
+    return learned, tuple(sorted(excluded, key=lambda turn: turn.message))
 
 
-def _decode(ids: list[int], processor: ConversationProcessor) -> str:
+def _decode(ids: Tensor, processor: ConversationProcessor) -> str:
     text: str = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return text
 
@@ -224,11 +226,14 @@ def _closest(texts: Sequence[str], found: str) -> str:
     return max(texts, key=lambda text: _first_difference(text, found))
 
 
-def add_newlines(mask: Tensor, ids: Tensor, processor: ConversationProcessor) -> None:
-    """Add the newline after each learned turn to `mask`, bool `[L]` (VLBridgeError if another token is there)."""
+def add_newlines(weights: Tensor, ids: Tensor, processor: ConversationProcessor) -> None:
+    """Give the newline after each learned turn its weight; `weights` `[L]` has 0 for tokens that are not learned.
+
+    Raises VLBridgeError: there is another token.
+    """
     turn_end = processor.turn_format.end
     newline = processor.tokenizer.encode("\n", add_special_tokens=False)
-    ends = (mask & (ids == processor.tokenizer.convert_tokens_to_ids(turn_end))).nonzero().flatten() + 1
+    ends = ((weights > 0) & (ids == processor.tokenizer.convert_tokens_to_ids(turn_end))).nonzero().flatten() + 1
     for end in ends.tolist():
         if ids[end : end + 1].tolist() != newline:
             found = processor.tokenizer.decode(ids[end : end + 1].tolist())
@@ -236,7 +241,7 @@ def add_newlines(mask: Tensor, ids: Tensor, processor: ConversationProcessor) ->
                 f"token {end}: expected a newline after {turn_end}, found {found!r}; leave out --label-newline, the "
                 "chat template does not write one"
             )
-    mask[ends] = True
+    weights[ends] = weights[ends - 1]
 
 
 def _turn_spans(ids: Tensor, count: int, processor: ConversationProcessor) -> list[tuple[int, int]]:

@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import Qwen3VLProcessor
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
-from megatron_vlbridge.data.turns import Turn, split_turns
+from megatron_vlbridge.data.processors.published import as_conversation_processor
+from megatron_vlbridge.data.turns import GenerationPrompt, Turn, generation_prompts, split_turns
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
 
@@ -271,3 +272,20 @@ def test_a_template_that_drops_a_message_is_rejected(name: str, messages: list, 
 def test_turns_are_split_only_at_their_special_tokens() -> None:
     text = "<|im_start|>user\nim_end\n\n<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
     assert split_turns(text) == [Turn("user", "im_end\n\n"), Turn("assistant", "")]
+
+
+def test_the_generation_prompts_are_those_of_the_template_that_the_processor_has_now() -> None:
+    processor = processor_with("qwen3_vl")
+    first = prompts_of(processor)
+    assert prompts_of(processor) is first, "rendered once"
+    processor.chat_template = TEMPLATES["qwen3"]
+    thinking = prompts_of(processor)
+    assert [prompt.prefix for prompt in first] != [prompt.prefix for prompt in thinking]
+    assert thinking == prompts_of(processor_with("qwen3"))
+    before = [prompt.ids for prompt in thinking]
+    processor.tokenizer.add_tokens(["assistant\n"])
+    assert [prompt.ids for prompt in prompts_of(processor)] != before
+
+
+def prompts_of(processor: Qwen3VLProcessor) -> tuple[GenerationPrompt, ...]:
+    return generation_prompts(as_conversation_processor(processor))

@@ -1,10 +1,12 @@
 """The sizes of conversations, from the headers of their media files."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.chat import DEFAULT_LABELS, measure_conversation
@@ -33,6 +35,10 @@ class Measure:
 
     def __call__(self, conversations: Sequence[Conversation], indices: range) -> LengthTable:
         """The table of the conversations with these indices, in this order."""
+        with _one_thread():
+            return self._measure(conversations, indices)
+
+    def _measure(self, conversations: Sequence[Conversation], indices: range) -> LengthTable:
         rows = np.zeros(len(indices), COLUMNS)
         excluded: list[Note] = []
         failed: list[Note] = []
@@ -64,6 +70,17 @@ class Measure:
                 turn = sample.excluded_turns[0]
                 excluded.append(Note(place, f"{where}, message {turn.message}: {turn.reason}"))
         return LengthTable(rows, excluded[0] if excluded else None, failed[0] if failed else None)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for the operations of torch, whose tensors are small here: more wait for each other, busily."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def location(conversation: Conversation, index: int) -> str:

@@ -1,6 +1,7 @@
 """The processors of `families.processors` behind the interface of `processors.interface`."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -41,6 +42,12 @@ def as_conversation_processor(processor: ProcessorMixin | ConversationProcessor)
                 f"processor {type(processor).__name__}: expected the {name} {' or '.join(sorted(known))}, found "
                 f"{found}; write a subclass of data.processors.interface.ConversationProcessor"
             )
+    return _published(processor, str(processor.chat_template), len(processor.tokenizer))
+
+
+# With what decides the generation prompts, and a user may change.
+@lru_cache(maxsize=16)
+def _published(processor: ProcessorMixin, _template: str, _tokens: int) -> "PublishedProcessor":
     return PublishedProcessor(processor)
 
 
