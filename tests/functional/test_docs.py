@@ -301,12 +301,13 @@ def test_the_documented_usage_of_vlbridge_matches_the_parser(capsys: pytest.Capt
             assert re.search(rf"{option}\b", known), f"{line}: {option}"
 
 
+ENERGON = {"--non-interactive", "--split-ratio", "--sample-type"}  # run by tests/energon/test_energon.py
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv-endpoint", "--shutdown-timeout", "--standalone"}
 OPTION = r"(?<![\w|-])--[a-z][\w-]*"
 
 
 def test_each_option_on_the_pages_exists(capsys: pytest.CaptureFixture[str], pool: Pool) -> None:
-    known = pool.run(training_options, Layout())[0] | TORCHRUN
+    known = pool.run(training_options, Layout())[0] | TORCHRUN | ENERGON
     texts = [help_of(capsys, name) for name in ("import", "export", "verify", "inspect", "plot", "data")]
     texts += [printed("-m", "megatron_vlbridge.demo", "--help"), printed("benchmarks/convert.py", "--help")]
     known |= {option for text in texts for option in re.findall(OPTION, text)}
