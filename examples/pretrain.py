@@ -29,7 +29,13 @@ from megatron_vlbridge import read_config
 from megatron_vlbridge.data.dataset import PackedConversations
 from megatron_vlbridge.data.lengths.measure import Measure
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.training.launch.data import data_file, open_conversations, open_lengths
+from megatron_vlbridge.training.launch.data import (
+    data_file,
+    decodes_media,
+    logs_replaced,
+    open_conversations,
+    open_lengths,
+)
 from megatron_vlbridge.training.launch.labels import label_options
 from megatron_vlbridge.training.launch.media import media_options
 from megatron_vlbridge.training.launch.packing import packing_options
@@ -44,7 +50,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.hf_folder)
     config = read_config(args.hf_folder)
 
-    def packs(split: str, count: int, *, log: bool) -> PackedConversations | None:
+    def packs(split: str, count: int, vp_stage: int | None) -> PackedConversations | None:
         conversations = open_conversations(args, split) if count else None
         if conversations is None:
             return None
@@ -63,8 +69,10 @@ def main() -> None:
             packing=packing_options(args),
             lengths=open_lengths(args, split, conversations, measure),
             max_bad_samples=args.max_bad_samples,
+            decode_media=decodes_media(args, vp_stage),
+            log_replaced=logs_replaced(vp_stage),
         )
-        if log:
+        if not vp_stage:
             kept = len(dataset.lengths) - len(dataset.dropped) - len(dataset.failed)
             file = f"{data_file(args, split)}, {split}"
             console.note(f"data     {kept:,} conversations, {len(dataset.epoch_packs(0)):,} packs: {file}")
@@ -72,7 +80,7 @@ def main() -> None:
 
     def datasets(num_samples: list[int], vp_stage: int | None = None) -> list[PackedConversations | None]:
         train, valid, _ = num_samples
-        return [packs("train", train, log=not vp_stage), packs("valid", valid, log=not vp_stage), None]
+        return [packs("train", train, vp_stage), packs("valid", valid, vp_stage), None]
 
     run(args, datasets)
 

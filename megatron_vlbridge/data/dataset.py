@@ -1,31 +1,33 @@
 """A map-style dataset of packed conversations."""
 
 import logging
-from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.data.chat import DEFAULT_LABELS, Sample, encode_conversation
+from megatron_vlbridge.data.chat import DEFAULT_LABELS, Sample, encode_conversation, measure_conversation
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.lengths.measure import Measure, encode_located, location
 from megatron_vlbridge.data.lengths.table import LengthTable
 from megatron_vlbridge.data.media import DEFAULTS, Conversation
-from megatron_vlbridge.data.packing.offline import PackingOptions, order_packs, pack_lengths
-from megatron_vlbridge.data.packing.packs import best_fit, build_pack
+from megatron_vlbridge.data.packing.epochs import EpochPlan
+from megatron_vlbridge.data.packing.offline import PackingOptions
+from megatron_vlbridge.data.packing.packs import build_pack
 from megatron_vlbridge.data.packing.replacement import Replacements
-from megatron_vlbridge.data.sources.mixture import Mixture
-from megatron_vlbridge.data.sources.sampling import Share, epoch_members
+from megatron_vlbridge.data.packing.truncation import truncate
+from megatron_vlbridge.data.sources.mixture import Mixture, source_names
+from megatron_vlbridge.data.sources.sampling import Share
 from megatron_vlbridge.errors import VLBridgeError
 
 DEFAULT_PACKING = PackingOptions()
@@ -40,7 +42,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
 
     Each epoch shuffles the conversations and packs them again (see `packing.offline.PackingOptions`), so every
     conversation occurs once per epoch, together with different ones; one of a `Mixture` as often as its weight says.
-    Item i has the same tensors (see `packing.packs.build_pack`) in every process, worker and resumed run.
+    Item i has the same tensors (see `packing.packs.build_pack`) in every process, worker and resumed run, and with
+    `max_bad_samples` above 0 `replaced_per_source`, int64 `[sources]`: how many of its conversations were replaced.
 
     The lengths are `lengths`, a table that was built before (see `lengths.build`), or else measured when the dataset is
     created, without decoding media. `__getitem__` encodes, and raises an error if a length has changed. Assistant turns
@@ -53,11 +56,16 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     reserved; the tensors are unpadded. `media` says how images and frames are read, `labels` what is learned
     (`num_skipped_turns` assistant turns are not), `packing` how packs are formed.
     With `too_long="drop"` conversations that fit into no pack are left out: `dropped` has their indices,
-    `dropped_report` describes them; rank 0 logs it.
+    `dropped_report` describes them; rank 0 logs it. With "truncate" they end after the last assistant message with
+    which they fit, and only those without such a message are dropped: `truncated` has the number of messages that are
+    left of each.
 
     At most the share `max_bad_samples` of the conversations may fail to be encoded. Those that already cannot be
     measured are left out: `failed` has their indices, and rank 0 logs `failed_report`. One that fails later, when its
-    media are decoded, is replaced in its pack (see `packing.replacement`) and logged.
+    media are decoded, is replaced in its pack (see `packing.replacement`), and logged if `log_replaced`.
+
+    With `decode_media=False` packs have no patches, and are else the same: for a pipeline stage without the vision
+    tower (see `training.launch.data.decodes_media`). Only the headers of files are read.
 
     Raises VLBridgeError: the processor does not match the config; a conversation cannot be encoded or exceeds a limit
     of a pack (the error names its file and line, or its index); there are no conversations, or all were dropped.
@@ -81,11 +89,12 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         packing: PackingOptions = DEFAULT_PACKING,
         lengths: LengthTable | None = None,
         max_bad_samples: float = 0,
+        decode_media: bool = True,
+        log_replaced: bool = True,
     ) -> None:
         check_processor(processor, config)
         if not conversations:
             raise VLBridgeError("conversations: expected at least one, found none")
-        self.conversations = conversations
         self.processor = processor
         self.seq_length = seq_length
         self.num_samples = num_samples
@@ -94,33 +103,43 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.media = media
         self.labels = labels
         self.packing = packing
-        table = lengths or Measure(processor, config.vision.hidden_size, media, labels)(
-            conversations, range(len(conversations))
-        )
+        self.decode_media = decode_media
+        measure = Measure(processor, config.vision.hidden_size, media, labels)
+        table = lengths or measure(conversations, range(len(conversations)))
         if len(table.rows) != len(conversations):
             raise VLBridgeError(
                 f"lengths: expected those of {len(conversations)} conversations, found {len(table.rows)}"
             )
+        self.conversations = conversations
+        self.truncated: dict[int, int] = {}
+        if packing.too_long == "truncate":
+            indices = self._too_long(table.rows).nonzero()[0].tolist()
+            cut = truncate(conversations, table, measure, indices, lambda row: not self._too_long(row))
+            self.conversations, table, self.truncated = cut.conversations, cut.table, cut.kept
         self.lengths = table.rows["tokens"]
         self.patches, self.work = table.rows["patches"], table.rows["work"]
-        self.replacements = Replacements(self.lengths, self.patches, seed=seed, max_share=max_bad_samples)
+        self.replacements = Replacements(
+            self.lengths, self.patches, seed=seed, max_share=max_bad_samples, log=log_replaced
+        )
         self._first_failed = table.first_failed.text if table.first_failed else ""
         self.failed = self._find_failed()
         self.dropped = self._find_too_long()
-        self._kept = np.setdiff1d(np.arange(len(conversations)), [*self.failed, *self.dropped])
-        if not len(self._kept):
+        kept = np.setdiff1d(np.arange(len(conversations)), [*self.failed, *self.dropped])
+        if not len(kept):
             raise VLBridgeError(f"conversations: expected at least one that fits into a pack; {self.dropped_report}")
-        kept = table.rows[self._kept]
-        self.num_assistant_turns = int(kept["assistant_turns"].sum())
-        self.num_excluded_turns = int(kept["excluded_turns"].sum())
-        self.num_skipped_turns = int(kept["skipped_turns"].sum())
+        self.kept, self.kept_rows = kept, table.rows[kept]
+        self.num_assistant_turns = int(self.kept_rows["assistant_turns"].sum())
+        self.num_excluded_turns = int(self.kept_rows["excluded_turns"].sum())
+        self.num_skipped_turns = int(self.kept_rows["skipped_turns"].sum())
         self._first_excluded_turn = table.first_excluded.text if table.first_excluded else ""
         whole = [Share(0, len(conversations), Fraction(1))]
-        self._shares = conversations.shares if isinstance(conversations, Mixture) else whole
-        self._epoch_starts = [0]
-        self._cached_epoch: tuple[int, list[list[int]]] = (-1, [])
-        reports = self.excluded_turns_report, self.skipped_turns_report, self.dropped_report, self.failed_report
-        for report in filter(None, reports):
+        self.shares = conversations.shares if isinstance(conversations, Mixture) else whole
+        self.source_names = source_names(conversations)
+        self.plan = EpochPlan(
+            table.rows, kept, self.shares, packing, seq_length=seq_length, multiple_of=multiple_of, seed=seed
+        )
+        turns = self.excluded_turns_report, self.skipped_turns_report
+        for report in filter(None, (*turns, self.truncated_report, self.dropped_report, self.failed_report)):
             if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
                 logger.warning(report)
 
@@ -128,54 +147,23 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        samples = [self._encode_or_replace(index, member) for member in self.members(index)]
-        return build_pack(samples, self.seq_length, self.processor.tokenizer.pad_token_id)
+        members = self.members(index)
+        samples, replaced = zip(*(self._encode_or_replace(index, member) for member in members), strict=True)
+        pack = build_pack(samples, self.seq_length, self.processor.tokenizer.pad_token_id)
+        if self.replacements.max_share:
+            sources = np.searchsorted([share.end for share in self.shares], np.array(members)[list(replaced)], "right")
+            pack["replaced_per_source"] = torch.from_numpy(np.bincount(sources, minlength=len(self.shares)))
+        return pack
 
     def members(self, index: int) -> list[int]:
         """The indices of the conversations in pack `index`, in order."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"pack {index} is out of range for a dataset of {self.num_samples} packs")
-        while index >= self._epoch_starts[-1]:
-            self._epoch_start(len(self._epoch_starts))
-        epoch = bisect_right(self._epoch_starts, index) - 1
-        return self.epoch_packs(epoch)[index - self._epoch_starts[epoch]]
+        return self.plan.members(index)
 
     def epoch_packs(self, epoch: int) -> list[list[int]]:
-        """The packs of an epoch, each as a list of conversation indices; the last requested epoch is cached."""
-        if self._cached_epoch[0] != epoch:
-            pack = self._best_fit if self.packing.method == "best-fit" else self._first_fit_decreasing
-            self._cached_epoch = epoch, pack(epoch)
-        return self._cached_epoch[1]
-
-    def _epoch_start(self, epoch: int) -> int:
-        """The number of packs in the epochs before this one."""
-        while len(self._epoch_starts) <= epoch:
-            last = len(self._epoch_starts) - 1
-            self._epoch_starts.append(self._epoch_starts[last] + len(self.epoch_packs(last)))
-        return self._epoch_starts[epoch]
-
-    def _best_fit(self, epoch: int) -> list[list[int]]:
-        order = np.random.default_rng((self.seed, epoch)).permutation(self._members(epoch)).tolist()
-        packs = best_fit(self._padded_lengths[order].tolist(), self.seq_length)
-        return [[order[position] for position in positions] for positions in packs]
-
-    def _first_fit_decreasing(self, epoch: int) -> list[list[int]]:
-        options, seed, members = self.packing, (self.seed, epoch), self._members(epoch)
-        packs = pack_lengths(
-            np.array(self.lengths)[members],
-            self.seq_length,
-            multiple_of=self.multiple_of,
-            patches=np.array(self.patches)[members],
-            max_patches=options.max_patches,
-            window=options.window,
-            seed=seed,
-        ).packs
-        start, work = self._epoch_start(epoch), np.array(self.work)[members]
-        ordered = order_packs(packs, work, neighbors=options.neighbors, start=start, seed=seed)
-        return [members[places].tolist() for places in ordered]
-
-    def _members(self, epoch: int) -> NDArray[np.int64]:
-        return epoch_members(self._kept, self._shares, seed=self.seed, epoch=epoch)
+        """The packs of an epoch, each as a list of conversation indices."""
+        return self.plan.epoch_packs(epoch)
 
     @property
     def excluded_turns_report(self) -> str:
@@ -196,6 +184,15 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
             f"{self.num_skipped_turns} of {self.num_assistant_turns} assistant turns are not learned, as they have "
             '"train": false or --label-turns is last'
         )
+
+    @property
+    def truncated_report(self) -> str:
+        """The number of conversations that were truncated, and the first of them; empty if there are none."""
+        if not self.truncated:
+            return ""
+        index = min(self.truncated)
+        first = f"{location(self.conversations[index], index)}: {self.truncated[index]} messages are left"
+        return f"{len(self.truncated)} of {len(self.lengths)} conversations are truncated (first: {first})"
 
     @property
     def dropped_report(self) -> str:
@@ -233,16 +230,21 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
 
     def _find_too_long(self) -> list[int]:
         """The indices of the conversations that fit into no pack; an error unless they are dropped."""
-        too_long = self._padded_lengths > self.seq_length
-        if self.packing.max_patches is not None:
-            too_long |= self.patches > self.packing.max_patches
-        found: list[int] = too_long.nonzero()[0].tolist()
+        rows = {"tokens": self.lengths, "patches": self.patches}
+        found: list[int] = self._too_long(rows).nonzero()[0].tolist()
         if found and self.packing.too_long == "error":
             raise VLBridgeError(
                 f"{self._excess(found[0])}; increase the limit, shorten the conversation, scale its images down, or "
-                "drop it (--long-conversations drop)"
+                "drop or truncate it (--long-conversations drop or truncate)"
             )
         return found
+
+    def _too_long(self, rows: Any) -> Any:
+        """Which rows of a table of lengths, or whether a single one, exceed a limit of a pack."""
+        too_long = -(-rows["tokens"] // self.multiple_of) * self.multiple_of > self.seq_length
+        if self.packing.max_patches is not None:
+            too_long |= rows["patches"] > self.packing.max_patches
+        return too_long
 
     def _excess(self, index: int) -> str:
         """The limit that a conversation alone exceeds, and where it is."""
@@ -251,24 +253,28 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
             return f"{where}: {self.lengths[index]} tokens do not fit into a pack of {self.seq_length}"
         return f"{where}: {self.patches[index]} patches do not fit into a pack of {self.packing.max_patches}"
 
-    def _encode_or_replace(self, pack: int, member: int) -> Sample:
-        """The sample of a conversation of a pack, or that of its replacement."""
+    def _encode_or_replace(self, pack: int, member: int) -> tuple[Sample, bool]:
+        """The sample of a conversation of a pack, or that of its replacement, and whether it is one."""
         self.replacements.note_read()
         try:
-            return self._encode(member)
+            return self._encode(member), False
         except VLBridgeError as error:
             self.replacements.note_failure(member, error)
             failure = error
         for candidate in self.replacements.candidates(pack, member):
             with suppress(VLBridgeError):
-                return self._encode(candidate)
+                return self._encode(candidate), True
         raise failure
 
     def _encode(self, index: int) -> Sample:
         conversation = self.conversations[index]
-        sample = encode_located(
-            encode_conversation, conversation, index, self.processor, media=self.media, labels=self.labels
-        )
+        options: dict[str, Any] = {"media": self.media, "labels": self.labels}
+        if self.decode_media:
+            sample = encode_located(encode_conversation, conversation, index, self.processor, **options)
+        else:
+            sample = encode_located(
+                measure_conversation, conversation, index, self.processor, **options
+            ).without_patches()
         if len(sample.input_ids) != self.lengths[index]:
             where = location(conversation, index)
             raise VLBridgeError(

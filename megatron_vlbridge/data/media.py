@@ -132,19 +132,17 @@ def media_shape(part: dict[str, Any], processor: ProcessorMixin, options: MediaO
     return MediaShape(grid, stamps)
 
 
-def placeholder_runs(kind: str, shape: MediaShape, processor: ProcessorMixin) -> tuple[str, list[int]]:
-    """What the processor writes in place of the placeholder token of an image or video, with one token for each run.
+def placeholder_text(kind: str, shape: MediaShape, processor: ProcessorMixin) -> str:
+    """What the processor writes in place of the placeholder token of an image or video.
 
-    The second value is the number of tokens in each run.
-    Example: `placeholder_runs("image", MediaShape((1, 4, 2), []), processor)` is `("<|image_pad|>", [2])`.
+    Example: `placeholder_text("image", MediaShape((1, 4, 2), []), processor)` is `"<|image_pad|><|image_pad|>"`.
     """
     token = processor.image_token if kind == "image" else processor.video_token
     count = grid_tokens(shape.grid, getattr(processor, f"{kind}_processor").merge_size)
     if not shape.timestamps:
-        return token, [count]
-    frame = processor.vision_start_token + token + processor.vision_end_token
-    stamps = shape.timestamps
-    return "".join(stamp + frame for stamp in stamps), [count // shape.grid[0]] * len(stamps)
+        return token * count
+    frame = processor.vision_start_token + token * (count // shape.grid[0]) + processor.vision_end_token
+    return "".join(stamp + frame for stamp in shape.timestamps)
 
 
 def with_sizes(processor: ProcessorMixin, images: Sequence[Size], videos: Sequence[Size]) -> ProcessorMixin:

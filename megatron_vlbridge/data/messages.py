@@ -1,6 +1,6 @@
 """The format of a conversation: allowed keys, roles and content parts. Anything else is rejected by name."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_vlbridge.data.labels.tools import Call, read_calls
@@ -11,10 +11,11 @@ from megatron_vlbridge.errors import VLBridgeError
 MESSAGE_KEYS: dict[str, tuple[str, ...]] = {
     "system": (),
     "user": (),
-    "assistant": ("reasoning_content", "tool_calls", "train"),
+    "assistant": ("reasoning_content", "tool_calls", "train", "weight"),
     "tool": ("tool_call_id", "name"),
 }
 ROLES = tuple(MESSAGE_KEYS)
+WEIGHTS = 0.001, 1000  # the smallest and the largest weight of a learned message
 PART_KEYS = {
     "text": ("text",),
     "image": ("image", *LIMITS),
@@ -32,10 +33,7 @@ HINTS = {
     **dict.fromkeys(("audio", "audios"), "audio is not supported"),
     **dict.fromkeys(("url", "path", "image_url", "image_path", "video_path", "video_url"), _SOURCE_HINT),
     "train": 'only assistant messages are learned, and have "train": false',
-    "weight": (
-        "all learned tokens weigh the same, as a pack has labels but no weights and Megatron divides by their number; "
-        'leave turns out with "train": false, or list a conversation several times'
-    ),
+    "weight": 'only assistant messages are learned, and have a "weight"',
     "tools": "write the tools beside the messages, not in one of them",
     **dict.fromkeys(("tool_calls", "function_call"), "calls are written in assistant messages, under 'tool_calls'"),
     "tool_call_id": "results of calls are written in messages of the role 'tool'",
@@ -91,7 +89,7 @@ def message_calls(message: Message) -> list[Call]:
     return read_calls("message", message.get("tool_calls"))
 
 
-def message_text(message: Message, placeholders: dict[str, str]) -> str:
+def message_text(message: Message, placeholders: Mapping[str, str]) -> str:
     """The text of a validated message, joined as chat templates do, with a placeholder for each image and video."""
     return "".join(
         part["text"] if part["type"] == "text" else placeholders[part["type"]] for part in message_parts(message)
@@ -117,6 +115,7 @@ def _check_message(index: int, message: object) -> None:
         _check_text(name, message["reasoning_content"], "reasoning_content")
     if not isinstance(message.get("train", True), bool):
         raise VLBridgeError(f"{name}: expected 'train' to be true or false, found {shown(message['train'])}")
+    _check_weight(name, message)
     if isinstance(content, str):
         _check_text(name, content)
     elif isinstance(content, list) and content:
@@ -126,6 +125,16 @@ def _check_message(index: int, message: object) -> None:
         raise VLBridgeError(
             f"{name}: expected 'content' to be a string or a list of at least one part, found {shown(content)}"
         )
+
+
+def _check_weight(name: str, message: Message) -> None:
+    weight = message.get("weight", 1)
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not (weight == 0 or WEIGHTS[0] <= weight <= WEIGHTS[1]):
+        low, high = WEIGHTS
+        raise VLBridgeError(f"{name}: expected 'weight' to be 0, or from {low} to {high}, found {shown(weight)}")
+    if "train" in message and "weight" in message and message["train"] != (weight > 0):
+        raise VLBridgeError(f"{name}: 'train' {shown(message['train'])} contradicts 'weight' {weight}; remove one")
 
 
 def _check_result(index: int, message: Message, calls: Sequence[Call]) -> None:

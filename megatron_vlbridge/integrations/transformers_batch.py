@@ -135,7 +135,8 @@ def _join_frames(positions: Tensor, pack: Mapping[str, Tensor], lengths: Tensor,
 def _check_keys(pack: Mapping[str, Tensor], *, whole_videos: bool) -> None:
     """The keys are those of a pack, and their sizes belong together."""
     expected = {*_KEYS, *_MEDIA, *_MEDIA.values(), *((_SECONDS,) if whole_videos and _SECONDS in pack else ())}
-    for word, keys in (("missing", expected - pack.keys()), ("unknown", pack.keys() - expected)):
+    unknown = pack.keys() - expected - {"replaced_per_source"}
+    for word, keys in (("missing", expected - pack.keys()), ("unknown", unknown)):
         if keys:
             raise VLBridgeError(
                 f"pack: {word} keys: {', '.join(sorted(keys))}. Expected those of build_pack: "

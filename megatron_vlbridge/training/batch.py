@@ -27,8 +27,9 @@ PACK_KEYS = (
     "images_per_segment",
     "videos_per_segment",
 )
-# A pack may also have positions `[3, T]` (time, row, column), or `[T]` that count the tokens of each segment from 0.
-OPTIONAL_PACK_KEYS = ("position_ids",)
+# A pack may also have positions `[3, T]` (time, row, column), or `[T]` that count the tokens of each segment from 0,
+# weights `[T]` of the labels, and what `PackedConversations` counts.
+OPTIONAL_PACK_KEYS = ("position_ids", "loss_weights", "replaced_per_source")
 
 
 def next_inputs(
@@ -61,7 +62,7 @@ def next_inputs(
                     "return a dataset on that rank"
                 )
             batch = next(data_iterator)
-            inputs = read_pack(batch, config, check_position_ids)
+            inputs = read_pack(batch, config, check_position_ids, with_patches=pre_process)
             if note_pack is not None:
                 note_pack(batch)
             inputs = inputs.context_parallel(pg_collection.cp.size(), pg_collection.cp.rank(), config)
@@ -84,10 +85,13 @@ def next_inputs(
     return inputs.to(device)
 
 
-def read_pack(batch: Mapping[str, Any], config: Config, check_position_ids: bool = False) -> PackedInputs:
+def read_pack(
+    batch: Mapping[str, Any], config: Config, check_position_ids: bool = False, with_patches: bool = True
+) -> PackedInputs:
     """Convert a micro-batch of a data loader (all tensors with a leading dimension of 1) to model inputs.
 
-    Its `position_ids`, if any, are used; `check_position_ids`: they must be those that are computed without.
+    Its `position_ids`, if any, are used; `check_position_ids`: they must be those that are computed without. A stage
+    without the tower needs no patches (`with_patches` False): its data loader may have decoded none.
 
     Raises VLBridgeError: a key is missing or unknown, the micro-batch is not one pack, or its tensors do not match.
     """
@@ -113,11 +117,29 @@ def read_pack(batch: Mapping[str, Any], config: Config, check_position_ids: bool
             f"{list(pack['tokens'].shape)}"
         )
     layout = BatchLayout.packed(pack["segment_lengths"].tolist(), pack["tokens"].shape[0])
-    media = Media(**{key: pack[key] for key in PACK_KEYS[3:]})
-    inputs = PackedInputs.from_pack(layout, pack["tokens"][None], media, config, pack["labels"][None])
+    media = Media(**{key: pack[key] for key in PACK_KEYS[3:]}, patches_wanted=with_patches)
+    weights = _loss_weights(batch.get("loss_weights"), layout.total)
+    inputs = PackedInputs.from_pack(layout, pack["tokens"][None], media, config, pack["labels"][None], weights)
     inputs = inputs.with_positions(positions and _in_one_row(positions, layout.total))
-    given = {} if positions is None else {"position_ids": positions.ids}
+    given = {"position_ids": None if positions is None else positions.ids, "loss_weights": weights}
     return replace(inputs, digest=PackDigest.of(pack | given))
+
+
+def _loss_weights(given: Any, total: int) -> torch.Tensor | None:
+    """`[1, T]` float32; a weight of 0 would be a supervised token without loss."""
+    if given is None:
+        return None
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point() or given.shape != (1, total):
+        found = f"{given.dtype} {list(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+        raise VLBridgeError(f"micro-batch, loss_weights: expected float32 [1, {total}], found {found}")
+    wrong = (~(given.isfinite() & (given > 0))).nonzero()
+    if len(wrong):
+        place = int(wrong[0, 1])
+        raise VLBridgeError(
+            f"micro-batch, loss_weights: expected numbers above 0, found {float(given[0, place])} at token {place}; a "
+            "token that is not learned has the label -100"
+        )
+    return given.float()
 
 
 def _in_one_row(positions: GivenPositions, total: int) -> GivenPositions:

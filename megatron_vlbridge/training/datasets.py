@@ -26,6 +26,8 @@ class EagerDatasetProvider:
         self.provider = provider
         self.is_distributed = bool(getattr(provider, "is_distributed", False))
         self._datasets: dict[int | None, Any] | None = None
+        self.training: Any = None
+        """The training dataset of the rank's first stage, once it is built; None where the rank has none."""
 
     def build(self) -> None:
         """Build all datasets, once; needs the process groups and Megatron's global arguments.
@@ -71,6 +73,8 @@ class EagerDatasetProvider:
         for stage in range(chunks) if chunks else [None]:
             datasets = self._call(counts, stage)
             _check(datasets, counts, args)
+            if not stage:
+                self.training = datasets[0]
             assert self._datasets is not None
             self._datasets[stage] = datasets
 

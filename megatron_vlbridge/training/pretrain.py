@@ -36,9 +36,10 @@ from megatron_vlbridge.training.launch.parts import apply_part_arguments
 from megatron_vlbridge.training.launch.start import loading_errors, loads_checkpoint
 from megatron_vlbridge.training.launch.stop import end_data_loaders
 from megatron_vlbridge.training.learning_rates import lr_overrides
-from megatron_vlbridge.training.manifest import note_unverified
+from megatron_vlbridge.training.manifest import note_in_checkpoints, unverified_note
 from megatron_vlbridge.training.media_guard.guard import stage_of
 from megatron_vlbridge.training.metrics.csv_file import CsvFile
+from megatron_vlbridge.training.metrics.data_counts import DataCounts
 from megatron_vlbridge.training.metrics.meter import Meter
 from megatron_vlbridge.training.step import vlm_step
 
@@ -140,7 +141,8 @@ def run(
         chunks.append(model)
         return model
 
-    note_unverified(args)
+    data_counts = DataCounts(args, lambda: datasets.training, lambda: meter.replaced)
+    note_in_checkpoints(args, [unverified_note(args), data_counts.save])
     console.begin(args, config)
     with end_data_loaders(), loading_errors():
         megatron.training.training.pretrain(
@@ -151,6 +153,8 @@ def run(
             model_after_datasets,
             get_embedding_ranks=_embedding_ranks,
         )
+    for counts in data_counts.counts():
+        console.note(f"data     {counts}")
     chunks.clear()
 
 

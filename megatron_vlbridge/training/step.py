@@ -48,21 +48,23 @@ def vlm_step(
         note_pack=observer.note_pack if observer and counts else None,
     )
     assert inputs.loss_mask is not None
-    loss = partial(token_loss, inputs.loss_mask)
+    loss = partial(token_loss, inputs.loss_mask, loss_weights=inputs.loss_weights)
     return guard.forward(model, inputs), partial(observer.watch, inputs, loss) if observer else loss
 
 
 def token_loss(
-    loss_mask: torch.Tensor, losses: torch.Tensor
+    loss_mask: torch.Tensor, losses: torch.Tensor, loss_weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """The sum of the losses of the supervised tokens, their count, and both for the log.
 
-    Takes `loss_mask` `[1, T]` (1 or 0) and the per-token `losses` `[1, T]`. Megatron divides by the number of
-    supervised tokens in the global batch (`--calculate-per-token-loss`), so every token has the same weight. The log's
-    count is never 0, so that the loss in the log of a global batch without supervised tokens is 0.
+    Takes `loss_mask` `[1, T]` (1 or 0), the per-token `losses` `[1, T]`, and `loss_weights` `[1, T]`, by which they are
+    multiplied. Megatron divides by the number of supervised tokens in the global batch (`--calculate-per-token-loss`),
+    whatever their weights, so without weights every token counts the same. The log's count is never 0, so that the loss
+    in the log of a global batch without supervised tokens is 0.
 
     Example: `token_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 9.0]]))[0]` is `tensor(2.)`.
     """
-    total = (losses.float() * loss_mask).sum()
+    weighted = losses.float() if loss_weights is None else losses.float() * loss_weights
+    total = (weighted * loss_mask).sum()
     count = loss_mask.sum().to(torch.int)
     return total, count, {"lm loss": torch.stack((total.detach(), count.to(total.dtype).clamp(min=_NO_COUNT)))}

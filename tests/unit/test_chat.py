@@ -193,7 +193,7 @@ TEMPLATES = {
     "text at the end": (CHAT_TEMPLATE + "hello", r"adds '\nhello' after the last turn"),
     "text at the start": ("hello" + CHAT_TEMPLATE, "adds 'hello' before turn 0"),
     "other header": (CHAT_TEMPLATE.replace("message.role", "'bot'"), "rendered 2 (bot, bot)"),
-    "no newline": (CHAT_TEMPLATE.replace("role + '\n'", "role"), "turn 0: expected a role, a newline"),
+    "no newline": (CHAT_TEMPLATE.replace("role + '\n'", "role"), r"turn 0: expected a role, '\n', content"),
     "image dropped": (CHAT_TEMPLATE.replace("<|image_pad|>", ""), CHANGED),
     "image twice": (
         CHAT_TEMPLATE.replace("part.text", "part.text + '<|vision_start|><|image_pad|><|vision_end|>'"),

@@ -1,5 +1,6 @@
 """The dataset has every conversation once per epoch, one pack per index, and errors that name the conversation."""
 
+import copy
 import dataclasses
 import json
 from collections import Counter
@@ -23,6 +24,7 @@ from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.packing.offline import PackingOptions
 from megatron_vlbridge.data.packing.packs import next_token_labels
+from megatron_vlbridge.data.processors import published
 from megatron_vlbridge.data.sources.mixture import open_data
 from megatron_vlbridge.demo.tiny_processor import CHAT_TEMPLATE, build_processor
 from tests.errors import rejects
@@ -177,7 +179,7 @@ def test_packs_keep_the_limit_on_patches_and_neighbors_have_like_work(
     free = make_dataset(processor, config, PackingOptions("first-fit-decreasing", neighbors=7))
     work = [patches_of(free[index]) for index in range(60)]
     assert max(work) > 66
-    ends = [free._epoch_start(epoch) for epoch in range(4)]
+    ends = [free.plan._epoch_start(epoch) for epoch in range(4)]
     assert any(end % 7 for end in ends)
     # Groups of seven begin at multiples of seven in every epoch.
     for start, end in pairwise(ends):
@@ -228,14 +230,47 @@ def test_conversations_that_fit_into_no_pack_are_dropped_and_counted(
         build([long], processor, config, packing=packing)
 
 
+def test_conversations_that_fit_into_no_pack_are_truncated_or_dropped_and_counted(
+    processor: Qwen3VLProcessor, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = [{"type": "image", "image": Image.new("RGB", (24, 16))}] * 4
+    talk = [*CONVERSATIONS[0], {"role": "user", "content": images}, CONVERSATIONS[1][1]]
+    many = [*talk[:2], {"role": "user", "content": " hello" * 100}, talk[1]]
+    conversations = [CONVERSATIONS[3], many, make_conversation(100), talk]
+    for options, truncated in (
+        ({"packing": PackingOptions(too_long="truncate")}, {1: 2}),
+        ({"packing": PackingOptions("first-fit-decreasing", max_patches=60, too_long="truncate")}, {1: 2, 3: 2}),
+    ):
+        caplog.clear()
+        dataset = build(conversations, processor, config, **options)
+        assert dataset.truncated == truncated
+        assert dataset.dropped == [2]
+        assert dataset.truncated_report in caplog.text
+        assert dataset.truncated_report == (
+            f"{len(truncated)} of 4 conversations are truncated (first: conversation 1: 2 messages are left)"
+        )
+        expected = {
+            index: encode_conversation(conversations[index][: truncated.get(index)], processor) for index in (0, 1, 3)
+        }
+        assert dataset.num_assistant_turns == 5 - len(truncated)
+        packs = dataset.epoch_packs(0)
+        assert sorted(member for pack in packs for member in pack) == [0, 1, 3]
+        for item, members in enumerate(packs):
+            tokens = torch.cat([expected[member].input_ids for member in members])
+            assert torch.equal(dataset[item]["tokens"][: len(tokens)], tokens)
+            assert len(dataset[item]["image_grid_thw"]) == sum(len(expected[m].image_grid_thw) for m in members)
+    with rejects("expected at least one that fits into a pack"):  # as padding counts
+        build(conversations[1:2], processor, config, multiple_of=SEQ_LENGTH + 1, **options)
+
+
 def test_invalid_packing_options_are_rejected_by_name() -> None:
     for name, value in (("max_patches", 1), ("window", 1), ("neighbors", 2)):
         with rejects(f"{name}: expected the packing first-fit-decreasing, found best-fit"):
             PackingOptions(**{name: value})
-    with rejects("method: expected best-fit or first-fit-decreasing, found bfd"):
+    with rejects("method: expected one of best-fit, first-fit-decreasing, found bfd"):
         PackingOptions("bfd")
-    with rejects("too_long: expected error or drop, found truncate"):
-        PackingOptions(too_long="truncate")
+    with rejects("too_long: expected one of error, drop, truncate, found cut"):
+        PackingOptions(too_long="cut")
     with rejects("neighbors: expected at least 1, found 0"):
         PackingOptions(neighbors=0)
 
@@ -460,3 +495,22 @@ def test_turns_that_are_not_learned_are_counted(
     assert data.skipped_turns_report.startswith("3 of 6 assistant turns are not learned")
     assert [record.message for record in caplog.records] == [data.skipped_turns_report]
     assert int((data[0]["labels"] >= 0).sum()) == 3 * len(processor.tokenizer.encode("a<|im_end|>"))
+
+
+@pytest.mark.parametrize("weight", [None, 0.5])
+def test_packs_without_decoding_differ_only_in_the_patches(
+    processor: Qwen3VLProcessor, config: Config, monkeypatch: pytest.MonkeyPatch, weight: float | None
+) -> None:
+    conversations = copy.deepcopy(CONVERSATIONS)
+    if weight:
+        conversations[5][1]["weight"] = weight
+    options = {"seq_length": SEQ_LENGTH, "num_samples": 20}
+    decoded = [*PackedConversations(conversations, processor, config, **options)]
+    for name in ("load_image", "load_video"):
+        monkeypatch.setattr(published, name, None)
+    measured = [*PackedConversations(conversations, processor, config, **options, decode_media=False)]
+    assert sum("loss_weights" in pack for pack in decoded) == (2 if weight else 0)
+    for with_patches, without in zip(decoded, measured, strict=True):
+        assert all(len(without.pop(key)) == 0 for key in ("pixel_values", "pixel_values_videos"))
+        rest = {key: x for key, x in with_patches.items() if not key.startswith("pixel_values")}
+        assert equal(without, rest)

@@ -12,6 +12,7 @@ from transformers import Qwen3VLProcessor
 from megatron_vlbridge.data import images
 from megatron_vlbridge.data.chat import Sample, encode_conversation, measure_conversation
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.lengths import measure
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.cases import later
 from tests.errors import rejects
@@ -105,3 +106,24 @@ def test_a_missing_image_and_an_answer_without_loss_are_refused(processor: Qwen3
         measure_conversation([question, {"role": "assistant", "content": "x"}], processor)
     with rejects("no supervised token"):
         measure_conversation([{"role": "user", "content": "hello"}], processor)
+
+
+def test_torch_has_one_thread_while_conversations_are_measured(
+    processor: Qwen3VLProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two processes of two threads on two cores, the same work took eight times as long."""
+    threads = []
+
+    def measured(*_: Any, **__: Any) -> None:
+        threads.append(torch.get_num_threads())
+        raise OSError("stop")
+
+    monkeypatch.setattr(measure, "measure_conversation", measured)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(OSError, match="stop"):
+            measure.Measure(processor, 64)([[]], range(1))
+        assert (threads, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)

@@ -56,7 +56,7 @@ def test_an_unused_key_of_a_part_is_rejected(part: dict, key: str) -> None:
 UNUSED_OF_MESSAGE = {
     "system": ["tool_calls", "reasoning_content", "name", "tool_call_id", "train"],
     "user": ["tool_calls", "reasoning_content", "name", "tool_call_id", "train"],
-    "assistant": ["name", "loss", "weight", "images", "videos", "id", "tool_call_id", "reasoning"],
+    "assistant": ["name", "loss", "images", "videos", "id", "tool_call_id", "reasoning"],
     "tool": ["tool_calls", "reasoning_content", "id", "is_error", "train"],
 }
 
@@ -170,7 +170,7 @@ def test_another_format_of_calls_and_results_is_rejected(messages: Any, where: s
         (assistant(reasoning="hm"), "under 'reasoning_content'"),
         ([{"role": "user", "content": "q", "tool_calls": []}], "in assistant messages, under 'tool_calls'"),
         (assistant(tools=[]), "beside the messages"),
-        (assistant(weight=0.5), 'no weights and Megatron divides by their number; leave turns out with "train": false'),
+        ([{"role": "user", "content": "q", "weight": 0.5}], "only assistant messages are learned"),
         ([{"role": "user", "content": "q", "train": True}], "only assistant messages are learned"),
         (assistant(tool_call_id="a"), "of the role 'tool'"),
         (user({**TEXT, "max_pixels": 1, "detail": 0}), "remove it"),

@@ -54,6 +54,18 @@ def test_rolls_stay_inside_segments(pack):
 
 
 @settings(max_examples=100, deadline=None)
+@given(packs())
+def test_the_weights_of_labels_follow_them(pack):
+    tokens, labels, lengths = pack
+    given = torch.arange(1.0, tokens.shape[1] + 1)[None]
+    found = MtpInputs.from_pack(tokens, labels, lengths, 0, IGNORED, given)
+    plain = MtpInputs.from_pack(tokens, labels, lengths, 0, IGNORED)
+    expected = plain.weights[0] * torch.tensor(by_hand(given[0].tolist(), lengths, 0))
+    assert torch.equal(found.weights[0], expected)
+    assert found.supervised == plain.supervised
+
+
+@settings(max_examples=100, deadline=None)
 @given(packs(), st.sampled_from([2, 4]))
 def test_a_part_of_the_rolled_pack_is_the_rolled_part(pack, cp):
     """Rolling the whole pack with its padded segments and cutting it gives what cutting the rolled pack gives."""

@@ -27,8 +27,9 @@ CHANGES = {
     "images per segment": ("images_per_segment", torch.tensor([0, 1])),
     "videos per segment": ("videos_per_segment", torch.tensor([0, 1])),
     "positions": ("position_ids", torch.zeros(3, 1, 4, dtype=torch.int64)),
+    "weights": ("loss_weights", torch.tensor([[1.0, 1.0, 1.25, 1.0]])),
 }
-NAMES = {"lengths": "segment_lengths", "positions": "position_ids"}
+NAMES = {"lengths": "segment_lengths", "positions": "position_ids", "weights": "labels"}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -38,6 +39,11 @@ def test_each_part_is_distinguished_by_name(change: str) -> None:
     expected = change if change in PACK else NAMES.get(change, "image or video grids")
     assert digest.differences(other) == [expected]
     assert digest.value != other.value
+
+
+def test_weights_of_labels_are_distinguished_below_the_point() -> None:
+    one, other = (PackDigest.of(PACK | {"loss_weights": torch.tensor([[x, 1.0]])}) for x in (1.25, 1.5))
+    assert one.differences(other) == ["labels"]
 
 
 def test_pixels_and_the_kind_of_integer_do_not_matter() -> None:

@@ -249,3 +249,17 @@ def test_a_padded_batch_becomes_the_pack_of_its_samples(sides):
     for name in ("position_ids", "patches", "vision_token_index", "labels", "loss_mask"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     assert torch.equal(found.tokens[0, :USED], expected.tokens[0, :USED])
+
+
+def test_a_stage_without_the_tower_needs_no_patches_but_checks_those_it_gets() -> None:
+    none = {key: torch.zeros(1, 0, 0) for key in ("pixel_values", "pixel_values_videos")}
+    expected = read_pack(micro_batch(), CONFIG)
+    for batch in (micro_batch(), micro_batch(**none)):
+        found = read_pack(batch, CONFIG, with_patches=False)
+        assert found.patches.shape == (0, CONFIG.vision.patch_dim)
+        assert found.digest == expected.digest
+        assert torch.equal(found.position_ids, expected.position_ids)
+    with rejects("image patches", "found a tensor of shape [0, 0]"):
+        read_pack(micro_batch(**none), CONFIG)
+    with rejects("image patches"):
+        read_pack(micro_batch(pixel_values=micro_batch()["pixel_values"][:, 1:]), CONFIG, with_patches=False)

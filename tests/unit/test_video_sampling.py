@@ -12,20 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    ProcessorMixin,
-    Qwen2_5_VLProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
+from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 from transformers.video_utils import load_video as reference_load_video
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.images import MediaOptions
-from megatron_vlbridge.data.media import MediaShape, Video, load_video, media_grid, media_shape, placeholder_runs
+from megatron_vlbridge.data.media import Video, load_video, media_grid, media_shape, placeholder_text
 from megatron_vlbridge.data.video_files import read_video_header
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
@@ -264,18 +258,11 @@ def test_a_conversation_is_measured_without_decoding(
             list(shape.grid) for shape, one in zip(shapes, parts, strict=True) if one["type"] == kind
         ] == grids.tolist()
     assert [media_grid(one, qwen3) for one in parts] == [shape.grid for shape in shapes]
-    texts = [expanded(one["type"], shape, qwen3) for one, shape in zip(parts, shapes, strict=True)]
+    texts = [placeholder_text(one["type"], shape, qwen3) for one, shape in zip(parts, shapes, strict=True)]
     around = {"image": "<|vision_start|>{}<|vision_end|>", "video": "{}"}
     content = "".join(around[one["type"]].format(text) for one, text in zip(parts, texts, strict=True))
     text = f"<|im_start|>user\n{content}hello<|im_end|>\n<|im_start|>assistant\nseven<|im_end|>\n"
     assert qwen3.tokenizer(text)["input_ids"] == sample.input_ids.tolist()
-
-
-def expanded(kind: str, shape: MediaShape, processor: ProcessorMixin) -> str:
-    text, counts = placeholder_runs(kind, shape, processor)
-    token = processor.image_token if kind == "image" else processor.video_token
-    first, *rest = text.split(token)
-    return first + "".join(token * count + after for count, after in zip(counts, rest, strict=True))
 
 
 def test_a_video_of_qwen2_5_has_no_timestamps(qwen3: Qwen3VLProcessor, tmp_path: Path) -> None:
@@ -285,7 +272,7 @@ def test_a_video_of_qwen2_5_has_no_timestamps(qwen3: Qwen3VLProcessor, tmp_path:
     expected = processor(text=["<|video_pad|>hello"], videos=[decoded(path)], video_metadata=[metadata])
     shape = media_shape(part(path), processor)
     assert shape.timestamps == []
-    text = expanded("video", shape, processor) + "hello"
+    text = placeholder_text("video", shape, processor) + "hello"
     assert processor.tokenizer(text)["input_ids"] == expected["input_ids"][0]
 
 

@@ -3,21 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.labels.options import LabelOptions, skipped_turns
-from megatron_vlbridge.data.labels.turns import ExcludedTurn, Turn, add_newlines, supervised_mask
+from megatron_vlbridge.data.labels.turns import ExcludedTurn, Turn, add_newlines, supervised_spans
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.messages import message_name
+from megatron_vlbridge.data.processors.interface import ConversationProcessor
 from megatron_vlbridge.errors import VLBridgeError
 
 
 @dataclass(frozen=True, eq=False)
 class LossMask:
-    """`supervised` is bool `[L]`; `excluded_turns` and `skipped_turns` as in `chat.Sample`."""
+    """`supervised` is bool `[L]`, the rest as in `chat.Sample`."""
 
     supervised: Tensor
+    weights: Tensor | None
     excluded_turns: tuple[ExcludedTurn, ...]
     skipped_turns: tuple[int, ...]
 
@@ -26,7 +28,7 @@ def loss_mask(
     ids: Tensor,
     turns: Sequence[Turn],
     messages: Conversation,
-    processor: ProcessorMixin,
+    processor: ConversationProcessor,
     labels: LabelOptions,
     *,
     allow_no_loss: bool,
@@ -36,12 +38,17 @@ def loss_mask(
     Raises VLBridgeError: there is no supervised token, unless `allow_no_loss`.
     """
     skipped = skipped_turns(messages, labels)
-    supervised, excluded = supervised_mask(ids, turns, messages, processor, skipped)
+    spans, excluded = supervised_spans(ids, turns, messages, processor, skipped)
+    weights = torch.zeros(len(ids))
+    for message, span in spans.items():
+        weights[span] = messages[message].get("weight", 1)
     if labels.newline:
-        add_newlines(supervised, ids, processor)
+        add_newlines(weights, ids, processor)
+    supervised = weights > 0
     if not allow_no_loss and not supervised.any():
         raise _no_supervised_token(messages, excluded, skipped)
-    return LossMask(supervised, excluded, skipped)
+    weighted = bool((weights[supervised] != 1).any())
+    return LossMask(supervised, weights if weighted else None, excluded, skipped)
 
 
 def _no_supervised_token(
@@ -50,7 +57,7 @@ def _no_supervised_token(
     if not excluded and skipped:
         return VLBridgeError(
             f"no supervised token: {message_name(messages, skipped[-1])} and all other assistant messages have "
-            '"train": false or are before the last user query; remove the conversation'
+            '"train": false, the weight 0, or are before the last user query; remove the conversation'
         )
     if not excluded:
         roles = ", ".join(message["role"] for message in messages)

@@ -30,7 +30,7 @@ class LabelOptions:
 
 
 def skipped_turns(messages: Conversation, options: LabelOptions) -> tuple[int, ...]:
-    """The assistant messages that are not to be learned: with `"train": false`, or before the last user query.
+    """The assistant messages that are not to be learned: `"train": false`, weight 0, or before the last user query.
 
     Example: of four messages, user and assistant in turn, `LabelOptions(turns="last")` skips `(1,)`.
     """
@@ -39,7 +39,8 @@ def skipped_turns(messages: Conversation, options: LabelOptions) -> tuple[int, .
     return tuple(
         index
         for index, message in enumerate(messages)
-        if message["role"] == "assistant" and (index < first or not message.get("train", True))
+        if message["role"] == "assistant"
+        and (index < first or not message.get("train", True) or message.get("weight") == 0)
     )
 
 

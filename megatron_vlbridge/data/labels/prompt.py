@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.labels.special import (
@@ -18,16 +17,10 @@ from megatron_vlbridge.data.labels.special import (
 )
 from megatron_vlbridge.data.labels.template import check_reasoning, render, template_messages
 from megatron_vlbridge.data.labels.tools import check_tools
-from megatron_vlbridge.data.labels.turns import (
-    TURN_END,
-    TURN_START,
-    Turn,
-    match_turns,
-    split_turns,
-)
+from megatron_vlbridge.data.labels.turns import Turn, match_turns, split_turns
 from megatron_vlbridge.data.media import Conversation
-from megatron_vlbridge.data.messages import check_conversation
-from megatron_vlbridge.data.video_prompt import without_outer_pair
+from megatron_vlbridge.data.messages import check_conversation, message_name, message_parts
+from megatron_vlbridge.data.processors.interface import ConversationProcessor
 from megatron_vlbridge.errors import VLBridgeError
 
 SPECIAL_REMEDY = {
@@ -61,10 +54,11 @@ class Prompt:
 
 
 def make_prompt(
-    messages: Conversation, processor: ProcessorMixin, tools: Sequence[dict[str, Any]], labels: LabelOptions
+    messages: Conversation, processor: ConversationProcessor, tools: Sequence[dict[str, Any]], labels: LabelOptions
 ) -> Prompt:
     """Check a conversation and apply the chat template (for the errors see `chat.encode_conversation`)."""
     check_conversation(messages)
+    _check_kinds(messages, processor)
     tools = list(tools)
     check_tools(tools)
     written, special = template_messages(messages), special_tokens_of(processor)
@@ -73,11 +67,8 @@ def make_prompt(
         written, tools, hidden = hide_special_tokens(written, tools, special)
     check_special_tokens(written, tools, special, SPECIAL_REMEDY[labels.special_tokens])
     check_reasoning(messages, processor)
-    rendered = render(written, processor, **({"tools": tools} if tools else {}))
-    text = without_outer_pair(rendered, processor)
-    # What stands for an image and for a video, before the processor expands it.
-    image = f"{processor.vision_start_token}{processor.image_token}{processor.vision_end_token}"
-    turns = match_turns(split_turns(text), written, {"image": image, "video": processor.video_token}, tools)
+    text = render(written, processor, **({"tools": tools} if tools else {}))
+    turns = match_turns(split_turns(text, processor.turn_format), written, processor.placeholders, tools)
     return Prompt(
         split_hidden(text, hidden),
         [Turn(turn.role, shown_tokens(turn.content, hidden)) for turn in turns],
@@ -85,11 +76,25 @@ def make_prompt(
     )
 
 
-def special_tokens_of(processor: ProcessorMixin) -> list[str]:
+def special_tokens_of(processor: ConversationProcessor) -> list[str]:
     """The tokens that must not occur in a text."""
-    tokenizer = processor.tokenizer
-    missing = [token for token in (TURN_START, TURN_END) if token not in tokenizer.get_added_vocab()]
+    tokenizer, turns = processor.tokenizer, processor.turn_format
+    missing = [token for token in (*turns.starts, turns.end) if token not in tokenizer.get_added_vocab()]
     if missing:
-        raise VLBridgeError(f"tokenizer: expected the special token {missing[0]} of the ChatML format, found none")
+        raise VLBridgeError(
+            f"tokenizer: expected the special token {missing[0]} of the {turns.name} format, found none"
+        )
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return list(dict.fromkeys([*special, TURN_START, TURN_END, processor.image_token, processor.video_token]))
+    return list(dict.fromkeys([*special, *turns.starts, turns.end, *processor.media_tokens.values()]))
+
+
+def _check_kinds(messages: Conversation, processor: ConversationProcessor) -> None:
+    """Check that the processor has the kinds of media of the messages."""
+    kinds = ("text", *processor.placeholders)
+    for index, message in enumerate(messages):
+        for part_index, part in enumerate(message_parts(message)):
+            if part["type"] not in kinds:
+                raise VLBridgeError(
+                    f"{message_name(messages, index)}, part {part_index}: expected {' or '.join(kinds)}, found "
+                    f"{part['type']}, which {type(processor).__name__} does not encode; leave it out"
+                )

@@ -3,17 +3,17 @@
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.messages import message_calls, message_name, message_text
+from megatron_vlbridge.data.processors.interface import ConversationProcessor
 from megatron_vlbridge.errors import VLBridgeError
 
 
-def render(messages: Conversation, processor: ProcessorMixin, **variables: Any) -> str:
+def render(messages: Conversation, processor: ConversationProcessor, **variables: Any) -> str:
     """Apply the processor's chat template to the conversation (VLBridgeError if the template raises an error)."""
     try:
-        return processor.apply_chat_template(messages, tokenize=False, **variables)
+        return processor.render(messages, **variables)
     except (TemplateError, TypeError, ValueError) as error:
         raise VLBridgeError(f"the chat template rejects the conversation: {error}") from error
 
@@ -40,7 +40,7 @@ def template_messages(messages: Conversation) -> Conversation:
     return rendered
 
 
-def check_reasoning(messages: Conversation, processor: ProcessorMixin) -> None:
+def check_reasoning(messages: Conversation, processor: ConversationProcessor) -> None:
     """Check that reasoning is written in one way, and that the chat template renders `reasoning_content`.
 
     Raises VLBridgeError: the content of a message starts with `<think>`, and this or another has `reasoning_content`;

@@ -7,26 +7,23 @@ generation prompt, and only if they decode to exactly the content of the message
 the reasoning of earlier turns, add an empty one, strip whitespace); a modified turn is excluded from the loss.
 """
 
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from megatron_vlbridge.data.labels.template import render
 from megatron_vlbridge.data.labels.tools import call_texts, tool_text
 from megatron_vlbridge.data.media import Conversation, Message
 from megatron_vlbridge.data.messages import message_calls, message_name, message_text
+from megatron_vlbridge.data.processors.interface import CHATML, ConversationProcessor, TurnFormat
 from megatron_vlbridge.errors import VLBridgeError
 
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-HEADER = f"{TURN_START}assistant\n"
 MAX_EXCERPT = 60  # characters of a text in an error
 
 
@@ -48,34 +45,33 @@ class ExcludedTurn:
 
 @dataclass(frozen=True)
 class GenerationPrompt:
-    """The text and token ids after which the model generates an assistant turn."""
+    r"""The text and token ids after which the model generates an assistant turn.
+
+    `prefix` is the start of the assistant content that the prompt already contains, such as `<think>\n`.
+    """
 
     text: str
     ids: list[int]
-
-    @property
-    def prefix(self) -> str:
-        r"""The start of the assistant content that the prompt already contains, such as `<think>\n`."""
-        return self.text.removeprefix(HEADER)
+    prefix: str
 
 
-def split_turns(text: str) -> list[Turn]:
+def split_turns(text: str, turn_format: TurnFormat = CHATML) -> list[Turn]:
     r"""Split a rendered conversation into its turns; only whitespace is allowed between them.
 
     Example: `split_turns("<|im_start|>user\nWho?<|im_end|>\n")` is `[Turn(role='user', content='Who?')]`.
     """
-    before, *pieces = text.split(TURN_START)
+    before, *pieces = re.split("|".join(map(re.escape, turn_format.starts)), text)
     turns: list[Turn] = []
     between = before
     for index, piece in enumerate(pieces):
         if between.strip():
             raise _text_outside_turns(f"before turn {index}", between)
-        turn, end, between = piece.partition(TURN_END)
-        role, newline, content = turn.partition("\n")
-        if not end or not newline:
+        turn, end, between = piece.partition(turn_format.end)
+        role, separator, content = turn.partition(turn_format.separator)
+        if not end or not separator:
             raise VLBridgeError(
-                f"turn {index}: expected a role, a newline, content and {TURN_END}, found {piece[:MAX_EXCERPT]!r}; the "
-                "chat template does not have the ChatML format"
+                f"turn {index}: expected a role, {turn_format.separator!r}, content and {turn_format.end}, found "
+                f"{piece[:MAX_EXCERPT]!r}; the chat template does not have the {turn_format.name} format"
             )
         turns.append(Turn(role, content))
     if between.strip():
@@ -95,12 +91,12 @@ def turn_groups(messages: Conversation) -> list[list[int]]:
 
 
 def match_turns(
-    turns: Sequence[Turn], messages: Conversation, placeholders: dict[str, str], tools: Sequence[Any] = ()
+    turns: Sequence[Turn], messages: Conversation, placeholders: Mapping[str, str], tools: Sequence[Any] = ()
 ) -> list[Turn]:
     """The turn of each of `turn_groups`, after checking that the template kept the content of all but the assistant.
 
     The template may start with its own system prompt. It may add to the texts and strip whitespace from their ends, as
-    the published templates do. Assistant content is checked by `supervised_mask`, but its tool calls here.
+    the published templates do. Assistant content is checked by `supervised_spans`, but its tool calls here.
 
     Raises VLBridgeError: messages and turns do not match one to one; a text was modified, or an image or video dropped;
     the tools or calls are not rendered in a published form.
@@ -128,7 +124,7 @@ def match_turns(
     return matched
 
 
-def _check_kept(named: Sequence[tuple[str, Message]], turn: Turn, placeholders: dict[str, str]) -> None:
+def _check_kept(named: Sequence[tuple[str, Message]], turn: Turn, placeholders: Mapping[str, str]) -> None:
     """Check that a turn has the messages' content in order and no other placeholders; of an assistant, its calls."""
     texts = [message_text(message, placeholders).strip() for _, message in named]
     if named[0][1]["role"] == "assistant":
@@ -151,76 +147,67 @@ def _check_kept(named: Sequence[tuple[str, Message]], turn: Turn, placeholders: 
         position = start + len(text)
 
 
-# The prompts of each tokenizer by all else that its template can read: they are the same for every conversation.
-_prompts: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, list[GenerationPrompt]]] = WeakKeyDictionary()
-
-
-def generation_prompts(processor: ProcessorMixin) -> list[GenerationPrompt]:
-    """All generation prompts of the processor's chat template, longest first; rendered once, unless they may change."""
-    tokenizer, template = processor.tokenizer, processor.chat_template
-    template = (template.get("default") if isinstance(template, dict) else template) or ""
-    if "strftime_now" in template:
-        return _render_prompts(processor, template)
-    known = _prompts.setdefault(tokenizer, {})
-    key = repr((template, len(tokenizer), tokenizer.special_tokens_map))
-    if key not in known:
-        known[key] = _render_prompts(processor, template)
-    return known[key]
-
-
-def _render_prompts(processor: ProcessorMixin, template: str) -> list[GenerationPrompt]:
-    variants: list[dict[str, bool]] = [{}]
-    if "enable_thinking" in template:
-        variants += [{"enable_thinking": True}, {"enable_thinking": False}]
-    question = [{"role": "user", "content": "x"}]
+@lru_cache(maxsize=16)
+def generation_prompts(processor: ConversationProcessor) -> tuple[GenerationPrompt, ...]:
+    """All generation prompts of the processor's chat template, longest first."""
+    question, turns = [{"role": "user", "content": "x"}], processor.turn_format
+    variants = processor.prompt_variables
     texts = {render(question, processor, add_generation_prompt=True, **variables) for variables in variants}
-    prompts = {text[text.rindex(TURN_START) :] for text in texts}
-    if not all(prompt.startswith(HEADER) for prompt in prompts):
+    prompts = {text[max(text.rfind(start) for start in turns.starts) :] for text in texts}
+    if not all(prompt.startswith(turns.assistant) for prompt in prompts):
         raise VLBridgeError(
-            f"expected the chat template's generation prompts to begin with {HEADER!r}, found {sorted(prompts)}"
+            f"expected the chat template's generation prompts to begin with {turns.assistant!r}, found "
+            f"{sorted(prompts)}"
         )
     encode = processor.tokenizer.encode
-    found = [GenerationPrompt(prompt, encode(prompt, add_special_tokens=False)) for prompt in prompts]
-    return sorted(found, key=lambda prompt: len(prompt.ids), reverse=True)
+    found = [
+        GenerationPrompt(prompt, encode(prompt, add_special_tokens=False), prompt.removeprefix(turns.assistant))
+        for prompt in prompts
+    ]
+    return tuple(sorted(found, key=lambda prompt: len(prompt.ids), reverse=True))
 
 
-def supervised_mask(
-    ids: Tensor, turns: Sequence[Turn], messages: Conversation, processor: ProcessorMixin, skipped: Sequence[int] = ()
-) -> tuple[Tensor, tuple[ExcludedTurn, ...]]:
-    """Bool `[L]`, True for supervised tokens: assistant content and its `<|im_end|>`; and the turns without loss.
+def supervised_spans(
+    ids: Tensor,
+    turns: Sequence[Turn],
+    messages: Conversation,
+    processor: ConversationProcessor,
+    skipped: Sequence[int] = (),
+) -> tuple[dict[int, slice], tuple[ExcludedTurn, ...]]:
+    """The supervised tokens of each message, its content and the end token, by its index; and the turns without loss.
 
     `ids` int64 `[L]` are the tokens of the rendered conversation, placeholders expanded; `turns` has one turn for each
     of `turn_groups(messages)`. `skipped` messages are not learned.
     """
     prompts, tokens = generation_prompts(processor), ids.numpy()
+    form = processor.turn_format
     excluded: list[ExcludedTurn] = []
     candidates: list[tuple[int, GenerationPrompt, slice]] = []
-    spans = _turn_spans(tokens, len(turns), processor.tokenizer)
+    spans = _turn_spans(ids, len(turns), processor)
     for (index, *_), turn, (start, end) in zip(turn_groups(messages), turns, spans, strict=True):
         if messages[index]["role"] == "assistant" and index not in skipped:
             prompt = next((one for one in prompts if tokens[start : start + len(one.ids)].tolist() == one.ids), None)
             if prompt:
                 candidates.append((index, prompt, slice(start + len(prompt.ids), end + 1)))
             else:
-                reason = _prompt_mismatch(_assistant_texts(messages[index]), turn, prompts)
+                reason = _prompt_mismatch(_assistant_texts(messages[index]), turn, prompts, form.assistant)
                 excluded.append(ExcludedTurn(index, reason))
-    mask, learned = torch.zeros_like(ids, dtype=torch.bool), np.zeros(len(tokens), dtype=bool)
-    for _, _, span in candidates:
-        learned[span] = True
+    learned: dict[int, slice] = {}
     # One call is several times faster than one for each turn.
-    decoded = _decode(tokens[learned], processor).split(TURN_END)[:-1]
+    supervised = torch.cat([ids[:0], *(ids[span] for _, _, span in candidates)])
+    decoded = _decode(supervised, processor).split(form.end)[:-1]
     if len(decoded) != len(candidates):  # a text contains the same characters
-        decoded = [_decode(tokens[span][:-1], processor) for _, _, span in candidates]
+        decoded = [_decode(ids[span][:-1], processor) for _, _, span in candidates]
     for (index, prompt, span), found in zip(candidates, decoded, strict=True):
         texts = _assistant_texts(messages[index])
         if any(found in (text, text.removeprefix(prompt.prefix)) for text in texts):
-            mask[span] = True
+            learned[index] = span
         else:
             excluded.append(ExcludedTurn(index, _difference(_closest(texts, found), found)))
-    return mask, tuple(sorted(excluded, key=lambda turn: turn.message))
+    return learned, tuple(sorted(excluded, key=lambda turn: turn.message))
 
 
-def _decode(ids: NDArray[np.int64], processor: ProcessorMixin) -> str:
+def _decode(ids: Tensor, processor: ConversationProcessor) -> str:
     text: str = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return text
 
@@ -239,43 +226,49 @@ def _closest(texts: Sequence[str], found: str) -> str:
     return max(texts, key=lambda text: _first_difference(text, found))
 
 
-def add_newlines(mask: Tensor, ids: Tensor, processor: ProcessorMixin) -> None:
-    """Add the newline after each learned turn to `mask`, bool `[L]` (VLBridgeError if another token is there)."""
+def add_newlines(weights: Tensor, ids: Tensor, processor: ConversationProcessor) -> None:
+    """Give the newline after each learned turn its weight; `weights` `[L]` has 0 for tokens that are not learned.
+
+    Raises VLBridgeError: there is another token.
+    """
+    turn_end = processor.turn_format.end
     newline = processor.tokenizer.encode("\n", add_special_tokens=False)
-    ends = (mask & (ids == processor.tokenizer.convert_tokens_to_ids(TURN_END))).nonzero().flatten() + 1
+    ends = ((weights > 0) & (ids == processor.tokenizer.convert_tokens_to_ids(turn_end))).nonzero().flatten() + 1
     for end in ends.tolist():
         if ids[end : end + 1].tolist() != newline:
             found = processor.tokenizer.decode(ids[end : end + 1].tolist())
             raise VLBridgeError(
-                f"token {end}: expected a newline after {TURN_END}, found {found!r}; leave out --label-newline, the "
+                f"token {end}: expected a newline after {turn_end}, found {found!r}; leave out --label-newline, the "
                 "chat template does not write one"
             )
-    mask[ends] = True
+    weights[ends] = weights[ends - 1]
 
 
-def _turn_spans(ids: NDArray[np.int64], count: int, tokenizer: Any) -> list[tuple[int, int]]:
+def _turn_spans(ids: Tensor, count: int, processor: ConversationProcessor) -> list[tuple[int, int]]:
     """Index of the first and the last token of each of the last `count` turns."""
+    turns, to_id = processor.turn_format, processor.tokenizer.convert_tokens_to_ids
     starts, ends = (
-        np.flatnonzero(ids == tokenizer.convert_tokens_to_ids(token)).tolist() for token in (TURN_START, TURN_END)
+        torch.isin(ids, torch.tensor([to_id(token) for token in tokens])).nonzero().flatten().tolist()
+        for tokens in (turns.starts, [turns.end])
     )
     if len(starts) != len(ends) or len(starts) - count not in (0, 1):
         raise VLBridgeError(
-            f"expected the tokens of {count} turns and at most one system prompt, found {len(starts)} {TURN_START} "
-            f"and {len(ends)} {TURN_END}"
+            f"expected the tokens of {count} turns and at most one system prompt, found {len(starts)} "
+            f"{' or '.join(turns.starts)} and {len(ends)} {turns.end}"
         )
     return list(zip(starts, ends, strict=True))[-count:]
 
 
-def _prompt_mismatch(texts: Sequence[str], turn: Turn, prompts: Sequence[GenerationPrompt]) -> str:
+def _prompt_mismatch(texts: Sequence[str], turn: Turn, prompts: Sequence[GenerationPrompt], header: str) -> str:
     """Why the tokens of a turn start with none of the generation prompts."""
     text = _closest(texts, turn.content)
     if turn.content != text:
         return _difference(text, turn.content)
-    prompt = next((prompt.text for prompt in prompts if f"{HEADER}{text}".startswith(prompt.text)), None)
+    prompt = next((prompt.text for prompt in prompts if f"{header}{text}".startswith(prompt.text)), None)
     if prompt:
         return (
             f"the tokenizer merges the newline at the end of the generation prompt {prompt!r} with the text after it, "
-            f"{f'{HEADER}{text}'.removeprefix(prompt)[:MAX_EXCERPT]!r}, a token that the model can never generate here"
+            f"{f'{header}{text}'.removeprefix(prompt)[:MAX_EXCERPT]!r}, a token that the model can never generate here"
         )
     return f"{text[:MAX_EXCERPT]!r} starts with none of the template's generation prompts, {[p.text for p in prompts]}"
 

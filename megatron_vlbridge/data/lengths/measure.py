@@ -1,11 +1,13 @@
 """The sizes of conversations, from the headers of their media files."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.chat import DEFAULT_LABELS, measure_conversation
@@ -34,6 +36,10 @@ class Measure:
 
     def __call__(self, conversations: Sequence[Conversation], indices: range) -> LengthTable:
         """The table of the conversations with these indices, in this order."""
+        with _one_thread():
+            return self._measure(conversations, indices)
+
+    def _measure(self, conversations: Sequence[Conversation], indices: range) -> LengthTable:
         rows = np.zeros(len(indices), COLUMNS)
         excluded: list[Note] = []
         failed: list[Note] = []
@@ -65,12 +71,23 @@ class Measure:
         return LengthTable(rows, excluded[0] if excluded else None, failed[0] if failed else None)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for the operations of torch, whose tensors are small here: more wait for each other, busily."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def encode_located[T](
-    encode: Callable[..., T], conversation: Conversation, index: int, processor: ProcessorMixin, **options: Any
+    encode: Callable[..., T], conversation: Conversation, index: int, *args: Any, **options: Any
 ) -> T:
     """Call `encode` with a conversation and its tools; errors name its file and line, or its index."""
     try:
-        return encode(conversation, processor, tools=tools_of(conversation), **options)
+        return encode(conversation, *args, tools=tools_of(conversation), **options)
     except VLBridgeError as error:
         raise VLBridgeError(f"{location(conversation, index)}: {error}") from error
 

@@ -19,7 +19,7 @@ type Ints = NDArray[np.int64]
 type Seed = int | Sequence[int]
 
 PACKINGS = ("best-fit", "first-fit-decreasing")
-TOO_LONG = ("error", "drop")
+TOO_LONG = ("error", "drop", "truncate")
 
 # With a limit on patches: how many of the samples that have room in one dimension are tried for the other.
 _TRIES = 16
@@ -42,7 +42,7 @@ class PackingOptions:
     def __post_init__(self) -> None:
         for name, choices in (("method", PACKINGS), ("too_long", TOO_LONG)):
             if getattr(self, name) not in choices:
-                raise VLBridgeError(f"{name}: expected {' or '.join(choices)}, found {getattr(self, name)}")
+                raise VLBridgeError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)}")
         if self.neighbors < 1:
             raise VLBridgeError(f"neighbors: expected at least 1, found {self.neighbors}")
         unused = [name for name in ("max_patches", "window") if getattr(self, name) is not None]

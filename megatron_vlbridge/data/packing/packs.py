@@ -54,6 +54,7 @@ def build_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) ->
     Keys: `tokens` int64 `[T]`, `labels` int64 `[T]`, `segment_lengths` int64 `[n]`, `pixel_values` and
     `pixel_values_videos` float32 `[P, patch_dim]`, `image_grid_thw` and `video_grid_thw` int64 `[k, 3]`,
     `images_per_segment` and `videos_per_segment` int64 `[n]`. All are always there; without media there are 0 patches.
+    Where a message has a weight, also `loss_weights` float32 `[T]`, those of the labels, 1 where there is no label.
 
     Raises VLBridgeError: there are no samples, or their total length exceeds `seq_length`.
     """
@@ -64,7 +65,7 @@ def build_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) ->
             f"{lengths} tokens"
         )
     padding = seq_length - sum(lengths)
-    return {
+    pack = {
         "tokens": torch.cat([*(sample.input_ids for sample in samples), torch.full((padding,), pad_token_id)]),
         "labels": torch.cat([next_token_labels(samples), torch.full((padding,), IGNORE_INDEX)]),
         "segment_lengths": torch.tensor(lengths),
@@ -75,6 +76,9 @@ def build_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) ->
         "images_per_segment": torch.tensor([len(sample.image_grid_thw) for sample in samples]),
         "videos_per_segment": torch.tensor([len(sample.video_grid_thw) for sample in samples]),
     }
+    if any(sample.loss_weights is not None for sample in samples):
+        pack["loss_weights"] = torch.cat([*(_label_weights(sample) for sample in samples), torch.ones(padding)])
+    return pack
 
 
 def next_token_labels(samples: Sequence[Sample]) -> Tensor:
@@ -84,3 +88,12 @@ def next_token_labels(samples: Sequence[Sample]) -> Tensor:
     ends = list(accumulate(len(sample.input_ids) for sample in samples))
     labels[torch.tensor(ends) - 1] = IGNORE_INDEX
     return labels
+
+
+def _label_weights(sample: Sample) -> Tensor:
+    """Float32 `[L]`: the weight of each of `next_token_labels`, 1 where there is none."""
+    if sample.loss_weights is None:
+        return torch.ones(len(sample.input_ids))
+    weights = sample.loss_weights.masked_fill(~sample.loss_mask, 1).roll(-1)
+    weights[-1] = 1
+    return weights

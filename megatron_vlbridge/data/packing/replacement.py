@@ -21,16 +21,17 @@ class Replacements:
 
     Which one is a pure function of `seed`, the index of the pack and the conversation, so it is the same on every rank,
     loader process and resumed run. `lengths` and `patches` are those of all N conversations. `max_share` is the share
-    of the conversations read so far that may fail, where at least `LEAST` or N count as read.
+    of the conversations read so far that may fail, where at least `LEAST` or N count as read. `log`: whether this
+    process logs failures; of those that read the same packs one should.
 
     Example: `next(Replacements([5, 3, 9], [0, 0, 0], seed=0, max_share=0.01).candidates(pack=7, member=0))` is 1.
     """
 
-    def __init__(self, lengths: Ints, patches: Ints, *, seed: int, max_share: float) -> None:
+    def __init__(self, lengths: Ints, patches: Ints, *, seed: int, max_share: float, log: bool = True) -> None:
         if not 0 <= max_share < 1:
             raise VLBridgeError(f"max_bad_samples: expected a share from 0 to below 1, found {max_share}")
         self.lengths, self.patches = np.asarray(lengths), np.asarray(patches)
-        self.seed, self.max_share = seed, max_share
+        self.seed, self.max_share, self.log = seed, max_share, log
         self.num_read = 0
         self.failures: dict[int, str] = {}
         self._by_length = np.argsort(self.lengths, kind="stable")
@@ -60,7 +61,8 @@ class Replacements:
         if member in self.failures:
             return
         self.failures[member] = str(error)
-        logger.warning("replaced: %s", error)
+        if self.log:
+            logger.warning("replaced: %s", error)
         read = max(self.num_read, min(LEAST, len(self.lengths)))
         if len(self.failures) > self.max_share * read:
             raise VLBridgeError(

@@ -13,10 +13,10 @@ from transformers import ProcessorMixin
 
 from megatron_vlbridge.data.chat import Sample
 from megatron_vlbridge.data.images import MediaOptions, read_image
-from megatron_vlbridge.data.labels.turns import TURN_START
 from megatron_vlbridge.data.lengths.measure import location
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.messages import message_parts
+from megatron_vlbridge.data.processors.interface import CHATML
 from megatron_vlbridge.errors import VLBridgeError
 
 THUMBNAIL = 160  # the longer side in pixels
@@ -129,7 +129,7 @@ def _count(summary: Summary, sample: Sample, processor: ProcessorMixin) -> None:
     summary.images += len(sample.image_grid_thw)
     summary.videos += len(sample.video_grid_thw)
     summary.excluded_turns += len(sample.excluded_turns)
-    start = processor.tokenizer.convert_tokens_to_ids(TURN_START)
+    start = processor.tokenizer.convert_tokens_to_ids(CHATML.starts[0])
     places = (sample.input_ids == start).nonzero().flatten().tolist()
     for begin, end in zip(places, [*places[1:], len(sample.input_ids)], strict=True):
         role = processor.tokenizer.decode(sample.input_ids[begin + 1 : begin + 8]).partition("\n")[0]

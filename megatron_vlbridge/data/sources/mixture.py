@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 from megatron_vlbridge.data.conversations import FileConversation, FileConversations
 from megatron_vlbridge.data.sources.files.kinds import open_records
@@ -28,6 +29,12 @@ class Mixture(LazySequence[FileConversation]):
         """The conversation at an index of at least 0."""
         part = bisect_right(self._starts, index) - 1
         return self.parts[part][index - self._starts[part]]
+
+
+def source_names(conversations: Sequence[Any]) -> list[str]:
+    """The files of the sources of conversations, or "conversations" if they come from none."""
+    parts = conversations.parts if isinstance(conversations, Mixture) else [conversations]
+    return [str(getattr(part, "path", "conversations")) for part in parts]
 
 
 def open_data(

@@ -9,7 +9,7 @@ import torch
 
 _PARTS = {
     "tokens": ("tokens",),
-    "labels": ("labels",),
+    "labels": ("labels", "loss_weights"),
     "segment_lengths": ("segment_lengths",),
     "image or video grids": ("image_grid_thw", "video_grid_thw", "images_per_segment", "videos_per_segment"),
     "position_ids": ("position_ids",),
@@ -28,7 +28,7 @@ class PackDigest:
 
     @classmethod
     def of(cls, pack: Mapping[str, Any]) -> Self:
-        """Of a pack with integer tensors on the host; `position_ids` may be missing or None."""
+        """Of a pack on the host; `loss_weights` (float32) and `position_ids` may be missing or None."""
         sizes = (pack["tokens"].numel(), *(len(pack[key]) for key in ("segment_lengths", "image_grid_thw")))
         checksums = tuple(_checksum([pack.get(key) for key in keys]) for keys in _PARTS.values())
         return cls(checksums, (*sizes, len(pack["video_grid_thw"])))
@@ -53,5 +53,6 @@ def _checksum(tensors: list[torch.Tensor | None]) -> int:
         if tensor is None:
             continue
         checksum = zlib.crc32(repr(tuple(tensor.shape)).encode(), checksum)
-        checksum = zlib.crc32(tensor.to(torch.int64).contiguous().numpy().data, checksum)
+        integers = tensor.contiguous().view(torch.int32) if tensor.is_floating_point() else tensor
+        checksum = zlib.crc32(integers.to(torch.int64).contiguous().numpy().data, checksum)
     return checksum

@@ -14,7 +14,7 @@ class Media:
     """Patches of a batch's images and videos (fp32 `[P, patch_dim]`) and their grids (`[n, 3]`, on the host).
 
     How many images and videos each segment has is checked against the tokens where it is given. Pipeline stages without
-    the tower need no patches (`patches_wanted` False): these may be None, and are else only checked for their shape.
+    the tower need no patches (`patches_wanted` False): there may be none, and else only their shape is checked.
     """
 
     pixel_values: torch.Tensor | None = None
@@ -42,7 +42,7 @@ class Media:
         found = []
         pixels = (self.pixel_values, self.pixel_values_videos)
         for kind, grids, patches in zip(("image", "video"), self.grids(config), pixels, strict=True):
-            if patches is None and not self.patches_wanted:
+            if (patches is None or not len(patches)) and not self.patches_wanted:
                 continue
             patches = empty if patches is None else patches
             expected = sum(t * h * w for t, h, w in grids)

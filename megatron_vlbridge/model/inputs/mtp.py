@@ -15,8 +15,8 @@ class MtpInputs:
 
     `tokens` `[1, T]`; `labels` `[1, T]` and `weights` `[1, T]` only where a loss is wanted, 0 where a token has none.
     A weight is `n / m` where the pack has `n` supervised tokens and `m` of these have a supervised token after them in
-    their segment, so that the MTP loss counts as much as the first, as in Megatron. `n` and `m` are those of the whole
-    pack on every rank. `supervised` is `m`.
+    their segment, so that the MTP loss counts as much as the first, as in Megatron; where labels have weights, it is
+    multiplied by that of the label. `n` and `m` are those of the whole pack on every rank. `supervised` is `m`.
     """
 
     tokens: torch.Tensor
@@ -26,9 +26,17 @@ class MtpInputs:
 
     @classmethod
     def from_pack(
-        cls, tokens: torch.Tensor, labels: torch.Tensor | None, lengths: Sequence[int], filler: int, ignored: int
+        cls,
+        tokens: torch.Tensor,
+        labels: torch.Tensor | None,
+        lengths: Sequence[int],
+        filler: int,
+        ignored: int,
+        loss_weights: torch.Tensor | None = None,
     ) -> Self:
         """From a whole pack: its tokens and labels `[1, T]` (`ignored` where there is no loss) and true lengths.
+
+        `loss_weights` `[1, T]` are those of the labels, if any.
 
         Example: `MtpInputs.from_pack(torch.tensor([[5, 6, 7, 8]]), None, [3, 1], filler=0, ignored=-100).tokens` is
         `tensor([[6, 7, 0, 0]])`.
@@ -39,7 +47,10 @@ class MtpInputs:
         next_labels = next_in_segment(labels, lengths, ignored)
         mask = next_labels != ignored
         count, supervised = int((labels != ignored).sum()), int(mask.sum())
-        return cls(next_tokens, next_labels.masked_fill(~mask, 0), mask * (count / max(supervised, 1)), supervised)
+        weights = mask * (count / max(supervised, 1))
+        if loss_weights is not None:
+            weights = weights * next_in_segment(loss_weights, lengths, 0)
+        return cls(next_tokens, next_labels.masked_fill(~mask, 0), weights, supervised)
 
     def gather(self, index: torch.Tensor, filler: int) -> Self:
         """A context-parallel rank's part, by its layout's `gather_index`."""

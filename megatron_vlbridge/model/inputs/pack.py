@@ -34,7 +34,8 @@ class PackedInputs:
 
     `tokens` `[1, T]`, `position_ids` `[3, 1, T]` (time, row, column), `patches` `[P, patch_dim]` of images then videos
     (none on stages without the tower), `vision_token_index` `[N]`: the place in the pack of each token that the tower
-    makes, in the tower's order; `labels` `[1, T]` and `loss_mask` `[1, T]` only where a loss is wanted. Under context
+    makes, in the tower's order; `labels` `[1, T]` and `loss_mask` `[1, T]` only where a loss is wanted, with
+    `loss_weights` `[1, T]` where the losses of its tokens are to be multiplied. Under context
     parallelism T counts this rank's tokens, and `vision_embed_index` `[N]` says which of the tower's outputs belong to
     its `vision_token_index` (None: all, in order). Under sequence parallelism `shard` says which of them lie in this
     tensor-parallel rank's part. `mtp` is what an MTP layer needs, where the checkpoint has one. `digest` is that of the
@@ -51,6 +52,7 @@ class PackedInputs:
     vision_token_index: torch.Tensor
     labels: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
+    loss_weights: torch.Tensor | None = None
     vision_embed_index: torch.Tensor | None = None
     shard: SequenceShard | None = None
     mtp: MtpInputs | None = None
@@ -64,6 +66,7 @@ class PackedInputs:
         media: Media,
         config: Config,
         labels: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
     ) -> Self:
         """From tokens `[1, T]` on the host (and `labels`, -100 where there is no loss) that already follow `layout`.
 
@@ -89,7 +92,7 @@ class PackedInputs:
         )
         mtp = None
         if config.text.num_mtp_layers:
-            mtp = MtpInputs.from_pack(tokens, labels, layout.lengths, filler_token(config), IGNORED)
+            mtp = MtpInputs.from_pack(tokens, labels, layout.lengths, filler_token(config), IGNORED, loss_weights)
         return cls(
             layout=layout,
             tokens=tokens,
@@ -100,6 +103,7 @@ class PackedInputs:
             vision_token_index=placeholders(tokens[0], config).nonzero()[:, 1],
             labels=None if labels is None else labels.clamp(min=0),
             loss_mask=None if labels is None else (labels != IGNORED).float(),
+            loss_weights=loss_weights,
             mtp=mtp,
         )
 
@@ -150,6 +154,7 @@ class PackedInputs:
             vision_embed_index=embed_index,
             labels=None if self.labels is None else gather(self.labels, index, 0),
             loss_mask=None if self.loss_mask is None else gather(self.loss_mask, index, 0),
+            loss_weights=None if self.loss_weights is None else gather(self.loss_weights, index, 0),
             mtp=self.mtp and self.mtp.gather(index, filler),
         )
 

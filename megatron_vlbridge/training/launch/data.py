@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from megatron.core import parallel_state
+
 from megatron_vlbridge.data.conversations import FileConversations, read_conversations
 from megatron_vlbridge.data.lengths.fingerprint import open_table
 from megatron_vlbridge.data.lengths.measure import Measure
@@ -60,6 +62,29 @@ def open_lengths(
     """
     file = data_file(args, split)
     return None if file is None else open_table(file, split, conversations, measure)
+
+
+def decodes_media(args: argparse.Namespace, vp_stage: int | None) -> bool:
+    """Whether the datasets of this rank's (virtual) pipeline stage decode images and videos.
+
+    That is the stage of the vision tower. With `--max-bad-samples` it is every stage: an image that cannot be decoded
+    is replaced in its pack, which must be the same on all of them.
+
+    Example: `PackedConversations(..., decode_media=decodes_media(args, vp_stage))` in a dataset provider.
+    """
+    return _has_tower(vp_stage) or args.max_bad_samples > 0
+
+
+def logs_replaced(vp_stage: int | None) -> bool:
+    """Whether the datasets of this rank's (virtual) pipeline stage log what they replace.
+
+    Of those that read the same packs it is the first one.
+    """
+    return _has_tower(vp_stage) and parallel_state.get_context_parallel_rank() == 0
+
+
+def _has_tower(vp_stage: int | None) -> bool:
+    return bool(parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage))
 
 
 def open_conversations(args: argparse.Namespace, split: str) -> FileConversations | Mixture | None:

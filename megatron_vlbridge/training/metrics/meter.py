@@ -41,6 +41,8 @@ class Meter:
         self.config, self.csv_file, self.first_item = config, csv_file, first_item
         self.check_losses, self.router_loss = check_losses, router_loss
         self._packs: list[PackCounts] = []
+        # Int64 `[sources]`, of the packs that this rank has counted.
+        self.replaced: torch.Tensor | None = None
         self._losses: list[PackLoss] = []
         # Of each iteration since the last line of the log. An iteration that Megatron runs again replaces itself.
         self._iterations: dict[int, PackCounts] = {}
@@ -49,6 +51,9 @@ class Meter:
     def note_pack(self, batch: Mapping[str, Any]) -> None:
         """Count a pack, as it comes from the data loader."""
         self._packs.append(PackCounts.of(batch))
+        replaced = batch.get("replaced_per_source")
+        if replaced is not None:
+            self.replaced = replaced[0] if self.replaced is None else self.replaced + replaced[0]
 
     def watch(self, inputs: PackedInputs, loss: LossFunction, losses: torch.Tensor) -> Any:
         """`loss(losses)`, whose results are checked at the end of the step."""

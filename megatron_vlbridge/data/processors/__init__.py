@@ -1,0 +1,1 @@
+"""What encoding a conversation needs of a processor: the published ones, and an interface for others."""

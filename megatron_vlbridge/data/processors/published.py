@@ -1,0 +1,139 @@
+"""The processors of `families.processors` behind the interface of `processors.interface`."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.media import (
+    Conversation,
+    MediaShape,
+    Size,
+    Video,
+    image_size,
+    load_image,
+    load_video,
+    media_shape,
+    placeholder_text,
+    with_sizes,
+)
+from megatron_vlbridge.data.processors.interface import CHATML, ConversationProcessor
+from megatron_vlbridge.data.video_prompt import without_outer_pair
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families.processors import IMAGE_PROCESSORS, VIDEO_PROCESSORS
+from megatron_vlbridge.layout.positions import mrope_positions
+
+
+def as_conversation_processor(processor: ProcessorMixin | ConversationProcessor) -> ConversationProcessor:
+    """The processor itself if it has the interface, a published one behind it.
+
+    Raises VLBridgeError: its image or video processor is not in `families.processors`.
+    """
+    if isinstance(processor, ConversationProcessor):
+        return processor
+    for name, known in (("image_processor", IMAGE_PROCESSORS), ("video_processor", VIDEO_PROCESSORS)):
+        found = type(getattr(processor, name, None)).__name__
+        if found not in known:
+            raise VLBridgeError(
+                f"processor {type(processor).__name__}: expected the {name} {' or '.join(sorted(known))}, found "
+                f"{found}; write a subclass of data.processors.interface.ConversationProcessor"
+            )
+    tokenizer = processor.tokenizer
+    state = str((processor.chat_template, len(tokenizer), tokenizer.special_tokens_map))
+    return _published(processor, tokenizer, state)
+
+
+# With what decides the generation prompts, and a user may change.
+@lru_cache(maxsize=16)
+def _published(processor: ProcessorMixin, _tokenizer: PreTrainedTokenizerBase, _state: str) -> "PublishedProcessor":
+    return PublishedProcessor(processor)
+
+
+class LoadedImage(NamedTuple):
+    """An image, and the size to which it is resized."""
+
+    image: Image.Image
+    size: Size
+
+
+class PublishedProcessor(ConversationProcessor):
+    """A processor of transformers: ChatML, placeholders expanded by the processor, timestamps in the text."""
+
+    turn_format = CHATML
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        # The processor class of Qwen2.5-VL does not have these attributes.
+        start, end = (getattr(processor, f"vision_{name}_token", f"<|vision_{name}|>") for name in ("start", "end"))
+        self.media_tokens = {"image": processor.image_token, "video": processor.video_token}
+        image, video = (f"{start}{token}{end}" for token in self.media_tokens.values())
+        self.placeholders = {"image": image, "video": without_outer_pair(video, processor)}
+        part = processor.image_processor
+        width = len(part.image_mean) * part.temporal_patch_size * part.patch_size**2
+        self.patch_shapes = {"image": (width,), "video": (width,)}
+        template = processor.chat_template
+        template = template.get("default", "") if isinstance(template, dict) else template
+        thinking = [{"enable_thinking": True}, {"enable_thinking": False}]
+        self.prompt_variables = [{}, *(thinking if "enable_thinking" in (template or "") else [])]
+
+    def render(self, messages: Conversation, **variables: Any) -> str:
+        """The text of the processor's chat template, with one token for a video."""
+        text = self.processor.apply_chat_template(messages, tokenize=False, **variables)
+        return without_outer_pair(text, self.processor)
+
+    def measure(self, part: dict[str, Any], options: MediaOptions) -> MediaShape:
+        """See `media.media_shape`."""
+        return media_shape(part, self.processor, options)
+
+    def expand(self, kind: str, shape: MediaShape) -> str:
+        """See `media.placeholder_text`."""
+        return placeholder_text(kind, shape, self.processor)
+
+    def load(self, part: dict[str, Any], options: MediaOptions) -> LoadedImage | Video:
+        """See `media.load_image` and `media.load_video`."""
+        if part["type"] == "image":
+            return LoadedImage(load_image(part, options), image_size(part, self.processor.image_processor, options))
+        return load_video(part, options, self.processor.video_processor)
+
+    def encode(self, texts: Sequence[str], images: Sequence[LoadedImage], videos: Sequence[Video]) -> dict[str, Any]:
+        """Call the processor (VLBridgeError if it rejects the media)."""
+        media: dict[str, Any] = {}
+        if images:
+            media["images"] = [image.image for image in images]
+        if videos:
+            minimum = self.processor.video_processor.temporal_patch_size
+            for index, video in enumerate(videos):
+                if len(video.frames) < minimum:
+                    raise VLBridgeError(f"video {index}: expected at least {minimum} frames, found {len(video.frames)}")
+            media["videos"] = [video.frames for video in videos]
+            media["video_metadata"] = [video.metadata for video in videos]
+            media["do_sample_frames"] = False
+        sized = with_sizes(self.processor, [image.size for image in images], [video.size for video in videos])
+        try:
+            encoded = dict(sized(text=list(texts), return_tensors="pt", padding=len(texts) > 1, **media))
+        except ValueError as error:
+            raise VLBridgeError(
+                f"the processor rejects {len(images)} images and {len(videos)} videos: {error}"
+            ) from error
+        if len(texts) == 1:
+            return encoded | {"input_ids": [encoded["input_ids"][0]]}
+        rows = zip(encoded["input_ids"], encoded["attention_mask"].bool(), strict=True)
+        return encoded | {"input_ids": [row[mask] for row, mask in rows]}
+
+    def check_tokens(self, ids: Tensor, grids: Mapping[str, Tensor]) -> None:
+        """Check each image and video by its own tokens (see `layout.positions.mrope_positions`)."""
+        mrope_positions(
+            ids,
+            [len(ids)],
+            grids["image"],
+            grids["video"],
+            image_token_id=self.processor.image_token_id,
+            video_token_id=self.processor.video_token_id,
+            merge_size=self.processor.image_processor.merge_size,
+            images_per_segment=[len(grids["image"])],
+            videos_per_segment=[len(grids["video"])],
+        )
