@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
@@ -174,9 +173,10 @@ def _expanded_ids(prompt: Prompt, shapes: dict[str, list[MediaShape]], processor
     # A run of a placeholder is tokenized as one and then repeated: it can be of thousands.
     texts = [runs.sub(shorten, text) for text in processor.expand_texts(prompt.texts, shapes)]
     ids = prompt.join([torch.tensor(processor.tokenizer(text)["input_ids"]) for text in texts])
-    repeats = np.ones(len(ids), dtype=np.int64)
-    repeats[np.isin(ids, processor.tokenizer.convert_tokens_to_ids(tokens))] = counts
-    return torch.from_numpy(ids.numpy().repeat(repeats))
+    repeats = torch.ones_like(ids)
+    repeated = torch.isin(ids, torch.tensor(processor.tokenizer.convert_tokens_to_ids(tokens)))
+    repeats[repeated] = torch.tensor(counts, dtype=ids.dtype)
+    return ids.repeat_interleave(repeats)
 
 
 def _load_media[T](messages: Conversation, kind: str, load: Callable[[dict[str, Any]], T]) -> list[T]:

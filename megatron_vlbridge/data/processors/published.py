@@ -43,13 +43,15 @@ def as_conversation_processor(processor: ProcessorMixin | ConversationProcessor)
                 f"{found}; write a subclass of data.processors.interface.ConversationProcessor"
             )
     tokenizer = processor.tokenizer
-    state = str((processor.chat_template, len(tokenizer), tokenizer.special_tokens_map))
-    return _published(processor, tokenizer, state)
+    special = str(tokenizer.special_tokens_map)
+    return _published(processor, tokenizer, str(processor.chat_template), len(tokenizer), special)
 
 
 # With what decides the generation prompts, and a user may change.
 @lru_cache(maxsize=16)
-def _published(processor: ProcessorMixin, _tokenizer: PreTrainedTokenizerBase, _state: str) -> "PublishedProcessor":
+def _published(
+    processor: ProcessorMixin, _tokenizer: PreTrainedTokenizerBase, _template: str, _tokens: int, _special: str
+) -> "PublishedProcessor":
     return PublishedProcessor(processor)
 
 
