@@ -41,7 +41,9 @@ import torch
 from PIL import Image
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
-from megatron_vlbridge.data.labels.turns import Turn, supervised_spans
+from megatron_vlbridge.data.labels.mask import loss_mask
+from megatron_vlbridge.data.labels.options import LabelOptions
+from megatron_vlbridge.data.labels.turns import Turn
 from megatron_vlbridge.data.lengths.measure import Measure
 from megatron_vlbridge.data.lengths.table import COLUMNS, LengthTable
 from megatron_vlbridge.data.packing.offline import order_packs, pack_lengths
@@ -184,8 +186,11 @@ def measure_pack() -> bool:
     print(f"\nA pack of {TOKENS:,} tokens; limit {LIMIT_PACK_S * 1e3} ms")
     good, grid = True, torch.zeros(0, 3, dtype=torch.int64)
     for count in (1, 16, 64, 128):
-        ids, patches = torch.arange(TOKENS // count), torch.zeros(0, 1536)
-        supervised = torch.ones(len(ids), dtype=torch.bool)
+        ids, supervised, patches = (
+            torch.arange(TOKENS // count),
+            torch.ones(TOKENS // count).bool(),
+            torch.zeros(0, 1536),
+        )
         samples = [Sample(ids, supervised, patches, grid, patches, grid) for _ in range(count)]
         seconds, _ = fastest(lambda samples=samples: [build_pack(samples, TOKENS, 0) for _ in range(20)])
         good &= seconds / 20 < LIMIT_PACK_S
@@ -195,19 +200,23 @@ def measure_pack() -> bool:
 
 def measure_mask() -> bool:
     print(f"\nLoss masks; limit {LIMIT_MASK_S * 1e3} ms with images")
-    published = build_processor(["a", "picture"], patch_size=16, merge_size=2, min_pixels=1024, max_pixels=1024)
-    processor, good = as_conversation_processor(published), True
+    good = True
+    processor = build_processor(["a", "picture"], patch_size=16, merge_size=2, min_pixels=1024, max_pixels=1024)
+    adapter = as_conversation_processor(processor)
     for turns, image_tokens, words in ((2, 16_000, 300), (26, 1200, 30), (100, 0, 150)):
         question, answer = "<|image_pad|>" * image_tokens + "a picture", "a picture " * (words // 2)
         text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n" * turns
         ids = torch.tensor(processor.tokenizer.encode(text))
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] * turns
         rendered = [Turn(message["role"], message["content"]) for message in messages]
-        seconds, (spans, excluded) = fastest(lambda x=(ids, rendered, messages): supervised_spans(*x, processor))
-        assert not excluded
+        seconds, mask = fastest(
+            lambda x=(ids, rendered, messages): loss_mask(*x, adapter, LabelOptions(), allow_no_loss=False)
+        )
+        assert not mask.excluded_turns
         good &= seconds < LIMIT_MASK_S or not image_tokens
-        supervised = sum(span.stop - span.start for span in spans.values())
-        print(f"{turns:4} turns, {len(ids):,} tokens, {supervised:,} supervised: {seconds * 1e3:.2f} ms")
+        print(
+            f"{turns:4} turns, {len(ids):,} tokens, {int(mask.supervised.sum()):,} supervised: {seconds * 1e3:.2f} ms"
+        )
     return good
 
 

@@ -26,6 +26,7 @@ from megatron_vlbridge.data.packing.offline import PackingOptions
 from megatron_vlbridge.data.packing.packs import build_pack
 from megatron_vlbridge.data.packing.replacement import Replacements
 from megatron_vlbridge.data.packing.truncation import truncate
+from megatron_vlbridge.data.processors.interface import ConversationProcessor
 from megatron_vlbridge.data.sources.mixture import Mixture, source_names
 from megatron_vlbridge.data.sources.sampling import Share
 from megatron_vlbridge.errors import VLBridgeError
@@ -272,9 +273,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         if self.decode_media:
             sample = encode_located(encode_conversation, conversation, index, self.processor, **options)
         else:
-            sample = encode_located(
-                measure_conversation, conversation, index, self.processor, **options
-            ).without_patches()
+            measured = encode_located(measure_conversation, conversation, index, self.processor, **options)
+            sample = measured.without_patches()
         if len(sample.input_ids) != self.lengths[index]:
             where = location(conversation, index)
             raise VLBridgeError(
@@ -284,8 +284,13 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         return sample
 
 
-def check_processor(processor: ProcessorMixin, config: Config) -> None:
+def check_processor(processor: ProcessorMixin | ConversationProcessor, config: Config) -> None:
     """Check that the tokens and patches of a processor match the checkpoint (VLBridgeError with both values)."""
+    if isinstance(processor, ConversationProcessor):
+        raise VLBridgeError(
+            f"processor {type(processor).__name__}: expected a processor of transformers, the one of the checkpoint; "
+            "others are for encode_conversation"
+        )
     vision, tokenizer = config.vision, processor.tokenizer
     pairs = {
         "image token id": (processor.image_token_id, config.image_token_id),

@@ -60,8 +60,7 @@ class Shards(Records):
 
     def media(self, index: int, source: str, folder: Path) -> str | bytes:
         """The bytes of a member of the sample, by its name or path; a file in `folder` if it has no such member."""
-        members = self._members(index)
-        found = members.get(source) or {_name(path): content for path, content in members.items()}.get(source)
+        found = find_member(self._members(index), source)
         return super().media(index, source, folder) if found is None else found
 
     def _members(self, index: int) -> dict[str, bytes]:
@@ -85,7 +84,7 @@ class _Shard(JsonLines):
         return _members(self._content(index))
 
     def _parse(self, content: bytes) -> Any:
-        return _record(_members(content))
+        return sample_record(_members(content))
 
     def _scan(self, path: Path) -> Iterator[Rows]:
         try:
@@ -146,7 +145,13 @@ def _members(content: bytes) -> dict[str, bytes]:
     return found
 
 
-def _record(members: dict[str, bytes]) -> Any:
+def find_member(members: dict[str, bytes], source: str) -> bytes | None:
+    """The content of a member, by its path or its name."""
+    return members.get(source) or {_name(path): content for path, content in members.items()}.get(source)
+
+
+def sample_record(members: dict[str, bytes]) -> Any:
+    """The record of a sample with these members, see `Shards` (VLBridgeError if it has none, or leaves media out)."""
     by_extension = {_split(path)[1]: content for path, content in members.items()}
     if "json" not in by_extension:
         raise VLBridgeError(f"expected a member that ends with .json, found {', '.join(members)}")
