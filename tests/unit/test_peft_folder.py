@@ -80,6 +80,7 @@ def test_a_pattern_gives_a_module_another_rank_and_scaling(tmp_path: Path) -> No
         ({"rank_pattern": {"q_proj": 1.5}}, "q_proj: expected a positive integer"),
         ({"rank_pattern": {"(": 1}}, "rank_pattern: expected regular expressions"),
         ({"lora_alpha": "8"}, "lora_alpha: expected a finite number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha: expected a finite number"),
         ({"use_rslora": 1}, "use_rslora: expected true or false"),
         ({"r": 4}, "rank 4"),
     ],
