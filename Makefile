@@ -3,7 +3,7 @@ PY := .venv/bin/python
 DEMO_ARGS ?=
 LAYOUT_ARGS ?=
 
-.PHONY: help setup demo test test-random test-long test-layouts test-hf4 test-versions test-te lint format unit functional clean clean-venv
+.PHONY: help setup demo test test-random test-long test-layouts test-hf4 test-versions test-te test-energon lint format unit functional clean clean-venv
 
 help:
 	@echo "make demo        digits -> HF checkpoint -> Megatron -> training -> HF -> answers, in demo-out/ (DEMO_ARGS=...)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-versions  a selection of the tests with the oldest and the newest supported versions; two venvs of 5 GB"
 	@echo "make test-te     the Transformer Engine backend without a GPU, its compiled extension replaced; in .venv-te. All its"
 	@echo "                 layouts: .venv-te/bin/python -m tests.te.write_layouts, which writes them to docs/layouts.md"
+	@echo "make test-energon  conversations read by Megatron Energon, in .venv-energon"
 	@echo "make lint        ruff and mypy              make format      reformat and fix with ruff"
 	@echo "make unit        unit tests                 make functional  functional tests"
 	@echo "make clean       remove generated files     make clean-venv  also remove the venvs"
@@ -56,6 +57,10 @@ test-te: setup
 	@ci/setup_te.sh
 	.venv-te/bin/python -m pytest tests/te -m "not layouts" -n 2 --dist loadfile --no-loadscope-reorder
 
+test-energon: setup
+	@ci/setup_energon.sh
+	.venv-energon/bin/python -m pytest tests/energon -n 2
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -76,4 +81,4 @@ clean:
 	find . -name '.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 clean-venv: clean
-	rm -rf .venv .venv-hf4 .venv-te .venv-oldest .venv-newest
+	rm -rf .venv .venv-hf4 .venv-te .venv-energon .venv-oldest .venv-newest

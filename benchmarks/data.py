@@ -1,6 +1,6 @@
-"""Offline packing of 1,000,000 lengths, opening a file of 10,000,000 lines, and measuring conversations with images.
+"""Offline packing of lengths, opening large files, measuring conversations with images, making packs and loss masks.
 
-    python benchmarks/data.py [packing] [lines] [media]
+    python benchmarks/data.py [packing] [lines] [media] [table] [pack] [mask]
 
 Packing: time on one core, and packs compared with the lower bound.
 
@@ -15,6 +15,15 @@ index that it reads are not counted then: they are those of the file, shared by 
 Media: conversations with one JPEG of 1024 x 1024 each, of 7 words and of 113 words, measured from headers and encoded.
 Exit code 1 if measuring 100,000 of the first kind takes 60 s of one core or more, or encoding any takes less than 20
 times as long.
+
+Table: a table of lengths of 10,000,000 conversations. Exit code 1 if opening it and summing its tokens takes 1 s or
+more.
+
+Pack: packs of 32,768 tokens from tokenized samples without images. Exit code 1 if one takes 0.5 ms or more.
+
+Mask: the loss masks of conversations of about 32,768 tokens, most of them of images. Exit code 1 if one takes 1 ms or
+more. Masks of texts are printed too; most of their time is the decoding of the supervised tokens, which are compared
+with the messages.
 """
 
 import os
@@ -28,11 +37,18 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from PIL import Image
 
-from megatron_vlbridge.data.chat import encode_conversation
+from megatron_vlbridge.data.chat import Sample, encode_conversation
+from megatron_vlbridge.data.labels.mask import loss_mask
+from megatron_vlbridge.data.labels.options import LabelOptions
+from megatron_vlbridge.data.labels.turns import Turn
 from megatron_vlbridge.data.lengths.measure import Measure
+from megatron_vlbridge.data.lengths.table import COLUMNS, LengthTable
 from megatron_vlbridge.data.packing.offline import order_packs, pack_lengths
+from megatron_vlbridge.data.packing.packs import build_pack
+from megatron_vlbridge.data.processors.published import as_conversation_processor
 from megatron_vlbridge.data.sources.files.json_lines import JsonLines
 from megatron_vlbridge.demo.tiny_processor import build_processor
 
@@ -41,6 +57,7 @@ LIMIT_S, LIMIT, LIMIT_PATCHES = 0.5, 0.001, 0.05
 LIMIT_OPEN_S, LIMIT_OPEN_MB = 1, 200
 ROUNDS = 5
 LIMIT_INDEX_S, LIMIT_RATIO = 60, 20
+TOKENS, LIMIT_PACK_S, LIMIT_MASK_S = 32_768, 0.0005, 0.001
 
 type Ints = np.ndarray
 
@@ -151,6 +168,58 @@ def measure_media() -> bool:
     return good
 
 
+def measure_table() -> bool:
+    print(f"\nA table of {LINES:,} lengths; limit {LIMIT_OPEN_S} s")
+    rows = np.zeros(LINES, COLUMNS)
+    rows["tokens"] = 500
+    with tempfile.TemporaryDirectory() as folder:
+        LengthTable(rows).save(Path(folder) / "lengths", {})
+        opening, table = fastest(lambda: LengthTable.open(Path(folder) / "lengths", {}), 1)
+        summing, total = fastest(lambda: table.rows["tokens"].sum(dtype=np.int64), 1)
+    assert total == 500 * LINES
+    packing, _ = fastest(lambda: pack_lengths(table.rows["tokens"].astype(np.int64), 8192), 1)
+    print(f"opened in {opening:.4f} s, tokens summed in {summing:.2f} s, packed in {packing:.1f} s")
+    return opening + summing < LIMIT_OPEN_S
+
+
+def measure_pack() -> bool:
+    print(f"\nA pack of {TOKENS:,} tokens; limit {LIMIT_PACK_S * 1e3} ms")
+    good, grid = True, torch.zeros(0, 3, dtype=torch.int64)
+    for count in (1, 16, 64, 128):
+        ids, supervised, patches = (
+            torch.arange(TOKENS // count),
+            torch.ones(TOKENS // count).bool(),
+            torch.zeros(0, 1536),
+        )
+        samples = [Sample(ids, supervised, patches, grid, patches, grid) for _ in range(count)]
+        seconds, _ = fastest(lambda samples=samples: [build_pack(samples, TOKENS, 0) for _ in range(20)])
+        good &= seconds / 20 < LIMIT_PACK_S
+        print(f"{count:4} samples: {seconds / 20 * 1e3:.3f} ms")
+    return good
+
+
+def measure_mask() -> bool:
+    print(f"\nLoss masks; limit {LIMIT_MASK_S * 1e3} ms with images")
+    good = True
+    processor = build_processor(["a", "picture"], patch_size=16, merge_size=2, min_pixels=1024, max_pixels=1024)
+    adapter = as_conversation_processor(processor)
+    for turns, image_tokens, words in ((2, 16_000, 300), (26, 1200, 30), (100, 0, 150)):
+        question, answer = "<|image_pad|>" * image_tokens + "a picture", "a picture " * (words // 2)
+        text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n" * turns
+        ids = torch.tensor(processor.tokenizer.encode(text))
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] * turns
+        rendered = [Turn(message["role"], message["content"]) for message in messages]
+        seconds, mask = fastest(
+            lambda x=(ids, rendered, messages): loss_mask(*x, adapter, LabelOptions(), allow_no_loss=False)
+        )
+        assert not mask.excluded_turns
+        good &= seconds < LIMIT_MASK_S or not image_tokens
+        print(
+            f"{turns:4} turns, {len(ids):,} tokens, {int(mask.supervised.sum()):,} supervised: {seconds * 1e3:.2f} ms"
+        )
+    return good
+
+
 def write_conversations(folder: Path, count: int, repeats: int) -> list[list[dict[str, Any]]]:
     """Conversations about one image each, with sentences that are repeated."""
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
@@ -185,7 +254,14 @@ def main() -> int:
     if sys.argv[1:2] == ["open"]:
         open_lines(sys.argv[2])
         return 0
-    measures = {"packing": measure_packing, "lines": measure_lines, "media": measure_media}
+    measures = {
+        "packing": measure_packing,
+        "lines": measure_lines,
+        "media": measure_media,
+        "table": measure_table,
+        "pack": measure_pack,
+        "mask": measure_mask,
+    }
     results = [measures[name]() for name in sys.argv[1:] or measures]
     return 0 if all(results) else 1
 

@@ -1,4 +1,4 @@
-"""Encode a conversation as tokens, a loss mask (see `turns`) and patches."""
+"""Encode a conversation as tokens, a loss mask (see `labels.turns`) and patches."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.mask import loss_mask
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.labels.prompt import Prompt, make_prompt
+from megatron_vlbridge.data.labels.turns import ExcludedTurn
 from megatron_vlbridge.data.media import DEFAULTS, Conversation, MediaShape
 from megatron_vlbridge.data.messages import (
     message_name,
@@ -21,9 +22,6 @@ from megatron_vlbridge.data.messages import (
 )
 from megatron_vlbridge.data.processors.interface import ConversationProcessor
 from megatron_vlbridge.data.processors.published import as_conversation_processor
-from megatron_vlbridge.data.turns import (
-    ExcludedTurn,
-)
 from megatron_vlbridge.errors import VLBridgeError
 
 DEFAULT_LABELS = LabelOptions()

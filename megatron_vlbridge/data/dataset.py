@@ -18,7 +18,7 @@ from megatron_vlbridge.data.chat import DEFAULT_LABELS, Sample, encode_conversat
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.options import LabelOptions
-from megatron_vlbridge.data.lengths.measure import Measure, location, tools_of
+from megatron_vlbridge.data.lengths.measure import Measure, encode_located, location
 from megatron_vlbridge.data.lengths.table import LengthTable
 from megatron_vlbridge.data.media import DEFAULTS, Conversation
 from megatron_vlbridge.data.packing.epochs import EpochPlan
@@ -26,6 +26,7 @@ from megatron_vlbridge.data.packing.offline import PackingOptions
 from megatron_vlbridge.data.packing.packs import build_pack
 from megatron_vlbridge.data.packing.replacement import Replacements
 from megatron_vlbridge.data.packing.truncation import truncate
+from megatron_vlbridge.data.processors.interface import ConversationProcessor
 from megatron_vlbridge.data.sources.mixture import Mixture, source_names
 from megatron_vlbridge.data.sources.sampling import Share
 from megatron_vlbridge.errors import VLBridgeError
@@ -268,17 +269,14 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
 
     def _encode(self, index: int) -> Sample:
         conversation = self.conversations[index]
-        where = location(conversation, index)
-        try:
-            tools = tools_of(conversation)
-            options: dict[str, Any] = {"tools": tools, "media": self.media, "labels": self.labels}
-            if self.decode_media:
-                sample = encode_conversation(conversation, self.processor, **options)
-            else:
-                sample = measure_conversation(conversation, self.processor, **options).without_patches()
-        except VLBridgeError as error:
-            raise VLBridgeError(f"{where}: {error}") from error
+        options: dict[str, Any] = {"media": self.media, "labels": self.labels}
+        if self.decode_media:
+            sample = encode_located(encode_conversation, conversation, index, self.processor, **options)
+        else:
+            measured = encode_located(measure_conversation, conversation, index, self.processor, **options)
+            sample = measured.without_patches()
         if len(sample.input_ids) != self.lengths[index]:
+            where = location(conversation, index)
             raise VLBridgeError(
                 f"{where}: {len(sample.input_ids)} tokens, but {self.lengths[index]} when it was measured; its text or "
                 "media have changed since then"
@@ -286,8 +284,13 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         return sample
 
 
-def check_processor(processor: ProcessorMixin, config: Config) -> None:
+def check_processor(processor: ProcessorMixin | ConversationProcessor, config: Config) -> None:
     """Check that the tokens and patches of a processor match the checkpoint (VLBridgeError with both values)."""
+    if isinstance(processor, ConversationProcessor):
+        raise VLBridgeError(
+            f"processor {type(processor).__name__}: expected a processor of transformers, the one of the checkpoint; "
+            "others are for encode_conversation"
+        )
     vision, tokenizer = config.vision, processor.tokenizer
     pairs = {
         "image token id": (processor.image_token_id, config.image_token_id),

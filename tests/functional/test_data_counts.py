@@ -1,6 +1,7 @@
 """What a run has read of each source, in its checkpoints and at the end: the same in each layout and after a resume."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,12 @@ def whole(folder: Path) -> list[dict[str, Any]]:
     """The counts of an uninterrupted run of one process."""
     output = train(folder, "whole")
     counts = saved(folder, "whole", ITERATIONS)
-    for one in counts:
-        assert f"data     {one['source']}: {one['read']} read" in output
+    assert f"\ndata     {counts[1]['source']}: {counts[1]['read']} read; of 10 conversations none left out\n" in output
+    (line,) = (line for line in output.splitlines() if line.startswith("data     train.jsonl: "))
+    assert f" {counts[0]['read']} read, {counts[0]['replaced']} replaced; of 41 conversations 1 dropped, 1 tr" in line
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (documented,) = (line.strip() for line in page.splitlines() if line.startswith("    data     train.jsonl: "))
+    assert re.sub(r"\d+", "N", line) == re.sub(r"\d+", "N", documented)
     assert output.count("replaced: ") == len(BROKEN)
     return counts
 

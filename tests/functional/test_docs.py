@@ -62,6 +62,8 @@ PYTHON = {
     "pipeline": ("docs/torch-pipeline.md", "import torch"),
     # Run by tests/functional/test_transformers_batch.py.
     "packs": ("docs/transformers.md", "import torch"),
+    # Run by tests/energon/test_energon.py.
+    "energon": ("docs/energon.md", "from transformers import AutoProcessor"),
 }
 # Too long for this test, or needs a GPU; see `test_commands_of_the_project_exist`.
 PROJECT = {
@@ -71,9 +73,12 @@ PROJECT = {
     "costs": ("docs/convert.md", "python benchmarks/convert.py --folder DISK"),
     "te": ("docs/gpu.md", "make test-te"),
     "gpu": ("docs/gpu.md", "ci/gpu.sh "),
+    "prepare": ("docs/energon.md", "energon prepare --non-interactive"),  # tests/energon/test_energon.py
 }
 # Not commands.
 OTHER = {
+    # Compared by tests/functional/test_data_counts.py.
+    "counts": (TRAINING, "data     train.jsonl: 30 read"),
     "pipeline": (README, "HF checkpoint ──import──>"),
     "folder": (CHECKPOINTS, "MEGATRON_DIR/"),
     "output": (TRAINING, "model    Qwen3VLForConditionalGeneration, "),
@@ -298,12 +303,13 @@ def test_the_documented_usage_of_vlbridge_matches_the_parser(capsys: pytest.Capt
             assert re.search(rf"{option}\b", known), f"{line}: {option}"
 
 
+ENERGON = {"--non-interactive", "--split-ratio", "--sample-type"}  # run by tests/energon/test_energon.py
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv-endpoint", "--shutdown-timeout", "--standalone"}
 OPTION = r"(?<![\w|-])--[a-z][\w-]*"
 
 
 def test_each_option_on_the_pages_exists(capsys: pytest.CaptureFixture[str], pool: Pool) -> None:
-    known = pool.run(training_options, Layout())[0] | TORCHRUN
+    known = pool.run(training_options, Layout())[0] | TORCHRUN | ENERGON
     texts = [help_of(capsys, name) for name in ("import", "export", "verify", "inspect", "plot", "data")]
     texts += [printed("-m", "megatron_vlbridge.demo", "--help"), printed("benchmarks/convert.py", "--help")]
     known |= {option for text in texts for option in re.findall(OPTION, text)}

@@ -40,6 +40,10 @@ def processor() -> Qwen3VLProcessor:
 
 @pytest.fixture(scope="module")
 def config(processor: Qwen3VLProcessor, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return read_config(write_config(tmp_path_factory.mktemp("config"), processor))
+
+
+def write_config(folder: Path, processor: Qwen3VLProcessor) -> Path:
     ids = {
         f"{name}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{word}|>")
         for name, word in (("image", "image_pad"), ("video", "video_pad"))
@@ -57,7 +61,6 @@ def config(processor: Qwen3VLProcessor, tmp_path_factory: pytest.TempPathFactory
     }
     vision = {"hidden_size": 32, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64, "num_position_embeddings": 36}
     vision |= {"depth": 2, "deepstack_visual_indexes": [0]}
-    folder = tmp_path_factory.mktemp("config")
     hf = Qwen3VLConfig(
         text_config=text,
         vision_config=vision,
@@ -66,7 +69,7 @@ def config(processor: Qwen3VLProcessor, tmp_path_factory: pytest.TempPathFactory
         **ids,
     )
     hf.save_pretrained(folder)
-    return read_config(folder)
+    return folder
 
 
 def make_conversation(index: int) -> list[dict[str, Any]]:
@@ -122,7 +125,7 @@ def test_every_pack_concatenates_its_encoded_conversations(
         for sample, end in zip(samples, ends, strict=True):
             segment = slice(end - len(sample.input_ids), end)
             assert torch.equal(batch["tokens"][segment], sample.input_ids)
-            assert torch.equal(batch["labels"][segment], next_token_labels(sample))
+            assert torch.equal(batch["labels"][segment], next_token_labels([sample]))
         assert (batch["tokens"][ends[-1] :] == processor.tokenizer.pad_token_id).all()
         for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
             assert torch.equal(batch[name], torch.cat([getattr(sample, name) for sample in samples])), name

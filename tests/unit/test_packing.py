@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -70,8 +71,21 @@ def test_labels_are_the_next_supervised_token_of_the_same_sample(samples: list[S
     for sample in (*samples, all_supervised):
         ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
         expected = [ids[i + 1] if i + 1 < len(ids) and mask[i + 1] else -100 for i in range(len(ids))]
-        assert next_token_labels(sample).tolist() == expected
+        assert next_token_labels([sample]).tolist() == expected
         assert sum(label != -100 for label in expected) == (2 if sample is not all_supervised else len(ids) - 1)
+
+
+def test_labels_of_many_samples_are_the_next_tokens_of_each(samples: list[Sample]) -> None:
+    random = np.random.default_rng(0)
+    expected: list[int] = []
+    several: list[Sample] = []
+    for length in (5, 1, 3, 1, 1, 40):
+        ids, mask = random.integers(0, 99, length).tolist(), (random.random(length) < 0.6).tolist()
+        several.append(dataclasses.replace(samples[0], input_ids=torch.tensor(ids), loss_mask=torch.tensor(mask)))
+        expected += [ids[n + 1] if n + 1 < length and mask[n + 1] else -100 for n in range(length)]
+    before = [several[0].input_ids.tolist(), next_token_labels(several[:1]).tolist()]
+    assert next_token_labels(several).tolist() == expected
+    assert [several[0].input_ids.tolist(), next_token_labels(several[:1]).tolist()] == before
 
 
 def test_a_pack_is_the_concatenation_of_its_samples(samples: list[Sample]) -> None:
@@ -85,7 +99,7 @@ def test_a_pack_is_the_concatenation_of_its_samples(samples: list[Sample]) -> No
         images, videos = int(batch["images_per_segment"][index]), int(batch["videos_per_segment"][index])
         rows, video_rows = len(sample.pixel_values), len(sample.pixel_values_videos)
         assert torch.equal(batch["tokens"][token : token + lengths[index]], sample.input_ids)
-        assert torch.equal(batch["labels"][token : token + lengths[index]], next_token_labels(sample))
+        assert torch.equal(batch["labels"][token : token + lengths[index]], next_token_labels([sample]))
         assert torch.equal(batch["image_grid_thw"][image : image + images], sample.image_grid_thw)
         assert torch.equal(batch["pixel_values"][image_row : image_row + rows], sample.pixel_values)
         assert torch.equal(batch["video_grid_thw"][video : video + videos], sample.video_grid_thw)

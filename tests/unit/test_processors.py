@@ -1,6 +1,7 @@
 """Conversations are encoded through one interface, with the published processors and with others."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
+from megatron_vlbridge import read_config
 from megatron_vlbridge.data.chat import encode_conversation, measure_conversation
+from megatron_vlbridge.data.dataset import check_processor
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.processors.published import as_conversation_processor
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
-from tests.other_processor import PreExpanded
+from tests.other_processor import TOKENS, PreExpanded
 from tests.unit.test_turns import TEMPLATES
 
 SIZE = {"shortest_edge": 128, "longest_edge": 2048}
@@ -173,3 +176,20 @@ def test_an_unknown_processor_is_rejected_by_name() -> None:
     processor.video_processor = None
     with rejects("expected the video_processor", "found NoneType"):
         as_conversation_processor(processor)
+
+
+def test_packs_for_the_models_are_made_with_a_published_processor(other: PreExpanded) -> None:
+    config = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3-VL-2B-Instruct.json")
+    with rejects("processor PreExpanded: expected a processor of transformers"):
+        check_processor(other, config)
+
+
+def test_the_tokens_of_the_interface_must_be_tokens(other: PreExpanded) -> None:
+    with rejects("tokenizer: expected the special token <|im_system|> of the other format, found none"):
+        encode_conversation(conversation(), with_method(other, "tokenizer", base().tokenizer))
+    tokenizer = base().tokenizer
+    tokenizer.add_tokens(list(TOKENS))
+    messages = conversation()
+    messages[0]["content"][0]["text"] = "<|media_pad|>"
+    with rejects("message 0", "the special tokens '<|media_pad|>'"):
+        encode_conversation(messages, with_method(other, "tokenizer", tokenizer))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_samples_of_shards_are_read_in_any_order(tmp_path: Path, kind: int) -> N
         assert [user["content"][1]["text"], answer["content"]] == ["\nWho?", "A cat."]
     assert read[7].location == f"train data {tmp_path / 'set'}/1.tar, sample 4"
     assert len(open_records(tmp_path / "set" / "2.tar", name="x")) == 4
+
+
+def test_a_sample_is_read_once_for_all_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = [{"from": "human", "value": "<image>" * 3}, TALK[1]]
+    members: dict[str, Any] = {}
+    for key in range(2):
+        members |= {f"{key}.{n}.png": png(3 * key + n) for n in range(3)} | {f"{key}.json": {"conversations": talk}}
+    read, reads, pread = open_data(write_tar(tmp_path / "a.tar", members)), [], os.pread
+    assert read is not None
+    monkeypatch.setattr(os, "pread", lambda *place: reads.append(place) or pread(*place))
+    for count, key in enumerate((0, 1, 0), 1):
+        images = [np.array(load_image(part)) for part in read[key][0]["content"]]
+        assert all(np.array_equal(images[n], image(3 * key + n)) for n in range(3))
+        assert len(reads) == 2 * count  # the record and its members
 
 
 def test_a_record_may_name_its_members_by_path_or_name(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 from transformers import Qwen3VLProcessor
 
 from megatron_vlbridge.data.chat import encode_conversation
-from megatron_vlbridge.data.turns import Turn, match_turns
+from megatron_vlbridge.data.labels.turns import Turn, match_turns
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
 from tests.unit.test_turns import TEMPLATES, processor_with, supervised, talk

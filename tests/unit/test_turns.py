@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import Qwen3VLProcessor
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
+from megatron_vlbridge.data.labels.turns import Turn, generation_prompts, split_turns
 from megatron_vlbridge.data.processors.published import as_conversation_processor
-from megatron_vlbridge.data.turns import GenerationPrompt, Turn, generation_prompts, split_turns
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
 
@@ -65,6 +65,73 @@ def test_the_generation_prompt_without_a_thinking_switch_always_starts_the_reaso
             talk("x"), chat_template=TEMPLATES["always_thinking"], tokenize=False, add_generation_prompt=True, **flags
         )
         assert prompt.endswith("<|im_start|>assistant\n<think>\n")
+
+
+def fresh(template: str) -> Qwen3VLProcessor:
+    """A processor of which no prompt is known."""
+    processor = build_processor(["hello"], patch_size=4, merge_size=2, min_pixels=64, max_pixels=64)
+    processor.chat_template = template
+    return processor
+
+
+def prompts_of(processor: Qwen3VLProcessor) -> list[tuple[str, list[int]]]:
+    return [(prompt.text, prompt.ids) for prompt in generation_prompts(as_conversation_processor(processor))]
+
+
+def test_generation_prompts_are_those_of_the_template_that_the_processor_has_now() -> None:
+    processor = fresh(TEMPLATES["qwen3_vl"])
+    for template in [*TEMPLATES.values(), {"default": TEMPLATES["qwen3"], "other": "x"}, TEMPLATES["qwen3_vl"]]:
+        processor.chat_template = template
+        assert prompts_of(processor) == prompts_of(fresh(template))
+
+
+def test_generation_prompts_change_with_the_tokens_of_the_tokenizer() -> None:
+    template = TEMPLATES["always_thinking"]
+    processor, expected = fresh(template), fresh(template)
+    before = prompts_of(processor)
+    for one in (processor, expected):
+        one.tokenizer.add_tokens(["<think>"])
+    assert prompts_of(processor) == prompts_of(expected) != before
+    other = fresh(template)
+    assert prompts_of(other) == before
+
+
+def test_generation_prompts_change_with_the_special_tokens_that_the_template_reads() -> None:
+    processor = fresh(TEMPLATES["qwen3_vl"].replace("assistant\\n'", "assistant\\n' + pad_token"))
+    for token in ("hello", "<|im_end|>"):
+        processor.tokenizer.pad_token = token
+        assert [text for text, _ in prompts_of(processor)] == [f"<|im_start|>assistant\n{token}"]
+
+
+def test_generation_prompts_are_those_of_the_tokenizer_that_the_processor_has_now() -> None:
+    words = ["hello"], ["seven"]
+    one, other = (build_processor(word, patch_size=4, merge_size=2, min_pixels=64, max_pixels=64) for word in words)
+    one.chat_template = TEMPLATES["qwen3_vl"].replace("assistant\\n'", "assistant\\nhello'")
+    before = prompts_of(one)
+    assert len(one.tokenizer) == len(other.tokenizer)
+    assert one.tokenizer.special_tokens_map == other.tokenizer.special_tokens_map
+    one.tokenizer = other.tokenizer
+    after = prompts_of(one)
+    assert after[0][0] == before[0][0]
+    assert after[0][1] == other.tokenizer.encode(after[0][0]) != before[0][1]
+
+
+def test_generation_prompts_with_the_time_are_rendered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = fresh(TEMPLATES["qwen3_vl"].replace("assistant\\n'", "assistant\\n' + strftime_now('%Y')"))
+    for year in ("2026", "2027"):
+        clock = type("Clock", (), {"now": lambda year=year: type("Now", (), {"strftime": lambda _, form: year})()})
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        assert [text for text, _ in prompts_of(processor)] == [f"<|im_start|>assistant\n{year}"]
+
+
+def test_generation_prompts_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor, calls = fresh(TEMPLATES["qwen3"]), []
+    apply = processor.apply_chat_template
+    monkeypatch.setattr(
+        processor, "apply_chat_template", lambda *args, **flags: calls.append(0) or apply(*args, **flags)
+    )
+    assert prompts_of(processor) == prompts_of(processor)
+    assert len(calls) == 3
 
 
 # The supervised text of each assistant message; None: excluded from the loss.
@@ -272,20 +339,3 @@ def test_a_template_that_drops_a_message_is_rejected(name: str, messages: list, 
 def test_turns_are_split_only_at_their_special_tokens() -> None:
     text = "<|im_start|>user\nim_end\n\n<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
     assert split_turns(text) == [Turn("user", "im_end\n\n"), Turn("assistant", "")]
-
-
-def test_the_generation_prompts_are_those_of_the_template_that_the_processor_has_now() -> None:
-    processor = processor_with("qwen3_vl")
-    first = prompts_of(processor)
-    assert prompts_of(processor) is first, "rendered once"
-    processor.chat_template = TEMPLATES["qwen3"]
-    thinking = prompts_of(processor)
-    assert [prompt.prefix for prompt in first] != [prompt.prefix for prompt in thinking]
-    assert thinking == prompts_of(processor_with("qwen3"))
-    before = [prompt.ids for prompt in thinking]
-    processor.tokenizer.add_tokens(["assistant\n"])
-    assert [prompt.ids for prompt in prompts_of(processor)] != before
-
-
-def prompts_of(processor: Qwen3VLProcessor) -> tuple[GenerationPrompt, ...]:
-    return generation_prompts(as_conversation_processor(processor))

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from megatron_vlbridge.data.labels.options import LabelOptions, skipped_turns
+from megatron_vlbridge.data.labels.turns import ExcludedTurn, Turn, add_newlines, supervised_spans
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.messages import message_name
 from megatron_vlbridge.data.processors.interface import ConversationProcessor
-from megatron_vlbridge.data.turns import ExcludedTurn, Turn, add_newlines, supervised_spans
 from megatron_vlbridge.errors import VLBridgeError
 
 

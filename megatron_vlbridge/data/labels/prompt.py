@@ -17,10 +17,10 @@ from megatron_vlbridge.data.labels.special import (
 )
 from megatron_vlbridge.data.labels.template import check_reasoning, render, template_messages
 from megatron_vlbridge.data.labels.tools import check_tools
+from megatron_vlbridge.data.labels.turns import Turn, match_turns, split_turns
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.messages import check_conversation, message_name, message_parts
 from megatron_vlbridge.data.processors.interface import ConversationProcessor
-from megatron_vlbridge.data.turns import Turn, match_turns, split_turns
 from megatron_vlbridge.errors import VLBridgeError
 
 SPECIAL_REMEDY = {

@@ -1,9 +1,10 @@
 """The sizes of conversations, from the headers of their media files."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,14 +49,12 @@ class Measure:
             except VLBridgeError as error:
                 failed.append(Note(place, str(error)))
                 continue
-            where = location(conversation, index)
             try:
-                tools = tools_of(conversation)
-                sample = measure_conversation(
-                    conversation, self.processor, tools=tools, media=self.media, labels=self.labels
+                sample = encode_located(
+                    measure_conversation, conversation, index, self.processor, media=self.media, labels=self.labels
                 )
             except VLBridgeError as error:
-                failed.append(Note(place, f"{where}: {error}"))
+                failed.append(Note(place, str(error)))
                 continue
             grids = [*sample.image_grid_thw.tolist(), *sample.video_grid_thw.tolist()]
             rows[place] = (
@@ -68,7 +67,7 @@ class Measure:
             )
             if sample.excluded_turns and not excluded:
                 turn = sample.excluded_turns[0]
-                excluded.append(Note(place, f"{where}, message {turn.message}: {turn.reason}"))
+                excluded.append(Note(place, f"{location(conversation, index)}, message {turn.message}: {turn.reason}"))
         return LengthTable(rows, excluded[0] if excluded else None, failed[0] if failed else None)
 
 
@@ -81,6 +80,16 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def encode_located[T](
+    encode: Callable[..., T], conversation: Conversation, index: int, *args: Any, **options: Any
+) -> T:
+    """Call `encode` with a conversation and its tools; errors name its file and line, or its index."""
+    try:
+        return encode(conversation, *args, tools=tools_of(conversation), **options)
+    except VLBridgeError as error:
+        raise VLBridgeError(f"{location(conversation, index)}: {error}") from error
 
 
 def location(conversation: Conversation, index: int) -> str:

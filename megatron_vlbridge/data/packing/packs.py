@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def build_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) ->
     padding = seq_length - sum(lengths)
     pack = {
         "tokens": torch.cat([*(sample.input_ids for sample in samples), torch.full((padding,), pad_token_id)]),
-        "labels": torch.cat([*(next_token_labels(sample) for sample in samples), torch.full((padding,), IGNORE_INDEX)]),
+        "labels": torch.cat([next_token_labels(samples), torch.full((padding,), IGNORE_INDEX)]),
         "segment_lengths": torch.tensor(lengths),
         "pixel_values": torch.cat([sample.pixel_values for sample in samples]),
         "image_grid_thw": torch.cat([sample.image_grid_thw for sample in samples]),
@@ -80,10 +81,12 @@ def build_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) ->
     return pack
 
 
-def next_token_labels(sample: Sample) -> Tensor:
-    """Int64 `[L]`: for each token the next one if that is supervised, else -100."""
-    labels = sample.input_ids.masked_fill(~sample.loss_mask, IGNORE_INDEX).roll(-1)
-    labels[-1] = IGNORE_INDEX
+def next_token_labels(samples: Sequence[Sample]) -> Tensor:
+    """Int64 `[L]` of all samples: for each token the next one of its sample if that is supervised, else -100."""
+    supervised = torch.cat([sample.loss_mask for sample in samples])
+    labels = torch.cat([sample.input_ids for sample in samples]).masked_fill_(~supervised, IGNORE_INDEX).roll(-1)
+    ends = list(accumulate(len(sample.input_ids) for sample in samples))
+    labels[torch.tensor(ends) - 1] = IGNORE_INDEX
     return labels
 
 

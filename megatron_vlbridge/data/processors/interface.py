@@ -38,6 +38,8 @@ CHATML = TurnFormat("ChatML", ("<|im_start|>",), "\n", "<|im_end|>", "<|im_start
 class ConversationProcessor(ABC):
     """What `chat.encode_conversation` calls; subclass it for a processor that is not in `families.processors`.
 
+    See docs/processors.md.
+
     Kinds of media are "image" and "video"; one that `placeholders` does not have is rejected.
 
     - `tokenizer`: of transformers, with the tokens of `turn_format` and `media_tokens` as special tokens

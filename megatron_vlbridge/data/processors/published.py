@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.media import (
@@ -42,12 +42,17 @@ def as_conversation_processor(processor: ProcessorMixin | ConversationProcessor)
                 f"processor {type(processor).__name__}: expected the {name} {' or '.join(sorted(known))}, found "
                 f"{found}; write a subclass of data.processors.interface.ConversationProcessor"
             )
-    return _published(processor, str(processor.chat_template), len(processor.tokenizer))
+    template, tokenizer = str(processor.chat_template), processor.tokenizer
+    if "strftime_now" in template:
+        return PublishedProcessor(processor)
+    return _published(processor, tokenizer, template, len(tokenizer), str(tokenizer.special_tokens_map))
 
 
-# With what decides the generation prompts, and a user may change.
+# Of each processor and what its template can read of it: generation prompts are rendered once for each.
 @lru_cache(maxsize=16)
-def _published(processor: ProcessorMixin, _template: str, _tokens: int) -> "PublishedProcessor":
+def _published(
+    processor: ProcessorMixin, _tokenizer: PreTrainedTokenizerBase, _template: str, _tokens: int, _special: str
+) -> "PublishedProcessor":
     return PublishedProcessor(processor)
 
 

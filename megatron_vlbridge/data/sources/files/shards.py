@@ -43,6 +43,7 @@ class Shards(Records):
         names = [f"{self.name}/{file.name}" if path.is_dir() else self.name for file in files]
         self._shards = [_Shard(file, name=one, cache=cache) for file, one in zip(files, names, strict=True)]
         self._starts = [0, *accumulate(map(len, self._shards))]
+        self._last: tuple[int, dict[str, bytes]] = -1, {}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -59,10 +60,16 @@ class Shards(Records):
 
     def media(self, index: int, source: str, folder: Path) -> str | bytes:
         """The bytes of a member of the sample, by its name or path; a file in `folder` if it has no such member."""
-        shard, place = self._find(index)
-        members = shard.members(place)
-        found = members.get(source) or {_name(path): content for path, content in members.items()}.get(source)
+        found = find_member(self._members(index), source)
         return super().media(index, source, folder) if found is None else found
+
+    def _members(self, index: int) -> dict[str, bytes]:
+        """The members of a sample by path; those of the last sample are kept, as its images are read one by one."""
+        last = self._last  # read once, as other threads may set it
+        if last[0] != index:
+            shard, place = self._find(index)
+            last = self._last = index, shard.members(place)
+        return last[1]
 
     def _find(self, index: int) -> tuple["_Shard", int]:
         number = bisect_right(self._starts, index) - 1
@@ -77,7 +84,7 @@ class _Shard(JsonLines):
         return _members(self._content(index))
 
     def _parse(self, content: bytes) -> Any:
-        return _record(_members(content))
+        return sample_record(_members(content))
 
     def _scan(self, path: Path) -> Iterator[Rows]:
         try:
@@ -138,7 +145,13 @@ def _members(content: bytes) -> dict[str, bytes]:
     return found
 
 
-def _record(members: dict[str, bytes]) -> Any:
+def find_member(members: dict[str, bytes], source: str) -> bytes | None:
+    """The content of a member, by its path or its name."""
+    return members.get(source) or {_name(path): content for path, content in members.items()}.get(source)
+
+
+def sample_record(members: dict[str, bytes]) -> Any:
+    """The record of a sample with these members, see `Shards` (VLBridgeError if it has none, or leaves media out)."""
     by_extension = {_split(path)[1]: content for path, content in members.items()}
     if "json" not in by_extension:
         raise VLBridgeError(f"expected a member that ends with .json, found {', '.join(members)}")

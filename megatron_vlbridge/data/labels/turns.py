@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_vlbridge.data.labels.template import render
@@ -179,14 +181,14 @@ def supervised_spans(
     `ids` int64 `[L]` are the tokens of the rendered conversation, placeholders expanded; `turns` has one turn for each
     of `turn_groups(messages)`. `skipped` messages are not learned.
     """
-    prompts, tokens = generation_prompts(processor), ids.tolist()
+    prompts, tokens = generation_prompts(processor), ids.numpy()
     form = processor.turn_format
     excluded: list[ExcludedTurn] = []
     candidates: list[tuple[int, GenerationPrompt, slice]] = []
-    spans = _turn_spans(ids, len(turns), processor)
+    spans = _turn_spans(tokens, len(turns), processor)
     for (index, *_), turn, (start, end) in zip(turn_groups(messages), turns, spans, strict=True):
         if messages[index]["role"] == "assistant" and index not in skipped:
-            prompt = next((one for one in prompts if tokens[start : start + len(one.ids)] == one.ids), None)
+            prompt = next((one for one in prompts if tokens[start : start + len(one.ids)].tolist() == one.ids), None)
             if prompt:
                 candidates.append((index, prompt, slice(start + len(prompt.ids), end + 1)))
             else:
@@ -244,11 +246,11 @@ def add_newlines(weights: Tensor, ids: Tensor, processor: ConversationProcessor)
     weights[ends] = weights[ends - 1]
 
 
-def _turn_spans(ids: Tensor, count: int, processor: ConversationProcessor) -> list[tuple[int, int]]:
+def _turn_spans(ids: NDArray[np.int64], count: int, processor: ConversationProcessor) -> list[tuple[int, int]]:
     """Index of the first and the last token of each of the last `count` turns."""
     turns, to_id = processor.turn_format, processor.tokenizer.convert_tokens_to_ids
     starts, ends = (
-        torch.isin(ids, torch.tensor([to_id(token) for token in tokens])).nonzero().flatten().tolist()
+        np.flatnonzero(np.logical_or.reduce([ids == to_id(token) for token in tokens])).tolist()
         for tokens in (turns.starts, [turns.end])
     )
     if len(starts) != len(ends) or len(starts) - count not in (0, 1):

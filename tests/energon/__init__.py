@@ -1,0 +1,1 @@
+"""Energon as the reader, in `.venv-energon`: see `make test-energon`."""
