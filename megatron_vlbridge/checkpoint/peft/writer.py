@@ -50,7 +50,7 @@ def write_adapter(folder: Path, base_model: str, config: AdapterConfig, pairs: P
         with (staging.folder / WEIGHTS).open("wb") as stream:
             stream.write(head)
             for value in tensors.values():
-                stream.write(as_bytes(value.detach()))
+                stream.write(as_bytes(value))
 
 
 def _module(weight: str) -> str:
