@@ -1,0 +1,114 @@
+"""PEFT folders are read as peft merges them, and anything else is rejected by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_vlbridge.checkpoint.peft.adapter import read_adapter
+from megatron_vlbridge.errors import VLBridgeError
+
+Q, FUSED, DOWN = "layers.0.self_attn.q_proj", "layers.0.mlp.experts.base_layer", "layers.0.mlp.experts"
+BASE = {
+    f"{Q}.weight": (6, 4),
+    "layers.0.mlp.experts.gate_up_proj": (2, 10, 4),
+    "layers.0.mlp.experts.down_proj": (2, 4, 5),
+}
+CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "bias": "none", "use_dora": False, "peft_version": "0.21.0"}
+
+
+def _tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = {Q: ((3, 4), (6, 3)), FUSED: ((6, 4), (10, 6)), DOWN: ((6, 5), (4, 6))}
+    return {
+        f"base_model.model.{module}.lora_{half}.weight": torch.randn(shape)
+        for module, pair in shapes.items()
+        for half, shape in zip("AB", pair, strict=True)
+    }
+
+
+def _write(folder: Path, tensors: dict[str, torch.Tensor], **changes: object) -> Path:
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_pairs_are_those_of_the_file_with_the_expert_fastest_in_b(tmp_path: Path) -> None:
+    tensors = _tensors()
+    pairs = read_adapter(_write(tmp_path, tensors), BASE)
+    assert pairs.keys() == BASE.keys()
+    a, b = pairs[f"{Q}.weight"].read()
+    assert torch.equal(a, tensors[f"base_model.model.{Q}.lora_A.weight"])
+    assert torch.equal(b, tensors[f"base_model.model.{Q}.lora_B.weight"])
+    for module, weight in ((FUSED, "gate_up_proj"), (DOWN, "down_proj")):
+        whole_a, whole_b = (tensors[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
+        for expert in range(2):
+            a, b = pairs[f"layers.0.mlp.experts.{weight}"].read(expert)
+            assert torch.equal(a, torch.stack([whole_a[expert * 3 + r] for r in range(3)]))
+            assert torch.equal(b, torch.stack([whole_b[:, r * 2 + expert] for r in range(3)], 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "scaling"),
+    [({}, 5 / 3), ({"use_rslora": True}, 5 / 3**0.5), ({"alpha_pattern": {"q_proj": 7, "self_attn.q_proj": 8}}, 7 / 3)],
+)
+def test_scaling(tmp_path: Path, changes: dict[str, object], scaling: float) -> None:
+    assert read_adapter(_write(tmp_path, _tensors(), **changes), BASE)[f"{Q}.weight"].scaling == scaling
+
+
+def test_a_pattern_gives_a_module_another_rank_and_scaling(tmp_path: Path) -> None:
+    tensors = _tensors()
+    for half, shape in {"A": (2, 4), "B": (6, 2)}.items():
+        tensors[f"base_model.model.{Q}.lora_{half}.weight"] = torch.ones(shape)
+    pairs = read_adapter(_write(tmp_path, tensors, rank_pattern={"q_proj": 2, "proj": 9}), BASE)
+    scalings = {weight: pair.scaling for weight, pair in pairs.items()}
+    assert scalings == dict.fromkeys(BASE, 5 / 3) | {f"{Q}.weight": 5 / 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type: expected LORA"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"something_new": 1}, "something_new"),
+        ({"r": 0}, "r: expected a positive integer"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "q_proj: expected a positive integer"),
+        ({"rank_pattern": {"(": 1}}, "rank_pattern: expected regular expressions"),
+        ({"lora_alpha": "8"}, "lora_alpha: expected a finite number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha: expected a finite number"),
+        ({"use_rslora": 1}, "use_rslora: expected true or false"),
+        ({"r": 4}, "rank 4"),
+    ],
+)
+def test_an_invalid_config_is_rejected_by_key(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(VLBridgeError, match=words.replace("(", r"\(")):
+        read_adapter(_write(tmp_path, _tensors(), **changes), BASE)
+
+
+@pytest.mark.parametrize(
+    "key", ["base_model.model.x.lora_A.weight", f"{Q}.lora_A.weight", f"base_model.model.{Q}.bias"]
+)
+def test_a_key_that_fits_nothing_is_rejected(tmp_path: Path, key: str) -> None:
+    with pytest.raises(VLBridgeError, match="of a module of the base"):
+        read_adapter(_write(tmp_path, _tensors() | {key: torch.ones(3, 4)}), BASE)
+
+
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_a_missing_half_and_another_base_are_rejected(tmp_path: Path, half: str) -> None:
+    tensors, key = _tensors(), f"base_model.model.{Q}.lora_{half}.weight"
+    tensors[key] = torch.ones(7, 7)
+    with pytest.raises(VLBridgeError, match=f"lora_{half}: expected"):
+        read_adapter(_write(tmp_path, tensors), BASE)
+    del tensors[key]
+    with pytest.raises(VLBridgeError, match="expected lora_A and lora_B"):
+        read_adapter(_write(tmp_path, tensors), BASE)
+
+
+def test_an_empty_file_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(VLBridgeError, match="found none"):
+        read_adapter(_write(tmp_path, {}), BASE)
