@@ -80,33 +80,47 @@ def check(
     assert errors[worst] < bound, f"{worst}: {errors[worst]:.1e}"
 
 
-PLAIN, TIED_MTP = Variant(), Variant(mtp=True, tied=True)
-UNIFORM, BLOCK = Variant("uniform"), Variant("block")
+PLAIN, UNIFORM = Variant(), Variant("uniform")
+BLOCK_MTP, SELECTIVE_MTP = Variant("block", mtp=True, tied=True), Variant("selective", mtp=True)
 TP2, TP2_SP = Layout(tp=2, world=2), Layout(tp=2, sp=True, world=2)
-PP2, VPP2, CP2 = Layout(pp=2, world=2), Layout(pp=2, vpp=2, world=2), Layout(cp=2, world=2)
+TP4, TP4_SP = Layout(tp=4, world=4), Layout(tp=4, sp=True, world=4)
+PP2, VPP2, CP2, DP2 = Layout(pp=2, world=2), Layout(pp=2, vpp=2, world=2), Layout(cp=2, world=2), Layout(world=2)
 TP2_PP2_CP2 = Layout(tp=2, sp=True, pp=2, cp=2, world=8)
 EP2, TP2_ETP2 = Layout(ep=2, world=2), Layout(tp=2, sp=True, etp=2, world=2)
 TP2_EP2 = Layout(tp=2, sp=True, ep=2, etp=1, world=2)
+FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
+# Without targets: all projections, of the vision tower too.
 CASES = [
-    ("dense", Layout(), PLAIN),
-    ("dense", TP2, PLAIN),
-    ("dense", TP2_SP, PLAIN),
-    ("dense", PP2, PLAIN),
-    ("dense", VPP2, PLAIN),
-    ("dense", CP2, PLAIN),
-    ("dense", TP2_PP2_CP2, PLAIN),
-    ("experts", Layout(), PLAIN),
-    ("experts", EP2, PLAIN),
-    ("experts", TP2_ETP2, PLAIN),
-    ("experts", TP2_EP2, PLAIN),
-    ("linear", Layout(), PLAIN),
-    ("linear", TP2, PLAIN),
+    ("dense", Layout(), PLAIN, None),
+    ("dense", TP2, BLOCK_MTP, None),
+    ("dense", TP2_SP, PLAIN, None),
+    ("dense", VPP2, UNIFORM, None),
+    ("dense", TP2_PP2_CP2, PLAIN, None),
+    # More ranks than key-value heads: some ranks have no row of a projection, or no row of any.
+    ("dense", TP4_SP, PLAIN, ["v_proj", "up_proj"]),
+    ("experts", EP2, PLAIN, None),
+    ("experts", TP2_ETP2, UNIFORM, FUSED[:1]),
+    ("experts", TP2_EP2, PLAIN, [FUSED[1], "q_proj"]),
+    # Rows of the query and of its gate alternate in the weight, and are on different ranks.
+    ("linear", TP4, SELECTIVE_MTP, ["q_proj", "in_proj_qkv", "in_proj_b", "mtp.layers.0.mlp.down_proj", "mtp.fc"]),
+]
+MORE = [
+    *(("dense", layout, variant, None) for layout in (PP2, CP2, DP2, TP4) for variant in (PLAIN, BLOCK_MTP)),
+    *(("dense", layout, SELECTIVE_MTP, None) for layout in (TP2_SP, VPP2, TP2_PP2_CP2)),
+    *(("experts", layout, PLAIN, None) for layout in (Layout(), TP2_ETP2, TP2_EP2, PP2, CP2)),
+    *(("experts", layout, BLOCK_MTP, None) for layout in (EP2, Layout(ep=2, cp=2, world=8), TP2_PP2_CP2)),
+    *(("linear", layout, UNIFORM, None) for layout in (Layout(), TP2, TP2_SP, TP4_SP, PP2, CP2, TP2_PP2_CP2)),
+    *(("linear-experts", layout, BLOCK_MTP, None) for layout in (Layout(), EP2, TP2_ETP2, TP2_EP2, VPP2, CP2)),
 ]
 
 
-@pytest.mark.parametrize(("kind", "layout", "variant"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "layout", "variant", "targets"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.layouts) for case in MORE)],
+    ids=str,
+)
 def test_logits_and_gradients_are_those_of_transformers(
-    pool: Pool, folder_of: Folders, kind: str, layout: Layout, variant: Variant
+    pool: Pool, folder_of: Folders, kind: str, layout: Layout, variant: Variant, targets: list[str] | None
 ) -> None:
-    check(pool, folder_of, kind, layout, variant)
+    check(pool, folder_of, kind, layout, variant, targets)
