@@ -200,10 +200,8 @@ def measure_pack() -> bool:
 
 def measure_mask() -> bool:
     print(f"\nLoss masks; limit {LIMIT_MASK_S * 1e3} ms with images")
-    good, processor = (
-        True,
-        build_processor(["a", "picture"], patch_size=16, merge_size=2, min_pixels=1024, max_pixels=1024),
-    )
+    good = True
+    processor = build_processor(["a", "picture"], patch_size=16, merge_size=2, min_pixels=1024, max_pixels=1024)
     adapter = as_conversation_processor(processor)
     for turns, image_tokens, words in ((2, 16_000, 300), (26, 1200, 30), (100, 0, 150)):
         question, answer = "<|image_pad|>" * image_tokens + "a picture", "a picture " * (words // 2)

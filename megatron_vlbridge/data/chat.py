@@ -14,9 +14,7 @@ from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.mask import loss_mask
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.labels.prompt import Prompt, make_prompt
-from megatron_vlbridge.data.labels.turns import (
-    ExcludedTurn,
-)
+from megatron_vlbridge.data.labels.turns import ExcludedTurn
 from megatron_vlbridge.data.media import DEFAULTS, Conversation, MediaShape
 from megatron_vlbridge.data.messages import (
     message_name,

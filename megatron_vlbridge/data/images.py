@@ -41,6 +41,8 @@ class MediaOptions:
     Images and frames of more than `max_image_pixels` are rejected before they are decoded (default: Pillow's limit).
     The others are settings of the processor, by default its own: `min_pixels` and `max_pixels` of images, and those of
     videos, of which `video_fps` and the limits of frames are for video files. A part can have its own values.
+    Sources that are URLs of http or https are fetched into the folder `url_cache` (see `url_cache.fetch`); without one
+    they are rejected.
     """
 
     max_image_pixels: int = 178_956_970
@@ -52,11 +54,12 @@ class MediaOptions:
     video_fps: float | None = None
     video_min_frames: int | None = None
     video_max_frames: int | None = None
+    url_cache: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not 0 < value < math.inf:
+            if field.name != "url_cache" and value is not None and not 0 < value < math.inf:
                 raise VLBridgeError(f"{field.name}: expected a positive number, found {value}")
         for kind in ("{}_pixels", "video_{}_pixels", "video_{}_frames"):
             low, high = (getattr(self, kind.format(end)) for end in ("min", "max"))
@@ -98,7 +101,8 @@ def _read[T](
     where = f"{name}: {_shown(source)}"
     if is_url(source):
         raise VLBridgeError(
-            f"{where} is a URL, which is not supported; download it first and pass the path of the file"
+            f"{where} is a URL, which is not supported; download it first and pass the path of the file, or give "
+            "--url-cache DIR, into which http and https URLs are fetched"
         )
     try:
         with _pillow_settings(options.max_image_pixels):

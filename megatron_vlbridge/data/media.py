@@ -26,6 +26,7 @@ from megatron_vlbridge.data.media_tokens import (
     video_grid,
     video_settings,
 )
+from megatron_vlbridge.data.url_cache import fetch, is_http
 from megatron_vlbridge.data.video_files import VideoHeader, read_video_frames, read_video_header
 from megatron_vlbridge.data.video_prompt import timestamps
 from megatron_vlbridge.errors import VLBridgeError
@@ -62,7 +63,7 @@ def load_image(part: dict[str, Any], options: MediaOptions = DEFAULTS) -> Image.
 
     Raises VLBridgeError: the image or the file is missing, or it cannot be read as 8-bit RGB without loss.
     """
-    return read_image(_image(part), "image", options)
+    return read_image(_image(with_files(part, options)), "image", options)
 
 
 def image_size(part: dict[str, Any], image_processor: Any, options: MediaOptions = DEFAULTS) -> Size:
@@ -89,6 +90,7 @@ def load_video(part: dict[str, Any], options: MediaOptions = DEFAULTS, video_pro
     Raises VLBridgeError: a value is missing or invalid, the file or a frame (named by its index) cannot be read, or the
     frames differ in size.
     """
+    part = with_files(part, options)
     source = part.get("video")
     if is_file(source):
         header, indices, total = _sampled(part, options, video_processor)
@@ -115,6 +117,7 @@ def media_shape(part: dict[str, Any], processor: ProcessorMixin, options: MediaO
     the image or video, or its class is unknown.
     Example: `media_shape({"type": "image", "image": "a.png"}, processor).grid` is `(1, 30, 40)` for 640 x 480 pixels.
     """
+    part = with_files(part, options)
     if part["type"] == "image":
         settings = image_settings(processor.image_processor, _given(part, LIMITS, options))
         return MediaShape(image_grid(*read_image_size(_image(part), "image", options), settings), [])
@@ -130,6 +133,20 @@ def media_shape(part: dict[str, Any], processor: ProcessorMixin, options: MediaO
     # The two kinds of video processors also differ in the text of a video.
     stamps = timestamps(indices, fps, limits.temporal_patch_size) if limits.limits_whole_video else []
     return MediaShape(grid, stamps)
+
+
+def with_files(part: dict[str, Any], options: MediaOptions) -> dict[str, Any]:
+    """The part of an image or video with files in place of URLs, if `options.url_cache` is given.
+
+    Raises VLBridgeError: see `url_cache.fetch`.
+    """
+    key = "video" if "video" in part else "image"
+    folder, source = options.url_cache, part.get(key)
+    if folder is None:
+        return part
+    if isinstance(source, list):
+        return {**part, key: [fetch(one, folder) if is_http(one) else one for one in source]}
+    return {**part, key: fetch(str(source), folder)} if is_http(source) else part
 
 
 def placeholder_text(kind: str, shape: MediaShape, processor: ProcessorMixin) -> str:
@@ -264,7 +281,9 @@ def _frames(source: object, options: MediaOptions) -> Tensor:
         _same_size([image.size for image in images])
         return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
     if is_url(source):
-        raise VLBridgeError(f"video: {shown(source)} is a URL, which is not supported; download it first")
+        raise VLBridgeError(
+            f"video: {shown(source)} is a URL, which is not supported; download it first, or give --url-cache DIR"
+        )
     raise VLBridgeError(
         "video: expected a file or frames under the key 'video' (a path, a uint8 tensor [F, 3, H, W], or a list of "
         f"paths or PIL images), found {shown(source)}"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, ProcessorMixin
 
-from megatron_vlbridge.data.media import Conversation
-from megatron_vlbridge.demo.digits import answer, blank, images_of, question
+from megatron_vlbridge.data.media import Conversation, load_video
+from megatron_vlbridge.data.video_prompt import without_outer_pair
+from megatron_vlbridge.demo.digits import answer, blank, images_of, question, videos_of
 
 # The longest answer has two words and the end of the turn.
 MAX_NEW_TOKENS = 4
@@ -92,12 +94,19 @@ def accuracy(texts: Sequence[str], conversations: Sequence[Conversation]) -> flo
 
 
 def _encode(conversations: Sequence[Conversation], processor: ProcessorMixin, prompt: bool) -> BatchFeature:
+    texts = [processor.apply_chat_template(one, add_generation_prompt=prompt) for one in conversations]
+    images = [image for one in conversations for image in images_of(one)]
+    videos = [load_video(part) for one in conversations for part in videos_of(one)]
+    media: dict[str, Any] = {"images": images} if images else {}
+    if videos:
+        media |= {"videos": [video.frames for video in videos], "do_sample_frames": False}
+        media["video_metadata"] = [video.metadata for video in videos]
     return processor(
-        text=[processor.apply_chat_template(one, add_generation_prompt=prompt) for one in conversations],
-        images=[image for one in conversations for image in images_of(one)],
+        text=[without_outer_pair(text, processor) for text in texts],
         padding=True,
         padding_side="left",
         return_tensors="pt",
+        **media,
     )
 
 

@@ -30,6 +30,8 @@ from megatron_vlbridge.families import read_config
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 
+MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
 
 def main() -> None:
     """Load, ask, write."""
@@ -68,7 +70,7 @@ def _ask(model: Qwen3VLModel, hf_folder: Path, conversations: Path, result: Path
     def generate(batch: BatchFeature) -> torch.Tensor:
         tokens, mask = batch["input_ids"], batch["attention_mask"]
         start = tokens.shape[1]
-        images = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
+        images = {name: batch[name] for name in MEDIA_KEYS if name in batch}
         for _ in range(MAX_NEW_TOKENS):
             logits = model(tokens, mask, **images)
             tokens = torch.cat((tokens, logits[:, -1].argmax(-1, keepdim=True)), dim=1)

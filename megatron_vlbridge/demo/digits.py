@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -23,6 +24,9 @@ SCAN_MAX = 16
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ASK_ONE = "Which digit is this?"
 ASK_TWO = "Which digits are these?"
+ASK_VIDEO = "Which digits does it show?"
+FPS = 2
+FRAMES_OF_A_DIGIT = 2
 GRAY = (128, 128, 128)
 
 
@@ -95,6 +99,28 @@ def conversation_about(*scans: Scan) -> Conversation:
     return [{"role": "user", "content": [*images, question]}, {"role": "assistant", "content": [answer]}]
 
 
+def video_of(first: Scan, second: Scan) -> Conversation:
+    """A conversation about a video, which shows one digit for a second and then the other.
+
+    Example: `answer(video_of(*load_scans()[:2]))` is `zero one`.
+    """
+    frames = [scan.image for scan in (first, second) for _ in range(FRAMES_OF_A_DIGIT)]
+    video = {"type": "video", "video": frames, "fps": FPS}
+    text = {"type": "text", "text": f"{first.word} {second.word}"}
+    return [
+        {"role": "user", "content": [video, {"type": "text", "text": ASK_VIDEO}]},
+        {"role": "assistant", "content": [text]},
+    ]
+
+
+def video_conversations(scans: Sequence[Scan], count: int, seed: int = 0) -> list[Conversation]:
+    """Conversations about `count` videos, each of two different scans. The same arguments give the same ones.
+
+    Raises VLBridgeError: there are fewer than two scans.
+    """
+    return [video_of(*(scans[row] for row in rows)) for rows in _pairs(scans, count, (seed, 1))]
+
+
 def conversations(scans: Sequence[Scan], pairs: int, seed: int = 0) -> list[Conversation]:
     """One conversation about each scan, and `pairs` about two different ones each, shuffled together.
 
@@ -104,14 +130,19 @@ def conversations(scans: Sequence[Scan], pairs: int, seed: int = 0) -> list[Conv
 
     Example: `len(conversations(train, pairs=500))` is 2,000 for the 1,500 scans of `split_scans`.
     """
-    if pairs and len(scans) < 2:
-        raise VLBridgeError(f"digit conversations: {pairs} pairs asked for, but only {len(scans)} scans given")
     random = np.random.default_rng(seed)
-    drawn = [random.choice(len(scans), size=2, replace=False) for _ in range(pairs)]
+    drawn = _pairs(scans, pairs, random)
     ordered = [conversation_about(scan) for scan in scans] + [
         conversation_about(*(scans[row] for row in rows)) for rows in drawn
     ]
     return [ordered[place] for place in random.permutation(len(ordered))]
+
+
+def _pairs(scans: Sequence[Scan], count: int, seed: Any) -> list[NDArray[np.int64]]:
+    if count and len(scans) < 2:
+        raise VLBridgeError(f"digit conversations: {count} pairs asked for, but only {len(scans)} scans given")
+    random = np.random.default_rng(seed)
+    return [random.choice(len(scans), size=2, replace=False) for _ in range(count)]
 
 
 def question(conversation: Conversation) -> Conversation:
@@ -129,8 +160,13 @@ def images_of(conversation: Conversation) -> list[Image.Image]:
     return [part["image"] for message in conversation for part in message["content"] if part["type"] == "image"]
 
 
+def videos_of(conversation: Conversation) -> list[dict[str, Any]]:
+    """The videos of a conversation, in order, as content parts."""
+    return [part for message in conversation for part in message["content"] if part["type"] == "video"]
+
+
 def blank(conversation: Conversation) -> Conversation:
-    """The same conversation with each image replaced by a gray one of the same size.
+    """The same conversation with each image and frame replaced by a gray one of the same size.
 
     A model that still answers right has not read its images. The conversation given is left as it is.
     """
@@ -164,13 +200,9 @@ def load_conversations(path: Path) -> list[Conversation]:
 
 
 def _replace_images(conversation: Conversation, new: Callable[[Any], object]) -> Conversation:
-    return [
-        {
-            **message,
-            "content": [
-                {**part, "image": new(part["image"])} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in conversation
-    ]
+    def replaced(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] == "image":
+            return {**part, "image": new(part["image"])}
+        return {**part, "video": [new(frame) for frame in part["video"]]} if part["type"] == "video" else part
+
+    return [{**message, "content": [replaced(part) for part in message["content"]]} for message in conversation]

@@ -1,5 +1,6 @@
 """The stages of the demo, one after the other."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from megatron_vlbridge.demo.digits import (
     load_conversations,
     load_scans,
     split_scans,
+    video_conversations,
+    videos_of,
     write_conversations,
 )
 from megatron_vlbridge.demo.drawing import draw_answer_sheet, draw_loss_curve
@@ -22,6 +25,9 @@ from megatron_vlbridge.demo.process import Recipe, follow, train
 from megatron_vlbridge.demo.report import Difference, Result, report_text
 from megatron_vlbridge.demo.start import FAMILIES, IMAGE_SIZE, write_checkpoint
 from megatron_vlbridge.training.log_lines import duration
+
+# The sources of the training, as for `--data`.
+META = "train:\n  - path: images.jsonl\n  - path: videos.jsonl\n"
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Options(Recipe):
     train_pairs: int = 1500
     held_out_scans: int = 297
     held_out_pairs: int = 60
+    train_videos: int = 750
+    held_out_videos: int = 60
 
 
 def run(options: Options, progress: Progress) -> Result:
@@ -70,6 +78,7 @@ def run(options: Options, progress: Progress) -> Result:
             accuracy_transformers=accuracy(transformers.texts, held_out),
             blind_megatron=accuracy(megatron.texts_blind, held_out),
             blind_transformers=accuracy(transformers.texts_blind, held_out),
+            accuracy_videos=_accuracy_videos(transformers, held_out),
             other_answers=sum(one != other for one, other in zip(megatron.texts, transformers.texts, strict=True)),
             logits=Difference.of(megatron.logits, transformers.logits),
         )
@@ -85,13 +94,26 @@ def run(options: Options, progress: Progress) -> Result:
 def _write_data(options: Options, folder: Folder, progress: Progress) -> tuple[int, list[Conversation]]:
     """Write both files; the number of conversations to learn from, and the held-out ones as they were written."""
     known, unseen = split_scans(load_scans(IMAGE_SIZE), options.held_out_scans)
-    to_learn = conversations(known[: options.train_scans], options.train_pairs, options.seed)
-    to_ask = conversations(unseen, options.held_out_pairs, options.seed)
-    for name, some in (("train", to_learn), ("held-out", to_ask)):
+    known = known[: options.train_scans]
+    held_out = conversations(unseen, options.held_out_pairs, options.seed)
+    files = {
+        "images": conversations(known, options.train_pairs, options.seed),
+        "videos": video_conversations(known, options.train_videos, options.seed),
+        "held-out": held_out + video_conversations(unseen, options.held_out_videos, options.seed),
+    }
+    for name, some in files.items():
         write_conversations(some, folder.data / f"{name}.jsonl")
-        two = sum(len(images_of(one)) > 1 for one in some)
-        progress.note(f"{len(some):,} conversations, {two:,} with two images: {folder.data / name}.jsonl")
-    return len(to_learn), load_conversations(folder.data / "held-out.jsonl")
+        two, videos = sum(len(images_of(one)) > 1 for one in some), sum(len(videos_of(one)) for one in some)
+        progress.note(
+            f"{len(some):,} conversations, {two:,} with two images, {videos:,} with a video: {folder.data / name}.jsonl"
+        )
+    (folder.data / "meta.yaml").write_text(META, encoding="utf-8")
+    return len(files["images"]) + len(files["videos"]), load_conversations(folder.data / "held-out.jsonl")
+
+
+def _accuracy_videos(answers: Answers, held_out: Sequence[Conversation]) -> float:
+    asked = [(text, one) for text, one in zip(answers.texts, held_out, strict=True) if videos_of(one)]
+    return accuracy(*zip(*asked, strict=True)) if asked else math.nan
 
 
 def _ask_megatron(folder: Folder) -> Answers:

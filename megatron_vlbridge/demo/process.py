@@ -56,7 +56,7 @@ def arguments(folder: Folder, recipe: Recipe) -> list[str]:
     options = {
         "hf-folder": folder.megatron_start / "hf",
         "pretrained-checkpoint": folder.megatron_start,
-        "conversations": folder.data / "train.jsonl",
+        "data": folder.data / "meta.yaml",
         "save": folder.megatron_trained,
         "ckpt-format": "torch_dist",
         "save-interval": recipe.iterations,

@@ -56,6 +56,7 @@ class Result:
     accuracy_transformers: float
     blind_megatron: float
     blind_transformers: float
+    accuracy_videos: float
     other_answers: int
     logits: Difference
     seconds: dict[str, float] = field(default_factory=dict)
@@ -109,13 +110,15 @@ def report_text(result: Result) -> str:
             "## What was done",
             "",
             f"- **Data**: scikit-learn's handwritten digits as {result.train_conversations:,} conversations to learn "
-            f"from and {result.held_out_conversations:,} about digits it never saw, with one or two images.",
+            f"from and {result.held_out_conversations:,} about digits it never saw, with one or two images or a video "
+            "of two digits.",
             f"- **Model**: {result.model} with {result.parameters:,} parameters, random at the start (seed "
             f"{recipe.seed}).",
             f"- **Training**: {recipe.iterations} iterations of {PACKS_PER_ITERATION} packs of {SEQ_LENGTH} tokens, "
             f"{layout}. Loss {result.losses[0]:.3f} at first, {result.losses[-1]:.5f} at last.",
             f"- **Accuracy** (the whole answer, word for word): {result.accuracy_megatron:.2%} in Megatron, "
             f"{result.accuracy_transformers:.2%} in transformers; {result.other_answers} answers differ. "
+            f"Of the videos alone {result.accuracy_videos:.2%}. "
             f"With blanked images {result.blind_megatron:.2%} and {result.blind_transformers:.2%}.",
             f"- **Logits** of all tokens of the held-out conversations, Megatron against transformers: largest "
             f"difference {result.logits.absolute:.2e}, relative {result.logits.relative:.2e}.",
@@ -128,7 +131,8 @@ def report_text(result: Result) -> str:
             "",
             "| | |",
             "|---|---|",
-            "| `data/` | the conversations (`train.jsonl`, `held-out.jsonl`) and their images |",
+            "| `data/` | the conversations (`images.jsonl`, `videos.jsonl`, `held-out.jsonl`), their images and frames, "
+            "and the sources of the training, `meta.yaml` |",
             "| `hf-start/` | the Hugging Face checkpoint at the start, with its processor |",
             "| `megatron-start/` | the same weights as a Megatron checkpoint |",
             "| `megatron-trained/` | what the training saved |",

@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_vlbridge.demo.digits import ASK_ONE, ASK_TWO, WORDS
+from megatron_vlbridge.demo.digits import ASK_ONE, ASK_TWO, ASK_VIDEO, WORDS
 from megatron_vlbridge.demo.tiny_processor import TEMPORAL_PATCH_SIZE, build_processor
 from megatron_vlbridge.families import find, read_config
 
@@ -41,7 +41,7 @@ def write_checkpoint(folder: Path, seed: int, family: str = "qwen3_vl") -> int:
     Everything that the family has, only small: grouped-query attention with q/k norms, interleaved MRoPE, a head tied
     to the embedding; Qwen3-VL's deepstack levels enter the first decoder layers.
     """
-    words = [*WORDS, *re.findall(r"\w+", f"{ASK_ONE} {ASK_TWO}")]
+    words = [*WORDS, *re.findall(r"\w+", f"{ASK_ONE} {ASK_TWO} {ASK_VIDEO}")]
     pixels = IMAGE_SIZE**2
     processor = build_processor(
         words, patch_size=PATCH_SIZE, merge_size=MERGE_SIZE, min_pixels=pixels, max_pixels=pixels

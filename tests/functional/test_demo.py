@@ -10,7 +10,15 @@ from transformers import AutoModelForImageTextToText
 from megatron_vlbridge.demo.output import STAGES, Folder, Progress
 from megatron_vlbridge.demo.pipeline import Options, run
 
-SMALL = Options(iterations=3, train_scans=30, train_pairs=10, held_out_scans=12, held_out_pairs=4)
+SMALL = Options(
+    iterations=3,
+    train_scans=30,
+    train_pairs=10,
+    train_videos=9,
+    held_out_scans=12,
+    held_out_pairs=4,
+    held_out_videos=5,
+)
 
 
 def also(*values: object) -> Any:
@@ -32,7 +40,7 @@ def test_the_whole_pipeline_gives_equal_models_and_all_files(tmp_path: Path, fam
     assert result.other_answers == 0
     assert len(result.losses) == SMALL.iterations
     assert result.losses[-1] < result.losses[0]
-    assert (result.train_conversations, result.held_out_conversations) == (40, 16)
+    assert (result.train_conversations, result.held_out_conversations) == (49, 21)
     assert len(progress.seconds) == STAGES
     for name in ("data", "hf_start", "megatron_start", "megatron_trained", "hf_trained", "logs"):
         assert any(getattr(folder, name).iterdir())

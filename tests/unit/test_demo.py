@@ -15,7 +15,13 @@ import torch
 from megatron_vlbridge.data.dataset import read_conversations
 from megatron_vlbridge.demo import __main__ as command
 from megatron_vlbridge.demo.answers import Answers, accuracy
-from megatron_vlbridge.demo.digits import conversations, load_conversations, load_scans, write_conversations
+from megatron_vlbridge.demo.digits import (
+    conversations,
+    load_conversations,
+    load_scans,
+    video_conversations,
+    write_conversations,
+)
 from megatron_vlbridge.demo.output import Folder, Progress
 from megatron_vlbridge.demo.process import Follower, Recipe, arguments, follow, loss_of
 from megatron_vlbridge.demo.report import Difference, Result, report_text
@@ -37,6 +43,7 @@ GOOD = Result(
     accuracy_transformers=0.96,
     blind_megatron=0.1,
     blind_transformers=0.1,
+    accuracy_videos=0.937,
     other_answers=0,
     logits=Difference(2e-5, 1e-7),
     seconds={"Import": 0.5},
@@ -119,6 +126,7 @@ def test_the_report_tells_figures_layout_and_what_failed() -> None:
     text = report_text(replace(GOOD, recipe=replace(RECIPE, tp=2, pp=2), blind_megatron=0.5))
     for part in (
         "96.00%",
+        "93.70%",
         "1,080,064",
         "TP=2 x PP=2",
         "| Import | 0.5 s |",
@@ -171,7 +179,8 @@ def test_all_that_the_demo_writes_is_replaced(tmp_path: Path) -> None:
 
 
 def test_conversations_come_back_from_their_files_each_image_written_once(tmp_path: Path) -> None:
-    original = conversations(load_scans(32)[:6], pairs=4)
+    scans = load_scans(32)[:6]
+    original = conversations(scans, pairs=4) + video_conversations(scans, 3)
     write_conversations(original, tmp_path / "some.jsonl")
     assert len(list((tmp_path / "some").glob("*.png"))) == 6
     found = load_conversations(tmp_path / "some.jsonl")
@@ -183,6 +192,9 @@ def test_conversations_come_back_from_their_files_each_image_written_once(tmp_pa
         ):
             if part["type"] == "image":
                 assert part["image"].tobytes() == part_found["image"].tobytes()
+            elif part["type"] == "video":
+                assert [x.tobytes() for x in part["video"]] == [x.tobytes() for x in part_found["video"]]
+                assert part["fps"] == part_found["fps"]
             else:
                 assert part == part_found
 

@@ -15,6 +15,8 @@ from megatron_vlbridge.demo.digits import (
     load_scans,
     question,
     split_scans,
+    video_conversations,
+    videos_of,
 )
 from megatron_vlbridge.demo.drawing import draw_answer_sheet, draw_loss_curve
 from megatron_vlbridge.errors import VLBridgeError
@@ -126,6 +128,25 @@ def test_conversations_depend_on_the_seed_alone(scans: tuple[Scan, ...]) -> None
 def test_pairs_of_a_single_scan_are_refused(scans: tuple[Scan, ...]) -> None:
     with pytest.raises(VLBridgeError, match="only 1 scans given"):
         conversations(scans[:1], pairs=1)
+
+
+def test_a_video_shows_one_digit_after_the_other(scans: tuple[Scan, ...]) -> None:
+    made = video_conversations(scans[:20], 30, seed=3)
+    assert made == video_conversations(scans[:20], 30, seed=3)
+    row_of = {id(scan.image): scan for scan in scans}
+    for conversation in made:
+        (video,) = videos_of(conversation)
+        shown = [row_of[id(frame)] for frame in video["video"]]
+        assert len(shown) == 4
+        assert shown[0] is shown[1]
+        assert shown[2] is shown[3]
+        assert shown[0] is not shown[2]
+        assert answer(conversation) == f"{shown[0].word} {shown[2].word}"
+        (blanked,) = videos_of(blank(conversation))
+        assert {frame.tobytes() for frame in blanked["video"]} == {Image.new("RGB", (32, 32), (128,) * 3).tobytes()}
+    assert len({answer(conversation) for conversation in made}) > 10
+    with pytest.raises(VLBridgeError, match="1 pairs asked for, but only 1 scans given"):
+        video_conversations(scans[:1], 1)
 
 
 def test_blanked_images_tell_nothing_and_the_original_is_kept(scans: tuple[Scan, ...]) -> None:

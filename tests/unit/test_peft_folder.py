@@ -1,13 +1,15 @@
-"""PEFT folders are read as peft merges them, and anything else is rejected by name."""
+"""PEFT folders are read and written in the form of peft, and anything else is rejected by name."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_vlbridge.checkpoint.peft.adapter import read_adapter
+from megatron_vlbridge.checkpoint.peft.config import AdapterConfig, read_adapter_config
+from megatron_vlbridge.checkpoint.peft.writer import write_adapter
 from megatron_vlbridge.errors import VLBridgeError
 
 Q, FUSED, DOWN = "layers.0.self_attn.q_proj", "layers.0.mlp.experts.base_layer", "layers.0.mlp.experts"
@@ -112,3 +114,78 @@ def test_a_missing_half_and_another_base_are_rejected(tmp_path: Path, half: str)
 def test_an_empty_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(VLBridgeError, match="found none"):
         read_adapter(_write(tmp_path, {}), BASE)
+
+
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def _read_pairs(folder: Path) -> Pairs:
+    found: Pairs = {}
+    for weight, pair in read_adapter(folder, BASE).items():
+        if pair.experts is None:
+            found[weight] = pair.read()
+        else:
+            a, b = zip(*map(pair.read, range(pair.experts)), strict=True)
+            found[weight] = torch.stack(a), torch.stack(b)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_rslora": True}, {"rank_pattern": {"x": 2}, "alpha_pattern": {"q_proj": 7}}]
+)
+def test_a_written_folder_is_that_which_was_read(
+    tmp_path: Path, dtype: torch.dtype, changes: dict[str, object]
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    tensors = _tensors()
+    tensors |= {key: tensor.to(dtype) for key, tensor in tensors.items() if "experts" in key}
+    config = read_adapter_config(_write(source, tensors, **changes))
+    write_adapter(target, "base", config, _read_pairs(source))
+    written = load_file(target / "adapter_model.safetensors")
+    assert written.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert written[key].dtype == tensor.dtype
+        assert torch.equal(written[key], tensor), key
+    assert read_adapter_config(target) == config
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "target"}
+    noted = json.loads((target / "adapter_config.json").read_text())
+    assert (noted["target_modules"], noted["base_model_name_or_path"]) == ([Q], "base")
+    assert noted["target_parameters"] == ["layers.0.mlp.experts.gate_up_proj", "layers.0.mlp.experts.down_proj"]
+
+
+EXPERTS = "layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ({}, "found none"),
+        ({f"{Q}.weight": ((2, 4), (6, 2))}, "rank 3"),
+        ({f"{Q}.weight": ((3, 4), (6, 2))}, "rank 3"),
+        ({f"{Q}.weight": ((2, 3, 4), (2, 6, 3))}, "expected A .r, in."),
+        ({f"{Q}.bias": ((3, 4), (6, 3))}, "expected a .weight"),
+        ({f"{EXPERTS}.down_proj": ((3, 4), (6, 3))}, "expected A .E, r, in."),
+        ({f"{EXPERTS}.down_proj": ((2, 3, 5), (1, 4, 3))}, "expected A .E, r, in."),
+        ({f"{EXPERTS}.gate_up_proj": ((2, 3, 4), (2, 10, 3))}, "down_proj of the same experts"),
+    ],
+)
+def test_a_pair_that_peft_would_not_load_is_not_written(
+    tmp_path: Path, pairs: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], words: str
+) -> None:
+    given = {weight: (torch.ones(a), torch.ones(b)) for weight, (a, b) in pairs.items()}
+    with pytest.raises(VLBridgeError, match=words):
+        write_adapter(tmp_path / "target", "base", AdapterConfig(3, 5.0), given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_integers_and_a_taken_folder_are_rejected(tmp_path: Path) -> None:
+    a, b = torch.ones(3, 4), torch.ones(6, 3)
+    for given in ((a.int(), b), (a, b.int())):
+        with pytest.raises(VLBridgeError, match="floating dtype"):
+            write_adapter(tmp_path / "target", "base", AdapterConfig(3, 5.0), {f"{Q}.weight": given})
+    (tmp_path / "kept").touch()
+    with pytest.raises(VLBridgeError, match="something there"):
+        write_adapter(tmp_path, "base", AdapterConfig(3, 5.0), {f"{Q}.weight": (a, b)})
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -103,6 +103,19 @@ def test_generation_prompts_change_with_the_special_tokens_that_the_template_rea
         assert [text for text, _ in prompts_of(processor)] == [f"<|im_start|>assistant\n{token}"]
 
 
+def test_generation_prompts_are_those_of_the_tokenizer_that_the_processor_has_now() -> None:
+    words = ["hello"], ["seven"]
+    one, other = (build_processor(word, patch_size=4, merge_size=2, min_pixels=64, max_pixels=64) for word in words)
+    one.chat_template = TEMPLATES["qwen3_vl"].replace("assistant\\n'", "assistant\\nhello'")
+    before = prompts_of(one)
+    assert len(one.tokenizer) == len(other.tokenizer)
+    assert one.tokenizer.special_tokens_map == other.tokenizer.special_tokens_map
+    one.tokenizer = other.tokenizer
+    after = prompts_of(one)
+    assert after[0][0] == before[0][0]
+    assert after[0][1] == other.tokenizer.encode(after[0][0]) != before[0][1]
+
+
 def test_generation_prompts_with_the_time_are_rendered_again(monkeypatch: pytest.MonkeyPatch) -> None:
     processor = fresh(TEMPLATES["qwen3_vl"].replace("assistant\\n'", "assistant\\n' + strftime_now('%Y')"))
     for year in ("2026", "2027"):

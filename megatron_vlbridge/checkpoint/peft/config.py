@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pa
 class AdapterConfig:
     """Ranks and alphas of an adapter; the patterns are keyed by module name, as `peft` matches them."""
 
-    path: Path
     rank: int
     alpha: float
-    rslora: bool
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
+    rslora: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> int:
         """The rank of a module, such as `model.language_model.layers.0.self_attn.q_proj`."""
@@ -67,7 +66,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     rslora = values.get("use_rslora", False)
     if type(rslora) is not bool:
         raise _error(path, "use_rslora", "true or false", rslora)
-    return AdapterConfig(path, numbers.pop("r"), alphas.pop("lora_alpha"), rslora, numbers, alphas)
+    return AdapterConfig(numbers.pop("r"), alphas.pop("lora_alpha"), rslora, numbers, alphas)
 
 
 def _pattern(path: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -250,7 +250,7 @@ def _turn_spans(ids: NDArray[np.int64], count: int, processor: ConversationProce
     """Index of the first and the last token of each of the last `count` turns."""
     turns, to_id = processor.turn_format, processor.tokenizer.convert_tokens_to_ids
     starts, ends = (
-        np.flatnonzero(np.isin(ids, [to_id(token) for token in tokens])).tolist()
+        np.flatnonzero(np.logical_or.reduce([ids == to_id(token) for token in tokens])).tolist()
         for tokens in (turns.starts, [turns.end])
     )
     if len(starts) != len(ends) or len(starts) - count not in (0, 1):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def fingerprint(conversations: FileConversations | Mixture, measure: Measure) ->
         "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
         "chat_template": _digest(json.dumps(processor.chat_template)),
         "vision hidden size": measure.hidden_size,
-        "media": asdict(measure.media),
+        "media": asdict(replace(measure.media, url_cache=None)),
         "labels": asdict(measure.labels),
         "transformers": version("transformers"),
         "code": _digest("".join(path.read_text("utf-8") for path in sorted(_DATA.rglob("*.py")))),

@@ -83,11 +83,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def encode_located[T](
-    encode: Callable[..., T], conversation: Conversation, index: int, processor: ProcessorMixin, **options: Any
+    encode: Callable[..., T], conversation: Conversation, index: int, *args: Any, **options: Any
 ) -> T:
     """Call `encode` with a conversation and its tools; errors name its file and line, or its index."""
     try:
-        return encode(conversation, processor, tools=tools_of(conversation), **options)
+        return encode(conversation, *args, tools=tools_of(conversation), **options)
     except VLBridgeError as error:
         raise VLBridgeError(f"{location(conversation, index)}: {error}") from error
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.media import (
@@ -45,12 +45,14 @@ def as_conversation_processor(processor: ProcessorMixin | ConversationProcessor)
     template, tokenizer = str(processor.chat_template), processor.tokenizer
     if "strftime_now" in template:
         return PublishedProcessor(processor)
-    return _published(processor, repr((template, len(tokenizer), tokenizer.special_tokens_map)))
+    return _published(processor, tokenizer, template, len(tokenizer), str(tokenizer.special_tokens_map))
 
 
 # Of each processor and what its template can read of it: generation prompts are rendered once for each.
 @lru_cache(maxsize=16)
-def _published(processor: ProcessorMixin, _state: str) -> "PublishedProcessor":
+def _published(
+    processor: ProcessorMixin, _tokenizer: PreTrainedTokenizerBase, _template: str, _tokens: int, _special: str
+) -> "PublishedProcessor":
     return PublishedProcessor(processor)
 
 

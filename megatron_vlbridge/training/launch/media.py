@@ -15,6 +15,7 @@ HELP = {
     "video_total_pixels": "limit on the pixels of a whole video, its temporal patches counted as one frame",
     "video_fps": "frames per second to sample of video files (the processor's)",
     "video_min_frames": "least number of frames to sample of a video file (the processor's)",
+    "url_cache": "folder into which images and videos behind http and https URLs are fetched (URLs are rejected)",
     "video_max_frames": "greatest number of frames to sample of a video file (the processor's)",
 }
 
@@ -22,7 +23,7 @@ HELP = {
 def add_media_arguments(group: Any) -> None:
     """An argument for each field of `MediaOptions`."""
     for field in fields(MediaOptions):
-        kind = float if field.name == "video_fps" else int
+        kind: type = {"video_fps": float, "url_cache": str}.get(field.name, int)
         group.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=HELP[field.name])
 
 

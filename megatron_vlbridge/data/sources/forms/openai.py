@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from megatron_vlbridge.data.images import is_url
 from megatron_vlbridge.data.media import shown
+from megatron_vlbridge.data.url_cache import is_http
 from megatron_vlbridge.errors import VLBridgeError
 
 type Record = dict[str, Any]
@@ -19,8 +20,9 @@ DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,", re.IGNORECASE)
 def from_openai(record: Record) -> Record:
     """The messages form of messages with parts such as `{"type": "image_url", "image_url": {"url": "a.png"}}`.
 
-    A URL is a path, `file:///a.png`, or for images `data:image/png;base64,...`, which becomes bytes. Everything else is
-    left for the check of the messages form.
+    A URL is a path, `file:///a.png`, or for images `data:image/png;base64,...`, which becomes bytes; those of http and
+    https stay as they are (see `images.MediaOptions.url_cache`). Everything else is left for the check of the messages
+    form.
 
     Raises VLBridgeError: another URL, invalid base64, a `detail` other than "auto". The error names message and part.
     Example: `from_openai({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
@@ -71,7 +73,7 @@ def _source(key: str, url: str) -> str | bytes:
     split = urlsplit(url)
     if split.scheme.lower() == "file" and split.netloc in ("", "localhost") and split.path.startswith("/"):
         return unquote(split.path)
-    if is_url(url):
+    if is_url(url) and not is_http(url):
         other = ", or data:image/...;base64,..." if key == "image_url" else ""
         raise VLBridgeError(
             f"{key}: {url[:80]!r} is not supported; download it and write its path, file:///the/path{other}"
