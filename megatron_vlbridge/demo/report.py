@@ -131,7 +131,7 @@ def report_text(result: Result) -> str:
             "",
             "| | |",
             "|---|---|",
-            "| `data/` | the conversations (`images.jsonl`, `videos.jsonl`, `held-out.jsonl`), their images and frames, "
+            "| `data/` | the conversations (`images.jsonl`, `videos.jsonl`, `held-out.jsonl`), their images, frames, "
             "and the sources of the training, `meta.yaml` |",
             "| `hf-start/` | the Hugging Face checkpoint at the start, with its processor |",
             "| `megatron-start/` | the same weights as a Megatron checkpoint |",
