@@ -21,6 +21,7 @@ from megatron_vlbridge.model import deepstack
 from megatron_vlbridge.model.inputs import PackedInputs
 from megatron_vlbridge.model.inputs.build import RawBatch, build_inputs, check_pack
 from megatron_vlbridge.model.language import LanguageModel
+from megatron_vlbridge.model.lora.entries import adapter_entries
 from megatron_vlbridge.model.recompute import recomputable
 from megatron_vlbridge.model.router import balancing_types
 from megatron_vlbridge.model.transformer_config import vision_config
@@ -49,6 +50,8 @@ class Qwen3VLModel(MegatronModule):
     """Whether positions that are given must equal the computed ones; to debug a data loader or a framework."""
     media_guard: Any = None
     """What `training.media_guard` knows of this stage."""
+    lora: Any = None
+    """What `model.lora.attach.add_lora` has added; None for a model without adapters."""
     layout_checked = False
     """Whether `training.guards.check_layout` has accepted the parallel layout and settings of `config`."""
 
@@ -193,8 +196,25 @@ class Qwen3VLModel(MegatronModule):
         return features
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """See `MegatronModule.sharded_state_dict`; the entries are the same on every backend."""
+        """See `MegatronModule.sharded_state_dict`; of a model with adapters the entries are those of the adapters."""
+        return self.base_sharded_state_dict(*args, **kwargs) if self.lora is None else {**adapter_entries(self)}
+
+    def base_sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The entries of the checkpoint's own weights, which are the same on every backend."""
         return without_extra_states(super().sharded_state_dict(*args, **kwargs))
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """See `torch.nn.Module.load_state_dict`; a model with adapters takes theirs alone."""
+        if self.lora is None or not strict:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        expected = adapter_entries(self).keys()
+        if state_dict.keys() != expected:
+            names = sorted(state_dict.keys() ^ expected)
+            raise VLBridgeError(
+                f"the adapters of the model: expected the {len(expected)} tensors of its targets, found "
+                f"{len(state_dict)}, of which {names[0]} is in only one of both. Use the same targets."
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Takes the previous stage's output from Megatron's schedules."""

@@ -18,6 +18,8 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron_vlbridge import read_config
 from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.model.inputs import PackedInputs
+from megatron_vlbridge.model.lora.attach import add_lora
+from megatron_vlbridge.model.lora.entries import adapter_shards
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 from megatron_vlbridge.training.batch import read_pack
@@ -42,9 +44,13 @@ def build_chunks(
     load: bool = True,
     balance_vision: bool = True,
     seq_length: int | None = None,
+    lora: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> list[Qwen3VLModel]:
-    """This rank's chunks of the model (one for each virtual stage), with the folder's weights or random ones."""
+    """This rank's chunks of the model (one for each virtual stage), with the folder's weights or random ones.
+
+    `lora` are the arguments of `add_lora`, and `values`: by the names of the checkpoint, those of the adapters.
+    """
     hf_config = read_config(folder)
     # Deepstack features that travel over stages need it, as a user with experts is told.
     dispatcher = {} if hf_config.text.moe is None else {"moe_token_dispatcher_type": "alltoall"}
@@ -82,7 +88,17 @@ def build_chunks(
     ]
     if load:
         load_hf_weights(chunks, folder)
+    if lora is not None:
+        add_adapters(chunks, **lora)
     return chunks
+
+
+def add_adapters(chunks: Sequence[Qwen3VLModel], values: Mapping[str, torch.Tensor], **settings: Any) -> None:
+    """Adapters for each chunk, with these values."""
+    for chunk in chunks:
+        add_lora(chunk, **settings)
+        for shard in adapter_shards(chunk):
+            shard.values.copy_(values[shard.region.name][shard.region.slices])
 
 
 def forward_backward(
@@ -219,12 +235,12 @@ def _sharded(chunks: Sequence[Qwen3VLModel]) -> dict[str, Any]:
 
 def gradient_shards(model: Qwen3VLModel) -> list[Shard]:
     """This rank's shards of the gradients, by canonical checkpoint key and offset."""
-    weights = {name: p.data for name, p in model.named_parameters()}
-    for p in model.parameters():
+    weights = {p: p.data for p in model.parameters() if hasattr(p, "main_grad")}
+    for p in weights:
         p.data = p.main_grad
     shards = weight_shards(model)
-    for name, p in model.named_parameters():
-        p.data = weights[name]
+    for p, values in weights.items():
+        p.data = values
     return shards
 
 
