@@ -11,7 +11,7 @@ from megatron_vlbridge.checkpoint.comparison import config_differences
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.hf.source import HfSource, open_source
 from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks
-from megatron_vlbridge.checkpoint.live.shards import Model, Shard, check_complete, modules_of, shards_of
+from megatron_vlbridge.checkpoint.live.shards import Model, Shard, check_complete, is_adapter, modules_of, shards_of
 from megatron_vlbridge.checkpoint.stream.raw import gather_into
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
@@ -88,10 +88,15 @@ def check_config(folder: Path, config: Config, module: Any) -> None:
 
 
 def _check_every_parameter_is_filled(module: torch.nn.Module, shards: Sequence[Shard], kept: str | None) -> None:
-    """Reject parameters, but those under `kept`, whose memory is not that of their shards: no copy would reach them."""
+    """Reject parameters whose memory is not that of their shards: no copy would reach them.
+
+    Adapters and those under `kept` are not filled.
+    """
     sizes = {shard.values.data_ptr(): shard.values.numel() for shard in shards}
     addresses = sorted(sizes)
     for name, parameter in module.named_parameters():
+        if is_adapter(name):
+            continue
         start = parameter.data_ptr()
         inside = addresses[bisect_left(addresses, start) : bisect_left(addresses, start + parameter.nbytes)]
         found = sum(sizes[address] for address in inside)
