@@ -119,8 +119,9 @@ def drop(layout: Layout, folder: Path, settings: Settings, count: int) -> dict[s
         x = torch.ones(8, 1, next(p for n, p in adapter.named_parameters() if n.endswith("A")).shape[1])
         adapter.train()
         dropped = [adapter(x).detach() for _ in range(count)]
+        mask = adapter._dropped(x)
         adapter.eval()
-        found[name] = {"dropped": torch.stack(dropped), "whole": adapter(x).detach()}
+        found[name] = {"dropped": torch.stack(dropped), "whole": adapter(x).detach(), "input": mask}
     return found
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from megatron_vlbridge.weights.adapters import adapter_tensor
 from tests import lora_reference, reference
 from tests.closeness import relative_error
-from tests.functional import lora_ranks, ranks
+from tests.functional import lora_ranks, matrix, ranks
+from tests.functional.kinds import Variant
 from tests.functional.pool import Layout, Pool
 
 ONE, VPP2 = Layout(), Layout(pp=2, vpp=2, world=2)
@@ -74,7 +75,10 @@ def test_adapters_come_out_and_go_back_in_bit_for_bit(
     lora = {**SETTINGS, "values": values}
     results = pool.run(lora_ranks.out, layout, folder=folder, lora=lora, target=target, saved=saved)
     for rank, result in enumerate(results):
-        assert_same(dict(result["base"]), weights_of(folder))
+        base, before = dict(result["base"]), weights_of(folder)
+        # Experts that the file has the other way around.
+        turned = {name: x for name, x in before.items() if base[name].shape != x.shape}
+        assert_same(base, before | {name: x.transpose(1, 2) for name, x in turned.items()})
         assert_same(dict(result["all"]), expected)
         assert [name for name, _ in result["all"]] == [name for name, _ in results[0]["all"]]
         assert_same(dict(result["first"]), {} if rank else expected)
@@ -125,10 +129,27 @@ def test_dropout_has_the_mean_of_the_output_without_and_masks_that_fit_the_ranks
             dropped, whole = result[name]["dropped"], result[name]["whole"]
             assert relative_error(dropped.mean(0), whole) < 0.02
             assert len(dropped.flatten(1).unique(dim=0)) > 250
-    # What is summed over the ranks is the same on them, and so are rows of B that are filled alike.
-    if not layout.sp:
-        for name in ("column", "row"):
-            assert torch.equal(results[0][name]["dropped"], results[1][name]["dropped"])
+    for name in ("column", "row"):
+        # Both ranks have the same input only of a column-parallel layer without sequence parallelism.
+        same = name == "column" and not layout.sp
+        assert torch.equal(results[0][name]["input"], results[1][name]["input"]) == same
+        # The rows of B are filled alike, so the outputs of the ranks are the same.
+        assert name == "row" or torch.equal(results[0][name]["dropped"], results[1][name]["dropped"])
+
+
+@pytest.mark.parametrize("layout", [TP2_SP, pytest.param(Layout(tp=2, world=2), marks=pytest.mark.layouts)], ids=str)
+def test_recomputation_draws_the_same_dropout(pool: Pool, folders: dict[str, Path], layout: Layout) -> None:
+    pairs = lora_reference.random_pairs(folders["dense"])
+    lora = {"rank": lora_reference.RANK, "alpha": lora_reference.ALPHA, "values": values_of(pairs)}
+    packs = [reference.pack(group, 128) for group in matrix.groups()]
+    gradients = {}
+    for name, dropout, variant in (("none", 0.0, ""), ("plain", 0.3, ""), ("recomputed", 0.3, "uniform")):
+        options = {"lora": {**lora, "dropout": dropout}, **Variant(variant).overrides}
+        results = pool.run(ranks.forward_backward, layout, folder=folders["dense"], packs=packs, **options)
+        gradients[name] = ranks.assemble([result["gradients"] for result in results])
+    for name, x in gradients["plain"].items():
+        assert relative_error(gradients["recomputed"][name], x) < 1e-6
+        assert relative_error(gradients["none"][name], x) > 0.01
 
 
 def test_what_does_not_fit_is_refused_on_all_ranks(pool: Pool, folders: dict[str, Path], tmp_path: Path) -> None:
