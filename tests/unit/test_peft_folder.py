@@ -164,6 +164,7 @@ EXPERTS = "layers.0.mlp.experts"
         ({}, "found none"),
         ({f"{Q}.weight": ((2, 4), (6, 2))}, "rank 3"),
         ({f"{Q}.weight": ((3, 4), (6, 2))}, "rank 3"),
+        ({f"{Q}.weight": ((2, 4), (6, 3))}, "rank 3"),
         ({f"{Q}.weight": ((2, 3, 4), (2, 6, 3))}, "expected A .r, in."),
         ({f"{Q}.bias": ((3, 4), (6, 3))}, "expected a .weight"),
         ({f"{EXPERTS}.down_proj": ((3, 4), (6, 3))}, "expected A .E, r, in."),
@@ -189,3 +190,26 @@ def test_integers_and_a_taken_folder_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(VLBridgeError, match="something there"):
         write_adapter(tmp_path, "base", AdapterConfig(3, 5.0), {f"{Q}.weight": (a, b)})
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_parameters_that_are_views_of_another_dtype_each_are_written_aligned(tmp_path: Path) -> None:
+    pairs = {
+        "x.weight": (torch.arange(3).view(1, 3).bfloat16(), torch.arange(10.0).view(1, 10).t()[::2]),
+        "y.weight": (torch.nn.Parameter(torch.arange(8.0).view(1, 8)[:, ::2]), torch.nn.Parameter(torch.ones(3, 1))),
+    }
+    write_adapter(tmp_path / "target", "base", AdapterConfig(1, 5.0), pairs)
+    found = read_adapter(tmp_path / "target", {"x.weight": (5, 3), "y.weight": (3, 4)})
+    for weight, pair in found.items():
+        for stored, read, given in zip((pair.a, pair.b), pair.read(), pairs[weight], strict=True):
+            assert torch.equal(read, given)
+            assert stored.start % given.dtype.itemsize == 0
+
+
+@pytest.mark.parametrize("experts", [True, False])
+def test_targets_that_are_absent_are_null(tmp_path: Path, experts: bool) -> None:
+    weight = f"{EXPERTS}.down_proj" if experts else f"{Q}.weight"
+    pair = (torch.ones(2, 3, 5), torch.ones(2, 4, 3)) if experts else (torch.ones(3, 4), torch.ones(6, 3))
+    write_adapter(tmp_path / "target", "base", AdapterConfig(3, 5.0), {weight: pair})
+    noted = json.loads((tmp_path / "target" / "adapter_config.json").read_text())
+    expected = (None, [weight]) if experts else ([Q], None)
+    assert (noted["target_modules"], noted["target_parameters"]) == expected

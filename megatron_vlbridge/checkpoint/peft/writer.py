@@ -47,7 +47,7 @@ def write_adapter(folder: Path, base_model: str, config: AdapterConfig, pairs: P
         with (staging.folder / WEIGHTS).open("wb") as stream:
             stream.write(head)
             for value in tensors.values():
-                stream.write(as_bytes(value.detach()))
+                stream.write(as_bytes(value))
 
 
 def peft_tensors(weight: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
