@@ -74,7 +74,9 @@ def _run_adapter_export(args: argparse.Namespace) -> int:
 
     others = ("dtype", "experts", "max_shard_size", "portable_config", "resume", "dry_run", "workers", "memory")
     if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
-        raise UsageError(f"{given[0]}: expected none with --adapter, which writes a small folder at once. Leave it out.")
+        raise UsageError(
+            f"{given[0]}: expected none with --adapter, which writes a small folder at once. Leave it out."
+        )
     done = str(export_adapter(args.megatron_folder, args.hf_folder, args.like))
     show(json.dumps({"done": done}) if args.json else done)
     return 0
