@@ -27,6 +27,7 @@ from megatron_vlbridge.data.dataset import PackedConversations, read_conversatio
 from megatron_vlbridge.data.media import load_video
 from megatron_vlbridge.data.sources.forms.registry import NAMES
 from megatron_vlbridge.data.sources.meta import read_meta
+from megatron_vlbridge.data.sources.mixture import open_data
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.metrics.columns import COLUMNS
 from megatron_vlbridge.training.metrics.csv_file import CsvFile
@@ -371,7 +372,8 @@ def test_the_lines_that_freeze_parts_run(tmp_path: Path, pool: Pool) -> None:
 def test_the_prompt_of_a_video_is_that_of_training(pasted: tuple[Path, str]) -> None:
     data = pasted[0] / "first-run"
     processor = AutoProcessor.from_pretrained(data / "hf")
-    conversation = read_conversations(data / "data" / "valid.jsonl")[1]
+    every = open_data(data / "data" / "meta.yaml", "valid")
+    conversation = next(one for one in every if one[0]["content"][0]["type"] == "video")
     video = load_video(conversation[0]["content"][0])
     names = {"processor": processor, "messages": [conversation[0]], "frames": video.frames, "metadata": video.metadata}
     exec(block(PYTHON["video"]).text, names)

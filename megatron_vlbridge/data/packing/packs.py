@@ -82,9 +82,9 @@ def build_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) ->
 
 
 def _joined(patches: Sequence[Tensor]) -> Tensor:
-    """The patches of all samples; of a single one that has any without a copy, which would take as long as decoding."""
+    """The patches of all samples; those of a single one that has any are not copied."""
     some = [x for x in patches if len(x)]
-    return torch.cat(some or patches[:1]) if len(some) != 1 else some[0]
+    return some[0] if len(some) == 1 else torch.cat(some or list(patches[:1]))
 
 
 def next_token_labels(samples: Sequence[Sample]) -> Tensor:
