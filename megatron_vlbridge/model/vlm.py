@@ -21,7 +21,7 @@ from megatron_vlbridge.model import deepstack
 from megatron_vlbridge.model.inputs import PackedInputs
 from megatron_vlbridge.model.inputs.build import RawBatch, build_inputs, check_pack
 from megatron_vlbridge.model.language import LanguageModel
-from megatron_vlbridge.model.lora.entries import adapter_entries
+from megatron_vlbridge.model.lora.entries import AdapterShard, adapter_entries, adapter_shards
 from megatron_vlbridge.model.recompute import recomputable
 from megatron_vlbridge.model.router import balancing_types
 from megatron_vlbridge.model.transformer_config import vision_config
@@ -202,6 +202,10 @@ class Qwen3VLModel(MegatronModule):
     def base_sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The entries of the checkpoint's own weights, which are the same on every backend."""
         return without_extra_states(super().sharded_state_dict(*args, **kwargs))
+
+    def adapter_shards(self) -> list[AdapterShard]:
+        """What this rank has of the adapters of the model; none without `add_lora`."""
+        return adapter_shards(self)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """See `torch.nn.Module.load_state_dict`; a model with adapters takes theirs alone."""
