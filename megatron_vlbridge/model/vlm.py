@@ -8,7 +8,6 @@ from megatron.core.enums import ModelType
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_token_prediction import get_mtp_layer_offset
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -21,6 +20,7 @@ from megatron_vlbridge.model import deepstack
 from megatron_vlbridge.model.call.build import RawBatch, build_inputs, check_pack, output_of_call
 from megatron_vlbridge.model.call.head import OutputProcessor
 from megatron_vlbridge.model.call.keywords import check_keywords
+from megatron_vlbridge.model.call.stage import Stage
 from megatron_vlbridge.model.inputs import PackedInputs
 from megatron_vlbridge.model.language import LanguageModel
 from megatron_vlbridge.model.recompute import recomputable
@@ -30,7 +30,7 @@ from megatron_vlbridge.model.vision.balance import tower_features
 from megatron_vlbridge.model.vision.tower import VisionModel
 
 
-class Qwen3VLModel(MegatronModule):
+class Qwen3VLModel(Stage):
     """A pipeline stage of the model of any family: vision tower and embeddings first, the head last.
 
     Args:
@@ -49,6 +49,8 @@ class Qwen3VLModel(MegatronModule):
 
     check_position_ids = False
     """Whether positions that are given must equal the computed ones; to debug a data loader or a framework."""
+    logits_with_labels = False
+    """Whether a call with labels gives logits all the same, and the labels are those of the MTP loss alone (verl)."""
     media_guard: Any = None
     """What `training.media_guard` knows of this stage."""
     layout_checked = False
@@ -76,7 +78,6 @@ class Qwen3VLModel(MegatronModule):
         first_layer = get_transformer_layer_offset(config, vp_stage, self.pg_collection.pp.rank())
         # Of the deepstack features, those that this stage and later ones add.
         self._remaining_levels = max(0, len(hf_config.vision.deepstack_visual_indexes) - first_layer)
-        self._received: torch.Tensor | None = None
         self.balance_vision, self.seq_length = balance_vision, seq_length
         # Megatron's schedules, DDP and gradient finalisation look for these names.
         self.model_type = ModelType.encoder_or_decoder
@@ -148,20 +149,25 @@ class Qwen3VLModel(MegatronModule):
         for further arguments that would change the result.
         """
         check_keywords(others)
-        call = {"labels": labels, "loss_mask": loss_mask}
         media = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, mm_token_type_ids)
-        if output_processor is not None:
-            labels = loss_mask = None
-        batch = (input_ids, attention_mask, labels, loss_mask)
-        raw = RawBatch(*batch, *media, cu_seqlens, lengths, packed_seq_params, position_ids)
+        raw = RawBatch(
+            input_ids,
+            position_ids,
+            attention_mask,
+            labels,
+            loss_mask,
+            *media,
+            cu_seqlens=cu_seqlens,
+            lengths=lengths,
+            packed_seq_params=packed_seq_params,
+        )
         if inputs is not None:
             raw.check_empty()
             return self._forward_pack(inputs)
         processor = None
         if output_processor is not None:
-            call |= {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
-            call |= {"packed_seq_params": packed_seq_params}
-            processor = OutputProcessor(output_processor, output_processor_context, call)
+            processor = OutputProcessor(output_processor, output_processor_context, raw.of_megatron())
+            raw = raw.for_processor()
         inputs = build_inputs(
             raw, self.config, self.hf_config, self.pg_collection, self.pre_process, self.check_position_ids
         )
@@ -188,8 +194,9 @@ class Qwen3VLModel(MegatronModule):
             labels=inputs.labels,
             mtp=inputs.mtp,
             output_processor=processor,
+            logits_with_labels=self.logits_with_labels,
         )
-        if self.post_process and inputs.labels is not None:
+        if self.post_process and inputs.labels is not None and not self.logits_with_labels:
             assert inputs.loss_mask is not None
             output = output * inputs.loss_mask
         return output
@@ -221,16 +228,3 @@ class Qwen3VLModel(MegatronModule):
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """See `MegatronModule.sharded_state_dict`; the entries are the same on every backend."""
         return without_extra_states(super().sharded_state_dict(*args, **kwargs))
-
-    def set_input_tensor(self, input_tensor: Any) -> None:
-        """Takes the previous stage's output from Megatron's schedules."""
-        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-
-    @property
-    def received(self) -> torch.Tensor | None:
-        """What the next forward takes from the previous stage."""
-        return self._received
-
-    def shared_embedding_or_output_weight(self) -> torch.Tensor:
-        """The tied weight of this stage, whose gradient Megatron sums over the first and the last stage."""
-        return self.language_model.shared_embedding_or_output_weight()

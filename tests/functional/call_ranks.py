@@ -221,7 +221,7 @@ def token_losses(output: Any, call: Call) -> torch.Tensor:
 def run(layout: Layout, folder: Path, name: str, conversations: Conversations, **options: Any) -> dict[str, Any]:
     """A training step with the call of this name: token losses, which tokens they are of, and gradient shards."""
     if layout.pp > 1:
-        options = {"variable_seq_lengths": True} | options
+        options = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"} | options
     chunks = ranks.build_chunks(layout, folder, **options)
     wrapped = [DistributedDataParallel(x.config, DistributedDataParallelConfig(), x) for x in chunks]
     chunks[0].config.finalize_model_grads_func = partial(

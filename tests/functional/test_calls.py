@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertForm
 from tests import reference
@@ -76,7 +76,12 @@ LATER = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "name"), [*CASES, *(pytest.param(*x, marks=pytest.mark.layouts) for x in LATER)])
+def parameters(cases: list[tuple[Layout, str]], **options: Any) -> list[Any]:
+    """With the layout and the framework as the test's name."""
+    return [pytest.param(layout, name, id=f"{layout}-{name}", **options) for layout, name in cases]
+
+
+@pytest.mark.parametrize(("layout", "name"), [*parameters(CASES), *parameters(LATER, marks=pytest.mark.layouts)])
 def test_a_call_equals_separate_conversations(pool: Pool, folder: Path, layout: Layout, name: str) -> None:
     found = pool.run(call_ranks.run, layout, folder=folder, name=name, conversations=conversations())
     worst = {what: error for what, error in errors(found, folder).items() if not error < tolerance(read_config(folder))}
