@@ -3,7 +3,7 @@ PY := .venv/bin/python
 DEMO_ARGS ?=
 LAYOUT_ARGS ?=
 
-.PHONY: help setup demo test test-random test-long test-layouts test-hf4 test-versions test-te test-energon lint format unit functional clean clean-venv
+.PHONY: help setup demo test test-random test-long test-layouts test-hf4 test-versions test-te test-energon test-frameworks lint format unit functional clean clean-venv
 
 help:
 	@echo "make demo        digits -> HF checkpoint -> Megatron -> training -> HF -> answers, in demo-out/ (DEMO_ARGS=...)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-te     the Transformer Engine backend without a GPU, its compiled extension replaced; in .venv-te. All its"
 	@echo "                 layouts: .venv-te/bin/python -m tests.te.write_layouts, which writes them to docs/layouts.md"
 	@echo "make test-energon  conversations read by Megatron Energon, in .venv-energon"
+	@echo "make test-frameworks  PEFT folders read, written and merged by peft itself, in .venv-frameworks"
 	@echo "make lint        ruff and mypy              make format      reformat and fix with ruff"
 	@echo "make unit        unit tests                 make functional  functional tests"
 	@echo "make clean       remove generated files     make clean-venv  also remove the venvs"
@@ -61,6 +62,10 @@ test-energon: setup
 	@ci/setup_energon.sh
 	.venv-energon/bin/python -m pytest tests/energon -n 2
 
+test-frameworks: setup
+	@ci/setup_frameworks.sh
+	.venv-frameworks/bin/python -m pytest tests/frameworks -n 2
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -81,4 +86,4 @@ clean:
 	find . -name '.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 clean-venv: clean
-	rm -rf .venv .venv-hf4 .venv-te .venv-energon .venv-oldest .venv-newest
+	rm -rf .venv .venv-hf4 .venv-te .venv-energon .venv-frameworks .venv-oldest .venv-newest

@@ -34,6 +34,8 @@ HINTS = {
     **dict.fromkeys(("url", "path", "image_url", "image_path", "video_path", "video_url"), _SOURCE_HINT),
     "train": 'only assistant messages are learned, and have "train": false',
     "weight": 'only assistant messages are learned, and have a "weight"',
+    "loss": 'write "train": false in a message that is not learned, and nothing in the others',
+    "loss_scale": 'write the weight of its losses as "weight"',
     "tools": "write the tools beside the messages, not in one of them",
     **dict.fromkeys(("tool_calls", "function_call"), "calls are written in assistant messages, under 'tool_calls'"),
     "tool_call_id": "results of calls are written in messages of the role 'tool'",

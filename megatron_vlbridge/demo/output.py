@@ -11,7 +11,7 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.log_lines import duration
 
 MARKER = ".megatron-vlbridge-demo"
-STAGES = 7
+STAGES = 8
 INDENT = " " * 6
 ERASE = "\r\x1b[2K"
 # On a stream that keeps every line (a file, a CI log), the moving line is written this often.
@@ -64,7 +64,7 @@ class Progress:
         >>> progress = Progress(sys.stdout)
         >>> with progress.stage("Import"):
         ...     progress.note("demo-out/megatron-start")
-        [1/7] Import
+        [1/8] Import
               demo-out/megatron-start
               0.0 s
     """

@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.media import Conversation
+from megatron_vlbridge.data.report.commands import Data, index
 from megatron_vlbridge.demo.answers import Answers, accuracy, ask_transformers
 from megatron_vlbridge.demo.digits import (
     answer,
@@ -56,6 +59,8 @@ def run(options: Options, progress: Progress) -> Result:
     with progress.stage(f"A small {model} with random weights, as a Hugging Face checkpoint"):
         parameters = write_checkpoint(folder.hf_start, options.seed, options.family)
         progress.note(f"{parameters:,} parameters, fp32, with its processor: {folder.hf_start}")
+    with progress.stage("Index: the length of every conversation"):
+        _index_data(folder, progress)
     with progress.stage("Import: Hugging Face -> Megatron"):
         import_checkpoint(folder.hf_start, folder.megatron_start)
         progress.note(f"{folder.megatron_start}")
@@ -109,6 +114,13 @@ def _write_data(options: Options, folder: Folder, progress: Progress) -> tuple[i
         )
     (folder.data / "meta.yaml").write_text(META, encoding="utf-8")
     return len(files["images"]) + len(files["videos"]), load_conversations(folder.data / "held-out.jsonl")
+
+
+def _index_data(folder: Folder, progress: Progress) -> None:
+    """Write the lengths of the training's conversations, as `vlbridge data index` does."""
+    data = Data.open(folder.data / "meta.yaml", folder.hf_start, media=MediaOptions(), labels=LabelOptions())
+    for one in index(data, workers=1, progress=lambda *_: None):
+        progress.note(f"{one.conversations:,} conversations, {one.tokens:,} tokens: {one.path}")
 
 
 def _accuracy_videos(answers: Answers, held_out: Sequence[Conversation]) -> float:

@@ -131,8 +131,8 @@ def report_text(result: Result) -> str:
             "",
             "| | |",
             "|---|---|",
-            "| `data/` | the conversations (`images.jsonl`, `videos.jsonl`, `held-out.jsonl`), their images and frames, "
-            "and the sources of the training, `meta.yaml` |",
+            "| `data/` | the conversations (`images.jsonl`, `videos.jsonl`, `held-out.jsonl`), their images, frames; "
+            "the sources of the training (`meta.yaml`) and their lengths |",
             "| `hf-start/` | the Hugging Face checkpoint at the start, with its processor |",
             "| `megatron-start/` | the same weights as a Megatron checkpoint |",
             "| `megatron-trained/` | what the training saved |",

@@ -1,3 +1,4 @@
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,11 @@ def test_the_whole_pipeline_gives_equal_models_and_all_files(tmp_path: Path, fam
         assert any(getattr(folder, name).iterdir())
     for image in (folder.loss, folder.answers):
         assert image.read_bytes().startswith(b"\x89PNG")
+    # A table of lengths that does not match the data or the processor is an error of the training.
+    assert (folder.data / "meta.yaml.train.lengths").is_file()
+    log = (folder.logs / "training.log").read_text(encoding="utf-8")
+    for source, count in (("images.jsonl", 40), ("videos.jsonl", 9)):
+        assert re.search(rf"{source}: \d+ read; of {count} conversations", log), log
     text = folder.report.read_text(encoding="utf-8")
     assert accurate.found in text
     assert blind.found in text

@@ -27,6 +27,7 @@ from megatron_vlbridge.data.dataset import PackedConversations, read_conversatio
 from megatron_vlbridge.data.media import load_video
 from megatron_vlbridge.data.sources.forms.registry import NAMES
 from megatron_vlbridge.data.sources.meta import read_meta
+from megatron_vlbridge.data.sources.mixture import open_data
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.metrics.columns import COLUMNS
 from megatron_vlbridge.training.metrics.csv_file import CsvFile
@@ -38,7 +39,7 @@ from tests.functional.test_recipe import documented_recipe
 
 README, CHECKPOINTS, TRAINING = "README.md", "docs/checkpoints.md", "docs/training.md"
 # All blocks of this page are pasted into one shell, except the first one, which installs.
-PASTED = "docs/your-data.md"
+PASTED = "docs/data.md"
 
 COMMANDS = {
     "import": (README, "vlbridge import Qwen3-VL-8B-Instruct qwen3-vl-8b-megatron"),
@@ -123,7 +124,7 @@ def test_fenced_and_indented_blocks_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def pasted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder in which docs/your-data.md was pasted, and the output."""
+    """A folder in which docs/data.md was pasted, and the output."""
     folder = tmp_path_factory.mktemp("pasted")
     (folder / "examples").symlink_to(ROOT / "examples")
     page = [one.text for one in all_blocks() if one.page == PASTED]
@@ -371,7 +372,8 @@ def test_the_lines_that_freeze_parts_run(tmp_path: Path, pool: Pool) -> None:
 def test_the_prompt_of_a_video_is_that_of_training(pasted: tuple[Path, str]) -> None:
     data = pasted[0] / "first-run"
     processor = AutoProcessor.from_pretrained(data / "hf")
-    conversation = read_conversations(data / "data" / "valid.jsonl")[2]
+    every = open_data(data / "data" / "meta.yaml", "valid")
+    conversation = next(one for one in every if one[0]["content"][0]["type"] == "video")
     video = load_video(conversation[0]["content"][0])
     names = {"processor": processor, "messages": [conversation[0]], "frames": video.frames, "metadata": video.metadata}
     exec(block(PYTHON["video"]).text, names)

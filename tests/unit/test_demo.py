@@ -86,7 +86,7 @@ def test_a_stream_that_is_no_terminal_gets_no_moving_line() -> None:
     with progress.stage("Import"):
         progress.live("moving")
         progress.note("staying")
-    assert stream.getvalue() == "[1/7] Import\n      staying\n      0.0 s\n"
+    assert stream.getvalue() == "[1/8] Import\n      staying\n      0.0 s\n"
     assert list(progress.seconds) == ["Import"]
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_vlbridge.data.sources.files.json_lines import BYTE_ORDER_MARK, JsonLines, scan_lines
 from megatron_vlbridge.data.sources.files.json_list import JsonList, scan_list
+from megatron_vlbridge.data.sources.mixture import open_data
 from tests.errors import rejects
 
 LINES = st.lists(
@@ -241,3 +242,13 @@ def test_errors_name_the_line(tmp_path: Path) -> None:
         lines[1]
     with rejects(start="train data x: cannot read the file (No such file"):
         JsonLines(tmp_path / "b.jsonl", name="train data x")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_that_is_named_as_lines_is_rejected_with_the_right_name(tmp_path: Path, indent: int | None) -> None:
+    record = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]}
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text(json.dumps([record, record], indent=indent))
+    with rejects("must end with .json", start=f"train data {tmp_path / 'a.jsonl'}, line 1: "):
+        (open_data(tmp_path / "a.jsonl") or [])[0]
+    assert list(open_data(tmp_path / "a.json") or []) == [record["messages"]] * 2

@@ -69,6 +69,12 @@ def test_an_unused_key_of_a_message_is_rejected(role: str) -> None:
                 check_conversation([ANSWER, {"role": role, "content": "x", key: value}])
 
 
+def test_keys_of_other_projects_are_rejected_with_the_key_to_write() -> None:
+    for key, remedy in (("loss", '"train": false'), ("loss_scale", '"weight"'), ("images", "as a content part")):
+        with rejects(f"message 0: unknown key '{key}'", remedy):
+            check_conversation([{"role": "assistant", "content": "x", key: False}])
+
+
 CALL = {"type": "function", "id": "c1", "function": {"name": "look", "arguments": {"x": 1}}}
 OTHER_CALL = {"function": {"name": "find", "arguments": '{"y": [null, "é"]}'}}
 

@@ -69,9 +69,9 @@ def build_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) ->
         "tokens": torch.cat([*(sample.input_ids for sample in samples), torch.full((padding,), pad_token_id)]),
         "labels": torch.cat([next_token_labels(samples), torch.full((padding,), IGNORE_INDEX)]),
         "segment_lengths": torch.tensor(lengths),
-        "pixel_values": torch.cat([sample.pixel_values for sample in samples]),
+        "pixel_values": _joined([sample.pixel_values for sample in samples]),
         "image_grid_thw": torch.cat([sample.image_grid_thw for sample in samples]),
-        "pixel_values_videos": torch.cat([sample.pixel_values_videos for sample in samples]),
+        "pixel_values_videos": _joined([sample.pixel_values_videos for sample in samples]),
         "video_grid_thw": torch.cat([sample.video_grid_thw for sample in samples]),
         "images_per_segment": torch.tensor([len(sample.image_grid_thw) for sample in samples]),
         "videos_per_segment": torch.tensor([len(sample.video_grid_thw) for sample in samples]),
@@ -79,6 +79,12 @@ def build_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) ->
     if any(sample.loss_weights is not None for sample in samples):
         pack["loss_weights"] = torch.cat([*(_label_weights(sample) for sample in samples), torch.ones(padding)])
     return pack
+
+
+def _joined(patches: Sequence[Tensor]) -> Tensor:
+    """The patches of all samples; those of a single one that has any are not copied."""
+    some = [x for x in patches if len(x)]
+    return some[0] if len(some) == 1 else torch.cat(some or list(patches[:1]))
 
 
 def next_token_labels(samples: Sequence[Sample]) -> Tensor:

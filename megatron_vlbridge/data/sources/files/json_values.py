@@ -6,6 +6,8 @@ from typing import Any
 
 from megatron_vlbridge.errors import VLBridgeError
 
+LIST_HINT = "; a file that is one list, [..., ...], must end with .json"
+
 
 def parse_json(content: bytes) -> Any:
     """The value of one record.
@@ -25,9 +27,10 @@ def parse_json(content: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise VLBridgeError(f"expected UTF-8 text, found {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
+        start = content.strip()
         raise VLBridgeError(
-            f"expected one JSON object on the line, found {content.strip()[:80].decode(errors='replace')!r} "
-            f"(column {error.colno}: {error.msg})"
+            f"expected one JSON object on the line, found {start[:80].decode(errors='replace')!r} "
+            f"(column {error.colno}: {error.msg}){LIST_HINT if start.startswith(b'[') else ''}"
         ) from error
     except RecursionError:
         raise VLBridgeError("expected one JSON object on the line, found too many nesting levels") from None

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from megatron_vlbridge.data.media import shown
+from megatron_vlbridge.data.sources.files.json_values import LIST_HINT
 from megatron_vlbridge.data.sources.forms.columns import check_columns, from_columns
 from megatron_vlbridge.data.sources.forms.openai import KINDS, from_openai
 from megatron_vlbridge.data.sources.forms.tagged import SHAREGPT_KEYS, TAG_KEYS, from_sharegpt, from_tags
@@ -102,7 +103,8 @@ def convert_record(record: object, form: Form | None) -> tuple[Record, Form]:
     `{"messages": [{"role": "assistant", "content": "A cat."}]}`.
     """
     if not isinstance(record, dict):
-        raise VLBridgeError(f"expected {(form or FORMS['messages']).example}, found {shown(record)}")
+        hint = LIST_HINT if isinstance(record, list) else ""
+        raise VLBridgeError(f"expected {(form or FORMS['messages']).example}, found {shown(record)}{hint}")
     if form is None:
         form = detect_form(record)
     if form.keys[0] not in record:

@@ -1,0 +1,1 @@
+"""Folders of LoRA adapters as peft writes them."""

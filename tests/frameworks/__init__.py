@@ -1,0 +1,1 @@
+"""Files and models of other libraries, in a venv that has them: peft."""
