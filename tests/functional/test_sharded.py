@@ -153,7 +153,7 @@ def test_a_rank_with_a_bad_row_stops_every_rank_and_the_next_row_is_taken(
         "differ in a whole pack": {"input_ids": torch.full((1, PACK_LENGTH), 50)} | dict.fromkeys(MEDIA),
         "attention_mask has 1 rows, but cu_seqlens has 4 segments": {"attention_mask": torch.ones_like(broken)},
         "attention_mask: expected": {"attention_mask": torch.ones_like(broken)[:, 1:]},
-        "differ in cu_seqlens, lengths": {"cu_seqlens": None},
+        "expected those of 3 images, found those of 2": {"cu_seqlens": None},
         "S a multiple of 4": {"cu_seqlens": None, "input_ids": broken[:, :-1]},
         "lengths are those of a packed batch": {"cu_seqlens": None, "lengths": torch.tensor([PACK_LENGTH])},
         "packed_seq_params says where": {"packed_seq_params": PackedSeqParams()},
