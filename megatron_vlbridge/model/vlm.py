@@ -8,14 +8,12 @@ from megatron.core.enums import ModelType
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.multi_token_prediction import get_mtp_layer_offset
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_vlbridge.backends.select import spec_provider
 from megatron_vlbridge.backends.te import without_extra_states
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model import deepstack
 from megatron_vlbridge.model.call.build import RawBatch, build_inputs, check_pack, output_of_call
 from megatron_vlbridge.model.call.head import OutputProcessor
@@ -149,18 +147,9 @@ class Qwen3VLModel(Stage):
         for further arguments that would change the result.
         """
         check_keywords(others)
+        text = (input_ids, position_ids, attention_mask, labels, loss_mask)
         media = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, mm_token_type_ids)
-        raw = RawBatch(
-            input_ids,
-            position_ids,
-            attention_mask,
-            labels,
-            loss_mask,
-            *media,
-            cu_seqlens=cu_seqlens,
-            lengths=lengths,
-            packed_seq_params=packed_seq_params,
-        )
+        raw = RawBatch(*text, *media, cu_seqlens, lengths, packed_seq_params)
         if inputs is not None:
             raw.check_empty()
             return self._forward_pack(inputs)
@@ -184,7 +173,7 @@ class Qwen3VLModel(Stage):
         segments = None
         if router_loss and "seq_aux_loss" in balancing_types(self.config):
             segments = inputs.segment_index(tp.size(), tp.rank()), len(inputs.layout.lengths)
-        embeddings, features = self._embed(inputs) if self.pre_process else (None, self._receive(inputs))
+        embeddings, features = self._embed(inputs) if self.pre_process else (None, self.receive(inputs))
         output = self.language_model(
             embeddings,
             inputs.position_ids,
@@ -211,19 +200,6 @@ class Qwen3VLModel(Stage):
         features = tower_features(self.vision_model, inputs, self.pg_collection.cp, self.balance_vision).to(text.dtype)
         embeddings = scatter(text.index_copy(0, inputs.vision_token_index, features[0]))
         return recomputable(embeddings, decoder), deepstack.local_features(features[1:], inputs, self.pg_collection.tp)
-
-    def _receive(self, inputs: PackedInputs) -> torch.Tensor:
-        """The previous stage's hidden states go to the decoder; gives its deepstack features `[levels, n, 1, H]`."""
-        received, self._received = self._received, None
-        if received is None:
-            raise VLBridgeError("a stage without embeddings needs the hidden states of the previous one")
-        tokens = inputs.tokens.shape[1] // (1 if inputs.shard is None else self.pg_collection.tp.size())
-        # Where an earlier stage ran the MTP layer, its hidden states follow those of the decoder.
-        tokens *= 1 + get_mtp_layer_offset(self.config, self.vp_stage)
-        n, stage = len(inputs.deepstack_token_index), self.pg_collection.pp.rank()
-        hidden_states, features = deepstack.split_features(received, tokens, self._remaining_levels, n, stage)
-        self.language_model.decoder.set_input_tensor(hidden_states)
-        return features
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """See `MegatronModule.sharded_state_dict`; the entries are the same on every backend."""

@@ -364,6 +364,7 @@ def critic(layout: Layout, folder: Path, conversations: Conversations) -> dict[s
 REFUSED = (
     "context-parallel rank 1: attention_mask has 3 rows, but cu_seqlens has 4 segments",
     "context-parallel rank 1: attention_mask, row 0: it keeps",
+    "context-parallel rank 1: mm_token_type_ids: expected 1 at image placeholders",
     "context-parallel rank 1: output_processor gets the hidden states of a packed batch",
     "ok",
 )
@@ -378,6 +379,7 @@ def refusals(layout: Layout, folder: Path, conversations: Conversations) -> list
     faults: list[dict[str, Any]] = [
         {"input_ids": ids[:3], "attention_mask": mask[:3]},
         {"packed_seq_params": PackedSeqParams(cu_seqlens_q=bounds)},
+        {"mm_token_type_ids": torch.zeros_like(ids)},
         {"packed_seq_params": None, "output_processor": log_probs},
         {},
     ]

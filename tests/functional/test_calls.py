@@ -12,7 +12,7 @@ from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertForm
 from tests import mtp_reference, reference
 from tests.cases import later
-from tests.closeness import relative_error
+from tests.closeness import FP32, relative_error
 from tests.functional import call_ranks, ranks
 from tests.functional.parity import run_reference, tolerance
 from tests.functional.pool import Layout, Pool
@@ -98,6 +98,17 @@ def test_a_call_with_experts(pool: Pool, moe_folder: Path, name: str) -> None:
     layout = Layout(ep=2, world=2)
     found = pool.run(call_ranks.run, layout, folder=moe_folder, name=name, conversations=conversations())
     assert_small(errors(found, moe_folder, copies=2), moe_folder)
+
+
+@pytest.mark.parametrize("name", ["nemo_rl", later("verl_thd")])
+def test_router_losses_do_not_count_the_padding_of_rows(pool: Pool, moe_folder: Path, name: str) -> None:
+    """The same gradients as from a padded batch, of which no padding gets to the router."""
+    options = {"folder": moe_folder, "conversations": conversations(), "moe_aux_loss_coeff": 0.5}
+    one, other = (
+        ranks.assemble([rank["gradients"] for rank in pool.run(call_ranks.run, TP2_SP, name=x, **options)])
+        for x in ("verl_bshd", name)
+    )
+    assert not {key: error for key, x in one.items() if not (error := relative_error(other[key], x)) < FP32}
 
 
 @pytest.mark.parametrize(("layout", "tied"), [(ONE, False), later(TP2_SP, True), later(PP2, False)])

@@ -4,6 +4,11 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_token_prediction import get_mtp_layer_offset
+
+from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model import deepstack
+from megatron_vlbridge.model.inputs import PackedInputs
 
 
 class Stage(MegatronModule):
@@ -13,6 +18,9 @@ class Stage(MegatronModule):
     """
 
     language_model: Any
+    pg_collection: Any
+    vp_stage: int | None
+    _remaining_levels: int
     _received: torch.Tensor | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -44,3 +52,16 @@ class Stage(MegatronModule):
     def shared_embedding_or_output_weight(self) -> torch.Tensor:
         """The tied weight of this stage, whose gradient Megatron sums over the first and the last stage."""
         return self.language_model.shared_embedding_or_output_weight()
+
+    def receive(self, inputs: PackedInputs) -> torch.Tensor:
+        """The previous stage's hidden states go to the decoder; gives its deepstack features `[levels, n, 1, H]`."""
+        received, self._received = self._received, None
+        if received is None:
+            raise VLBridgeError("a stage without embeddings needs the hidden states of the previous one")
+        tokens = inputs.tokens.shape[1] // (1 if inputs.shard is None else self.pg_collection.tp.size())
+        # Where an earlier stage ran the MTP layer, its hidden states follow those of the decoder.
+        tokens *= 1 + get_mtp_layer_offset(self.config, self.vp_stage)
+        n, stage = len(inputs.deepstack_token_index), self.pg_collection.pp.rank()
+        hidden_states, features = deepstack.split_features(received, tokens, self._remaining_levels, n, stage)
+        self.language_model.decoder.set_input_tensor(hidden_states)
+        return features
