@@ -111,6 +111,7 @@ def roll(conversations: Conversations, layout: Layout) -> Call:
     call = verl_thd(conversations, layout)
     mask = call.keywords["attention_mask"]
     more = {"attention_mask": mask.long(), "loss_mask": mask.float(), "labels": None, "force_vit_image": True}
+    more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     return Call((), {**call.keywords, **more}, call.labels, call.owner)
 
 

@@ -9,6 +9,7 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model.call.build import RawBatch
 from megatron_vlbridge.model.call.keywords import check_keywords
 from megatron_vlbridge.model.call.table import Table, keep_mask
+from megatron_vlbridge.model.inputs import GivenPositions
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 LEFT_AND_RIGHT = torch.tensor([[False, False, True, True], [True, True, True, False]])
@@ -29,6 +30,17 @@ def test_lengths_say_what_of_the_mask_is_padding() -> None:
     table = Table.in_segments(torch.ones_like(IDS, dtype=torch.bool), [0, 4, 8], [3, 1])
     assert table.row(IDS, 0).tolist() == [[1, 2, 3, 0, 5, 0, 0, 0]]
     assert table.lengths == (3, 1)
+
+
+def test_positions_of_rows_become_those_of_the_pack() -> None:
+    table = Table.in_segments(LEFT_AND_RIGHT, [0, 4, 7], None)
+    for ids, expected in ((IDS, [1, 7]), (torch.stack((IDS, IDS, -IDS)), [3, 1, 7])):
+        positions = table.positions(GivenPositions(ids, compared=True))
+        assert positions is not None
+        assert positions.compared
+        assert list(positions.ids.shape) == expected
+        assert positions.ids.view(-1, 7)[-1].abs().tolist() == [3, 4, 0, 0, 5, 6, 7]
+    assert table.positions(None) is None
 
 
 def test_a_tensor_of_another_shape_is_a_row_already() -> None:

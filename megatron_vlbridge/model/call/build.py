@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.layout.zigzag import zigzag_index
 from megatron_vlbridge.model.call.table import Table, keep_mask
 from megatron_vlbridge.model.inputs.media import Media
@@ -221,27 +222,36 @@ def _thd_batch(
     return ThdBatch(ids, cu_seqlens, media, labels, lengths, positions)
 
 
-def output_of_call(raw: RawBatch, inputs: PackedInputs, output: torch.Tensor) -> Any:
-    """What the call gives, from the `output` `[1, T, ...]` of the last stage for the `inputs` made of it.
+@dataclass(frozen=True)
+class Reply:
+    """The form of a call's output: rows of this `shape`, if any, and with them this rank's part of a loss `mask`."""
 
-    `[B, S, ...]` for a padded batch, `[B, S / cp, ...]` under context parallelism. There, where a `loss_mask` of a
-    whole batch came with labels, the losses and this rank's part of the mask.
-    """
-    layout = inputs.layout
-    if layout.table is not None:
-        return layout.unpack(output)
-    cut = None
-    table = raw.table(layout.cp_size)
-    if layout.cp_size > 1 and raw.labels is not None and raw.loss_mask is not None:
-        mask = raw.loss_mask if table is None else table.row(raw.loss_mask.cpu(), 0)
-        if mask.shape[-1] == layout.total:
-            index = zigzag_index(layout.segments, layout.cp_size, layout.cp_rank)
-            cut = mask[:, index.to(mask.device)].to(output.device)
-    if raw.bounds() is None:
-        assert table is not None
-        shape = table.shape[0], table.shape[1] // layout.cp_size
-        output, cut = output.view(*shape, *output.shape[2:]), None if cut is None else cut.view(shape)
-    return output if cut is None else (output, cut)
+    layout: BatchLayout
+    shape: tuple[int, int] | None = None
+    mask: torch.Tensor | None = None
+
+    @classmethod
+    def to(cls, raw: RawBatch, inputs: PackedInputs) -> Self:
+        """For a call whose arguments became `inputs`; before the forward, since a mask on a device is copied."""
+        layout, mask = inputs.layout, None
+        if layout.cp_size > 1 and raw.labels is not None and raw.loss_mask is not None:
+            table = raw.table(layout.cp_size)
+            whole = raw.loss_mask.cpu() if table is None else table.row(raw.loss_mask.cpu(), 0)
+            # The mask of this rank's part is the caller's already.
+            if whole.shape[-1] == layout.total:
+                mask = whole[:, zigzag_index(layout.segments, layout.cp_size, layout.cp_rank)]
+        if raw.packed_seq_params is not None or raw.cu_seqlens is not None or layout.table is not None:
+            return cls(layout, None, mask)
+        rows, width = raw.tokens().shape
+        shape = rows, width // layout.cp_size
+        return cls(layout, shape, None if mask is None else mask.view(shape))
+
+    def of(self, output: torch.Tensor) -> Any:
+        """From the output `[1, T, ...]` of the last stage."""
+        if self.layout.table is not None:
+            return self.layout.unpack(output)
+        output = output if self.shape is None else output.view(*self.shape, *output.shape[2:])
+        return output if self.mask is None else (output, self.mask.to(output.device))
 
 
 def check_pack(inputs: PackedInputs, config: TransformerConfig, seq_length: int | None) -> None:
