@@ -31,7 +31,7 @@ FILLER = 5
 class Call:
     """Arguments of a call, and what its output stands for: flat `labels` and `owner`, in the order of the output.
 
-    `rows` are those of the output, 1 for a pack.
+    `rows` are those of the output, 1 for a pack; `losses`: it is losses, not logits.
     """
 
     arguments: tuple[Any, ...]
@@ -39,6 +39,7 @@ class Call:
     labels: torch.Tensor
     owner: torch.Tensor
     rows: int = 1
+    losses: bool = False
 
 
 Conversations = Sequence[reference.Conversation]
@@ -204,7 +205,7 @@ def megatron_bridge(conversations: Conversations, layout: Layout) -> Call:
         row[: len(c.tokens)] = (c.labels != -100).float()
     keywords = {"input_ids": ids, "attention_mask": mask, "position_ids": None}
     keywords |= {"labels": labels, "loss_mask": loss_mask}
-    return Call((), {**call.keywords, **keywords}, call.labels, call.owner, call.rows)
+    return Call((), {**call.keywords, **keywords}, call.labels, call.owner, call.rows, losses=True)
 
 
 def verl_mtp(conversations: Conversations, layout: Layout) -> Call:
@@ -270,8 +271,9 @@ def token_losses(output: Any, call: Call) -> torch.Tensor:
         assert torch.equal(mask.flatten() != 0, supervised)
         return losses.flatten() * mask.flatten()
     assert output.shape[:2] == shape
-    if output.dim() == 2:
+    if call.losses:
         return output.flatten() * supervised
+    assert output.dim() == 3
     assert bool(output.isfinite().all())
     logits, labels = output.flatten(0, 1)[:, None], call.labels.clamp(min=0)[:, None]
     return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)[:, 0] * supervised
