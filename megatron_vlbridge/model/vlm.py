@@ -1,6 +1,6 @@
 """The vision-language model on Megatron-Core."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,6 @@ from megatron.core.enums import ModelType
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_token_prediction import get_mtp_layer_offset
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -18,8 +16,11 @@ from megatron_vlbridge.backends.te import without_extra_states
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model import deepstack
+from megatron_vlbridge.model.call.build import RawBatch, Reply, build_inputs, check_pack
+from megatron_vlbridge.model.call.head import OutputProcessor
+from megatron_vlbridge.model.call.keywords import check_keywords
+from megatron_vlbridge.model.call.stage import Stage
 from megatron_vlbridge.model.inputs import PackedInputs
-from megatron_vlbridge.model.inputs.build import RawBatch, build_inputs, check_pack
 from megatron_vlbridge.model.language import LanguageModel
 from megatron_vlbridge.model.lora.entries import AdapterShard, adapter_entries, adapter_shards
 from megatron_vlbridge.model.recompute import recomputable
@@ -29,7 +30,7 @@ from megatron_vlbridge.model.vision.balance import tower_features
 from megatron_vlbridge.model.vision.tower import VisionModel
 
 
-class Qwen3VLModel(MegatronModule):
+class Qwen3VLModel(Stage):
     """A pipeline stage of the model of any family: vision tower and embeddings first, the head last.
 
     Args:
@@ -48,6 +49,8 @@ class Qwen3VLModel(MegatronModule):
 
     check_position_ids = False
     """Whether positions that are given must equal the computed ones; to debug a data loader or a framework."""
+    logits_with_labels = False
+    """Whether a call with labels gives logits all the same, and the labels are those of the MTP loss alone (verl)."""
     media_guard: Any = None
     """What `training.media_guard` knows of this stage."""
     lora: Any = None
@@ -77,7 +80,6 @@ class Qwen3VLModel(MegatronModule):
         first_layer = get_transformer_layer_offset(config, vp_stage, self.pg_collection.pp.rank())
         # Of the deepstack features, those that this stage and later ones add.
         self._remaining_levels = max(0, len(hf_config.vision.deepstack_visual_indexes) - first_layer)
-        self._received: torch.Tensor | None = None
         self.balance_vision, self.seq_length = balance_vision, seq_length
         # Megatron's schedules, DDP and gradient finalisation look for these names.
         self.model_type = ModelType.encoder_or_decoder
@@ -101,8 +103,12 @@ class Qwen3VLModel(MegatronModule):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
@@ -111,42 +117,58 @@ class Qwen3VLModel(MegatronModule):
         inputs: PackedInputs | None = None,
         cu_seqlens: Sequence[int] | torch.Tensor | None = None,
         lengths: Sequence[int] | torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Logits, or the loss of each token where there are labels.
+        output_processor: Callable[..., Any] | None = None,
+        output_processor_context: Any = None,
+        **others: Any,
+    ) -> Any:
+        """Logits, or the loss of each token where there are labels; with `output_processor`, what that makes.
 
-        Takes a padded batch (`input_ids`, `attention_mask`, `labels` `[B, S]` and the processor's media, on any device)
-        and gives `[B, S, V]` or `[B, S]`; or takes `inputs`, a pack, and gives `[1, T, V]` or `[1, T]`. V is the padded
-        vocabulary, divided by the tensor-parallel size with `parallel_output`.
+        A batch comes in one of these forms, on any device, all its media on every rank (later pipeline stages only need
+        the grids). V is the padded vocabulary, divided by the tensor-parallel size with `parallel_output`.
+
+        - padded: `input_ids`, `attention_mask`, `labels` `[B, S]` -> `[B, S, V]` or `[B, S]`; under context parallelism
+          this rank's zigzag part of each row. The mask is 1 or True at text, or Megatron's `[B, 1, 1, S]`, True at
+          padding. `mm_token_type_ids` `[B, S]` (1 image, 2 video) is only checked.
+        - packed: `[1, T]` with Megatron's `packed_seq_params`, or `cu_seqlens` of the whole pack, padding included, and
+          `lengths` without it -> `[1, T, V]` or `[1, T]`: of the whole pack, or under context parallelism of this
+          rank's zigzag part, which `input_ids` may be too. `mm_token_type_ids` is ignored.
+        - rows to pack: both, `[B, S]` with an `attention_mask`, beside `packed_seq_params` or `cu_seqlens`. Segment b
+          gets what the mask keeps of row b; the output is that of a pack.
+        - `inputs`: a pack of this project, alone.
+
         Labels are already shifted, unlike those of transformers: `labels[t]` is the target of token t; where it is -100
-        the loss is 0. `mm_token_type_ids` `[B, S]` (1 image, 2 video) is only checked.
-        A stage without the head gives `[rows, 1, H]` for the next one: hidden states (this rank's part under sequence
-        parallelism), those of the MTP layer if an earlier stage ran it, then deepstack features.
-
-        With `cu_seqlens` (of the whole pack, padding included; `lengths` without it) or Megatron's `packed_seq_params`,
-        `input_ids` and `labels` are a packed batch `[1, T]`: the whole pack, or under context parallelism this rank's
-        zigzag part of it, in which case the output is that of its part too. Every rank takes all media; later pipeline
-        stages only need the grids.
+        or `loss_mask` is 0, the loss is 0. Under context parallelism labels and `loss_mask` of a whole batch give a
+        tuple: losses, and this rank's part of the mask. A stage without the head gives `[rows, 1, H]` for the next one:
+        hidden states (this rank's part under sequence parallelism), those of the MTP layer if an earlier stage ran it,
+        then deepstack features.
 
         `position_ids` `[3, B, S]` or `[3, 1, T]` (time, row, column), given on every stage, are used as they are. They
         are computed where None, or 2-D as `input_ids` and counting each segment's tokens (not padding) from 0.
 
-        Raises VLBridgeError where the parts of a batch do not match, of a packed one on all context-parallel ranks.
+        `output_processor` is called as by Megatron, with `hidden_states`, `labels` as they were given and so on.
+
+        Raises VLBridgeError where the parts of a batch do not match, of a packed one on all context-parallel ranks, and
+        for further arguments that would change the result.
         """
+        check_keywords(others)
+        text = (input_ids, position_ids, attention_mask, labels, loss_mask)
         media = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, mm_token_type_ids)
-        raw = RawBatch(input_ids, attention_mask, labels, *media, cu_seqlens, lengths, packed_seq_params, position_ids)
+        raw = RawBatch(*text, *media, cu_seqlens, lengths, packed_seq_params)
         if inputs is not None:
             raw.check_empty()
             return self._forward_pack(inputs)
+        processor = None
+        if output_processor is not None:
+            processor = OutputProcessor(output_processor, output_processor_context, raw.of_megatron())
+            raw = raw.for_processor()
         inputs = build_inputs(
             raw, self.config, self.hf_config, self.pg_collection, self.pre_process, self.check_position_ids
         )
-        output = self._forward_pack(inputs.to(next(self.parameters()).device))
-        padded = inputs.layout.table is not None
-        return inputs.layout.unpack(output) if padded and self.post_process else output
+        reply = Reply.to(raw, inputs)
+        output = self._forward_pack(inputs.to(next(self.parameters()).device), processor)
+        return reply.of(output) if self.post_process and processor is None else output
 
-    def _forward_pack(self, inputs: PackedInputs) -> torch.Tensor:
+    def _forward_pack(self, inputs: PackedInputs, processor: OutputProcessor | None = None) -> Any:
         check_pack(inputs, self.config, self.seq_length)
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
@@ -156,7 +178,7 @@ class Qwen3VLModel(MegatronModule):
         segments = None
         if router_loss and "seq_aux_loss" in balancing_types(self.config):
             segments = inputs.segment_index(tp.size(), tp.rank()), len(inputs.layout.lengths)
-        embeddings, features = self._embed(inputs) if self.pre_process else (None, self._receive(inputs))
+        embeddings, features = self._embed(inputs) if self.pre_process else (None, self.receive(inputs))
         output = self.language_model(
             embeddings,
             inputs.position_ids,
@@ -165,8 +187,10 @@ class Qwen3VLModel(MegatronModule):
             padding_mask=inputs.padding_mask(tp.size(), tp.rank()) if router_loss else None,
             labels=inputs.labels,
             mtp=inputs.mtp,
+            output_processor=processor,
+            logits_with_labels=self.logits_with_labels,
         )
-        if self.post_process and inputs.labels is not None:
+        if self.post_process and inputs.labels is not None and not self.logits_with_labels:
             assert inputs.loss_mask is not None
             output = output * inputs.loss_mask
         return output
@@ -181,19 +205,6 @@ class Qwen3VLModel(MegatronModule):
         features = tower_features(self.vision_model, inputs, self.pg_collection.cp, self.balance_vision).to(text.dtype)
         embeddings = scatter(text.index_copy(0, inputs.vision_token_index, features[0]))
         return recomputable(embeddings, decoder), deepstack.local_features(features[1:], inputs, self.pg_collection.tp)
-
-    def _receive(self, inputs: PackedInputs) -> torch.Tensor:
-        """The previous stage's hidden states go to the decoder; gives its deepstack features `[levels, n, 1, H]`."""
-        received, self._received = self._received, None
-        if received is None:
-            raise VLBridgeError("a stage without embeddings needs the hidden states of the previous one")
-        tokens = inputs.tokens.shape[1] // (1 if inputs.shard is None else self.pg_collection.tp.size())
-        # Where an earlier stage ran the MTP layer, its hidden states follow those of the decoder.
-        tokens *= 1 + get_mtp_layer_offset(self.config, self.vp_stage)
-        n, stage = len(inputs.deepstack_token_index), self.pg_collection.pp.rank()
-        hidden_states, features = deepstack.split_features(received, tokens, self._remaining_levels, n, stage)
-        self.language_model.decoder.set_input_tensor(hidden_states)
-        return features
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """See `MegatronModule.sharded_state_dict`; of a model with adapters the entries are those of the adapters."""
@@ -219,16 +230,3 @@ class Qwen3VLModel(MegatronModule):
                 f"{len(state_dict)}, of which {names[0]} is in only one of both. Use the same targets."
             )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
-
-    def set_input_tensor(self, input_tensor: Any) -> None:
-        """Takes the previous stage's output from Megatron's schedules."""
-        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-
-    @property
-    def received(self) -> torch.Tensor | None:
-        """What the next forward takes from the previous stage."""
-        return self._received
-
-    def shared_embedding_or_output_weight(self) -> torch.Tensor:
-        """The tied weight of this stage, whose gradient Megatron sums over the first and the last stage."""
-        return self.language_model.shared_embedding_or_output_weight()
