@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.training.guards import check_layout
 from tests import reference
 from tests.functional import ranks
 from tests.functional.pool import Layout
@@ -285,14 +286,20 @@ def run(
     name: str,
     conversations: Conversations,
     logits_with_labels: bool = False,
+    mean: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """A training step with the call of this name: token losses, which tokens they are of, and gradient shards."""
+    """A training step with the call of this name: token losses, which tokens they are of, and gradient shards.
+
+    `mean`: the loss function averages, as a framework without `calculate_per_token_loss`.
+    """
     if layout.pp > 1:
         options = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"} | options
     chunks = ranks.build_chunks(layout, folder, **options)
     for chunk in chunks:
         chunk.logits_with_labels = logits_with_labels
+        chunk.config.calculate_per_token_loss = not mean
+        check_layout(chunk.config, chunk.hf_config, own_loss=mean)
     wrapped = [DistributedDataParallel(x.config, DistributedDataParallelConfig(), x) for x in chunks]
     chunks[0].config.finalize_model_grads_func = partial(
         finalize_model_grads, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
@@ -305,6 +312,9 @@ def run(
             return output, None
         losses = token_losses(output, call)
         found.append((losses.detach().clone(), call.owner))
+        if mean:
+            supervised = sum(int((c.labels != -100).sum()) for c in conversations)
+            return losses, lambda x: (x.sum() / supervised, {"loss": x.sum().detach()})
         count = (call.labels != -100).sum().int()
         return losses, lambda x: (x.sum(), count, {"loss": x.sum().detach()})
 
