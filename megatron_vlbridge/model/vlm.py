@@ -12,9 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_vlbridge.backends.select import spec_provider
-from megatron_vlbridge.backends.te import without_extra_states
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model import deepstack
 from megatron_vlbridge.model.call.build import RawBatch, Reply, build_inputs, check_pack
 from megatron_vlbridge.model.call.head import OutputProcessor
@@ -22,7 +20,7 @@ from megatron_vlbridge.model.call.keywords import check_keywords
 from megatron_vlbridge.model.call.stage import Stage
 from megatron_vlbridge.model.inputs import PackedInputs
 from megatron_vlbridge.model.language import LanguageModel
-from megatron_vlbridge.model.lora.entries import AdapterShard, adapter_entries, adapter_shards
+from megatron_vlbridge.model.lora.state import AdapterState
 from megatron_vlbridge.model.recompute import recomputable
 from megatron_vlbridge.model.router import balancing_types
 from megatron_vlbridge.model.transformer_config import vision_config
@@ -30,12 +28,12 @@ from megatron_vlbridge.model.vision.balance import tower_features
 from megatron_vlbridge.model.vision.tower import VisionModel
 
 
-class Qwen3VLModel(Stage):
+class Qwen3VLModel(AdapterState, Stage):
     """A pipeline stage of the model of any family: vision tower and embeddings first, the head last.
 
     Args:
-        config: the language model's `TransformerConfig` (`language_config(checkpoint, ...)`).
-        checkpoint: what the checkpoint is (`read_config(folder)`).
+        config: the language model's `TransformerConfig` (`language_config(hf_config, ...)`).
+        hf_config: the config of the checkpoint (`read_config(folder)`).
         vocab_size: the padded vocabulary size (default: the checkpoint's).
         pre_process, post_process, vp_stage: this stage's part, as Megatron's pretrain passes them.
         balance_vision: partition the vision frames over the context-parallel ranks; else each rank runs all of them.
@@ -43,18 +41,14 @@ class Qwen3VLModel(Stage):
         parallel_output: leave the logits split over the tensor-parallel ranks.
         backend: which kernels (default: the CPU backend after `cpu_runtime.enable()`, else Transformer Engine).
 
-    Example: `model = Qwen3VLModel(language_config(checkpoint), checkpoint)`, then `load_hf_weights(model, folder)`; its
+    Example: `model = Qwen3VLModel(language_config(hf_config), hf_config)`, then `load_hf_weights(model, folder)`; its
     logits are `model(**processor(text=[text], images=[image], return_tensors="pt"))`.
     """
 
     check_position_ids = False
     """Whether positions that are given must equal the computed ones; to debug a data loader or a framework."""
-    logits_with_labels = False
-    """Whether a call with labels gives logits all the same, and the labels are those of the MTP loss alone (verl)."""
     media_guard: Any = None
     """What `training.media_guard` knows of this stage."""
-    lora: Any = None
-    """What `model.lora.attach.add_lora` has added; None for a model without adapters."""
     layout_checked = False
     """Whether `training.guards.check_layout` has accepted the parallel layout and settings of `config`."""
 
@@ -121,7 +115,7 @@ class Qwen3VLModel(Stage):
         output_processor_context: Any = None,
         **others: Any,
     ) -> Any:
-        """Logits, or the loss of each token where there are labels; with `output_processor`, what that makes.
+        """Logits, or losses of tokens where there are labels, or what `output_processor` gives (called as by Megatron).
 
         A batch comes in one of these forms, on any device, all its media on every rank (later pipeline stages only need
         the grids). V is the padded vocabulary, divided by the tensor-parallel size with `parallel_output`.
@@ -144,8 +138,6 @@ class Qwen3VLModel(Stage):
 
         `position_ids` `[3, B, S]` or `[3, 1, T]` (time, row, column), given on every stage, are used as they are. They
         are computed where None, or 2-D as `input_ids` and counting each segment's tokens (not padding) from 0.
-
-        `output_processor` is called as by Megatron, with `hidden_states`, `labels` as they were given and so on.
 
         Raises VLBridgeError where the parts of a batch do not match, of a packed one on all context-parallel ranks, and
         for further arguments that would change the result.
@@ -205,28 +197,3 @@ class Qwen3VLModel(Stage):
         features = tower_features(self.vision_model, inputs, self.pg_collection.cp, self.balance_vision).to(text.dtype)
         embeddings = scatter(text.index_copy(0, inputs.vision_token_index, features[0]))
         return recomputable(embeddings, decoder), deepstack.local_features(features[1:], inputs, self.pg_collection.tp)
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """See `MegatronModule.sharded_state_dict`; of a model with adapters the entries are those of the adapters."""
-        return self.base_sharded_state_dict(*args, **kwargs) if self.lora is None else {**adapter_entries(self)}
-
-    def base_sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The entries of the checkpoint's own weights, which are the same on every backend."""
-        return without_extra_states(super().sharded_state_dict(*args, **kwargs))
-
-    def adapter_shards(self) -> list[AdapterShard]:
-        """What this rank has of the adapters of the model; none without `add_lora`."""
-        return adapter_shards(self)
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """See `torch.nn.Module.load_state_dict`; a model with adapters takes theirs alone."""
-        if self.lora is None or not strict:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        expected = adapter_entries(self).keys()
-        if state_dict.keys() != expected:
-            names = sorted(state_dict.keys() ^ expected)
-            raise VLBridgeError(
-                f"the adapters of the model: expected the {len(expected)} tensors of its targets, found "
-                f"{len(state_dict)}, of which {names[0]} is in only one of both. Use the same targets."
-            )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)

@@ -17,6 +17,8 @@ class Stage(MegatronModule):
     Example: `model.output_layer = value_head`, as critics do, replaces the language model's head.
     """
 
+    logits_with_labels = False
+    """Whether a call with labels gives logits all the same, and the labels are those of the MTP loss alone (verl)."""
     language_model: Any
     pg_collection: Any
     vp_stage: int | None
