@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.training.guards import check_layout
 from tests import reference
 from tests.functional import ranks
 from tests.functional.pool import Layout
@@ -29,12 +30,17 @@ FILLER = 5
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a call, and what its output stands for: flat `labels` and `owner`, in the order of the output."""
+    """Arguments of a call, and what its output stands for: flat `labels` and `owner`, in the order of the output.
+
+    `rows` are those of the output, 1 for a pack; `losses`: it is losses, not logits.
+    """
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
     labels: torch.Tensor
     owner: torch.Tensor
+    rows: int = 1
+    losses: bool = False
 
 
 Conversations = Sequence[reference.Conversation]
@@ -169,14 +175,14 @@ def padded_rows(conversations: Conversations, layout: Layout) -> tuple[torch.Ten
         mine = [zigzag(padded(row[kind], width, fill), layout) for row in numbered(conversations)]
         return torch.tensor([x for row in mine for x in row])
 
-    return ids, mask, Call((), media(conversations), part(1, -100), part(2, -1))
+    return ids, mask, Call((), media(conversations), part(1, -100), part(2, -1), len(conversations))
 
 
 def verl_bshd(conversations: Conversations, layout: Layout) -> Call:
     """verl 0.9.1, `model_forward.py`: whole rows on every rank, under context parallelism too."""
     ids, mask, call = padded_rows(conversations, layout)
     keywords = {"input_ids": ids, "attention_mask": mask, "position_ids": None}
-    return Call((), {**call.keywords, **keywords}, call.labels, call.owner)
+    return Call((), {**call.keywords, **keywords}, call.labels, call.owner, call.rows)
 
 
 def sky_rl(conversations: Conversations, layout: Layout) -> Call:
@@ -186,7 +192,7 @@ def sky_rl(conversations: Conversations, layout: Layout) -> Call:
     if parallel_state.is_pipeline_first_stage():
         keywords = dict(call.keywords)
     arguments = (ids, None, (~mask)[:, None, None, :])
-    return Call(arguments, keywords | {"packed_seq_params": None}, call.labels, call.owner)
+    return Call(arguments, keywords | {"packed_seq_params": None}, call.labels, call.owner, call.rows)
 
 
 def megatron_bridge(conversations: Conversations, layout: Layout) -> Call:
@@ -200,7 +206,7 @@ def megatron_bridge(conversations: Conversations, layout: Layout) -> Call:
         row[: len(c.tokens)] = (c.labels != -100).float()
     keywords = {"input_ids": ids, "attention_mask": mask, "position_ids": None}
     keywords |= {"labels": labels, "loss_mask": loss_mask}
-    return Call((), {**call.keywords, **keywords}, call.labels, call.owner)
+    return Call((), {**call.keywords, **keywords}, call.labels, call.owner, call.rows, losses=True)
 
 
 def verl_mtp(conversations: Conversations, layout: Layout) -> Call:
@@ -259,12 +265,16 @@ def token_losses(output: Any, call: Call) -> torch.Tensor:
     supervised = call.labels != -100
     if isinstance(output, Fused):
         return -output.log_probs.flatten() * supervised
+    shape = (call.rows, len(call.owner) // call.rows)
     if isinstance(output, tuple):
         losses, mask = output
+        assert losses.shape == mask.shape == shape
         assert torch.equal(mask.flatten() != 0, supervised)
         return losses.flatten() * mask.flatten()
-    if output.dim() == 2:
+    assert output.shape[:2] == shape
+    if call.losses:
         return output.flatten() * supervised
+    assert output.dim() == 3
     assert bool(output.isfinite().all())
     logits, labels = output.flatten(0, 1)[:, None], call.labels.clamp(min=0)[:, None]
     return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)[:, 0] * supervised
@@ -276,14 +286,20 @@ def run(
     name: str,
     conversations: Conversations,
     logits_with_labels: bool = False,
+    mean: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """A training step with the call of this name: token losses, which tokens they are of, and gradient shards."""
+    """A training step with the call of this name: token losses, which tokens they are of, and gradient shards.
+
+    `mean`: the loss function averages, as a framework without `calculate_per_token_loss`.
+    """
     if layout.pp > 1:
         options = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"} | options
     chunks = ranks.build_chunks(layout, folder, **options)
     for chunk in chunks:
         chunk.logits_with_labels = logits_with_labels
+        chunk.config.calculate_per_token_loss = not mean
+        check_layout(chunk.config, chunk.hf_config, own_loss=mean)
     wrapped = [DistributedDataParallel(x.config, DistributedDataParallelConfig(), x) for x in chunks]
     chunks[0].config.finalize_model_grads_func = partial(
         finalize_model_grads, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
@@ -296,6 +312,9 @@ def run(
             return output, None
         losses = token_losses(output, call)
         found.append((losses.detach().clone(), call.owner))
+        if mean:
+            supervised = sum(int((c.labels != -100).sum()) for c in conversations)
+            return losses, lambda x: (x.sum() / supervised, {"loss": x.sum().detach()})
         count = (call.labels != -100).sum().int()
         return losses, lambda x: (x.sum(), count, {"loss": x.sum().detach()})
 

@@ -100,6 +100,13 @@ def test_a_call_with_experts(pool: Pool, moe_folder: Path, name: str) -> None:
     assert_small(errors(found, moe_folder, copies=2), moe_folder)
 
 
+@pytest.mark.parametrize("layout", [CP2, *map(later, (ONE, TP2_SP, PP2, TP2_SP_CP2, TP2_SP_PP2))], ids=str)
+def test_a_loss_that_the_framework_averages(pool: Pool, folder: Path, layout: Layout) -> None:
+    """Which `check_layout` accepts with `own_loss`."""
+    options = {"folder": folder, "name": "verl_thd", "conversations": conversations(), "mean": True}
+    assert_small(errors(pool.run(call_ranks.run, layout, **options), folder), folder)
+
+
 @pytest.mark.parametrize("name", ["nemo_rl", later("verl_thd")])
 def test_router_losses_do_not_count_the_padding_of_rows(pool: Pool, moe_folder: Path, name: str) -> None:
     """The same gradients as from a padded batch, of which no padding gets to the router."""
