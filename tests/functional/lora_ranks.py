@@ -43,7 +43,12 @@ def back(layout: Layout, folder: Path, settings: Settings, target: Path, saved: 
     state = dist_checkpointing.load(ranks._sharded(from_saved), str(saved))
     for number, chunk in enumerate(from_saved):
         chunk.load_state_dict(state[f"model{number}"])
-    return {
+    try:
+        from_saved[0].load_state_dict({**state["model0"], "another": torch.zeros(1)})
+        refused = ""
+    except VLBridgeError as error:
+        refused = str(error)
+    return {"refused": refused} | {
         name: [shard for chunk in chunks for shard in ranks.weight_shards(chunk)]
         for name, chunks in (("peft", from_peft), ("saved", from_saved))
     }

@@ -38,6 +38,7 @@ from tests.functional.test_own_script import documented_script
 from tests.functional.test_recipe import documented_recipe
 
 README, CHECKPOINTS, TRAINING = "README.md", "docs/checkpoints.md", "docs/training.md"
+LORA = "docs/lora.md"
 # All blocks of this page are pasted into one shell, except the first one, which installs.
 PASTED = "docs/data.md"
 
@@ -49,6 +50,8 @@ COMMANDS = {
     "train": (README, "torchrun --nproc_per_node 8 examples/pretrain.py \\"),
     "plot": (TRAINING, "vlbridge plot metrics.csv -o metrics.html"),
     "short train": (TRAINING, "torchrun --nproc_per_node 1 examples/pretrain.py --cpu "),
+    "lora train": (LORA, "torchrun --nproc_per_node 8 examples/pretrain.py \\"),
+    "lora export": (LORA, "vlbridge export run-lora adapter"),  # tests/functional/test_lora_training.py
     "usage": (CHECKPOINTS, "vlbridge import  HF_DIR MEGATRON_DIR"),
 }
 PYTHON = {
@@ -58,6 +61,7 @@ PYTHON = {
     "console": (TRAINING, "from megatron_vlbridge.training import console"),
     "script": (TRAINING, "import sys"),
     "freeze": (TRAINING, "from megatron_vlbridge.model.parts import freeze"),
+    "lora": (LORA, "from megatron_vlbridge.checkpoint.live.adapters import"),
     "recipe": (TRAINING, "from megatron_vlbridge import Qwen3VLModel, load_hf_weights, read_config"),
     # Run by tests/functional/test_torch_pipeline.py.
     "pipeline": ("docs/torch-pipeline.md", "import torch"),
@@ -267,8 +271,8 @@ def test_documented_training_commands_are_accepted(workplace: Path, pool: Pool) 
         config.read_text().replace('"max_position_embeddings": 4096', '"max_position_embeddings": 262144')
     )
     assert main(command(COMMANDS["import"])[1:]) == 0
-    commands = [training(command(COMMANDS[name])) for name in ("train", "short train")]
-    assert pool.run(parse, Layout(), folder=workplace, commands=commands) == [["accepted", "accepted"]]
+    commands = [training(command(COMMANDS[name])) for name in ("train", "short train", "lora train")]
+    assert pool.run(parse, Layout(), folder=workplace, commands=commands) == [["accepted"] * 3]
 
 
 def training_options(layout: Layout) -> set[str]:
@@ -366,6 +370,23 @@ def run_freeze(layout: Layout, folder: Path, code: str) -> set[str]:
 def test_the_lines_that_freeze_parts_run(tmp_path: Path, pool: Pool) -> None:
     folder = reference.write_checkpoint(tmp_path)
     assert pool.run(run_freeze, Layout(), folder=folder, code=block(PYTHON["freeze"]).text) == [{"vision_model"}]
+
+
+def run_lora(layout: Layout, folder: Path, code: str) -> list[str]:
+    """The names of the tensors that the block exports."""
+    from tests.functional.ranks import build_model
+
+    names: dict[str, Any] = {"model": build_model(layout, folder / "hf", load=False)}
+    with in_folder(folder):
+        exec(code, names)
+    return list(names["tensors"])
+
+
+def test_the_documented_adapters_are_saved(pool: Pool, tmp_path: Path) -> None:
+    reference.write_checkpoint(tmp_path / "hf")
+    (found,) = pool.run(run_lora, Layout(), folder=tmp_path, code=block(PYTHON["lora"]).text)
+    assert found[0] == "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys() == set(found)
 
 
 @pytest.mark.layouts

@@ -16,11 +16,13 @@ from tests.cases import later
 from tests.closeness import assert_close_in_norm, relative_error
 from tests.functional.pool import Pool
 from tests.functional.test_arguments import said
-from tests.functional.test_training import ITERATIONS, train
+from tests.functional.test_docs import COMMANDS, command
+from tests.functional.test_training import train
 
+ITERATIONS = 20
 LORA = ("--lora-rank", 4, "--lora-alpha", 16)
 BASE = ("--hf-folder", "hf", "--hf-weights")
-SAVE = ("--save-interval", ITERATIONS)
+SAVE = ("--save-interval", ITERATIONS, "--train-iters", ITERATIONS)
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -53,7 +55,7 @@ def assert_same_adapters(found: dict[str, torch.Tensor], expected: dict[str, tor
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
-        (2, ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--use-distributed-optimizer")),
+        later(2, ("--tensor-model-parallel-size", 2, "--sequence-parallel")),
         later(2, ("--tensor-model-parallel-size", 2)),
         later(2, ("--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2)),
         later(2, ("--context-parallel-size", 2, "--overlap-grad-reduce")),
@@ -76,7 +78,7 @@ def test_a_resumed_run_continues_on_an_imported_base(
 ) -> None:
     imported = import_checkpoint(folder / "hf", tmp_path / "imported")
     arguments = ("--hf-folder", imported / "hf", "--pretrained-checkpoint", imported, *LORA, "--lora-vision")
-    arguments += ("--save", "resumed", "--load", "resumed", "--save-interval", 5)
+    arguments += ("--save", "resumed", "--load", "resumed", "--save-interval", 5, *SAVE[2:])
     first = train(folder, *arguments, "--exit-interval", 5)
     assert len(first) == 5
     other_adapters_are_rejected(folder, imported, pool)
@@ -87,7 +89,7 @@ def test_a_resumed_run_continues_on_an_imported_base(
 
 def other_adapters_are_rejected(folder: Path, imported: Path, pool: Pool) -> None:
     load = ("--hf-folder", imported / "hf", "--load", folder / "resumed", "--lr-decay-style", "constant")
-    load += ("--train-iters", 10)
+    load += ("--train-iters", ITERATIONS)
     base = ("--pretrained-checkpoint", imported)
     assert said(pool, *load, *base, *LORA, "--lora-vision") == "accepted"
     assert "it holds adapters alone" in said(pool, *load, *LORA, "--lora-vision")
@@ -100,11 +102,18 @@ def other_adapters_are_rejected(folder: Path, imported: Path, pool: Pool) -> Non
 
 
 def test_the_command_exports_the_adapters(
-    folder: Path, straight: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    straight: SimpleNamespace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, target = str(folder / "straight"), tmp_path / "peft"
-    assert main(["export", run, str(target), "--adapter", "--like", str(folder / "hf")]) == 0
-    assert_same_adapters(load_file(target / WEIGHTS), straight.adapters, 0.0)
+    run = str(folder / "straight")
+    (tmp_path / "run-lora").symlink_to(run)
+    (tmp_path / "Qwen3-VL-8B-Instruct").symlink_to(folder / "hf")
+    monkeypatch.chdir(tmp_path)
+    assert main(command(COMMANDS["lora export"])[1:]) == 0
+    assert_same_adapters(load_file(tmp_path / "adapter" / WEIGHTS), straight.adapters, 0.0)
     assert main(["export", run, str(tmp_path / "other"), "--adapter", "--dtype", "bf16"]) == 2
     assert "--dtype: expected none with --adapter" in capsys.readouterr().err
     assert main(["export", str(folder / "hf"), str(tmp_path / "other"), "--adapter"]) == 1

@@ -88,6 +88,7 @@ def test_adapters_come_out_and_go_back_in_bit_for_bit(
     config = json.loads((target / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (lora_reference.RANK, lora_reference.ALPHA)
     again = pool.run(lora_ranks.back, other, folder=folder, settings=SETTINGS, target=target, saved=saved)
+    assert all("is in only one of both" in result["refused"] for result in again)
     for source in ("peft", "saved"):
         assert_same(ranks.assemble([result[source] for result in again]), values)
 
@@ -114,6 +115,7 @@ def test_a_training_starts_with_the_same_adapters_in_every_layout(pool: Pool, fo
         bound = x.shape[-1] ** -0.5
         if name.endswith("A"):
             assert 0.8 * bound < x.abs().max() < bound
+            assert x.flatten(1).unique(dim=0).shape[0] == x.shape[0], f"{name}: some experts start alike"
     (other,) = pool.run(lora_ranks.start, ONE, folder=folders["experts"], settings={**SETTINGS, "seed": 1})
     assert not torch.equal(ranks.assemble([other])[name.replace("lora_B", "lora_A")], starts[0][name[:-1] + "A"])
 
