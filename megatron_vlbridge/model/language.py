@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model.call.head import OutputProcessor
 from megatron_vlbridge.model.deepstack import DeepstackLayer, DeepstackSegments, append_features
 from megatron_vlbridge.model.inputs.mtp import MtpInputs
 from megatron_vlbridge.model.mtp import MtpBlock, MtpLayer, check_embedding_group, with_mtp_loss
@@ -114,8 +115,11 @@ class LanguageModel(LanguageModule):
         padding_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         mtp: MtpInputs | None = None,
-    ) -> torch.Tensor:
+        output_processor: OutputProcessor | None = None,
+    ) -> Any:
         """Logits `[1, T, V / tp]`, or the loss `[1, T]` of each of the `labels`; hidden states on earlier stages.
+
+        With an `output_processor`, what it makes of the hidden states.
 
         `embeddings` `[s, 1, H]` (first stage only, else what `decoder.set_input_tensor` was given), `position_ids`
         `[3, 1, T]` (time, row, column), `deepstack` `[levels, n, 1, H]`, `padding_mask` `[1, s]`. On earlier stages
@@ -144,6 +148,8 @@ class LanguageModel(LanguageModule):
             if labels is not None:
                 hidden_states = with_mtp_loss(self, hidden_states, mtp)
             hidden_states = hidden_states.chunk(2)[0]
+        if output_processor is not None:
+            return output_processor.run(self, hidden_states)
         logits = self.logits(hidden_states)
         if labels is None:
             return logits.transpose(0, 1).contiguous()

@@ -1,6 +1,6 @@
 """The vision-language model on Megatron-Core."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from megatron_vlbridge.backends.te import without_extra_states
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model import deepstack
+from megatron_vlbridge.model.call.build import RawBatch, build_inputs, check_pack, output_of_call
+from megatron_vlbridge.model.call.head import OutputProcessor
+from megatron_vlbridge.model.call.keywords import check_keywords
 from megatron_vlbridge.model.inputs import PackedInputs
-from megatron_vlbridge.model.inputs.build import RawBatch, build_inputs, check_pack
 from megatron_vlbridge.model.language import LanguageModel
 from megatron_vlbridge.model.lora.entries import adapter_entries
 from megatron_vlbridge.model.recompute import recomputable
@@ -101,8 +103,12 @@ class Qwen3VLModel(MegatronModule):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
@@ -111,42 +117,61 @@ class Qwen3VLModel(MegatronModule):
         inputs: PackedInputs | None = None,
         cu_seqlens: Sequence[int] | torch.Tensor | None = None,
         lengths: Sequence[int] | torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Logits, or the loss of each token where there are labels.
+        output_processor: Callable[..., Any] | None = None,
+        output_processor_context: Any = None,
+        **others: Any,
+    ) -> Any:
+        """Logits, or the loss of each token where there are labels; with `output_processor`, what that makes.
 
-        Takes a padded batch (`input_ids`, `attention_mask`, `labels` `[B, S]` and the processor's media, on any device)
-        and gives `[B, S, V]` or `[B, S]`; or takes `inputs`, a pack, and gives `[1, T, V]` or `[1, T]`. V is the padded
-        vocabulary, divided by the tensor-parallel size with `parallel_output`.
+        A batch comes in one of these forms, on any device, all its media on every rank (later pipeline stages only need
+        the grids). V is the padded vocabulary, divided by the tensor-parallel size with `parallel_output`.
+
+        - padded: `input_ids`, `attention_mask`, `labels` `[B, S]` -> `[B, S, V]` or `[B, S]`; under context parallelism
+          this rank's zigzag part of each row. The mask is 1 or True at text, or Megatron's `[B, 1, 1, S]`, True at
+          padding. `mm_token_type_ids` `[B, S]` (1 image, 2 video) is only checked.
+        - packed: `[1, T]` with Megatron's `packed_seq_params`, or `cu_seqlens` of the whole pack, padding included, and
+          `lengths` without it -> `[1, T, V]` or `[1, T]`: of the whole pack, or under context parallelism of this
+          rank's zigzag part, which `input_ids` may be too. `mm_token_type_ids` is ignored.
+        - rows to pack: both, `[B, S]` with an `attention_mask`, beside `packed_seq_params` or `cu_seqlens`. Segment b
+          gets what the mask keeps of row b; the output is that of a pack.
+        - `inputs`: a pack of this project, alone.
+
         Labels are already shifted, unlike those of transformers: `labels[t]` is the target of token t; where it is -100
-        the loss is 0. `mm_token_type_ids` `[B, S]` (1 image, 2 video) is only checked.
-        A stage without the head gives `[rows, 1, H]` for the next one: hidden states (this rank's part under sequence
-        parallelism), those of the MTP layer if an earlier stage ran it, then deepstack features.
-
-        With `cu_seqlens` (of the whole pack, padding included; `lengths` without it) or Megatron's `packed_seq_params`,
-        `input_ids` and `labels` are a packed batch `[1, T]`: the whole pack, or under context parallelism this rank's
-        zigzag part of it, in which case the output is that of its part too. Every rank takes all media; later pipeline
-        stages only need the grids.
+        or `loss_mask` is 0, the loss is 0. Under context parallelism labels and `loss_mask` of a whole batch give a
+        tuple: losses, and this rank's part of the mask. A stage without the head gives `[rows, 1, H]` for the next one:
+        hidden states (this rank's part under sequence parallelism), those of the MTP layer if an earlier stage ran it,
+        then deepstack features.
 
         `position_ids` `[3, B, S]` or `[3, 1, T]` (time, row, column), given on every stage, are used as they are. They
         are computed where None, or 2-D as `input_ids` and counting each segment's tokens (not padding) from 0.
 
-        Raises VLBridgeError where the parts of a batch do not match, of a packed one on all context-parallel ranks.
+        `output_processor` is called as by Megatron, with `hidden_states`, `labels` as they were given and so on.
+
+        Raises VLBridgeError where the parts of a batch do not match, of a packed one on all context-parallel ranks, and
+        for further arguments that would change the result.
         """
+        check_keywords(others)
+        call = {"labels": labels, "loss_mask": loss_mask}
         media = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, mm_token_type_ids)
-        raw = RawBatch(input_ids, attention_mask, labels, *media, cu_seqlens, lengths, packed_seq_params, position_ids)
+        if output_processor is not None:
+            labels = loss_mask = None
+        batch = (input_ids, attention_mask, labels, loss_mask)
+        raw = RawBatch(*batch, *media, cu_seqlens, lengths, packed_seq_params, position_ids)
         if inputs is not None:
             raw.check_empty()
             return self._forward_pack(inputs)
+        processor = None
+        if output_processor is not None:
+            call |= {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+            call |= {"packed_seq_params": packed_seq_params}
+            processor = OutputProcessor(output_processor, output_processor_context, call)
         inputs = build_inputs(
             raw, self.config, self.hf_config, self.pg_collection, self.pre_process, self.check_position_ids
         )
-        output = self._forward_pack(inputs.to(next(self.parameters()).device))
-        padded = inputs.layout.table is not None
-        return inputs.layout.unpack(output) if padded and self.post_process else output
+        output = self._forward_pack(inputs.to(next(self.parameters()).device), processor)
+        return output_of_call(raw, inputs, output) if self.post_process and processor is None else output
 
-    def _forward_pack(self, inputs: PackedInputs) -> torch.Tensor:
+    def _forward_pack(self, inputs: PackedInputs, processor: OutputProcessor | None = None) -> Any:
         check_pack(inputs, self.config, self.seq_length)
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
@@ -165,6 +190,7 @@ class Qwen3VLModel(MegatronModule):
             padding_mask=inputs.padding_mask(tp.size(), tp.rank()) if router_loss else None,
             labels=inputs.labels,
             mtp=inputs.mtp,
+            output_processor=processor,
         )
         if self.post_process and inputs.labels is not None:
             assert inputs.loss_mask is not None

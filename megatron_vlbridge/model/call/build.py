@@ -1,6 +1,7 @@
 """What `Qwen3VLModel.forward` is called with, in any of its forms, becomes one pack."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -9,12 +10,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.layout.zigzag import zigzag_index
+from megatron_vlbridge.model.call.table import Table, keep_mask
 from megatron_vlbridge.model.inputs.media import Media
 from megatron_vlbridge.model.inputs.pack import PackedInputs
 from megatron_vlbridge.model.inputs.positions import GivenPositions
 from megatron_vlbridge.model.inputs.thd import from_thd
 from megatron_vlbridge.model.inputs.thd_batch import Integers, ThdBatch, bounds_of
-from megatron_vlbridge.model.inputs.tokens import placeholders
+from megatron_vlbridge.model.inputs.tokens import IGNORED, filler_token, placeholders
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class RawBatch:
     input_ids: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     labels: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
     pixel_values: torch.Tensor | None = None
     image_grid_thw: torch.Tensor | None = None
     pixel_values_videos: torch.Tensor | None = None
@@ -57,6 +61,40 @@ class RawBatch:
             raise VLBridgeError("Qwen3VLModel takes input_ids, and what belongs to them, or a pack as `inputs`")
         return self.input_ids.cpu()
 
+    def table(self, cp_size: int) -> Table | None:
+        """Where rows `[B, S]` are in the packed batch; None where `input_ids` are packed already.
+
+        Raises VLBridgeError where the mask does not match the tokens or `cu_seqlens`.
+        """
+        ids, bounds = self.tokens(), self.bounds()
+        mask = keep_mask(self.attention_mask, ids)
+        if bounds is None:
+            if ids.dim() != 2 or ids.shape[1] % (2 * cp_size):
+                raise VLBridgeError(
+                    f"input_ids of a padded batch are [B, S], under context parallelism of size {cp_size} with S a "
+                    f"multiple of {2 * cp_size}, found {list(ids.shape)}. Pad the rows on the right"
+                )
+            return Table.of_rows(torch.ones_like(ids, dtype=torch.bool) if mask is None else mask)
+        if mask is None:
+            return None
+        if self.lengths is not None:
+            raise VLBridgeError("attention_mask and `lengths` both say what is padding; leave one of them out")
+        return Table.in_segments(mask, *bounds)
+
+    def supervised(self) -> torch.Tensor | None:
+        """The labels on the host, -100 also where `loss_mask` is 0."""
+        if self.labels is None:
+            return None
+        labels, mask = self.labels.cpu(), _on_host(self.loss_mask)
+        if mask is None:
+            return labels
+        if mask.shape != labels.shape:
+            raise VLBridgeError(
+                f"loss_mask: expected {list(labels.shape)} as the labels, found {list(mask.shape)}; give both for the "
+                "same tokens"
+            )
+        return labels.masked_fill(mask == 0, IGNORED)
+
     def media(self, with_patches: bool) -> Media:
         """Media on the host. Patches, by far the largest part, stay where they are if the stage does not read them."""
         pixels = (self.pixel_values, self.pixel_values_videos)
@@ -87,7 +125,9 @@ def build_inputs(
         inputs = inputs.with_positions(positions and positions.packed(inputs.layout))
     else:
         inputs = from_thd(
-            lambda: _thd_batch(raw, config, with_patches, check_position_ids), hf_config, pg_collection.cp
+            lambda: _thd_batch(raw, config, hf_config, with_patches, check_position_ids),
+            hf_config,
+            pg_collection.cp,
         )
     if config.sequence_parallel:
         # On the host: on a device, the number of image tokens would be a sync.
@@ -107,15 +147,17 @@ def _from_padded(raw: RawBatch, config: TransformerConfig, hf_config: Config, wi
             "padded [B, S] batches have as many rows as their conversations have tokens, and Megatron's all-gather "
             "dispatcher needs as many on every expert-parallel rank; use --moe-token-dispatcher-type alltoall"
         )
-    if raw.mm_token_type_ids is not None:
-        _check_token_types(ids, raw.mm_token_type_ids.cpu(), hf_config)
+    _check_token_types(ids, raw, hf_config)
     shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
     return PackedInputs.from_padded(
-        ids, _on_host(raw.attention_mask), media, hf_config, _on_host(raw.labels), multiple_of=shards
+        ids, keep_mask(raw.attention_mask, ids), media, hf_config, raw.supervised(), multiple_of=shards
     )
 
 
-def _check_token_types(ids: torch.Tensor, found: torch.Tensor, hf_config: Config) -> None:
+def _check_token_types(ids: torch.Tensor, raw: RawBatch, hf_config: Config) -> None:
+    if raw.mm_token_type_ids is None:
+        return
+    found = raw.mm_token_type_ids.cpu()
     images, videos = placeholders(ids, hf_config)
     if not torch.equal(images.long() + 2 * videos.long(), found.long()):
         raise VLBridgeError(
@@ -124,29 +166,49 @@ def _check_token_types(ids: torch.Tensor, found: torch.Tensor, hf_config: Config
         )
 
 
-def _thd_batch(raw: RawBatch, config: TransformerConfig, with_patches: bool, check_position_ids: bool) -> ThdBatch:
-    bounds = raw.bounds()
-    ids, media = raw.tokens(), raw.media(with_patches)
-    if bounds is None:
-        raise VLBridgeError(
-            f"a padded [B, S] batch is not supported under context parallelism (size "
-            f"{config.context_parallel_size}): no rank would hold whole rows. Give a packed batch with `cu_seqlens`, "
-            "or a pack as `inputs`"
-        )
+def _thd_batch(
+    raw: RawBatch, config: TransformerConfig, hf_config: Config, with_patches: bool, check_position_ids: bool
+) -> ThdBatch:
+    positions = GivenPositions.of(raw.position_ids, check_position_ids)
+    ids, labels, media = raw.tokens(), raw.supervised(), raw.media(with_patches)
+    table, bounds = raw.table(config.context_parallel_size), raw.bounds()
+    if table is not None:
+        _check_token_types(ids, raw, hf_config)
+        labels = None if labels is None else table.row(labels, IGNORED)
+        ids, positions = table.row(ids, filler_token(hf_config)), table.positions(positions)
+        bounds = table.cu_seqlens, table.lengths
+    assert bounds is not None
     cu_seqlens, lengths = bounds
-    if raw.attention_mask is not None or raw.mm_token_type_ids is not None:
-        raise VLBridgeError(
-            "a packed batch (cu_seqlens) has neither attention_mask nor mm_token_type_ids: `lengths` says what is "
-            "padding, and the placeholders what is an image"
-        )
     if lengths is None and (config.moe_aux_loss_coeff or config.moe_z_loss_coeff):
         raise VLBridgeError(
             "the losses of the router must not count padding, and cu_seqlens alone does not say which tokens are "
             "padding; give the segments' true `lengths` beside it. (packed_seq_params whose cu_seqlens_q_padded is "
             "missing, or the same as cu_seqlens_q, does not say it either: give `cu_seqlens` and `lengths` instead)"
         )
-    positions = GivenPositions.of(raw.position_ids, check_position_ids)
-    return ThdBatch(ids, cu_seqlens, media, _on_host(raw.labels), lengths, positions)
+    return ThdBatch(ids, cu_seqlens, media, labels, lengths, positions)
+
+
+def output_of_call(raw: RawBatch, inputs: PackedInputs, output: torch.Tensor) -> Any:
+    """What the call gives, from the `output` `[1, T, ...]` of the last stage for the `inputs` made of it.
+
+    `[B, S, ...]` for a padded batch, `[B, S / cp, ...]` under context parallelism. There, where a `loss_mask` of a
+    whole batch came with labels, the losses and this rank's part of the mask.
+    """
+    layout = inputs.layout
+    if layout.table is not None:
+        return layout.unpack(output)
+    cut = None
+    table = raw.table(layout.cp_size)
+    if layout.cp_size > 1 and raw.labels is not None and raw.loss_mask is not None:
+        mask = raw.loss_mask if table is None else table.row(raw.loss_mask.cpu(), 0)
+        if mask.shape[-1] == layout.total:
+            index = zigzag_index(layout.segments, layout.cp_size, layout.cp_rank)
+            cut = mask[:, index.to(mask.device)].to(output.device)
+    if raw.bounds() is None:
+        assert table is not None
+        shape = table.shape[0], table.shape[1] // layout.cp_size
+        output, cut = output.view(*shape, *output.shape[2:]), None if cut is None else cut.view(shape)
+    return output if cut is None else (output, cut)
 
 
 def check_pack(inputs: PackedInputs, config: TransformerConfig, seq_length: int | None) -> None:

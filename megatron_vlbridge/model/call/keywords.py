@@ -1,0 +1,23 @@
+"""Keywords of other frameworks' calls."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_vlbridge.errors import VLBridgeError
+
+# They would change nothing: the tower always runs, and no kernel here has a witness.
+HARMLESS = ("force_vit_image", "force_vit_video", "witness_ids")
+
+
+def check_keywords(others: Mapping[str, Any]) -> None:
+    """Reject keywords of a call that would change its result; those that are None or harmless are accepted.
+
+    Raises VLBridgeError, naming them all.
+    Example: `check_keywords({"force_vit_image": True, "inference_params": None})`.
+    """
+    unsupported = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
+    if unsupported:
+        raise VLBridgeError(
+            f"Qwen3VLModel.forward does not support the arguments {', '.join(unsupported)}, which would change its "
+            "result; leave them out (docs/frameworks.md lists the arguments that it takes)"
+        )

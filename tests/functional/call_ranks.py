@@ -1,0 +1,251 @@
+"""The calls of other frameworks, rebuilt from their sources, in Megatron's schedule.
+
+A call gives keywords for `Qwen3VLModel.forward`, and for each token of its output the label and which token of the
+joined conversations it is (-1: padding).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model
+
+from tests import reference
+from tests.functional import ranks
+from tests.functional.pool import Layout
+
+FILLER = 5
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of a call, and what its output stands for: flat `labels` and `owner`, in the order of the output."""
+
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    labels: torch.Tensor
+    owner: torch.Tensor
+
+
+Conversations = Sequence[reference.Conversation]
+
+
+def zigzag(row: list[int], layout: Layout) -> list[int]:
+    """This context-parallel rank's two chunks of a segment."""
+    if layout.cp == 1:
+        return row
+    rank, size = parallel_state.get_context_parallel_rank(), len(row) // (2 * layout.cp)
+    chunks = [row[i * size : (i + 1) * size] for i in range(2 * layout.cp)]
+    return chunks[rank] + chunks[2 * layout.cp - 1 - rank]
+
+
+def numbered(conversations: Conversations) -> list[tuple[list[int], list[int], list[int]]]:
+    """Of each conversation tokens, labels, and the places of its tokens in all of them joined."""
+    starts = accumulate([len(c.tokens) for c in conversations], initial=0)
+    return [
+        (c.tokens.tolist(), c.labels.tolist(), list(range(start, start + len(c.tokens))))
+        for c, start in zip(conversations, starts, strict=False)
+    ]
+
+
+def padded(row: list[int], multiple: int, fill: int) -> list[int]:
+    """Up to a multiple of a length."""
+    return row + [fill] * (-len(row) % multiple)
+
+
+def parallel_multiple(layout: Layout) -> int:
+    """What verl and slime pad segments to."""
+    return layout.tp * layout.cp * (2 if layout.cp > 1 else 1)
+
+
+def media(conversations: Conversations) -> dict[str, torch.Tensor]:
+    """Of all conversations; keys that are empty are missing."""
+    batch = reference.padded_batch(conversations)
+    keys = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+    return {key: batch[key] for key in keys if len(batch[key])}
+
+
+def segments_of(conversations: Conversations, layout: Layout) -> tuple[torch.Tensor, Callable[[int, int], list[int]]]:
+    """`cu_seqlens` of padded segments, int32, and this rank's row of tokens (0), labels (1) or owners (2)."""
+    multiple, rows = parallel_multiple(layout), numbered(conversations)
+    bounds = list(accumulate((len(padded(tokens, multiple, 0)) for tokens, _, _ in rows), initial=0))
+
+    def mine(kind: int, fill: int) -> list[int]:
+        return [x for row in rows for x in zigzag(padded(row[kind], multiple, fill), layout)]
+
+    return torch.tensor(bounds, dtype=torch.int32), mine
+
+
+def verl_thd(conversations: Conversations, layout: Layout) -> Call:
+    """verl 0.9.1, `model_forward.py`: whole padded rows and a bool mask beside the parameters of a pack."""
+    bounds, mine = segments_of(conversations, layout)
+    batch = reference.padded_batch(conversations)
+    params = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=bounds,
+        cu_seqlens_kv_padded=bounds,
+    )
+    keywords = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"].bool(),
+        "position_ids": None,
+        "packed_seq_params": params,
+    }
+    return Call((), keywords | media(conversations), torch.tensor(mine(1, -100)), torch.tensor(mine(2, -1)))
+
+
+def roll(conversations: Conversations, layout: Layout) -> Call:
+    """ROLL 8eb27cc, `megatron_strategy.py`: as verl, with a long mask and keywords of its own."""
+    call = verl_thd(conversations, layout)
+    mask = call.keywords["attention_mask"]
+    more = {"attention_mask": mask.long(), "loss_mask": mask.float(), "labels": None, "force_vit_image": True}
+    return Call((), {**call.keywords, **more}, call.labels, call.owner)
+
+
+def nemo_rl(conversations: Conversations, layout: Layout) -> Call:
+    """NeMo-RL 7ea279a, `model_owns_packing`: the mask also keeps padding, the parameters say which it is."""
+    call = verl_thd(conversations, layout)
+    padded_bounds = call.keywords["packed_seq_params"].cu_seqlens_q
+    sizes, lengths = padded_bounds.diff().tolist(), [len(c.tokens) for c in conversations]
+    ids, mask = rows(conversations, max(sizes))
+    mask = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    true = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=true, cu_seqlens_q_padded=padded_bounds)
+    more = {"input_ids": ids, "attention_mask": mask, "packed_seq_params": params}
+    return Call((), {**call.keywords, **more}, call.labels, call.owner)
+
+
+def slime(conversations: Conversations, layout: Layout) -> Call:
+    """slime 624b824, `model.py`: this rank's part of the row, its end padded by a segment of its own."""
+    bounds, mine = segments_of(conversations, layout)
+    tail = 16
+    whole = torch.cat((bounds, bounds[-1:] + tail))
+
+    def row(kind: int, fill: int) -> torch.Tensor:
+        return torch.tensor([mine(kind, fill) + zigzag([fill] * tail, layout)])
+
+    ids = row(0, 0)
+    keywords = {
+        "input_ids": ids,
+        "position_ids": None,
+        "attention_mask": None,
+        "labels": None,
+        "packed_seq_params": PackedSeqParams(qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole),
+        "loss_mask": torch.ones(ids.shape),
+        "mm_token_type_ids": torch.zeros(1, 7, dtype=torch.int64),
+        "witness_ids": ids,
+    }
+    return Call((), keywords | media(conversations), row(1, -100)[0], row(2, -1)[0])
+
+
+def rows(conversations: Conversations, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows padded on the right, and the bool mask of their tokens."""
+    ids = torch.full((len(conversations), width), FILLER)
+    for row, c in zip(ids, conversations, strict=True):
+        row[: len(c.tokens)] = c.tokens
+    return ids, torch.arange(width) < torch.tensor([len(c.tokens) for c in conversations])[:, None]
+
+
+def padded_rows(conversations: Conversations, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, Call]:
+    """Rows that are divisible over the ranks, their mask, and a call that gives this rank's part of each."""
+    length = max(len(c.tokens) for c in conversations) + 1
+    width = length + -length % (2 * layout.tp * layout.cp)
+    ids, mask = rows(conversations, width)
+
+    def part(kind: int, fill: int) -> torch.Tensor:
+        mine = [zigzag(padded(row[kind], width, fill), layout) for row in numbered(conversations)]
+        return torch.tensor([x for row in mine for x in row])
+
+    return ids, mask, Call((), media(conversations), part(1, -100), part(2, -1))
+
+
+def verl_bshd(conversations: Conversations, layout: Layout) -> Call:
+    """verl 0.9.1, `model_forward.py`: whole rows on every rank, under context parallelism too."""
+    ids, mask, call = padded_rows(conversations, layout)
+    keywords = {"input_ids": ids, "attention_mask": mask, "position_ids": None}
+    return Call((), {**call.keywords, **keywords}, call.labels, call.owner)
+
+
+def sky_rl(conversations: Conversations, layout: Layout) -> Call:
+    """SkyRL a956457, `megatron_model_wrapper.py`: three arguments by position, a mask that is True at padding."""
+    ids, mask, call = padded_rows(conversations, layout)
+    keywords = {key: value for key, value in call.keywords.items() if key in ("image_grid_thw", "video_grid_thw")}
+    if parallel_state.is_pipeline_first_stage():
+        keywords = dict(call.keywords)
+    arguments = (ids, None, (~mask)[:, None, None, :])
+    return Call(arguments, keywords | {"packed_seq_params": None}, call.labels, call.owner)
+
+
+def megatron_bridge(conversations: Conversations, layout: Layout) -> Call:
+    """Megatron-Bridge 0.6.2, `vlm_step.py`: whole rows with labels and a loss mask; gives losses."""
+    ids, mask, call = padded_rows(conversations, layout)
+    labels = ids.roll(-1, 1)
+    for row, c in zip(labels, conversations, strict=True):
+        row[: len(c.tokens)] = torch.where(c.labels == -100, row[: len(c.tokens)], c.labels)
+    loss_mask = torch.zeros(ids.shape)
+    for row, c in zip(loss_mask, conversations, strict=True):
+        row[: len(c.tokens)] = (c.labels != -100).float()
+    keywords = {"input_ids": ids, "attention_mask": mask, "position_ids": None}
+    keywords |= {"labels": labels, "loss_mask": loss_mask}
+    return Call((), {**call.keywords, **keywords}, call.labels, call.owner)
+
+
+CALLS = {c.__name__: c for c in (verl_thd, roll, nemo_rl, slime, verl_bshd, sky_rl, megatron_bridge)}
+
+
+def token_losses(output: Any, call: Call) -> torch.Tensor:
+    """The losses of the output's tokens, 0 where they have no label, as a framework takes them from logits."""
+    supervised = call.labels != -100
+    if isinstance(output, tuple):
+        losses, mask = output
+        assert torch.equal(mask.flatten() != 0, supervised)
+        return losses.flatten() * mask.flatten()
+    if output.dim() == 2:
+        return output.flatten() * supervised
+    assert bool(output.isfinite().all())
+    logits, labels = output.flatten(0, 1)[:, None], call.labels.clamp(min=0)[:, None]
+    return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)[:, 0] * supervised
+
+
+def run(layout: Layout, folder: Path, name: str, conversations: Conversations, **options: Any) -> dict[str, Any]:
+    """A training step with the call of this name: token losses, which tokens they are of, and gradient shards."""
+    if layout.pp > 1:
+        options = {"variable_seq_lengths": True} | options
+    chunks = ranks.build_chunks(layout, folder, **options)
+    wrapped = [DistributedDataParallel(x.config, DistributedDataParallelConfig(), x) for x in chunks]
+    chunks[0].config.finalize_model_grads_func = partial(
+        finalize_model_grads, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
+    )
+    call, found = CALLS[name](conversations, layout), []
+
+    def step(iterator: Any, model: torch.nn.Module) -> Any:
+        output = model(*call.arguments, **call.keywords)
+        if not get_attr_wrapped_model(model, "post_process"):
+            return output, None
+        losses = token_losses(output, call)
+        found.append((losses.detach().clone(), call.owner))
+        count = (call.labels != -100).sum().int()
+        return losses, lambda x: (x.sum(), count, {"loss": x.sum().detach()})
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=None,
+        model=wrapped,
+        num_microbatches=1,
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    gradients = [shard for chunk in chunks for shard in ranks.gradient_shards(chunk)]
+    return {"found": found, "gradients": gradients, "tp_rank": parallel_state.get_tensor_model_parallel_rank()}
