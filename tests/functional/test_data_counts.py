@@ -100,7 +100,7 @@ def test_the_counts_are_those_of_the_sources(whole: list[dict[str, Any]]) -> Non
         later("vpp2", (*PP2, "--num-layers-per-virtual-pipeline-stage", 1), 2),
     ],
 )
-def test_a_resumed_run_in_another_layout_has_the_same_counts(
+def test_a_run_of_a_layout_resumed_in_another_has_the_same_counts(
     folder: Path, whole: list[dict[str, Any]], name: str, layout: tuple, processes: int
 ) -> None:
     half = ITERATIONS // 2
@@ -108,7 +108,7 @@ def test_a_resumed_run_in_another_layout_has_the_same_counts(
     before = saved(folder, name, half)
     # A data-parallel rank logs those of its own packs.
     assert 0 < output.count("replaced: ") <= len(BROKEN) * (2 if name == "dp2" else 1)
-    train(folder, name, "--load", name, *layout, processes=processes)
+    train(folder, name, "--load", name)
     assert saved(folder, name, ITERATIONS) == whole
     for early, late in zip(before, whole, strict=True):
         assert 0 < early["read"] < late["read"]
