@@ -83,7 +83,9 @@ def test_the_cut_is_after_the_last_turn_that_fits(family: str) -> None:
         messages = []
         for _ in range(chance.randrange(1, 6)):
             parts = [text("word " * chance.randrange(30)), *[PICTURE] * chance.randrange(3)]
-            messages += [user(*parts), bot("word " * chance.randrange(30) + "end", train=chance.random() < 0.8)]
+            # An answer that starts with a newline is not learned by the templates that keep it.
+            answer = "\n" * (chance.random() < 0.3) + "word " * chance.randrange(30) + "end"
+            messages += [user(*parts), bot(answer, train=chance.random() < 0.8)]
         conversations.append(messages[: len(messages) - chance.randrange(2)])
     limit = 55
     found = cut(conversations, family, limit)
