@@ -54,14 +54,32 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write a config.json that transformers 4.57 and 5.x read alike (default: the source's, unchanged)",
     )
+    parser.add_argument(
+        "--adapter", action="store_true", help="write the adapters that a run with --lora-rank saved, for peft"
+    )
     add_options(parser)
 
 
 def _run_export(args: argparse.Namespace) -> int:
     from megatron_vlbridge.checkpoint.export_plan import ExportChoices, plan_export
 
+    if args.adapter:
+        return _run_adapter_export(args)
     choices = ExportChoices(args.dtype, args.experts, args.max_shard_size, args.portable_config)
     return convert(args, plan_export(args.megatron_folder, args.hf_folder, args.like, choices))
+
+
+def _run_adapter_export(args: argparse.Namespace) -> int:
+    from megatron_vlbridge.checkpoint.peft.export import export_adapter
+
+    others = ("dtype", "experts", "max_shard_size", "portable_config", "resume", "dry_run", "workers", "memory")
+    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
+        raise UsageError(
+            f"{given[0]}: expected none with --adapter, which writes a small folder at once. Leave it out."
+        )
+    done = str(export_adapter(args.megatron_folder, args.hf_folder, args.like))
+    show(json.dumps({"done": done}) if args.json else done)
+    return 0
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,9 @@
 """Deepstack: image features of the tower's inner blocks, added to the outputs of the first decoder layers.
 
-Features of level k `[n, 1, H]` are added to the image tokens of decoder layer k's output. Megatron's block hands its
-`context` from layer to layer and through activation recomputation; this model has no cross-attention, so `context`
-holds the features. Between pipeline stages those of later levels follow the hidden states, in one tensor.
+Features of level k `[n, 1, H]` are added to the vision tokens in the output of decoder layer k, both counted from 0
+(Megatron's `layer_number` is k + 1). Megatron's block hands its `context` from layer to layer and through activation
+recomputation; this model has no cross-attention, so `context` holds the features. Between pipeline stages, the features
+that later stages need are appended to the hidden states along dim 0.
 """
 
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from megatron_vlbridge.model.transformer_config import deepstack_travels
 
 @dataclass
 class DeepstackSegments(PackedSegments):
-    """`PackedSegments` with `vision_token_index` `[n]`: which of this rank's hidden states are image tokens.
+    """`PackedSegments` with `vision_token_index` `[n]`: which of this rank's hidden states are vision tokens.
 
-    `router_segments` is for routers with a loss of each segment: see :class:`PackRouter`.
+    `router_segments` is for routers with a loss of each segment, a conversation: see :class:`PackRouter`.
     """
 
     vision_token_index: torch.Tensor | None = None
@@ -35,7 +36,7 @@ class DeepstackSegments(PackedSegments):
 def packed_seq_params(
     inputs: PackedInputs, router_segments: tuple[torch.Tensor, int] | None = None
 ) -> DeepstackSegments:
-    """Those of a pack, for every attention, with its image tokens, for deepstack."""
+    """The `packed_seq_params` of a pack: its segments for attention, its vision tokens for deepstack."""
     layout = inputs.layout
     order = pack_order(layout.segments, layout.cp_size) if layout.cp_size > 1 else None
     return DeepstackSegments.from_lengths(
@@ -48,10 +49,10 @@ def packed_seq_params(
 
 
 class DeepstackLayer(TransformerLayer):
-    """A decoder layer k that adds the features of level k, if k < `levels`, to the image tokens of its output.
+    """A decoder layer k that adds the features of level k, if k < `levels`, to the vision tokens of its output.
 
-    `context` `[rest, n, 1, H]` holds the features of the last `rest` levels, `packed_seq_params` is a
-    :class:`DeepstackSegments`.
+    `context` `[m, n, 1, H]` holds the features of the last m levels, which is why they are counted from the end;
+    `packed_seq_params` is a :class:`DeepstackSegments`.
     """
 
     def __init__(self, *args: Any, levels: int, **kwargs: Any) -> None:
@@ -61,7 +62,7 @@ class DeepstackLayer(TransformerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Same as Megatron's, see there."""
         if self.is_moe_layer:
-            # Here, since a layer that is recomputed must see those of its own pack again.
+            # Set in each forward: a layer that is recomputed must have the segments of its own micro-batch.
             self.mlp.router.segments = kwargs["packed_seq_params"].router_segments
         hidden_states, context = super().forward(*args, **kwargs)
         if context is not None and self.layer_number <= self.levels:
@@ -74,9 +75,10 @@ class DeepstackLayer(TransformerLayer):
 def local_features(
     features: torch.Tensor, inputs: PackedInputs, tp_group: torch.distributed.ProcessGroup
 ) -> torch.Tensor:
-    """Of `features` `[levels, N, 1, H]` those that this rank adds: `[levels, n, 1, H]`.
+    """Of the `features` `[levels, N, 1, H]` of all N vision tokens those of this rank's n: `[levels, n, 1, H]`.
 
-    Under sequence parallelism each tensor-parallel rank adds a part of them, so their gradient is summed over these.
+    Under sequence parallelism (`inputs.shard`) each tensor-parallel rank adds a part of them, so their gradient is
+    summed over the tensor-parallel ranks.
     """
     if inputs.shard is None:
         return features
@@ -84,7 +86,7 @@ def local_features(
 
 
 def append_features(hidden_states: torch.Tensor, features: torch.Tensor, layers: int) -> torch.Tensor:
-    """`hidden_states` `[s, 1, H]`, then the `features` that the stages after these `layers` add."""
+    """`hidden_states` `[s, 1, H]` of a stage with so many `layers`, then the `features` that later stages add."""
     rest = features[layers:]
     return torch.cat((hidden_states, rest.flatten(0, 1))) if len(rest) else hidden_states
 
@@ -100,13 +102,13 @@ def split_features(
         raise VLBridgeError(
             f"pipeline stage {stage} received {received.shape[0]} rows, expected {tokens} tokens and {levels} x "
             f"{images} rows of deepstack features. Check that all stages read the same packs, and that the packs have "
-            "the schedule's --seq-length"
+            "the length that --seq-length gives the schedule"
         )
     return received[:tokens], received[tokens:].view(levels, images, *received.shape[1:])
 
 
 def check_stages(config: TransformerConfig, hf_config: Config) -> None:
-    """Reject fixed lengths between pipeline stages where deepstack features cross them (VLBridgeError)."""
+    """Require `variable_seq_lengths` where deepstack features cross pipeline stages (VLBridgeError)."""
     if deepstack_travels(config, hf_config) and not config.variable_seq_lengths:
         raise VLBridgeError(
             f"the first {len(hf_config.vision.deepstack_visual_indexes)} decoder layers add deepstack features and "

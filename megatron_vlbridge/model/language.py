@@ -116,10 +116,12 @@ class LanguageModel(LanguageModule):
         labels: torch.Tensor | None = None,
         mtp: MtpInputs | None = None,
         output_processor: OutputProcessor | None = None,
+        logits_with_labels: bool = False,
     ) -> Any:
         """Logits `[1, T, V / tp]`, or the loss `[1, T]` of each of the `labels`; hidden states on earlier stages.
 
-        With an `output_processor`, what it makes of the hidden states.
+        With an `output_processor`, what it makes of the hidden states; `logits_with_labels`: labels are for the MTP
+        loss alone.
 
         `embeddings` `[s, 1, H]` (first stage only, else what `decoder.set_input_tensor` was given), `position_ids`
         `[3, 1, T]` (time, row, column), `deepstack` `[levels, n, 1, H]`, `padding_mask` `[1, s]`. On earlier stages
@@ -151,7 +153,7 @@ class LanguageModel(LanguageModule):
         if output_processor is not None:
             return output_processor.run(self, hidden_states)
         logits = self.logits(hidden_states)
-        if labels is None:
+        if labels is None or logits_with_labels:
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
 

@@ -8,8 +8,6 @@ from megatron.core.enums import ModelType
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_token_prediction import get_mtp_layer_offset
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -18,12 +16,13 @@ from megatron_vlbridge.backends.te import without_extra_states
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.model import deepstack
-from megatron_vlbridge.model.call.build import RawBatch, build_inputs, check_pack, output_of_call
+from megatron_vlbridge.model.call.build import RawBatch, Reply, build_inputs, check_pack
 from megatron_vlbridge.model.call.head import OutputProcessor
 from megatron_vlbridge.model.call.keywords import check_keywords
+from megatron_vlbridge.model.call.stage import Stage
 from megatron_vlbridge.model.inputs import PackedInputs
 from megatron_vlbridge.model.language import LanguageModel
-from megatron_vlbridge.model.lora.entries import adapter_entries
+from megatron_vlbridge.model.lora.entries import AdapterShard, adapter_entries, adapter_shards
 from megatron_vlbridge.model.recompute import recomputable
 from megatron_vlbridge.model.router import balancing_types
 from megatron_vlbridge.model.transformer_config import vision_config
@@ -31,7 +30,7 @@ from megatron_vlbridge.model.vision.balance import tower_features
 from megatron_vlbridge.model.vision.tower import VisionModel
 
 
-class Qwen3VLModel(MegatronModule):
+class Qwen3VLModel(Stage):
     """A pipeline stage of the model of any family: vision tower and embeddings first, the head last.
 
     Args:
@@ -50,6 +49,8 @@ class Qwen3VLModel(MegatronModule):
 
     check_position_ids = False
     """Whether positions that are given must equal the computed ones; to debug a data loader or a framework."""
+    logits_with_labels = False
+    """Whether a call with labels gives logits all the same, and the labels are those of the MTP loss alone (verl)."""
     media_guard: Any = None
     """What `training.media_guard` knows of this stage."""
     lora: Any = None
@@ -79,7 +80,6 @@ class Qwen3VLModel(MegatronModule):
         first_layer = get_transformer_layer_offset(config, vp_stage, self.pg_collection.pp.rank())
         # Of the deepstack features, those that this stage and later ones add.
         self._remaining_levels = max(0, len(hf_config.vision.deepstack_visual_indexes) - first_layer)
-        self._received: torch.Tensor | None = None
         self.balance_vision, self.seq_length = balance_vision, seq_length
         # Megatron's schedules, DDP and gradient finalisation look for these names.
         self.model_type = ModelType.encoder_or_decoder
@@ -151,25 +151,22 @@ class Qwen3VLModel(MegatronModule):
         for further arguments that would change the result.
         """
         check_keywords(others)
-        call = {"labels": labels, "loss_mask": loss_mask}
+        text = (input_ids, position_ids, attention_mask, labels, loss_mask)
         media = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, mm_token_type_ids)
-        if output_processor is not None:
-            labels = loss_mask = None
-        batch = (input_ids, attention_mask, labels, loss_mask)
-        raw = RawBatch(*batch, *media, cu_seqlens, lengths, packed_seq_params, position_ids)
+        raw = RawBatch(*text, *media, cu_seqlens, lengths, packed_seq_params)
         if inputs is not None:
             raw.check_empty()
             return self._forward_pack(inputs)
         processor = None
         if output_processor is not None:
-            call |= {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
-            call |= {"packed_seq_params": packed_seq_params}
-            processor = OutputProcessor(output_processor, output_processor_context, call)
+            processor = OutputProcessor(output_processor, output_processor_context, raw.of_megatron())
+            raw = raw.for_processor()
         inputs = build_inputs(
             raw, self.config, self.hf_config, self.pg_collection, self.pre_process, self.check_position_ids
         )
+        reply = Reply.to(raw, inputs)
         output = self._forward_pack(inputs.to(next(self.parameters()).device), processor)
-        return output_of_call(raw, inputs, output) if self.post_process and processor is None else output
+        return reply.of(output) if self.post_process and processor is None else output
 
     def _forward_pack(self, inputs: PackedInputs, processor: OutputProcessor | None = None) -> Any:
         check_pack(inputs, self.config, self.seq_length)
@@ -181,7 +178,7 @@ class Qwen3VLModel(MegatronModule):
         segments = None
         if router_loss and "seq_aux_loss" in balancing_types(self.config):
             segments = inputs.segment_index(tp.size(), tp.rank()), len(inputs.layout.lengths)
-        embeddings, features = self._embed(inputs) if self.pre_process else (None, self._receive(inputs))
+        embeddings, features = self._embed(inputs) if self.pre_process else (None, self.receive(inputs))
         output = self.language_model(
             embeddings,
             inputs.position_ids,
@@ -191,8 +188,9 @@ class Qwen3VLModel(MegatronModule):
             labels=inputs.labels,
             mtp=inputs.mtp,
             output_processor=processor,
+            logits_with_labels=self.logits_with_labels,
         )
-        if self.post_process and inputs.labels is not None:
+        if self.post_process and inputs.labels is not None and not self.logits_with_labels:
             assert inputs.loss_mask is not None
             output = output * inputs.loss_mask
         return output
@@ -208,19 +206,6 @@ class Qwen3VLModel(MegatronModule):
         embeddings = scatter(text.index_copy(0, inputs.vision_token_index, features[0]))
         return recomputable(embeddings, decoder), deepstack.local_features(features[1:], inputs, self.pg_collection.tp)
 
-    def _receive(self, inputs: PackedInputs) -> torch.Tensor:
-        """The previous stage's hidden states go to the decoder; gives its deepstack features `[levels, n, 1, H]`."""
-        received, self._received = self._received, None
-        if received is None:
-            raise VLBridgeError("a stage without embeddings needs the hidden states of the previous one")
-        tokens = inputs.tokens.shape[1] // (1 if inputs.shard is None else self.pg_collection.tp.size())
-        # Where an earlier stage ran the MTP layer, its hidden states follow those of the decoder.
-        tokens *= 1 + get_mtp_layer_offset(self.config, self.vp_stage)
-        n, stage = len(inputs.deepstack_token_index), self.pg_collection.pp.rank()
-        hidden_states, features = deepstack.split_features(received, tokens, self._remaining_levels, n, stage)
-        self.language_model.decoder.set_input_tensor(hidden_states)
-        return features
-
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """See `MegatronModule.sharded_state_dict`; of a model with adapters the entries are those of the adapters."""
         return self.base_sharded_state_dict(*args, **kwargs) if self.lora is None else {**adapter_entries(self)}
@@ -228,6 +213,10 @@ class Qwen3VLModel(MegatronModule):
     def base_sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The entries of the checkpoint's own weights, which are the same on every backend."""
         return without_extra_states(super().sharded_state_dict(*args, **kwargs))
+
+    def adapter_shards(self) -> list[AdapterShard]:
+        """What this rank has of the adapters of the model; none without `add_lora`."""
+        return adapter_shards(self)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """See `torch.nn.Module.load_state_dict`; a model with adapters takes theirs alone."""
@@ -241,16 +230,3 @@ class Qwen3VLModel(MegatronModule):
                 f"{len(state_dict)}, of which {names[0]} is in only one of both. Use the same targets."
             )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
-
-    def set_input_tensor(self, input_tensor: Any) -> None:
-        """Takes the previous stage's output from Megatron's schedules."""
-        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-
-    @property
-    def received(self) -> torch.Tensor | None:
-        """What the next forward takes from the previous stage."""
-        return self._received
-
-    def shared_embedding_or_output_weight(self) -> torch.Tensor:
-        """The tied weight of this stage, whose gradient Megatron sums over the first and the last stage."""
-        return self.language_model.shared_embedding_or_output_weight()

@@ -79,8 +79,13 @@ def check_cp_comm_type(config: TransformerConfig) -> None:
         )
 
 
-def check_layout(config: TransformerConfig, hf_config: Config, *, allow: Collection[str] = ()) -> set[str]:
+def check_layout(
+    config: TransformerConfig, hf_config: Config, *, allow: Collection[str] = (), own_loss: bool = False
+) -> set[str]:
     """Reject a layout that no test verifies for this family, but for what `allow` names; gives those that were needed.
+
+    `own_loss`: the caller makes the loss from logits, or from the token losses, and averages it. Without an MTP layer
+    `calculate_per_token_loss`, which `vlm_step` needs, is then free.
 
     A name is that of a setting, such as `recompute_modules`, or dimensions that are not verified together, such as
     `tp+ep`. What the checkpoint decides and what does not work at all cannot be allowed.
@@ -91,6 +96,8 @@ def check_layout(config: TransformerConfig, hf_config: Config, *, allow: Collect
     needed = check_combination(config, hf_config, allow)
     check_cp_comm_type(config)
     found = setting_faults(config, hf_config)
+    if own_loss and not config.mtp_num_layers:
+        found.pop("calculate_per_token_loss", None)
     allowable = found.keys() - families.find(hf_config).language_fields(hf_config).keys()
     needed |= allowable & set(allow)
     faults = [line for name, line in found.items() if name not in needed]

@@ -21,7 +21,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_megatron_optimizer_config
 
 from megatron_vlbridge.backends import cpu_adam, cpu_runtime, cpu_saving
-from megatron_vlbridge.checkpoint.live import load_hf_weights
+from megatron_vlbridge.checkpoint.live import load_hf_weights, load_torch_dist_weights
 from megatron_vlbridge.checkpoint.live.collectives import gather
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
@@ -32,6 +32,7 @@ from megatron_vlbridge.training import console
 from megatron_vlbridge.training.datasets import EagerDatasetProvider
 from megatron_vlbridge.training.guards import check_layout, check_model
 from megatron_vlbridge.training.launch.arguments import parse_arguments
+from megatron_vlbridge.training.launch.lora import apply_lora_arguments, lora_note
 from megatron_vlbridge.training.launch.parts import apply_part_arguments
 from megatron_vlbridge.training.launch.start import loading_errors, loads_checkpoint
 from megatron_vlbridge.training.launch.stop import end_data_loaders
@@ -59,6 +60,7 @@ def model_provider(
     """Megatron's `model_provider`: this rank's stage of the model that `--hf-folder` describes.
 
     Its weights come from that folder with `--hf-weights`, unless `--load` holds a checkpoint, which is loaded later.
+    With `--lora-rank` it has adapters, which are what `--load` holds.
     """
     args = get_args()
     hf_config = read_config(args.hf_folder)
@@ -77,8 +79,9 @@ def model_provider(
     )
     model.layout_checked = True
     model.check_position_ids = args.check_position_ids
+    apply_lora_arguments(args, model)
     apply_part_arguments(args, model)
-    if args.hf_weights and not loads_checkpoint(args):
+    if args.lora_base or (args.hf_weights and (args.lora_rank or not loads_checkpoint(args))):
         _load_when_complete(model, vp_stage, args)
     return model
 
@@ -92,7 +95,10 @@ def _load_when_complete(model: Qwen3VLModel, vp_stage: int | None, args: argpars
         _chunks.clear()
     _chunks.append(model)
     if len(_chunks) == (args.virtual_pipeline_model_parallel_size or 1):
-        load_hf_weights(_chunks, args.hf_folder, random_mtp=args.random_mtp)
+        if args.lora_base:
+            load_torch_dist_weights(_chunks, args.lora_base)
+        else:
+            load_hf_weights(_chunks, args.hf_folder, random_mtp=args.random_mtp)
         _chunks.clear()
 
 
@@ -133,6 +139,11 @@ def run(
         datasets.build()
         model = model_provider(*positional, **named)
         stage = stage_of(model)
+        if args.lora_rank and stage.lora is None:
+            raise VLBridgeError(
+                "--lora-rank: expected the model of megatron_vlbridge's model_provider, found one without adapters. "
+                "Call that model_provider in yours; or call add_lora in it, and leave out --lora-rank"
+            )
         check_model(stage, allow=args.allow_unverified)
         apply_part_arguments(args, stage)
         stage.check_position_ids |= args.check_position_ids
@@ -142,7 +153,7 @@ def run(
         return model
 
     data_counts = DataCounts(args, lambda: datasets.training, lambda: meter.replaced)
-    note_in_checkpoints(args, [unverified_note(args), data_counts.save])
+    note_in_checkpoints(args, [unverified_note(args), lora_note(args), data_counts.save])
     console.begin(args, config)
     with end_data_loaders(), loading_errors():
         megatron.training.training.pretrain(

@@ -7,7 +7,7 @@ joined conversations it is (-1: padding).
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_vlbridge.errors import VLBridgeError
 from tests import reference
 from tests.functional import ranks
 from tests.functional.pool import Layout
@@ -110,6 +111,7 @@ def roll(conversations: Conversations, layout: Layout) -> Call:
     call = verl_thd(conversations, layout)
     mask = call.keywords["attention_mask"]
     more = {"attention_mask": mask.long(), "loss_mask": mask.float(), "labels": None, "force_vit_image": True}
+    more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     return Call((), {**call.keywords, **more}, call.labels, call.owner)
 
 
@@ -201,12 +203,62 @@ def megatron_bridge(conversations: Conversations, layout: Layout) -> Call:
     return Call((), {**call.keywords, **keywords}, call.labels, call.owner)
 
 
+def verl_mtp(conversations: Conversations, layout: Layout) -> Call:
+    """verl 0.9.1 with MTP: on the last stage also labels, a loss mask and positions, packed as the output is."""
+    call = verl_thd(conversations, layout)
+    bounds, mine = segments_of(conversations, layout)
+    more: dict[str, Any] = {}
+    if parallel_state.is_pipeline_last_stage():
+        # At the end of a segment verl's labels begin again at its first token.
+        labels = torch.tensor([mine(0, 0)])
+        for start, end in pairwise(bounds.tolist()):
+            labels[0, start:end] = labels[0, start:end].roll(-1)
+        more["labels"] = torch.where(call.labels[None] == -100, labels, call.labels)
+        more["loss_mask"] = (call.labels[None] != -100).float()
+    positions = torch.cat([torch.arange(int(size)) for size in bounds.diff()])
+    return Call((), {**call.keywords, **more, "position_ids": positions[None]}, call.labels, call.owner)
+
+
+def verl_fused(conversations: Conversations, layout: Layout) -> Call:
+    """verl 0.9.1, `model_forward_fused.py`, hook mode: labels of this rank's part, and a function for the output."""
+    call = verl_thd(conversations, layout)
+    context = {"temperature": 1.0}
+    more = {"output_processor": log_probs, "output_processor_context": context}
+    labels = call.labels.clamp(min=0)[None]
+    return Call((), {**call.keywords, **more, "labels": labels}, call.labels, call.owner)
+
+
+@dataclass
+class Fused:
+    """What verl's processor gives."""
+
+    log_probs: torch.Tensor
+
+
+def log_probs(
+    *, hidden_states: Any, output_layer: Any, output_weight: Any, labels: Any, context: Any, config: Any, **rest: Any
+) -> Fused:
+    """Of the labels, as verl's fused kernel takes its arguments."""
+    assert rest.keys() >= {"packed_seq_params", "input_ids", "attention_mask", "compute_language_model_loss"}
+    if config.sequence_parallel:
+        hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
+    else:
+        hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
+    weight = output_layer.weight if output_weight is None else output_weight
+    logits = hidden_states @ weight.T / context["temperature"]
+    assert rest["scale_logits"](logits) is logits
+    return Fused(-tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.T)[:, 0][None])
+
+
 CALLS = {c.__name__: c for c in (verl_thd, roll, nemo_rl, slime, verl_bshd, sky_rl, megatron_bridge)}
+OTHERS = {c.__name__: c for c in (verl_mtp, verl_fused)}
 
 
 def token_losses(output: Any, call: Call) -> torch.Tensor:
     """The losses of the output's tokens, 0 where they have no label, as a framework takes them from logits."""
     supervised = call.labels != -100
+    if isinstance(output, Fused):
+        return -output.log_probs.flatten() * supervised
     if isinstance(output, tuple):
         losses, mask = output
         assert torch.equal(mask.flatten() != 0, supervised)
@@ -218,16 +270,25 @@ def token_losses(output: Any, call: Call) -> torch.Tensor:
     return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)[:, 0] * supervised
 
 
-def run(layout: Layout, folder: Path, name: str, conversations: Conversations, **options: Any) -> dict[str, Any]:
+def run(
+    layout: Layout,
+    folder: Path,
+    name: str,
+    conversations: Conversations,
+    logits_with_labels: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
     """A training step with the call of this name: token losses, which tokens they are of, and gradient shards."""
     if layout.pp > 1:
-        options = {"variable_seq_lengths": True} | options
+        options = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"} | options
     chunks = ranks.build_chunks(layout, folder, **options)
+    for chunk in chunks:
+        chunk.logits_with_labels = logits_with_labels
     wrapped = [DistributedDataParallel(x.config, DistributedDataParallelConfig(), x) for x in chunks]
     chunks[0].config.finalize_model_grads_func = partial(
         finalize_model_grads, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
     )
-    call, found = CALLS[name](conversations, layout), []
+    call, found = (CALLS | OTHERS)[name](conversations, layout), []
 
     def step(iterator: Any, model: torch.nn.Module) -> Any:
         output = model(*call.arguments, **call.keywords)
@@ -249,3 +310,86 @@ def run(layout: Layout, folder: Path, name: str, conversations: Conversations, *
     )
     gradients = [shard for chunk in chunks for shard in ranks.gradient_shards(chunk)]
     return {"found": found, "gradients": gradients, "tp_rank": parallel_state.get_tensor_model_parallel_rank()}
+
+
+def value_weight(hidden_size: int) -> torch.Tensor:
+    """The head of a critic, `[1, H]`."""
+    return torch.linspace(-1, 1, hidden_size)[None]
+
+
+class ValueHead(torch.nn.Linear):
+    """As verl's `LinearForLastLayer`."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config.hidden_size, 1, bias=False)
+        self.sequence_parallel = config.sequence_parallel
+        self.weight.data = value_weight(config.hidden_size)
+
+    def forward(self, hidden_states: Any, weight: Any = None, runtime_gather_output: Any = None) -> Any:
+        values = super().forward(hidden_states).float()
+        if self.sequence_parallel:
+            values = tensor_parallel.gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+        return values, None
+
+
+def critic(layout: Layout, folder: Path, conversations: Conversations) -> dict[str, Any]:
+    """The values of all tokens (last stage), where the head was set on the outer model."""
+    options = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"} if layout.pp > 1 else {}
+    model = ranks.build_model(layout, folder, **options)
+    if model.post_process:
+        model.output_layer = ValueHead(model.config)
+    call, values = verl_thd(conversations, layout), []
+
+    def step(iterator: Any, model: torch.nn.Module) -> Any:
+        output = model(**call.keywords)
+        if model.post_process:
+            values.append(output[0, call.owner >= 0])
+        return output, lambda x: (x.sum(), {})
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=None,
+        model=[model],
+        num_microbatches=1,
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    return {
+        "values": values,
+        "heads": [name for name, _ in model.named_parameters() if "output_layer" in name],
+        "same_decoder": model.decoder is model.language_model.decoder,
+    }
+
+
+REFUSED = (
+    "context-parallel rank 1: attention_mask has 3 rows, but cu_seqlens has 4 segments",
+    "context-parallel rank 1: attention_mask, row 0: it keeps",
+    "context-parallel rank 1: mm_token_type_ids: expected 1 at image placeholders",
+    "context-parallel rank 1: output_processor gets the hidden states of a packed batch",
+    "ok",
+)
+
+
+def refusals(layout: Layout, folder: Path, conversations: Conversations) -> list[str]:
+    """The errors of calls of which the second rank's is wrong, and then of one that is right."""
+    model = ranks.build_model(layout, folder, load=False)
+    good = dict(verl_thd(conversations, layout).keywords)
+    ids, mask = good["input_ids"], good["attention_mask"]
+    bounds = torch.tensor([0, 4, 8, 12, 16], dtype=torch.int32)
+    faults: list[dict[str, Any]] = [
+        {"input_ids": ids[:3], "attention_mask": mask[:3]},
+        {"packed_seq_params": PackedSeqParams(cu_seqlens_q=bounds)},
+        {"mm_token_type_ids": torch.zeros_like(ids)},
+        {"packed_seq_params": None, "output_processor": log_probs},
+        {},
+    ]
+    found = []
+    for fault in faults:
+        mine = good | (fault if parallel_state.get_context_parallel_rank() else {})
+        try:
+            model(**mine)
+            found.append("ok")
+        except VLBridgeError as error:
+            found.append(str(error))
+    return found

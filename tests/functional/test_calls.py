@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-from megatron_vlbridge.config import read_config
+from megatron_vlbridge import read_config
 from megatron_vlbridge.families import find
 from megatron_vlbridge.families.experts import ExpertForm
-from tests import reference
+from tests import mtp_reference, reference
 from tests.cases import later
-from tests.closeness import relative_error
+from tests.closeness import FP32, relative_error
 from tests.functional import call_ranks, ranks
-from tests.functional.parity import tolerance
+from tests.functional.parity import run_reference, tolerance
 from tests.functional.pool import Layout, Pool
 
 ONE, TP2, TP2_SP = Layout(), Layout(tp=2, world=2), Layout(tp=2, sp=True, world=2)
@@ -36,9 +37,9 @@ def conversations() -> list[reference.Conversation]:
     return [reference.conversation(kind, seed) for seed, kind in enumerate(("text", "image", "video", "mixed"), 1)]
 
 
-def errors(found: list[dict[str, Any]], folder: Path) -> dict[str, float]:
-    """Of the token losses and of every gradient."""
-    expected, config = reference.run_transformers(folder, conversations()), read_config(folder)
+def errors(found: list[dict[str, Any]], folder: Path, copies: int = 1) -> dict[str, float]:
+    """Of the token losses and of every gradient; `copies`: how many data-parallel ranks made the call."""
+    expected, config = run_reference(folder, [conversations()]), read_config(folder)
     wanted = torch.cat([x * (c.labels != -100) for x, c in zip(expected.losses, conversations(), strict=True)])
     losses, counts = torch.zeros_like(wanted), torch.zeros(len(wanted), dtype=torch.int64)
     for rank in found:
@@ -47,7 +48,7 @@ def errors(found: list[dict[str, Any]], folder: Path) -> dict[str, float]:
             kept = owner >= 0
             losses[owner[kept]] = mine[kept]
             counts[owner[kept]] += 1
-    assert bool((counts == 1).all())
+    assert bool((counts == copies).all())
     table = find(config).table(config, ExpertForm.FUSED_OUT_IN)
     gradients = table.to_hf(ranks.assemble([rank["gradients"] for rank in found]))
     result = {name: relative_error(gradients[name], x) for name, x in expected.gradients.items()}
@@ -76,16 +77,91 @@ LATER = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "name"), [*CASES, *(pytest.param(*x, marks=pytest.mark.layouts) for x in LATER)])
+def parameters(cases: list[tuple[Layout, str]], **options: Any) -> list[Any]:
+    """With the layout and the framework as the test's name."""
+    return [pytest.param(layout, name, id=f"{layout}-{name}", **options) for layout, name in cases]
+
+
+@pytest.mark.parametrize(("layout", "name"), [*parameters(CASES), *parameters(LATER, marks=pytest.mark.layouts)])
 def test_a_call_equals_separate_conversations(pool: Pool, folder: Path, layout: Layout, name: str) -> None:
     found = pool.run(call_ranks.run, layout, folder=folder, name=name, conversations=conversations())
-    worst = {what: error for what, error in errors(found, folder).items() if not error < tolerance(read_config(folder))}
-    assert not worst
+    assert_small(errors(found, folder), folder)
+
+
+def assert_small(found: dict[str, float], folder: Path) -> None:
+    """Every error within the tolerance of the suite."""
+    assert not {what: error for what, error in found.items() if not error < tolerance(read_config(folder))}
 
 
 @pytest.mark.parametrize("name", ["verl_thd", *map(later, ("slime", "verl_bshd", "megatron_bridge"))])
 def test_a_call_with_experts(pool: Pool, moe_folder: Path, name: str) -> None:
     layout = Layout(ep=2, world=2)
     found = pool.run(call_ranks.run, layout, folder=moe_folder, name=name, conversations=conversations())
-    bound = tolerance(read_config(moe_folder))
-    assert not {what: error for what, error in errors(found, moe_folder).items() if not error < bound}
+    assert_small(errors(found, moe_folder, copies=2), moe_folder)
+
+
+@pytest.mark.parametrize("name", ["nemo_rl", later("verl_thd")])
+def test_router_losses_do_not_count_the_padding_of_rows(pool: Pool, moe_folder: Path, name: str) -> None:
+    """The same gradients as from a padded batch, of which no padding gets to the router."""
+    options = {"folder": moe_folder, "conversations": conversations(), "moe_aux_loss_coeff": 0.5}
+    one, other = (
+        ranks.assemble([rank["gradients"] for rank in pool.run(call_ranks.run, TP2_SP, name=x, **options)])
+        for x in ("verl_bshd", name)
+    )
+    assert not {key: error for key, x in one.items() if not (error := relative_error(other[key], x)) < FP32}
+
+
+@pytest.mark.parametrize(("layout", "tied"), [(ONE, False), later(TP2_SP, True), later(PP2, False)])
+def test_mtp_labels_beside_logits(pool: Pool, tmp_path: Path, layout: Layout, tied: bool) -> None:
+    """verl: labels and a loss mask are for the loss of the MTP layer, the main loss is made from the logits."""
+    folder = mtp_reference.write_mtp_checkpoint(tmp_path, tied=tied)
+    options = {"folder": folder, "name": "verl_mtp", "conversations": conversations(), "logits_with_labels": True}
+    assert_small(errors(pool.run(call_ranks.run, layout, **options), folder), folder)
+
+
+def test_mtp_labels_matter(pool: Pool, tmp_path: Path) -> None:
+    """Without them the layer learns nothing."""
+    folder = mtp_reference.write_mtp_checkpoint(tmp_path)
+    (found,) = pool.run(call_ranks.run, ONE, folder=folder, name="verl_thd", conversations=conversations())
+    worst = errors([found], folder)
+    assert worst.pop("token losses") < tolerance(read_config(folder))
+    assert {name for name, error in worst.items() if error > 0.9} >= {name for name in worst if "mtp" in name}
+
+
+@pytest.mark.parametrize(("layout", "tied"), [(ONE, True), (TP2_SP_CP2, False), later(TP2_SP, False)])
+def test_an_output_processor_makes_the_log_probs(pool: Pool, tmp_path: Path, layout: Layout, tied: bool) -> None:
+    """verl's fused kernel in words of torch: from the hidden states, the head's weight and the labels as given."""
+    folder = reference.write_checkpoint(tmp_path, tied=tied)
+    found = pool.run(call_ranks.run, layout, folder=folder, name="verl_fused", conversations=conversations())
+    assert_small(errors(found, folder), folder)
+
+
+@pytest.mark.parametrize("layout", [ONE, later(TP2_SP), later(PP2)], ids=str)
+def test_the_head_of_a_critic_takes_effect(pool: Pool, folder: Path, layout: Layout) -> None:
+    """Set on the outer model, it gives the values of transformers' last hidden states; one set of parameters."""
+    found = pool.run(call_ranks.critic, layout, folder=folder, conversations=conversations())
+    expected = hidden_states(folder) @ call_ranks.value_weight(read_config(folder).text.hidden_size).T
+    values = [x for rank in found for x in rank["values"]]
+    assert values
+    for value in values:
+        assert relative_error(value, expected) < tolerance(read_config(folder))
+    assert all(rank["heads"] == ["language_model.output_layer.weight"] for rank in found if rank["values"])
+    assert all(rank["same_decoder"] for rank in found)
+
+
+def hidden_states(folder: Path) -> torch.Tensor:
+    """The last of transformers, of all conversations joined."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        rows = [model.model(**reference.model_inputs(c)).last_hidden_state[0] for c in conversations()]
+    return torch.cat(rows)
+
+
+def test_a_call_that_is_wrong_on_one_rank_is_refused_on_all(pool: Pool, folder: Path) -> None:
+    """And the next call is taken."""
+    found = pool.run(call_ranks.refusals, CP2, folder=folder, conversations=conversations())
+    assert found[0] == found[1]
+    for words, message in zip(call_ranks.REFUSED, found[0], strict=True):
+        assert words in message

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlbridge import read_config
-from megatron_vlbridge.model.lora.entries import tensor_name
+from megatron_vlbridge.weights.adapters import adapter_tensor
 from tests import lora_reference, mtp_reference, reference
 from tests.closeness import relative_error
 from tests.functional import matrix, parity, ranks
@@ -49,7 +49,7 @@ def check(
 ) -> None:
     folder, groups = folders.base(kind, variant), matrix.groups()
     pairs = lora_reference.random_pairs(folder, targets, vision)
-    values = {tensor_name(name, half): x for name, pair in pairs.items() for half, x in zip("AB", pair, strict=True)}
+    values = {adapter_tensor(name, half): x for name, pair in pairs.items() for half, x in zip("AB", pair, strict=True)}
     settings = {"rank": lora_reference.RANK, "alpha": lora_reference.ALPHA, "targets": targets, "vision": vision}
     packs = [reference.pack(group, parity.PACK_LENGTH) for group in groups]
     results = pool.run(
@@ -71,7 +71,7 @@ def check(
     gradients = lora_reference.adapter_gradients(expected.gradients, pairs)
     assert found.keys() == values.keys()
     errors = {
-        tensor_name(name, half): relative_error(found[tensor_name(name, half)], x)
+        adapter_tensor(name, half): relative_error(found[adapter_tensor(name, half)], x)
         for name, both in gradients.items()
         for half, x in zip("AB", both, strict=True)
     }

@@ -56,6 +56,29 @@ SEAMS: dict[str, dict[str, str]] = {
             "overridden and called: labels [b, s] and logits [s, b, V / tp] give losses [b, s]; counts padded columns"
         ),
     },
+    "model/lora/adapter.py": {
+        _CORE + "tensor_parallel.layers:set_tensor_model_parallel_attributes": (
+            "marks what is split over tensor-parallel ranks, for the norm of the gradients"
+        ),
+        _CORE + "distributed.finalize_model_grads:_allreduce_non_tensor_model_parallel_grads": (
+            "adds up the gradients of parameters marked sequence_parallel"
+        ),
+        _CORE + "transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher": (
+            "gathers the tokens of an expert over the ranks of its tensor parallelism, and adds up its outputs"
+        ),
+    },
+    "model/lora/attach.py": {
+        _CORE + "tensor_parallel.layers:ColumnParallelLinear.__init__": "marks the weight: partition_dim 0, allreduce",
+        _CORE + "tensor_parallel.layers:RowParallelLinear.__init__": "marks the weight: partition_dim 1, allreduce",
+        _CORE + "transformer.mlp:MLP.forward": "calls linear_fc1 and linear_fc2, so that their forward hooks run",
+    },
+    "model/lora/entries.py": {
+        _CHECKPOINTS + "mapping:ShardedTensor": "axis_fragmentations None: parts of any length",
+        _CHECKPOINTS + "mapping:apply_factory_merges": "merge_fn gets what build_fn gave, loaded",
+        _CHECKPOINTS + "optimizer:get_param_id_to_sharded_param_map": (
+            "finds a parameter's entry where it is the entry's data"
+        ),
+    },
     "model/mtp.py": {
         _MTP + "process_mtp_loss": "reimplemented: the weight of the MTP loss and what goes to the log",
         _MTP + "MultiTokenPredictionLayer._concat_embeddings": (
@@ -280,6 +303,9 @@ SEAMS: dict[str, dict[str, str]] = {
         _TRAINING + "build_train_valid_test_data_loaders": (
             "which ranks call the provider, and that the first rank decides on evaluation"
         ),
+    },
+    "training/launch/lora.py": {
+        "megatron.training.checkpointing:generate_state_dict": "stores what the model's sharded_state_dict has",
     },
     "training/launch/start.py": {
         _TRAINING + "get_optimizer_param_scheduler": (

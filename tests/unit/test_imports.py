@@ -38,7 +38,7 @@ ROOMS = {
     "stream": {"stream"},
     "hf": {"hf", "stream"},
     "torch_dist": {"torch_dist", "stream"},
-    "live": {"live", "hf", "stream", "export_plan", "conversion"},
+    "live": {"live", "peft", "torch_dist", "hf", "stream", "export_plan", "conversion"},
 }
 LEAVES = {"comparison", "dtypes", "formats", "pipeline_split"}
 CHECKPOINT = Path(megatron_vlbridge.__file__).parent / "checkpoint"

@@ -29,6 +29,19 @@ def test_another_average_that_was_asked_for_is_refused() -> None:
         check_layout(language_config(hf_config, calculate_per_token_loss=False), hf_config)
 
 
+def test_the_average_of_a_framework_is_its_own() -> None:
+    hf_config = read_config(SUPPORTED[0])
+    config = language_config(hf_config, calculate_per_token_loss=False)
+    assert not check_layout(config, hf_config, own_loss=True)
+    config = language_config(hf_config, calculate_per_token_loss=False, moe_router_dtype="fp64")
+    with pytest.raises(VLBridgeError, match="moe_router_dtype") as error:
+        check_layout(config, hf_config, own_loss=True)
+    assert "calculate_per_token_loss" not in str(error.value)
+    with_mtp = language_config(hf_config, calculate_per_token_loss=False, mtp_num_layers=1)
+    with pytest.raises(VLBridgeError, match="calculate_per_token_loss"):
+        check_layout(with_mtp, hf_config, own_loss=True)
+
+
 def test_the_settings_of_a_base_are_kept() -> None:
     hf_config = read_config(SUPPORTED[0])
     base = language_config(hf_config, calculate_per_token_loss=False)

@@ -98,7 +98,7 @@ def test_a_file_is_fetched_once(server: Server, tmp_path: Path) -> None:
 
 
 def test_of_four_processes_one_fetches(server: Server, tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(4) as pool:
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
         paths = pool.starmap(fetch, [(f"{server.url}/{n % 3}.png", tmp_path) for n in range(24)], chunksize=1)
     assert {Path(path).read_bytes() for path in paths} == {png(n) for n in range(3)}
     assert server.requests == {f"/{n}.png": 1 for n in range(3)}

@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 
+from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.comparison import config_differences
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.hf.source import HfSource, open_source
 from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks
-from megatron_vlbridge.checkpoint.live.shards import Model, Shard, check_complete, modules_of, shards_of
+from megatron_vlbridge.checkpoint.live.shards import Model, Shard, check_complete, is_adapter, modules_of, shards_of
 from megatron_vlbridge.checkpoint.stream.raw import gather_into
+from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families.mtp import MEGATRON as MTP
-from megatron_vlbridge.weights import Plan, Region
+from megatron_vlbridge.weights import Piece, Plan, Region
 from megatron_vlbridge.weights.plan import any_dtype
 
 
@@ -48,6 +50,36 @@ def load_hf_weights(
     source, held = fill(model, folder, experts, [*ignore, *leave_out], random_mtp)
     everywhere = [region for regions in gather(held) for region in regions]
     check_complete(source.table, everywhere, str(source.weights.folder))
+
+
+@torch.no_grad()
+def load_torch_dist_weights(model: Model, folder: str | Path) -> None:
+    """Copy the weights of a `torch_dist` checkpoint into a model that is already sharded, in place.
+
+    As `load_hf_weights`: of any layout, each rank reads its own regions, and adapters are passed over. Megatron's own
+    loader takes those of a model with adapters alone. All ranks must call it.
+
+    Raises VLBridgeError, on all ranks, when the checkpoint is damaged or does not have the weights of the model's
+    config, a parameter cannot hold its values, or a weight is on no rank.
+    Example: `load_torch_dist_weights(model, "qwen3-vl-8b-megatron")`.
+    """
+    held = []
+    with raise_on_all_ranks():
+        source, config = TorchDistFolder(folder), modules_of(model)[0].hf_config
+        table = families.find(config).table_for(config)
+        hf = any_dtype(table.hf_shapes)
+        Plan(table, hf, source.table, cast=True, hf_source="the model", megatron_source=str(source.folder))
+        for module in modules_of(model):
+            shards = shards_of(module, table, str(source.folder))
+            _check_every_parameter_is_filled(module, shards, None)
+            for shard in shards:
+                if shard.known != shard.region:
+                    shard.values.zero_()
+                if shard.known is not None:
+                    whole = Piece(shard.known, Region.whole(shard.known.name, shard.known.shape))
+                    gather_into(shard.known_values, [whole], source.read_into, source.table)
+            held += [shard.known for shard in shards if shard.main and shard.known is not None]
+    check_complete(table, [region for regions in gather(held) for region in regions], str(folder))
 
 
 @torch.no_grad()
@@ -88,10 +120,15 @@ def check_config(folder: Path, config: Config, module: Any) -> None:
 
 
 def _check_every_parameter_is_filled(module: torch.nn.Module, shards: Sequence[Shard], kept: str | None) -> None:
-    """Reject parameters, but those under `kept`, whose memory is not that of their shards: no copy would reach them."""
+    """Reject parameters whose memory is not that of their shards: no copy would reach them.
+
+    Adapters and those under `kept` are not filled.
+    """
     sizes = {shard.values.data_ptr(): shard.values.numel() for shard in shards}
     addresses = sorted(sizes)
     for name, parameter in module.named_parameters():
+        if is_adapter(name):
+            continue
         start = parameter.data_ptr()
         inside = addresses[bisect_left(addresses, start) : bisect_left(addresses, start + parameter.nbytes)]
         found = sum(sizes[address] for address in inside)

@@ -1,5 +1,6 @@
 """What the ranks of a live, sharded model hold, by its `sharded_state_dict`, and whether that is complete."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 Model = torch.nn.Module | Sequence[torch.nn.Module]
 
 _SHOWN = 8
+_ADAPTER = re.compile(r"\.adapter\.|_lora\.")
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,18 @@ def _unwrap(module: torch.nn.Module) -> Any:
 def shards_of(module: Any, table: RuleTable, source: str, without: str | None = None) -> list[Shard]:
     """This rank's part of a module, from its `sharded_state_dict`. `source` begins the errors.
 
-    Leaves out the tensors whose names begin with `without`.
+    Leaves out the tensors whose names begin with `without`, and adapters.
 
     Raises VLBridgeError for a tensor that the rules do not have, or have in another shape.
     """
-    tensors = _sharded_tensors(module.sharded_state_dict())
+    describe = getattr(module, "base_sharded_state_dict", module.sharded_state_dict)
+    tensors = (x for x in _sharded_tensors(describe()) if not is_adapter(x.key))
     return [_shard(x, table, source) for x in tensors if without is None or not x.key.startswith(without)]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's: of `add_lora`, or of Megatron-Bridge and others, in a module `adapter`."""
+    return _ADAPTER.search(name) is not None
 
 
 def _sharded_tensors(value: object) -> Iterator["ShardedTensor"]:

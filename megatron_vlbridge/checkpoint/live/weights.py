@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class LiveWeights:
     """The weights of a live, sharded model; `table` are its full Megatron tensors, without rows of padding.
 
     The constructor and every `fetch` are collective: all ranks call them in the same order. `dtype` converts all
-    weights, on the rank that holds them. `options` must be the same on all ranks.
+    weights, on the rank that holds them. `options` must be the same on all ranks. `shards` gives what a module holds.
 
     Raises VLBridgeError, on all ranks, where the options differ, the model does not match the rules, some of its
     weights are on no rank or on two, or values are too large for `dtype`.
@@ -47,7 +47,14 @@ class LiveWeights:
     folder = Path(_SOURCE)
     files: tuple[Path, ...] = ()
 
-    def __init__(self, model: Model, rules: RuleTable, dtype: torch.dtype | None, options: object = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        rules: RuleTable,
+        dtype: torch.dtype | None,
+        options: object = None,
+        shards: Callable[[Any, RuleTable, str], list[Shard]] = shards_of,
+    ) -> None:
         self.rank, self.size = rank_and_size()
         self._found: dict[Region, list[tuple[Region, torch.Tensor]]] = defaultdict(list)
         self._shards: list[Shard] = []
@@ -59,7 +66,7 @@ class LiveWeights:
                 module.start_param_sync(force_sync=True)
         with raise_on_all_ranks():
             for module in modules_of(model):
-                self._shards += [x for x in shards_of(module, rules, _SOURCE) if x.main and x.known is not None]
+                self._shards += [x for x in shards(module, rules, _SOURCE) if x.main and x.known is not None]
             for shard in self._shards:  # before any communication, in which a rank that fails leaves others waiting
                 if dtype is not None and may_overflow(shard.values.dtype, dtype):
                     check_fits(f"{_SOURCE}: {shard.known}", shard.known_values, dtype)

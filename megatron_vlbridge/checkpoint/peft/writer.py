@@ -37,10 +37,7 @@ def write_adapter(folder: Path, base_model: str, config: AdapterConfig, pairs: P
         _check(folder, config, weight, a, b)
         if weight.endswith(_GATE_UP) and weight.replace(_GATE_UP, _DOWN) not in pairs:
             raise VLBridgeError(f"{folder}: {weight}: expected down_proj of the same experts too, found it alone.")
-        if a.ndim == 3:
-            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # in B the expert is fastest
-        prefix = f"base_model.model.{_module(weight)}.lora_"
-        tensors |= {f"{prefix}A.weight": a.contiguous(), f"{prefix}B.weight": b.contiguous()}
+        tensors |= peft_tensors(weight, a, b)
     # Wider dtypes first keeps every tensor aligned to its own size.
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     head = encode_header({key: TensorSpec(tuple(value.shape), value.dtype) for key, value in tensors.items()})
@@ -51,6 +48,17 @@ def write_adapter(folder: Path, base_model: str, config: AdapterConfig, pairs: P
             stream.write(head)
             for value in tensors.values():
                 stream.write(as_bytes(value))
+
+
+def peft_tensors(weight: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A and B of a weight under the names and in the shapes that `peft` has; see `LoraPair`.
+
+    Example: `peft_tensors("lm_head.weight", a, b)` has `base_model.model.lm_head.lora_A.weight`.
+    """
+    if a.ndim == 3:
+        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # in B the expert is fastest
+    prefix = f"base_model.model.{_module(weight)}.lora_"
+    return {f"{prefix}A.weight": a.contiguous(), f"{prefix}B.weight": b.contiguous()}
 
 
 def _module(weight: str) -> str:

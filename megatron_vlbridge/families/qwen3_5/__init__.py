@@ -8,9 +8,10 @@ from typing import Any
 
 from megatron_vlbridge.config import ConfigFormat
 from megatron_vlbridge.families import qwen3_vl
-from megatron_vlbridge.families.qwen3_vl.config import VISION as TOWER
+from megatron_vlbridge.families.qwen3_vl.config import VISION as QWEN3_VL_VISION
 
-# What Qwen3.5-MoE has in common. Full attention is gated, rotates a part of each head and alternates with linear.
+# Defaults shared with Qwen3.5-MoE. Every fourth layer has full attention, gated and with partial RoPE; the others have
+# linear attention.
 TEXT: dict[str, Any] = {
     "vocab_size": 248320,
     "max_position_embeddings": 32768,
@@ -30,7 +31,8 @@ TEXT: dict[str, Any] = {
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
 }
-VISION = {key: value for key, value in TOWER.items() if key != "deepstack_visual_indexes"}
+VISION = {key: value for key, value in QWEN3_VL_VISION.items() if key != "deepstack_visual_indexes"}
+# Image, video, start and end of vision.
 TOKENS = (248056, 248057, 248053, 248054)
 
 CONFIG = ConfigFormat(

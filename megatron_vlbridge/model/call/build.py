@@ -1,7 +1,7 @@
 """What `Qwen3VLModel.forward` is called with, in any of its forms, becomes one pack."""
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.layout.batch_layout import BatchLayout
 from megatron_vlbridge.layout.zigzag import zigzag_index
 from megatron_vlbridge.model.call.table import Table, keep_mask
 from megatron_vlbridge.model.inputs.media import Media
@@ -25,6 +26,7 @@ class RawBatch:
     """The arguments of a call, as the caller gave them, on any device: see `Qwen3VLModel.forward`."""
 
     input_ids: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
@@ -36,11 +38,11 @@ class RawBatch:
     cu_seqlens: Integers | None = None
     lengths: Integers | None = None
     packed_seq_params: PackedSeqParams | None = None
-    position_ids: torch.Tensor | None = None
+    processed: bool = False
 
     def check_empty(self) -> None:
         """Reject arguments beside a pack (VLBridgeError)."""
-        if any(getattr(self, field.name) is not None for field in fields(self)):
+        if any(getattr(self, field.name) is not None for field in fields(self) if field.name != "processed"):
             raise VLBridgeError(
                 "Qwen3VLModel takes either input_ids and what belongs to them, or a pack as `inputs`, not both"
             )
@@ -55,6 +57,15 @@ class RawBatch:
             raise VLBridgeError("lengths are those of a packed batch's segments, and need cu_seqlens beside them")
         return None if self.cu_seqlens is None else (self.cu_seqlens, self.lengths)
 
+    def of_megatron(self) -> dict[str, Any]:
+        """The arguments that Megatron passes on to an output processor."""
+        names = ("labels", "loss_mask", "input_ids", "position_ids", "attention_mask", "packed_seq_params")
+        return {name: getattr(self, name) for name in names}
+
+    def for_processor(self) -> Self:
+        """The batch without labels, which are the output processor's."""
+        return replace(self, labels=None, loss_mask=None, processed=True)
+
     def tokens(self) -> torch.Tensor:
         """`input_ids` on the host."""
         if self.input_ids is None:
@@ -67,6 +78,11 @@ class RawBatch:
         Raises VLBridgeError where the mask does not match the tokens or `cu_seqlens`.
         """
         ids, bounds = self.tokens(), self.bounds()
+        if bounds is None and self.processed:
+            raise VLBridgeError(
+                "output_processor gets the hidden states of a packed batch; give packed_seq_params beside the padded "
+                "rows and their mask, or leave output_processor out"
+            )
         mask = keep_mask(self.attention_mask, ids)
         if bounds is None:
             if ids.dim() != 2 or ids.shape[1] % (2 * cp_size):
@@ -81,8 +97,11 @@ class RawBatch:
             raise VLBridgeError("attention_mask and `lengths` both say what is padding; leave one of them out")
         return Table.in_segments(mask, *bounds)
 
-    def supervised(self) -> torch.Tensor | None:
-        """The labels on the host, -100 also where `loss_mask` is 0."""
+    def supervised(self, with_mtp: bool) -> torch.Tensor | None:
+        """The labels on the host, -100 also where `loss_mask` is 0.
+
+        Raises VLBridgeError where the mask does not match the labels, or has other values than 0 and 1 `with_mtp`.
+        """
         if self.labels is None:
             return None
         labels, mask = self.labels.cpu(), _on_host(self.loss_mask)
@@ -92,6 +111,11 @@ class RawBatch:
             raise VLBridgeError(
                 f"loss_mask: expected {list(labels.shape)} as the labels, found {list(mask.shape)}; give both for the "
                 "same tokens"
+            )
+        if with_mtp and not bool(((mask == 0) | (mask == 1)).all()):
+            raise VLBridgeError(
+                "loss_mask: the loss of the MTP layer takes 0 and 1 alone, found other values, by which it would not "
+                "be multiplied; multiply the losses of the call instead"
             )
         return labels.masked_fill(mask == 0, IGNORED)
 
@@ -119,7 +143,7 @@ def build_inputs(
     Raises VLBridgeError where the arguments do not match; with a packed batch on every context-parallel rank alike.
     """
     # Under context parallelism a rank must not raise on its own arguments before the others can receive the failure.
-    if config.context_parallel_size == 1 and raw.bounds() is None:
+    if config.context_parallel_size == 1 and raw.bounds() is None and not raw.processed:
         positions = GivenPositions.of(raw.position_ids, check_position_ids)
         inputs = _from_padded(raw, config, hf_config, with_patches)
         inputs = inputs.with_positions(positions and positions.packed(inputs.layout))
@@ -150,7 +174,12 @@ def _from_padded(raw: RawBatch, config: TransformerConfig, hf_config: Config, wi
     _check_token_types(ids, raw, hf_config)
     shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
     return PackedInputs.from_padded(
-        ids, keep_mask(raw.attention_mask, ids), media, hf_config, raw.supervised(), multiple_of=shards
+        ids,
+        keep_mask(raw.attention_mask, ids),
+        media,
+        hf_config,
+        raw.supervised(bool(config.mtp_num_layers)),
+        multiple_of=shards,
     )
 
 
@@ -169,8 +198,13 @@ def _check_token_types(ids: torch.Tensor, raw: RawBatch, hf_config: Config) -> N
 def _thd_batch(
     raw: RawBatch, config: TransformerConfig, hf_config: Config, with_patches: bool, check_position_ids: bool
 ) -> ThdBatch:
+    if raw.processed and config.mtp_num_layers:
+        raise VLBridgeError(
+            "output_processor is not supported with an MTP layer, whose loss would be left out; build the model "
+            "without the layer (mtp_num_layers=None) or leave output_processor out"
+        )
     positions = GivenPositions.of(raw.position_ids, check_position_ids)
-    ids, labels, media = raw.tokens(), raw.supervised(), raw.media(with_patches)
+    ids, labels, media = raw.tokens(), raw.supervised(bool(config.mtp_num_layers)), raw.media(with_patches)
     table, bounds = raw.table(config.context_parallel_size), raw.bounds()
     if table is not None:
         _check_token_types(ids, raw, hf_config)
@@ -188,27 +222,36 @@ def _thd_batch(
     return ThdBatch(ids, cu_seqlens, media, labels, lengths, positions)
 
 
-def output_of_call(raw: RawBatch, inputs: PackedInputs, output: torch.Tensor) -> Any:
-    """What the call gives, from the `output` `[1, T, ...]` of the last stage for the `inputs` made of it.
+@dataclass(frozen=True)
+class Reply:
+    """The form of a call's output: rows of this `shape`, if any, and with them this rank's part of a loss `mask`."""
 
-    `[B, S, ...]` for a padded batch, `[B, S / cp, ...]` under context parallelism. There, where a `loss_mask` of a
-    whole batch came with labels, the losses and this rank's part of the mask.
-    """
-    layout = inputs.layout
-    if layout.table is not None:
-        return layout.unpack(output)
-    cut = None
-    table = raw.table(layout.cp_size)
-    if layout.cp_size > 1 and raw.labels is not None and raw.loss_mask is not None:
-        mask = raw.loss_mask if table is None else table.row(raw.loss_mask.cpu(), 0)
-        if mask.shape[-1] == layout.total:
-            index = zigzag_index(layout.segments, layout.cp_size, layout.cp_rank)
-            cut = mask[:, index.to(mask.device)].to(output.device)
-    if raw.bounds() is None:
-        assert table is not None
-        shape = table.shape[0], table.shape[1] // layout.cp_size
-        output, cut = output.view(*shape, *output.shape[2:]), None if cut is None else cut.view(shape)
-    return output if cut is None else (output, cut)
+    layout: BatchLayout
+    shape: tuple[int, int] | None = None
+    mask: torch.Tensor | None = None
+
+    @classmethod
+    def to(cls, raw: RawBatch, inputs: PackedInputs) -> Self:
+        """For a call whose arguments became `inputs`; before the forward, since a mask on a device is copied."""
+        layout, mask = inputs.layout, None
+        if layout.cp_size > 1 and raw.labels is not None and raw.loss_mask is not None:
+            table = raw.table(layout.cp_size)
+            whole = raw.loss_mask.cpu() if table is None else table.row(raw.loss_mask.cpu(), 0)
+            # The mask of this rank's part is the caller's already.
+            if whole.shape[-1] == layout.total:
+                mask = whole[:, zigzag_index(layout.segments, layout.cp_size, layout.cp_rank)]
+        if raw.packed_seq_params is not None or raw.cu_seqlens is not None or layout.table is not None:
+            return cls(layout, None, mask)
+        rows, width = raw.tokens().shape
+        shape = rows, width // layout.cp_size
+        return cls(layout, shape, None if mask is None else mask.view(shape))
+
+    def of(self, output: torch.Tensor) -> Any:
+        """From the output `[1, T, ...]` of the last stage."""
+        if self.layout.table is not None:
+            return self.layout.unpack(output)
+        output = output if self.shape is None else output.view(*self.shape, *output.shape[2:])
+        return output if self.mask is None else (output, self.mask.to(output.device))
 
 
 def check_pack(inputs: PackedInputs, config: TransformerConfig, seq_length: int | None) -> None:

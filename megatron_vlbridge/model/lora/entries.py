@@ -14,17 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_vlbridge.model.lora.adapter import Adapter, Part
 from megatron_vlbridge.weights import Region
-
-PREFIX = "adapter/"
-HALVES = ("A", "B")
-
-
-def tensor_name(weight: str, half: str) -> str:
-    """The name of A or B of a weight in a checkpoint, without the dots by which layers would be stacked.
-
-    Example: `tensor_name("lm_head.weight", "A")` is `"adapter/lm_head/weight/lora_A"`.
-    """
-    return f"{PREFIX}{weight.replace('.', '/')}/lora_{half}"
+from megatron_vlbridge.weights.adapters import HALVES, adapter_shape, adapter_tensor
 
 
 @dataclass(frozen=True)
@@ -42,7 +32,7 @@ def adapter_shards(model: torch.nn.Module) -> list[AdapterShard]:
     return [
         shard
         for _, module, part, half in _halves(model)
-        for shard in _shards(module, part, half, tensor_name(part.weight, half), module.matrix(part, half))
+        for shard in _shards(module, part, half, adapter_tensor(part.weight, half), module.matrix(part, half))
     ]
 
 
@@ -53,7 +43,7 @@ def adapter_entries(model: torch.nn.Module) -> dict[str, ShardedTensorFactory]:
         parameter = module.matrix(part, half)
         assert parameter is not None
         build = partial(_build, module, part, half)
-        key, replica = tensor_name(part.weight, half), _replica_id(module, half)
+        key, replica = adapter_tensor(part.weight, half), _replica_id(module, half)
         entries[name] = ShardedTensorFactory(key, parameter, build, partial(_merge, part), replica)
     return entries
 
@@ -69,9 +59,9 @@ def _halves(model: torch.nn.Module) -> Iterator[tuple[str, Adapter, Part, str]]:
 
 def _shards(module: Adapter, part: Part, half: str, name: str, values: Any) -> Iterator[AdapterShard]:
     """The regions of a parameter, or of an optimizer's state of the same shape."""
-    whole = (module.rank, part.shape[1]) if half == "A" else (part.shape[0], module.rank)
     lead: tuple[int, ...] = () if part.expert is None else (part.expert,)
-    shape = whole if part.experts is None else (part.experts, *whole)
+    experts = () if part.experts is None else (part.experts,)
+    shape = adapter_shape((*experts, *part.shape), half, module.rank)
     places = [((0, part.columns[0]), values)] if half == "A" else []
     start = 0
     for first, count in part.rows if half == "B" else ():

@@ -24,6 +24,7 @@ from megatron_vlbridge.training import console
 from megatron_vlbridge.training.guards import ALLOW, allow_words, check_layout
 from megatron_vlbridge.training.launch.data import add_data_arguments, check_data_arguments
 from megatron_vlbridge.training.launch.labels import add_label_arguments
+from megatron_vlbridge.training.launch.lora import add_lora_arguments, check_lora_arguments, keep_base
 from megatron_vlbridge.training.launch.media import add_media_arguments, media_options
 from megatron_vlbridge.training.launch.packing import add_packing_arguments, packing_options
 from megatron_vlbridge.training.launch.parser import make_parser, parse_words
@@ -88,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="run settings, or dimensions together (tp+ep), that no test verifies",
     )
     add_part_arguments(group)
+    add_lora_arguments(group)
     group.add_argument("--metrics-csv", metavar="FILE", help="write a row for each logged iteration to this file")
     group.add_argument("--cpu", action="store_true", help="run on CPU processes over gloo")
     group.add_argument("--verbose", action="store_true", help="print Megatron's whole log instead of a short one")
@@ -114,13 +116,15 @@ def parse_arguments() -> argparse.Namespace:
     _set_architecture(args, config, parser)
     check_arguments(args, config)
     check_part_arguments(args, config)
+    check_lora_arguments(args, config)
     check_data_arguments(args)
     packing_options(args)
     media_options(args)
     _set_defaults(args)
-    if args.hf_weights and not loads_checkpoint(args):
+    if args.hf_weights and (args.lora_rank or not loads_checkpoint(args)):
         args.hf_folder = str(find_folder(name))
     check_source(args)
+    keep_base(args)
     check_trackers(args)
     if args.metrics_csv and args.rank == args.world_size - 1:
         check_new_file(args.metrics_csv, resumes=bool(args.load))

@@ -18,6 +18,7 @@ from megatron_vlbridge.checkpoint.hf.source import open_source
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
+from megatron_vlbridge.training.launch.lora import check_resumed_lora
 from megatron_vlbridge.training.launch.parts import check_resumed_parts
 from megatron_vlbridge.weights import Plan
 from megatron_vlbridge.weights.plan import any_dtype
@@ -75,7 +76,7 @@ def check_source(args: argparse.Namespace) -> None:
     """Reject a run that does not state which weights it starts from, or names a checkpoint that does not exist.
 
     `--load` wins where it holds a checkpoint. A folder without one is where a run that is to be resumed will save, so
-    the first start needs one of the other sources.
+    the first start needs one of the other sources. A run of adapters always does: `--load` holds adapters alone.
 
     Raises VLBridgeError: no source or several; a folder without a checkpoint; a checkpoint without its files.
     """
@@ -84,17 +85,25 @@ def check_source(args: argparse.Namespace) -> None:
         raise VLBridgeError(f"{' and '.join(given)}: weights come from one source; leave the others out")
     if args.random_mtp and not args.hf_weights:
         raise VLBridgeError("--random-mtp: expected --hf-weights, the only source of weights without an MTP layer")
-    if loads_checkpoint(args):
-        _checkpoint(args.load, args.ckpt_step)
-        return
+    loads = loads_checkpoint(args)
+    if loads:
+        check_resumed_lora(args, _checkpoint(args.load, args.ckpt_step))
+        if args.lora_rank is None:
+            return
     if args.pretrained_checkpoint:
         if not checkpoint_exists(args.pretrained_checkpoint):
             raise VLBridgeError(_no_checkpoint("--pretrained-checkpoint", args.pretrained_checkpoint))
-        _check_tensors(_checkpoint(args.pretrained_checkpoint, args.ckpt_step), args.hf_folder)
+        step = None if loads else args.ckpt_step
+        _check_tensors(_checkpoint(args.pretrained_checkpoint, step), args.hf_folder)
         return
     asked = [flag for flag in ("--exit-on-missing-checkpoint", _STEP) if getattr(args, flag[2:].replace("-", "_"))]
-    if args.load and asked:
+    if args.load and asked and not loads:
         raise VLBridgeError(f"{_no_checkpoint('--load', args.load)}, which {asked[0]} asks for")
+    if not given and loads:
+        raise VLBridgeError(
+            f"--load {args.load}: it holds adapters alone, and the arguments do not say which weights they are added "
+            "to: add --hf-weights (those in --hf-folder) or --pretrained-checkpoint DIR (an imported checkpoint)"
+        )
     if not given:
         saved = f"{_no_checkpoint('--load', args.load)}, and " if args.load else ""
         raise VLBridgeError(
@@ -111,7 +120,8 @@ def started_from(args: argparse.Namespace) -> Path | None:
     """The folder of the Megatron checkpoint that the run starts from, once :func:`check_source` has passed."""
     if loads_checkpoint(args):
         return _checkpoint(args.load, args.ckpt_step)
-    return _checkpoint(args.pretrained_checkpoint, args.ckpt_step) if args.pretrained_checkpoint else None
+    pretrained = args.pretrained_checkpoint or args.lora_base
+    return _checkpoint(pretrained, args.ckpt_step) if pretrained else None
 
 
 def _check_tensors(checkpoint: Path, hf_folder: str) -> None:
