@@ -72,7 +72,7 @@ def _ask(model: Qwen3VLModel, hf_folder: Path, conversations: Path, result: Path
         start = tokens.shape[1]
         images = {name: batch[name] for name in MEDIA_KEYS if name in batch}
         for _ in range(MAX_NEW_TOKENS):
-            logits = model(tokens, mask, **images)
+            logits = model(tokens, attention_mask=mask, **images)
             tokens = torch.cat((tokens, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
         return tokens[:, start:]

@@ -29,12 +29,17 @@ FILLER = 5
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a call, and what its output stands for: flat `labels` and `owner`, in the order of the output."""
+    """Arguments of a call, and what its output stands for: flat `labels` and `owner`, in the order of the output.
+
+    `rows` are those of the output, 1 for a pack; `losses`: it is losses, not logits.
+    """
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
     labels: torch.Tensor
     owner: torch.Tensor
+    rows: int = 1
+    losses: bool = False
 
 
 Conversations = Sequence[reference.Conversation]
@@ -169,14 +174,14 @@ def padded_rows(conversations: Conversations, layout: Layout) -> tuple[torch.Ten
         mine = [zigzag(padded(row[kind], width, fill), layout) for row in numbered(conversations)]
         return torch.tensor([x for row in mine for x in row])
 
-    return ids, mask, Call((), media(conversations), part(1, -100), part(2, -1))
+    return ids, mask, Call((), media(conversations), part(1, -100), part(2, -1), len(conversations))
 
 
 def verl_bshd(conversations: Conversations, layout: Layout) -> Call:
     """verl 0.9.1, `model_forward.py`: whole rows on every rank, under context parallelism too."""
     ids, mask, call = padded_rows(conversations, layout)
     keywords = {"input_ids": ids, "attention_mask": mask, "position_ids": None}
-    return Call((), {**call.keywords, **keywords}, call.labels, call.owner)
+    return Call((), {**call.keywords, **keywords}, call.labels, call.owner, call.rows)
 
 
 def sky_rl(conversations: Conversations, layout: Layout) -> Call:
@@ -186,7 +191,7 @@ def sky_rl(conversations: Conversations, layout: Layout) -> Call:
     if parallel_state.is_pipeline_first_stage():
         keywords = dict(call.keywords)
     arguments = (ids, None, (~mask)[:, None, None, :])
-    return Call(arguments, keywords | {"packed_seq_params": None}, call.labels, call.owner)
+    return Call(arguments, keywords | {"packed_seq_params": None}, call.labels, call.owner, call.rows)
 
 
 def megatron_bridge(conversations: Conversations, layout: Layout) -> Call:
@@ -200,7 +205,7 @@ def megatron_bridge(conversations: Conversations, layout: Layout) -> Call:
         row[: len(c.tokens)] = (c.labels != -100).float()
     keywords = {"input_ids": ids, "attention_mask": mask, "position_ids": None}
     keywords |= {"labels": labels, "loss_mask": loss_mask}
-    return Call((), {**call.keywords, **keywords}, call.labels, call.owner)
+    return Call((), {**call.keywords, **keywords}, call.labels, call.owner, call.rows, losses=True)
 
 
 def verl_mtp(conversations: Conversations, layout: Layout) -> Call:
@@ -259,12 +264,16 @@ def token_losses(output: Any, call: Call) -> torch.Tensor:
     supervised = call.labels != -100
     if isinstance(output, Fused):
         return -output.log_probs.flatten() * supervised
+    shape = (call.rows, len(call.owner) // call.rows)
     if isinstance(output, tuple):
         losses, mask = output
+        assert losses.shape == mask.shape == shape
         assert torch.equal(mask.flatten() != 0, supervised)
         return losses.flatten() * mask.flatten()
-    if output.dim() == 2:
+    assert output.shape[:2] == shape
+    if call.losses:
         return output.flatten() * supervised
+    assert output.dim() == 3
     assert bool(output.isfinite().all())
     logits, labels = output.flatten(0, 1)[:, None], call.labels.clamp(min=0)[:, None]
     return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)[:, 0] * supervised

@@ -103,8 +103,8 @@ def _detach_hidden(stage: Qwen3VLModel) -> None:
     decoder = stage.language_model.decoder
     given = decoder.set_input_tensor
     decoder.set_input_tensor = lambda tensor: given(tensor.detach().requires_grad_())
-    forget = stage._receive
-    stage._receive = lambda inputs: forget(inputs).detach()
+    forget = stage.receive
+    stage.receive = lambda inputs: forget(inputs).detach()
 
 
 def _same_for_all(inputs: PackedInputs) -> PackedInputs:

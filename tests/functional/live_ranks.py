@@ -146,6 +146,8 @@ def export_provided(layout: Layout, folder: Path) -> Named:
         "no_vision_balance": False,
         "seq_length": 128,
         "random_mtp": False,
+        "lora_rank": None,
+        "lora_base": None,
     }
     set_args(argparse.Namespace(virtual_pipeline_model_parallel_size=layout.vpp, **arguments))
     try:
@@ -243,7 +245,7 @@ def unreadable() -> Iterator[None]:
 
 def hold_the_first_experts(chunk: Any) -> None:
     """Let a module say that its experts are those of the first expert-parallel rank."""
-    describe = chunk.sharded_state_dict
+    describe = chunk.base_sharded_state_dict
 
     def wrong() -> list[ShardedTensor]:
         built = [x.build() if isinstance(x, ShardedTensorFactory) else x for x in describe().values()]
@@ -255,7 +257,7 @@ def hold_the_first_experts(chunk: Any) -> None:
             for x in tensors
         ]
 
-    chunk.sharded_state_dict = wrong
+    chunk.base_sharded_state_dict = wrong
 
 
 def refusal(layout: Layout, folder: Path, what: str, target: Path, others: Path) -> str:

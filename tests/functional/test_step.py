@@ -176,7 +176,7 @@ def test_unused_and_contradicting_arguments_are_rejected(pool: Pool, folder: Pat
         errors,
         [
             "",
-            "TypeError: ",
+            "VLBridgeError: Qwen3VLModel.forward does not take the arguments pixel_value, ",
             "VLBridgeError: ",
             "VLBridgeError: ",
             "VLBridgeError: mm_token_type_ids",
@@ -189,7 +189,6 @@ def test_unused_and_contradicting_arguments_are_rejected(pool: Pool, folder: Pat
     ):
         assert error.startswith(start)
         assert bool(error) == bool(start)
-    assert "'pixel_value'" in errors[1]
 
 
 # A step

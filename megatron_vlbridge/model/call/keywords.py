@@ -18,6 +18,6 @@ def check_keywords(others: Mapping[str, Any]) -> None:
     unsupported = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
     if unsupported:
         raise VLBridgeError(
-            f"Qwen3VLModel.forward does not support the arguments {', '.join(unsupported)}, which would change its "
-            "result; leave them out (docs/frameworks.md lists the arguments that it takes)"
+            f"Qwen3VLModel.forward does not take the arguments {', '.join(unsupported)}, which may change the result "
+            "elsewhere; correct their names or leave them out (docs/frameworks.md lists what it takes)"
         )
