@@ -57,8 +57,8 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     reserved; the tensors are unpadded. `media` says how images and frames are read, `labels` what is learned
     (`num_skipped_turns` assistant turns are not), `packing` how packs are formed.
     With `too_long="drop"` conversations that fit into no pack are left out: `dropped` has their indices,
-    `dropped_report` describes them; rank 0 logs it. With "truncate" they end after the last assistant message with
-    which they fit, and only those without such a message are dropped: `truncated` has the number of messages that are
+    `dropped_report` describes them; rank 0 logs it. With "truncate" they end after the last assistant message to be
+    learned with which they fit, and only those without one are dropped: `truncated` has the number of messages that are
     left of each.
 
     At most the share `max_bad_samples` of the conversations may fail to be encoded. Those that already cannot be

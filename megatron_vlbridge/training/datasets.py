@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.training import get_args
 from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 
-from megatron_vlbridge.checkpoint.live.collectives import gather
+from megatron_vlbridge.checkpoint.live.collectives import gather, long_wait
 from megatron_vlbridge.errors import VLBridgeError
 
 _NAMES = ("training", "validation", "test")
@@ -32,6 +32,8 @@ class EagerDatasetProvider:
     def build(self) -> None:
         """Build all datasets, once; needs the process groups and Megatron's global arguments.
 
+        It may take longer than `--distributed-timeout-minutes`: the ranks that build nothing wait for the others.
+
         Raises VLBridgeError: the provider fails on any rank, or its datasets are too small; the same error on all
         ranks.
         """
@@ -40,15 +42,16 @@ class EagerDatasetProvider:
             # The number of samples of a phase depends on the checkpoint, which is loaded after the model is built.
             return
         self._datasets, failure, cause = {}, None, None
-        try:
-            if self.is_distributed or parallel_state.get_tensor_model_parallel_rank() == 0:
-                self._build(args)
-        except Exception as error:  # noqa: BLE001  the other ranks wait for the gather: they must receive any failure
-            cause = error
-            failure = f"the dataset provider failed with {type(error).__name__}: {error}"
-            if isinstance(error, VLBridgeError):
-                failure = str(error)
-        failures = [text for text in gather(failure) if text is not None]
+        with long_wait() as group:
+            try:
+                if self.is_distributed or parallel_state.get_tensor_model_parallel_rank() == 0:
+                    self._build(args)
+            except Exception as error:  # noqa: BLE001  the other ranks wait for the gather: they must receive any failure
+                cause = error
+                failure = f"the dataset provider failed with {type(error).__name__}: {error}"
+                if isinstance(error, VLBridgeError):
+                    failure = str(error)
+            failures = [text for text in gather(failure, group) if text is not None]
         if failures:
             raise VLBridgeError(failures[0]) from cause
         # Megatron decides on the first rank whether to evaluate.

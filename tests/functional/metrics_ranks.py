@@ -1,6 +1,7 @@
 """What runs inside the workers for the tests of what a run measures."""
 
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
@@ -55,15 +56,20 @@ class Run:
         return printed.getvalue()
 
 
-def lines(layout: Layout, folder: Path, steps: Sequence[Sequence[Pack]], csv_file: Path) -> list[str]:
-    """The line of each of the steps, each run twice as Megatron's rerun state machine may, with evaluations between."""
+def lines(
+    layout: Layout, folder: Path, steps: Sequence[Sequence[Pack]], csv_file: Path
+) -> tuple[list[str], Counter[int]]:
+    """The line of each of the steps, each run twice as Megatron's rerun state machine may, with evaluations between.
+
+    And how many conversations of each source the rank has counted as replaced.
+    """
     run, printed = Run(layout, folder, CsvFile(csv_file)), []
     for iteration, packs in enumerate(steps, start=1):
         run.step(packs, iteration)
         run.step(packs, iteration)
         run.step(packs, iteration, train=False)
         printed.append(run.log(iteration))
-    return printed
+    return printed, run.meter.replaced
 
 
 def errors(layout: Layout, folder: Path, steps: Sequence[Sequence[Pack]], weight: str = "") -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 from tests import digits_checkpoint
 from tests.cases import later
 from tests.functional.launch import SCRIPT, run_script
+from tests.functional.test_training import assert_same_curve, losses_of
 
 META = """
 train:
@@ -61,8 +62,8 @@ def saved(folder: Path, run: str, iteration: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> list[dict[str, Any]]:
-    """The counts of an uninterrupted run of one process."""
+def whole_run(folder: Path) -> tuple[list[dict[str, Any]], list[float]]:
+    """The counts and the losses of an uninterrupted run of one process."""
     output = train(folder, "whole")
     counts = saved(folder, "whole", ITERATIONS)
     assert f"\ndata     {counts[1]['source']}: {counts[1]['read']} read; of 10 conversations none left out\n" in output
@@ -72,7 +73,12 @@ def whole(folder: Path) -> list[dict[str, Any]]:
     (documented,) = (line.strip() for line in page.splitlines() if line.startswith("    data     train.jsonl: "))
     assert re.sub(r"\d+", "N", line) == re.sub(r"\d+", "N", documented)
     assert output.count("replaced: ") == len(BROKEN)
-    return counts
+    return counts, losses_of(output)
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run: tuple[list[dict[str, Any]], list[float]]) -> list[dict[str, Any]]:
+    return whole_run[0]
 
 
 def test_the_counts_are_those_of_the_sources(whole: list[dict[str, Any]]) -> None:
@@ -100,15 +106,18 @@ def test_the_counts_are_those_of_the_sources(whole: list[dict[str, Any]]) -> Non
         later("vpp2", (*PP2, "--num-layers-per-virtual-pipeline-stage", 1), 2),
     ],
 )
-def test_a_resumed_run_in_another_layout_has_the_same_counts(
-    folder: Path, whole: list[dict[str, Any]], name: str, layout: tuple, processes: int
+def test_a_run_of_a_layout_resumed_in_another_has_the_same_counts(
+    folder: Path, whole_run: tuple[list[dict[str, Any]], list[float]], name: str, layout: tuple, processes: int
 ) -> None:
+    """And the same losses: on all stages the same conversations take the places of the broken ones."""
+    whole, losses = whole_run
     half = ITERATIONS // 2
     output = train(folder, name, "--exit-interval", half, *layout, processes=processes)
     before = saved(folder, name, half)
     # A data-parallel rank logs those of its own packs.
     assert 0 < output.count("replaced: ") <= len(BROKEN) * (2 if name == "dp2" else 1)
-    train(folder, name, "--load", name, *layout, processes=processes)
+    rest = train(folder, name, "--load", name)
+    assert_same_curve(losses_of(output) + losses_of(rest), losses)
     assert saved(folder, name, ITERATIONS) == whole
     for early, late in zip(before, whole, strict=True):
         assert 0 < early["read"] < late["read"]

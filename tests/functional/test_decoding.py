@@ -62,7 +62,7 @@ def test_only_the_stage_of_the_tower_decodes(folder: Path, layout: tuple, proces
     assert found == [count if rank in decoders else 0 for rank in range(processes)]
 
 
-def test_a_broken_image_ends_the_run_on_all_stages_or_is_replaced_on_all(folder: Path, tmp_path: Path) -> None:
+def test_a_broken_image_ends_the_run_on_all_stages(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     image = next(part["image"] for part in json.loads(lines[0])["messages"][0]["content"] if part["type"] == "image")
@@ -72,8 +72,5 @@ def test_a_broken_image_ends_the_run_on_all_stages_or_is_replaced_on_all(folder:
     run += ("--micro-batch-size", 1, "--global-batch-size", 4, "--train-iters", 12, "--lr", 1e-3, "--log-interval", 1)
     run += ("--lr-decay-style", "constant", "--num-workers", 0, *PP2)
     codes, _, errors = run_script(SCRIPT, tmp_path, *run, processes=2)
-    assert codes[0] != 0
+    assert all(codes)
     assert errors.count("train.jsonl, line 1: ") == 1
-    codes, output, errors = run_script(SCRIPT, tmp_path, *run, "--max-bad-samples", 0.1, processes=2)
-    assert codes == [0, 0], errors
-    assert "iteration 12/12" in output.replace("  ", " ")

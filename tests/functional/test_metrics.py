@@ -1,5 +1,6 @@
 """What a run measures: exact counts in every layout, an error on all ranks for a loss that is not finite, no NaN."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,14 +82,20 @@ def test_each_pack_is_counted_once_in_every_layout(
     checkpoint = experts if layout.ep > 1 else folder
     file = tmp_path / "metrics.csv"
     steps = [packs(0), packs(1)]
+    expected = Counter[int]()
+    for number, pack in enumerate([*steps[0], *steps[1]]):
+        pack["replaced_per_source"] = torch.tensor([number, 0, 1])
+        expected.update({0: number, 2: 1})
     results = pool.run(metrics_ranks.lines, layout, folder=checkpoint, steps=steps, csv_file=file)
-    assert not any(printed for rank in results[:-1] for printed in rank)
+    assert sum((replaced for _, replaced in results), Counter[int]()) == expected
+    printed = [lines for lines, _ in results]
+    assert not any(line for rank in printed[:-1] for line in rank)
     first, second = counted(conversations(0)), counted(conversations(1))
     rows = read_rows(file)
     assert [row["iteration"] for row in rows] == [1, 2]
     config = read_config(checkpoint)
     # As the losses of Megatron's log, the second line of a process is about both iterations.
-    for row, line, total, iterations in zip(rows, results[-1], (first, first + second), (1, 2), strict=True):
+    for row, line, total, iterations in zip(rows, printed[-1], (first, first + second), (1, 2), strict=True):
         assert row["packs"] * iterations == total.packs
         assert row["tokens"] * iterations == total.tokens
         assert row["supervised_tokens"] * iterations == total.supervised_tokens

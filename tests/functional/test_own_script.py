@@ -4,12 +4,15 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.metrics.csv_file import read_rows
@@ -109,6 +112,8 @@ def provider(kind: str, rank: int, calls: list[Any]) -> Callable[..., Any]:
         train, validation = list(range(counts[0])), list(range(counts[1]))
         if kind == "rejects" or (kind == "rejects on the second rank" and rank == 1):
             raise VLBridgeError(f"train.jsonl, line 7, on rank {rank}")
+        if kind == "slow":
+            time.sleep(3)
         if kind == "crashes":
             raise KeyError("line 8")
         return {
@@ -174,6 +179,18 @@ def build_datasets(layout: Layout, folder: Path, kinds: Sequence[str]) -> list[A
     return found
 
 
+def build_slowly(layout: Layout, folder: Path) -> list[Any]:
+    """The same for a slow provider and one that fails, where collectives time out sooner than they are ready."""
+    import torch.distributed as dist
+
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    backend._set_default_timeout(timedelta(seconds=1))
+    try:
+        return build_datasets(layout, folder, ["slow", "rejects"])
+    finally:
+        backend._set_default_timeout(timedelta(minutes=5))
+
+
 def count_samples(layout: Layout, folder: Path, words: Sequence[object]) -> tuple[list[Any], Any, list[Any]]:
     """The sample counts passed to the provider, `train_iters` afterwards, and the counts that Megatron computes."""
     from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
@@ -232,6 +249,13 @@ def test_all_ranks_reject_the_data_with_the_same_message(pool: Pool, tmp_path: P
     assert first[-2:] == [(3, [None], [8]), (0, [None], [8])]
     # Only the first rank of a tensor-parallel group builds datasets; all ranks know whether to evaluate.
     assert second[-2:] == [(3, [], []), (0, [], [])]
+
+
+def test_ranks_wait_for_data_longer_than_collectives_do(pool: Pool, tmp_path: Path) -> None:
+    folder = reference.write_checkpoint(tmp_path)
+    first, second = pool.run(build_slowly, Layout(tp=2, world=2), folder=folder)
+    assert (first[0], second[0]) == ((3, [None], [8]), (3, [], []))
+    assert first[1] == second[1] == REJECTED["rejects"]
 
 
 def test_each_virtual_stage_gets_its_datasets(pool: Pool, tmp_path: Path) -> None:

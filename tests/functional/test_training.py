@@ -37,7 +37,11 @@ def train(folder: Path, *arguments: object, processes: int = 1, script: Path = S
     common += ("--global-batch-size", 2, "--lr", 1e-3, "--lr-decay-style", "constant", "--num-workers", 0)
     # The same packs in every layout: context parallelism needs space for its padding.
     common += ("--train-iters", ITERATIONS, "--log-interval", 1, "--pack-multiple-of", 4)
-    output = run_example(folder, *common, *arguments, processes=processes, script=script)
+    return losses_of(run_example(folder, *common, *arguments, processes=processes, script=script))
+
+
+def losses_of(output: str) -> list[float]:
+    """The losses in the log of a run."""
     losses = [float(loss) for loss in re.findall(r"^iteration +\d+/\d+  loss (\S+)", output, re.MULTILINE)]
     # Megatron does not reset its mean after the first iteration of a process: the second line is the mean of two.
     return [losses[0], 2 * losses[1] - losses[0], *losses[2:]]

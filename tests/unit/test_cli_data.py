@@ -14,6 +14,7 @@ from megatron_vlbridge import cli, read_config
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.lengths.measure import Measure
 from megatron_vlbridge.demo.start import write_checkpoint
+from megatron_vlbridge.training.launch import data as data_arguments
 from megatron_vlbridge.training.launch.data import open_conversations, open_lengths
 from tests.errors import rejects
 
@@ -77,7 +78,7 @@ def test_check_lists_failures(meta: Path, hf: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_index_writes_what_training_reads(
-    workers: int, meta: Path, hf: Path, capsys: pytest.CaptureFixture[str]
+    workers: int, meta: Path, hf: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, out, err = run(capsys, "index", meta, "--hf-folder", hf, "--workers", workers)
     assert code == 0
@@ -102,7 +103,13 @@ def test_index_writes_what_training_reads(
     with rejects("conversations, sources differ"):
         open_lengths(args, "train", changed, measure)
     Path(f"{meta}.train.lengths").unlink()
-    assert open_lengths(args, "train", changed, measure) is None
+    capsys.readouterr()
+    for many, expected in ((14, ""), (13, f"13 conversations of train are measured now, as {meta}.train.lengths is")):
+        monkeypatch.setattr(data_arguments, "MANY", many)
+        assert open_lengths(args, "train", changed, measure) is None
+        printed = capsys.readouterr().out
+        assert expected in printed
+        assert printed.endswith(f"vlbridge data index {meta}\n") if expected else not printed
 
 
 def test_index_counts_failures(meta: Path, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The counts of sources are those of the packs, one by one."""
 
+import argparse
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,8 @@ from megatron_vlbridge.data.dataset import PackedConversations
 from megatron_vlbridge.data.packing.offline import PackingOptions
 from megatron_vlbridge.data.packing.source_counts import SourceCounter, SourceCounts
 from megatron_vlbridge.data.sources.mixture import open_data
+from megatron_vlbridge.training.metrics.data_counts import DataCounts
+from tests.errors import rejects
 from tests.unit.test_dataset import config, processor
 
 __all__ = ["config", "processor"]  # fixtures
@@ -67,3 +70,36 @@ def test_the_text_has_only_what_there_is() -> None:
     assert str(SourceCounts("a", 9, 1, 2, 3, 7, 4, 5, 6)) == (
         "a: 5 read, 6 replaced; of 9 conversations 1 dropped, 2 truncated, 3 invalid, 4 of 7 answers not learned"
     )
+
+
+def counts_of_run(dataset: object, folder: Path, replaced: Counter[int], **settings: object) -> DataCounts:
+    """Of the only rank of a run that has read 50 packs."""
+    given = {"load": None, "ckpt_step": None, "pretrained_checkpoint": None, "finetune": False}
+    settings = given | {"dataloader_type": "single", "consumed_train_samples": 50} | settings
+    return DataCounts(argparse.Namespace(**settings), lambda: dataset, lambda: replaced)
+
+
+def test_a_run_adds_what_it_replaces_to_the_counts_of_its_checkpoint(
+    dataset: PackedConversations, tmp_path: Path
+) -> None:
+    folder = tmp_path / "iter_0000007"
+    folder.mkdir()
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    counts_of_run(dataset, tmp_path, Counter({0: 3, 2: 5})).save(folder)
+    resumed = counts_of_run(dataset, tmp_path, Counter({1: 1, 2: 2}), load=str(tmp_path))
+    assert resumed.counts() == SourceCounter(dataset)(50, [3, 1, 7])
+    finetuned = counts_of_run(dataset, tmp_path, Counter({1: 1}), load=str(tmp_path), finetune=True)
+    assert [one.replaced for one in finetuned.counts()] == [0, 1, 0]
+    for text in ('{"sources": [{"source": "a"}]}', '{"sources": [{"source": "a", "replaced": "x"}]}', "{}"):
+        (folder / "vlbridge_data.json").write_text(text)
+        with rejects(str(folder / "vlbridge_data.json"), "expected the counts of sources"):
+            counts_of_run(dataset, tmp_path, Counter(), load=str(tmp_path))
+
+
+def test_nothing_is_counted_of_other_datasets_and_orders(dataset: PackedConversations, tmp_path: Path) -> None:
+    for other, loader in ((None, "single"), ([1], "single"), (dataset, "cyclic"), (dataset, "external")):
+        counts = counts_of_run(other, tmp_path, Counter(), dataloader_type=loader)
+        assert counts.counts() == []
+        counts.save(tmp_path)
+    assert not (tmp_path / "vlbridge_data.json").exists()

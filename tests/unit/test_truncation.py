@@ -46,7 +46,7 @@ CASES = {
     ),
     "a turn that is not learned": (
         [user("Q"), bot("A"), user("R"), bot("B", train=False), user(LONG), bot("C")],
-        instruct(Q + learned("A") + R + turn("assistant", "B"), Q + thought("A")),
+        instruct(Q + learned("A"), Q + thought("A")),
     ),
     "the result of a call": (
         [user("Q"), bot("", tool_calls=LOOK), result(LONG), bot("A")],
@@ -59,12 +59,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("family", label_cases.FAMILIES)
-@pytest.mark.parametrize("name", CASES)
+# Qwen2.5-VL has no tools: test_label_masks.py
+MARKED = [(name, family) for name, (_, texts) in CASES.items() for family in texts if isinstance(texts[family], str)]
+
+
+@pytest.mark.parametrize(("name", "family"), MARKED)
 def test_the_labels_of_a_cut_conversation_are_those_marked_by_hand(name: str, family: str) -> None:
     messages, expected = CASES[name]
-    if not isinstance(expected[family], str):
-        return  # Qwen2.5-VL has no tools: test_label_masks.py
     found = cut([messages], family, 100)
     sample = encode_conversation(found.conversations[0], processor_of(family))
     assert marked(sample, processor_of(family)) == expected[family]
@@ -82,7 +83,9 @@ def test_the_cut_is_after_the_last_turn_that_fits(family: str) -> None:
         messages = []
         for _ in range(chance.randrange(1, 6)):
             parts = [text("word " * chance.randrange(30)), *[PICTURE] * chance.randrange(3)]
-            messages += [user(*parts), bot("word " * chance.randrange(30) + "end", train=chance.random() < 0.8)]
+            # An answer that starts with a newline is not learned by the templates that keep it.
+            answer = "\n" * (chance.random() < 0.3) + "word " * chance.randrange(30) + "end"
+            messages += [user(*parts), bot(answer, train=chance.random() < 0.8)]
         conversations.append(messages[: len(messages) - chance.randrange(2)])
     limit = 55
     found = cut(conversations, family, limit)
@@ -90,7 +93,7 @@ def test_the_cut_is_after_the_last_turn_that_fits(family: str) -> None:
     for index, messages in enumerate(conversations):
         whole, expected = length(messages, processor), len(messages)
         if whole > limit:  # an invalid one is not too long
-            ends = [end for end in range(len(messages) - 1, 0, -1) if messages[end - 1]["role"] == "assistant"]
+            ends = [end for end in range(len(messages) - 1, 0, -1) if messages[end - 1].get("train")]
             expected = next((end for end in ends if 0 < length(messages[:end], processor) <= limit), expected)
         assert len(found.conversations[index]) == expected
         assert found.kept.get(index, len(messages)) == expected

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 
 from megatron_vlbridge.errors import VLBridgeError
+
+LONGEST_WAIT = timedelta(days=1)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -15,13 +18,33 @@ def rank_and_size() -> tuple[int, int]:
     return 0, 1
 
 
-def gather[T](mine: T) -> list[T]:
-    """What each rank passes, in the order of the ranks, on all of them. It is pickled: for small values only."""
+def gather[T](mine: T, group: torch.distributed.ProcessGroup | None = None) -> list[T]:
+    """What each rank passes, in the order of the ranks, on all of them. It is pickled: for small values only.
+
+    `group`, if any, has all ranks.
+    """
     _, size = rank_and_size()
     everyone = [mine] * size
     if size > 1:
-        torch.distributed.all_gather_object(everyone, mine)
+        torch.distributed.all_gather_object(everyone, mine, group=group)
     return everyone
+
+
+@contextmanager
+def long_wait() -> Iterator[torch.distributed.ProcessGroup | None]:
+    """A group of all ranks in which a rank waits up to `LONGEST_WAIT` for the others, whatever the timeout of the run.
+
+    For gather after work on some ranks that may take longer. A rank that ends its process ends the wait of the others.
+    Collective at its start.
+    """
+    if rank_and_size()[1] == 1:
+        yield None
+        return
+    group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    try:
+        yield group
+    finally:
+        torch.distributed.destroy_process_group(group)
 
 
 @contextmanager

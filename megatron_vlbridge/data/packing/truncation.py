@@ -1,11 +1,12 @@
 """Conversations that fit into no pack are cut after one of their turns."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_vlbridge.data.conversations import FileConversation
+from megatron_vlbridge.data.labels.options import LabelOptions, skipped_turns
 from megatron_vlbridge.data.lengths.measure import Measure
 from megatron_vlbridge.data.lengths.table import LengthTable
 from megatron_vlbridge.data.media import Conversation
@@ -44,7 +45,7 @@ def truncate(
     indices: Sequence[int],
     fits: Callable[[np.void], bool],
 ) -> Truncation:
-    """Cut each of the conversations `indices` after an assistant message: after the last with which it fits.
+    """Cut each of the conversations `indices` after an assistant message: the last to be learned with which it fits.
 
     `fits` takes a row of a table of lengths. The media of the messages that are left out are left out with them. Where
     no cut fits, or leaves supervised tokens, the conversation stays as it is. The same arguments give the same cuts.
@@ -54,13 +55,20 @@ def truncate(
     rows, kept = np.array(table.rows), dict[int, int]()
     for index in indices:
         conversation = conversations[index]
-        ends = [place + 1 for place, message in enumerate(conversation) if message["role"] == "assistant"]
-        for end in reversed([end for end in ends if end < len(conversation)]):
+        for end in _ends(conversation, measure.labels):
             row = measure([first_messages(conversation, end)], range(1)).rows[0]
             if row["tokens"] and fits(row):
                 rows[index], kept[index] = row, end
                 break
     return Truncation(TruncatedConversations(conversations, kept), replace(table, rows=rows), kept)
+
+
+def _ends(conversation: Conversation, labels: LabelOptions) -> Iterator[int]:
+    """How many messages a cut may leave, from most to fewest; the last is an assistant message to be learned."""
+    for end in range(len(conversation) - 1, 0, -1):
+        last = end - 1
+        if conversation[last]["role"] == "assistant" and last not in skipped_turns(conversation[:end], labels):
+            yield end
 
 
 def first_messages(conversation: Conversation, count: int) -> Conversation:

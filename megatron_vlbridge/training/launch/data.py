@@ -6,12 +6,16 @@ from typing import Any
 from megatron.core import parallel_state
 
 from megatron_vlbridge.data.conversations import FileConversations, read_conversations
-from megatron_vlbridge.data.lengths.fingerprint import open_table
+from megatron_vlbridge.data.lengths.fingerprint import open_table, table_path
 from megatron_vlbridge.data.lengths.measure import Measure
 from megatron_vlbridge.data.lengths.table import LengthTable
 from megatron_vlbridge.data.sources.meta import read_meta
 from megatron_vlbridge.data.sources.mixture import Mixture, open_data
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.training.console import note
+
+MANY = 10_000
+"""Conversations that are many to measure at each start."""
 
 
 def add_data_arguments(group: Any) -> None:
@@ -61,7 +65,13 @@ def open_lengths(
     Raises VLBridgeError: it was made for other data or settings.
     """
     file = data_file(args, split)
-    return None if file is None else open_table(file, split, conversations, measure)
+    if file is None:
+        return None
+    table = open_table(file, split, conversations, measure)
+    if table is None and len(conversations) >= MANY:
+        count = f"{len(conversations):,} conversations of {split} are measured now, as {table_path(file, split)} is"
+        note(f"data     {count} missing; to do it once: vlbridge data index {file}")
+    return table
 
 
 def decodes_media(args: argparse.Namespace, vp_stage: int | None) -> bool:

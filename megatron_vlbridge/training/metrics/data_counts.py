@@ -2,14 +2,13 @@
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_vlbridge.checkpoint.live.collectives import gather
+from megatron_vlbridge.checkpoint.live.collectives import gather, rank_and_size
 from megatron_vlbridge.checkpoint.stream.json_file import load_json_object
 from megatron_vlbridge.data.dataset import PackedConversations
 from megatron_vlbridge.data.packing.source_counts import SourceCounter, SourceCounts
@@ -24,14 +23,15 @@ class DataCounts:
     """Counts the training data of a run; one on each rank.
 
     `dataset` gives the training dataset, or another value where the rank has none, or one that is not a
-    `PackedConversations`: then nothing is counted. `replaced` gives the conversations that this rank counted as
-    replaced, for each source. A resumed run continues from the file of the checkpoint.
+    `PackedConversations`: then nothing is counted. `replaced` gives how many conversations this rank counted as
+    replaced, by the index of the source. A resumed run continues from the file of the checkpoint. Nothing is counted
+    with a `--dataloader-type` other than single, which reads packs in another order.
 
     Raises VLBridgeError: that file is damaged.
     """
 
     def __init__(
-        self, args: argparse.Namespace, dataset: Callable[[], Any], replaced: Callable[[], torch.Tensor | None]
+        self, args: argparse.Namespace, dataset: Callable[[], Any], replaced: Callable[[], Counter[int]]
     ) -> None:
         self._args, self._dataset, self._replaced = args, dataset, replaced
         self._counter: SourceCounter | None = None
@@ -40,13 +40,14 @@ class DataCounts:
 
     def counts(self) -> list[SourceCounts]:
         """Those of each source so far; empty but on the first rank. Collective over all ranks."""
-        parts = [part for part in gather(_as_list(self._replaced())) if part is not None]
+        replaced_now = sum(gather(self._replaced()), Counter[int]())
         dataset = self._dataset()
-        if torch.distributed.get_rank() or not isinstance(dataset, PackedConversations):
+        in_order = self._args.dataloader_type == "single"
+        if rank_and_size()[0] or not in_order or not isinstance(dataset, PackedConversations):
             return []
         self._counter = self._counter or SourceCounter(dataset)
         names = dataset.source_names
-        replaced = [self._before.get(name, 0) + sum(part[i] for part in parts) for i, name in enumerate(names)]
+        replaced = [self._before.get(name, 0) + replaced_now[index] for index, name in enumerate(names)]
         return self._counter(self._args.consumed_train_samples, replaced)
 
     def save(self, folder: Path) -> None:
@@ -55,10 +56,6 @@ class DataCounts:
         if counts:
             text = json.dumps({"sources": [asdict(one) for one in counts]}, indent=1)
             (folder / DATA_COUNTS).write_text(text + "\n", encoding="utf-8")
-
-
-def _as_list(replaced: torch.Tensor | None) -> list[int] | None:
-    return None if replaced is None else replaced.tolist()
 
 
 def _read_replaced(path: Path) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """What a run measures: counts of its packs, FLOPs, rates. In Megatron's log line, TensorBoard, W&B and a CSV file."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,8 +42,10 @@ class Meter:
         self.config, self.csv_file, self.first_item = config, csv_file, first_item
         self.check_losses, self.router_loss = check_losses, router_loss
         self._packs: list[PackCounts] = []
-        # Int64 `[sources]`, of the packs that this rank has counted.
-        self.replaced: torch.Tensor | None = None
+        # By the index of the source, in the packs that this rank has counted: in all, before the last iteration, and
+        # since its end.
+        self.replaced, self._replaced_before, self._replaced_now = Counter[int](), Counter[int](), Counter[int]()
+        self._last_iteration: int | None = None
         self._losses: list[PackLoss] = []
         # Of each iteration since the last line of the log. An iteration that Megatron runs again replaces itself.
         self._iterations: dict[int, PackCounts] = {}
@@ -53,7 +56,7 @@ class Meter:
         self._packs.append(PackCounts.of(batch))
         replaced = batch.get("replaced_per_source")
         if replaced is not None:
-            self.replaced = replaced[0] if self.replaced is None else self.replaced + replaced[0]
+            self._replaced_now.update(dict(enumerate(replaced[0].tolist())))
 
     def watch(self, inputs: PackedInputs, loss: LossFunction, losses: torch.Tensor) -> Any:
         """`loss(losses)`, whose results are checked at the end of the step."""
@@ -68,6 +71,7 @@ class Meter:
         """
         number = get_rerun_state_machine().current_iteration
         self._iterations[number] = sum(self._packs, start=PackCounts())
+        self._end_replaced(number)
         packs, self._packs, self._losses = self._losses, [], []
         supervised = True
         if self.check_losses or self.router_loss:
@@ -79,6 +83,12 @@ class Meter:
             # Divided by no token, their gradients would be larger than usual by the tokens of a global batch.
             for chunk in model:
                 chunk.scale_gradients(0.0)
+
+    def _end_replaced(self, number: int) -> None:
+        """Add what was replaced in iteration `number`, in the place of what was if Megatron has run it again."""
+        if number != self._last_iteration:
+            self._replaced_before, self._last_iteration = self.replaced, number
+        self.replaced, self._replaced_now = self._replaced_before + self._replaced_now, Counter()
 
     def print_rank_last(self, message: str) -> None:
         """Megatron's function of this name; adds what was measured to the line of an iteration. Collective there."""
