@@ -16,6 +16,7 @@ from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder, lis
 from megatron_vlbridge.checkpoint.hf.side_files import copy_side_files, side_files
 from megatron_vlbridge.checkpoint.hf.template import ExportTemplate, find_template
 from megatron_vlbridge.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, plan_shards
+from megatron_vlbridge.checkpoint.peft.manifest import read_adapter_manifest
 from megatron_vlbridge.checkpoint.stream.json_file import load_json_object
 from megatron_vlbridge.checkpoint.stream.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
@@ -82,6 +83,11 @@ def plan_export(
     """What `export_checkpoint` would do, verified from headers alone; errors are the same."""
     source = Path(megatron_folder)
     weights = TorchDistFolder(source)
+    if read_adapter_manifest(weights.folder) is not None:
+        raise VLBridgeError(
+            f"{weights.folder}: expected the weights of a model, found adapters (a run with --lora-rank). Export them "
+            "with --adapter, or `export_adapter`."
+        )
     template = find_template(source, like)
     plan = plan_export_of(weights, hf_folder, template, choices)
     named = None if like is None else str(template.folder.resolve())

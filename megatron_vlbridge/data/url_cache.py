@@ -1,4 +1,4 @@
-"""Images and videos behind URLs, fetched once into a folder."""
+"""Images and videos at URLs, fetched once into a folder."""
 
 import fcntl
 import hashlib
@@ -37,10 +37,10 @@ def is_http(source: object) -> bool:
 
 
 def fetch(url: str, folder: str | Path) -> str:
-    """The path of the file behind a URL of http or https, which is fetched if it is not in the folder yet.
+    """The path of the file at an http or https URL, which is fetched if it is not in the folder yet.
 
     Several processes that need the same file wait for the one that fetches it. A file is there only when it is
-    complete; it is never fetched again, also if it changes behind the URL.
+    complete; it is never fetched again, also if it changes on the server.
 
     Raises VLBridgeError: the server does not answer, or with an error, three times; the file has another length than
     the server says, or more than 4 GiB; the folder cannot be written.

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_vlbridge.backends.select import spec_provider
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.model import deepstack
-from megatron_vlbridge.model.call.build import RawBatch, Reply, build_inputs, check_pack
+from megatron_vlbridge.model.call.build import OutputForm, RawBatch, build_inputs, check_pack
 from megatron_vlbridge.model.call.head import OutputProcessor
 from megatron_vlbridge.model.call.keywords import check_keywords
 from megatron_vlbridge.model.call.stage import Stage
@@ -156,9 +156,9 @@ class Qwen3VLModel(AdapterState, Stage):
         inputs = build_inputs(
             raw, self.config, self.hf_config, self.pg_collection, self.pre_process, self.check_position_ids
         )
-        reply = Reply.to(raw, inputs)
+        form = OutputForm.of_call(raw, inputs)
         output = self._forward_pack(inputs.to(next(self.parameters()).device), processor)
-        return reply.of(output) if self.post_process and processor is None else output
+        return form.apply(output) if self.post_process and processor is None else output
 
     def _forward_pack(self, inputs: PackedInputs, processor: OutputProcessor | None = None) -> Any:
         check_pack(inputs, self.config, self.seq_length)

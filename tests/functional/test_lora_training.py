@@ -117,6 +117,10 @@ def test_the_command_exports_the_adapters(
     assert main(["export", run, str(tmp_path / "other"), "--adapter", "--dtype", "bf16"]) == 2
     assert "--dtype: expected none with --adapter" in capsys.readouterr().err
     assert main(["export", str(folder / "hf"), str(tmp_path / "other"), "--adapter"]) == 1
+    capsys.readouterr()
+    assert main(["export", run, str(tmp_path / "other")]) == 1
+    assert "found adapters (a run with --lora-rank). Export them with --adapter" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,13 @@ def test_pairs_are_those_of_the_file_with_the_expert_fastest_in_b(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("changes", "scaling"),
-    [({}, 5 / 3), ({"use_rslora": True}, 5 / 3**0.5), ({"alpha_pattern": {"q_proj": 7, "self_attn.q_proj": 8}}, 7 / 3)],
+    [
+        ({}, 5 / 3),
+        ({"init_lora_weights": True}, 5 / 3),
+        ({"init_lora_weights": "gaussian"}, 5 / 3),
+        ({"use_rslora": True}, 5 / 3**0.5),
+        ({"alpha_pattern": {"q_proj": 7, "self_attn.q_proj": 8}}, 7 / 3),
+    ],
 )
 def test_scaling(tmp_path: Path, changes: dict[str, object], scaling: float) -> None:
     assert read_adapter(_write(tmp_path, _tensors(), **changes), BASE)[f"{Q}.weight"].scaling == scaling
@@ -85,6 +91,8 @@ def test_a_pattern_gives_a_module_another_rank_and_scaling(tmp_path: Path) -> No
         ({"lora_alpha": float("inf")}, "lora_alpha: expected a finite number"),
         ({"use_rslora": 1}, "use_rslora: expected true or false"),
         ({"r": 4}, "rank 4"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: expected an adapter of the unchanged base"),
+        ({"init_lora_weights": []}, "init_lora_weights: expected an adapter of the unchanged base"),
     ],
 )
 def test_an_invalid_config_is_rejected_by_key(tmp_path: Path, changes: dict[str, object], words: str) -> None:

@@ -14,11 +14,14 @@ CONFIG = "adapter_config.json"
 # Keys that only name things, initialize a training or limit where adapters are created.
 _FREE = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
     "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "target_modules", "target_parameters", "task_type",
 }  # fmt: skip
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+# The ways to initialize an adapter that leave the base as it is (peft 0.21); others, such as PiSSA, change it, so that
+# the adapter does not belong to the published weights.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     for key in values.keys() - _FREE - _READ:
         if values[key] not in (None, False, "none", [], {}):
             raise _error(path, key, "no value (it would change the weights)", values[key])
+    start = values.get("init_lora_weights")
+    if not isinstance(start, str | bool | None) or start not in _STARTS:
+        raise _error(path, "init_lora_weights", "an adapter of the unchanged base", start)
     numbers = {"r": values.get("r"), **_pattern(path, values, "rank_pattern")}
     for key, value in numbers.items():
         if type(value) is not int or value < 1:

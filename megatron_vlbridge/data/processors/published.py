@@ -1,4 +1,4 @@
-"""The processors of `families.processors` behind the interface of `processors.interface`."""
+"""The processors of `families.processors`, adapted to the interface of `processors.interface`."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -29,7 +29,7 @@ from megatron_vlbridge.layout.positions import mrope_positions
 
 
 def as_conversation_processor(processor: ProcessorMixin | ConversationProcessor) -> ConversationProcessor:
-    """The processor itself if it has the interface, a published one behind it.
+    """The processor itself if it has the interface, or a published one adapted to it.
 
     Raises VLBridgeError: its image or video processor is not in `families.processors`.
     """

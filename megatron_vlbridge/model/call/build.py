@@ -223,16 +223,16 @@ def _thd_batch(
 
 
 @dataclass(frozen=True)
-class Reply:
-    """The form of a call's output: rows of this `shape`, if any, and with them this rank's part of a loss `mask`."""
+class OutputForm:
+    """The form of a call's output: rows of this `shape`, if any, and beside it this rank's part of a loss `mask`."""
 
     layout: BatchLayout
     shape: tuple[int, int] | None = None
     mask: torch.Tensor | None = None
 
     @classmethod
-    def to(cls, raw: RawBatch, inputs: PackedInputs) -> Self:
-        """For a call whose arguments became `inputs`; before the forward, since a mask on a device is copied."""
+    def of_call(cls, raw: RawBatch, inputs: PackedInputs) -> Self:
+        """Of a call whose arguments became `inputs`; before the forward, since a mask on a device is copied."""
         layout, mask = inputs.layout, None
         if layout.cp_size > 1 and raw.labels is not None and raw.loss_mask is not None:
             table = raw.table(layout.cp_size)
@@ -246,8 +246,8 @@ class Reply:
         shape = rows, width // layout.cp_size
         return cls(layout, shape, None if mask is None else mask.view(shape))
 
-    def of(self, output: torch.Tensor) -> Any:
-        """From the output `[1, T, ...]` of the last stage."""
+    def apply(self, output: torch.Tensor) -> Any:
+        """What the call gives, from the output `[1, T, ...]` of the last stage."""
         if self.layout.table is not None:
             return self.layout.unpack(output)
         output = output if self.shape is None else output.view(*self.shape, *output.shape[2:])

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_vlbridge.errors import VLBridgeError
 
-# They would change nothing: the tower always runs, and no kernel here has a witness.
+# They would change nothing: the tower always runs, and `witness_ids` is for kernels that are not used here.
 HARMLESS = ("force_vit_image", "force_vit_video", "witness_ids")
 
 

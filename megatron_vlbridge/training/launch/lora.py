@@ -25,6 +25,7 @@ def add_lora_arguments(group: Any) -> None:
         "of the decoder layers)",
     )
     group.add_argument("--lora-vision", action="store_true", help="adapters for the vision tower too")
+    group.set_defaults(lora_base=None)  # see `keep_base`
 
 
 def check_lora_arguments(args: argparse.Namespace, config: Config) -> None:
@@ -71,7 +72,6 @@ def apply_lora_arguments(args: argparse.Namespace, model: Qwen3VLModel) -> None:
 
 def keep_base(args: argparse.Namespace) -> None:
     """Make `--pretrained-checkpoint` the weights that adapters are added to; Megatron would look for these in it."""
-    args.lora_base = None
     if args.lora_rank is not None:
         args.lora_base, args.pretrained_checkpoint = args.pretrained_checkpoint, None
 

@@ -15,7 +15,7 @@ HELP = {
     "video_total_pixels": "limit on the pixels of a whole video, its temporal patches counted as one frame",
     "video_fps": "frames per second to sample of video files (the processor's)",
     "video_min_frames": "least number of frames to sample of a video file (the processor's)",
-    "url_cache": "folder into which images and videos behind http and https URLs are fetched (URLs are rejected)",
+    "url_cache": "folder into which images and videos at http and https URLs are fetched (URLs are rejected)",
     "video_max_frames": "greatest number of frames to sample of a video file (the processor's)",
 }
 
