@@ -17,7 +17,7 @@ help:
 	@echo "make test-te     the Transformer Engine backend without a GPU, its compiled extension replaced; in .venv-te. All its"
 	@echo "                 layouts: .venv-te/bin/python -m tests.te.write_layouts, which writes them to docs/layouts.md"
 	@echo "make test-energon  conversations read by Megatron Energon, in .venv-energon"
-	@echo "make test-frameworks  PEFT folders read, written and merged by peft itself, in .venv-frameworks"
+	@echo "make test-frameworks  peft (its adapters read, written and merged), mbridge and verl, in .venv-frameworks"
 	@echo "make lint        ruff and mypy              make format      reformat and fix with ruff"
 	@echo "make unit        unit tests                 make functional  functional tests"
 	@echo "make clean       remove generated files     make clean-venv  also remove the venvs"
