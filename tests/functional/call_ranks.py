@@ -157,6 +157,13 @@ def slime(conversations: Conversations, layout: Layout) -> Call:
     return Call((), keywords | media(conversations), row(1, -100)[0], row(2, -1)[0])
 
 
+def miles(conversations: Conversations, layout: Layout) -> Call:
+    """miles 31f1ca9, `model.py`: as slime, without the keys that it drops."""
+    call = slime(conversations, layout)
+    keywords = {key: x for key, x in call.keywords.items() if key not in ("mm_token_type_ids", "witness_ids")}
+    return Call((), keywords, call.labels, call.owner)
+
+
 def rows(conversations: Conversations, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows padded on the right, and the bool mask of their tokens."""
     ids = torch.full((len(conversations), width), FILLER)
@@ -193,6 +200,15 @@ def sky_rl(conversations: Conversations, layout: Layout) -> Call:
         keywords = dict(call.keywords)
     arguments = (ids, None, (~mask)[:, None, None, :])
     return Call(arguments, keywords | {"packed_seq_params": None}, call.labels, call.owner, call.rows)
+
+
+def areal(conversations: Conversations, layout: Layout) -> Call:
+    """AReaL 4aef98d, `packed_context_parallel.py`: rows padded by zeros, no mask; it has no videos."""
+    ids, mask, call = padded_rows(conversations, layout)
+    keywords = {"input_ids": ids * mask, "attention_mask": None, "position_ids": None, "packed_seq_params": None}
+    images = {key: x for key, x in call.keywords.items() if "video" not in key}
+    assert len(images) == len(call.keywords)
+    return Call((), {**images, **keywords}, call.labels, call.owner, call.rows)
 
 
 def megatron_bridge(conversations: Conversations, layout: Layout) -> Call:
@@ -257,7 +273,7 @@ def log_probs(
 
 
 CALLS = {c.__name__: c for c in (verl_thd, roll, nemo_rl, slime, verl_bshd, sky_rl, megatron_bridge)}
-OTHERS = {c.__name__: c for c in (verl_mtp, verl_fused)}
+OTHERS = {c.__name__: c for c in (verl_mtp, verl_fused, miles, areal)}
 
 
 def token_losses(output: Any, call: Call) -> torch.Tensor:

@@ -33,14 +33,16 @@ def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return reference.write_checkpoint(tmp_path_factory.mktemp("moe"), experts={})
 
 
-def conversations() -> list[reference.Conversation]:
-    return [reference.conversation(kind, seed) for seed, kind in enumerate(("text", "image", "video", "mixed"), 1)]
+def conversations(name: str = "") -> list[reference.Conversation]:
+    """Those of the call of this name: AReaL has no videos."""
+    kinds = ("text", "image", "images") if name == "areal" else ("text", "image", "video", "mixed")
+    return [reference.conversation(kind, seed) for seed, kind in enumerate(kinds, 1)]
 
 
-def errors(found: list[dict[str, Any]], folder: Path, copies: int = 1) -> dict[str, float]:
+def errors(found: list[dict[str, Any]], folder: Path, copies: int = 1, name: str = "") -> dict[str, float]:
     """Of the token losses and of every gradient; `copies`: how many data-parallel ranks made the call."""
-    expected, config = run_reference(folder, [conversations()]), read_config(folder)
-    wanted = torch.cat([x * (c.labels != -100) for x, c in zip(expected.losses, conversations(), strict=True)])
+    expected, config = run_reference(folder, [conversations(name)]), read_config(folder)
+    wanted = torch.cat([x * (c.labels != -100) for x, c in zip(expected.losses, conversations(name), strict=True)])
     losses, counts = torch.zeros_like(wanted), torch.zeros(len(wanted), dtype=torch.int64)
     for rank in found:
         for mine, owner in rank["found"] if rank["tp_rank"] == 0 else ():
@@ -62,6 +64,7 @@ CASES = [
     (ONE, "slime"),
     (ONE, "verl_bshd"),
     (ONE, "sky_rl"),
+    (TP2_SP, "areal"),
     (ONE, "megatron_bridge"),
     (TP2_SP, "verl_thd"),
     (PP2, "sky_rl"),
@@ -75,6 +78,8 @@ LATER = [
     for name in call_ranks.CALLS
     if (layout, name) not in CASES
 ]
+LATER += [(layout, "miles") for layout in (ONE, TP2_SP, CP2, PP2, TP2_SP_CP2)]
+LATER += [(layout, "areal") for layout in (ONE, PP2, TP2_SP_PP2)]
 
 
 def parameters(cases: list[tuple[Layout, str]], **options: Any) -> list[Any]:
@@ -84,8 +89,8 @@ def parameters(cases: list[tuple[Layout, str]], **options: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("layout", "name"), [*parameters(CASES), *parameters(LATER, marks=pytest.mark.layouts)])
 def test_a_call_equals_separate_conversations(pool: Pool, folder: Path, layout: Layout, name: str) -> None:
-    found = pool.run(call_ranks.run, layout, folder=folder, name=name, conversations=conversations())
-    assert_small(errors(found, folder), folder)
+    found = pool.run(call_ranks.run, layout, folder=folder, name=name, conversations=conversations(name))
+    assert_small(errors(found, folder, name=name), folder)
 
 
 def assert_small(found: dict[str, float], folder: Path) -> None:
