@@ -20,11 +20,12 @@ def main() -> int:
         # Imported late: they read the environment, and a wrong option is answered at once.
         from transformers.utils import logging
 
-        from megatron_vlbridge.demo.output import Progress
+        from megatron_vlbridge.demo.output import LORA_STAGES, STAGES, Progress
         from megatron_vlbridge.demo.pipeline import Options, run
 
         logging.disable_progress_bar()
-        result = run(Options(**vars(options)), Progress(sys.stdout))
+        stages = LORA_STAGES if options.lora else STAGES
+        result = run(Options(**vars(options)), Progress(sys.stdout, stages))
     except VLBridgeError as error:
         print(f"\nThe demo failed.\n{error}", file=sys.stderr)
         return 1
@@ -53,6 +54,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, choices=(1, 2), default=1, help="tensor-parallel processes (%(default)s)")
     parser.add_argument("--pp", type=int, choices=(1, 2), default=1, help="pipeline stages (%(default)s)")
     parser.add_argument("--iterations", type=_at_least(1), default=450, help="training iterations (%(default)s)")
+    parser.add_argument(
+        "--lora",
+        action="store_true",
+        help="a third of the iterations trains a base on half of the digits, the rest adapters of it (LoRA) on all",
+    )
     parser.add_argument(
         "--seed", type=_at_least(0), default=0, help="of the weights, the pairs and the order (%(default)s)"
     )

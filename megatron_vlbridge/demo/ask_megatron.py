@@ -1,7 +1,8 @@
 """Ask Megatron the held-out questions, in a process of its own.
 
-`python -m megatron_vlbridge.demo.ask_megatron CHECKPOINT HF_FOLDER CONVERSATIONS RESULT` loads a `torch_dist`
-checkpoint of any layout with Megatron-Core's own loader into one CPU process, and writes an `Answers` file.
+`python -m megatron_vlbridge.demo.ask_megatron HF_FOLDER CONVERSATIONS RESULT CHECKPOINT [ADAPTERS]` loads a
+`torch_dist` checkpoint of any layout, and one of adapters, with Megatron-Core's own loader into one CPU process, and
+writes an `Answers` file.
 """
 
 import os
@@ -24,9 +25,12 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from transformers import AutoProcessor, BatchFeature
 
 from megatron_vlbridge.checkpoint.formats import locate
+from megatron_vlbridge.checkpoint.peft.manifest import read_adapter_manifest
 from megatron_vlbridge.demo.answers import MAX_NEW_TOKENS, ask
 from megatron_vlbridge.demo.digits import load_conversations
 from megatron_vlbridge.families import read_config
+from megatron_vlbridge.model.lora.attach import add_lora
+from megatron_vlbridge.model.lora.targets import module_of
 from megatron_vlbridge.model.transformer_config import language_config
 from megatron_vlbridge.model.vlm import Qwen3VLModel
 
@@ -35,31 +39,44 @@ MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_gr
 
 def main() -> None:
     """Load, ask, write."""
-    checkpoint, hf_folder, conversations, result = map(Path, sys.argv[1:])
+    hf_folder, conversations, result, checkpoint, *adapters = map(Path, sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             parallel_state.initialize_model_parallel()
             model_parallel_cuda_manual_seed(1)
-            _ask(_load(checkpoint, hf_folder), hf_folder, conversations, result)
+            model = _build(hf_folder)
+            _load(model, locate(checkpoint))
+            for run in adapters:
+                _load_adapters(model, locate(run))
+            _ask(model.eval(), hf_folder, conversations, result)
         finally:
             dist.destroy_process_group()
 
 
-def _load(checkpoint: Path, hf_folder: Path) -> Qwen3VLModel:
+def _build(hf_folder: Path) -> Qwen3VLModel:
     config = read_config(hf_folder)
-    model = Qwen3VLModel(
+    return Qwen3VLModel(
         language_config(
             config, use_cpu_initialization=True, params_dtype=torch.float32, gradient_accumulation_fusion=False
         ),
         config,
     )
+
+
+def _load_adapters(model: Qwen3VLModel, folder: Path) -> None:
+    saved = read_adapter_manifest(folder)
+    assert saved is not None
+    add_lora(model, rank=saved.rank, alpha=saved.alpha, targets=[module_of(weight) for weight in saved.weights])
+    _load(model, folder)
+
+
+def _load(model: Qwen3VLModel, folder: Path) -> None:
     state_dict = model.sharded_state_dict()
     names = list(state_dict)
     # The loader also gives what the training keeps next to the weights.
-    state = dist_checkpointing.load(state_dict, os.fspath(locate(checkpoint)))
+    state = dist_checkpointing.load(state_dict, os.fspath(folder))
     model.load_state_dict({name: state[name] for name in names})
-    return model.eval()
 
 
 @torch.inference_mode()

@@ -22,6 +22,8 @@ from megatron_vlbridge.errors import VLBridgeError
 SCAN_SIZE = 8
 SCAN_MAX = 16
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# What a base of adapters is trained on.
+BASE_DIGITS = range(5)
 ASK_ONE = "Which digit is this?"
 ASK_TWO = "Which digits are these?"
 ASK_VIDEO = "Which digits does it show?"
@@ -153,6 +155,11 @@ def question(conversation: Conversation) -> Conversation:
 def answer(conversation: Conversation) -> str:
     """The text of the conversation's last message: what a model is expected to say."""
     return "".join(part["text"] for part in conversation[-1]["content"])
+
+
+def is_known_to_base(conversation: Conversation) -> bool:
+    """Whether all digits of a conversation are among those that a base of adapters is trained on."""
+    return all(WORDS.index(word) in BASE_DIGITS for word in answer(conversation).split())
 
 
 def images_of(conversation: Conversation) -> list[Image.Image]:

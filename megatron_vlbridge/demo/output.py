@@ -12,6 +12,7 @@ from megatron_vlbridge.training.log_lines import duration
 
 MARKER = ".megatron-vlbridge-demo"
 STAGES = 8
+LORA_STAGES = 10
 INDENT = " " * 6
 ERASE = "\r\x1b[2K"
 # On a stream that keeps every line (a file, a CI log), the moving line is written this often.
@@ -28,12 +29,15 @@ class Folder:
         self.megatron_start = root / "megatron-start"  # the same weights as a Megatron checkpoint
         self.megatron_trained = root / "megatron-trained"  # what Megatron's pretrain saved
         self.hf_trained = root / "hf-trained"  # the trained weights as a Hugging Face checkpoint
+        self.megatron_adapters = root / "megatron-adapters"  # the adapters that Megatron's pretrain saved
+        self.adapter = root / "adapter"  # the same adapters as a folder of peft
         self.logs = root / "logs"  # all output of the processes that the demo started
         self.loss = root / "loss.png"
         self.answers = root / "answers.png"
         self.report = root / "report.md"
         checkpoints = (self.hf_start, self.megatron_start, self.megatron_trained, self.hf_trained)
-        self.contents = (self.data, *checkpoints, self.logs, self.loss, self.answers, self.report)
+        adapters = (self.megatron_adapters, self.adapter)
+        self.contents = (self.data, *checkpoints, *adapters, self.logs, self.loss, self.answers, self.report)
 
     def prepare(self) -> None:
         """Make the folder, or remove what an earlier run of the demo left in it; nothing else is touched.
@@ -58,7 +62,7 @@ class Folder:
 
 
 class Progress:
-    """Writes the stages to `stream` and keeps the seconds that each took in `seconds`.
+    """Writes the `stages` to `stream` and keeps the seconds that each took in `seconds`.
 
     Example:
         >>> progress = Progress(sys.stdout)
@@ -69,8 +73,9 @@ class Progress:
               0.0 s
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, stages: int = STAGES) -> None:
         self.seconds: dict[str, float] = {}
+        self._stages = stages
         self._stream = stream
         self._moves = stream.isatty()
         self._last_line = 0.0
@@ -78,7 +83,7 @@ class Progress:
     @contextmanager
     def stage(self, title: str) -> Iterator[None]:
         """The headline before, and the time after; a stage that fails has no time."""
-        self._print(f"[{len(self.seconds) + 1}/{STAGES}] {title}")
+        self._print(f"[{len(self.seconds) + 1}/{self._stages}] {title}")
         begin = self._last_line = time.monotonic()
         yield
         self.seconds[title] = time.monotonic() - begin

@@ -31,6 +31,7 @@ TAIL = 15
 SCRIPT = ROOT / "examples" / "pretrain.py"
 SEQ_LENGTH = 512
 PACKS_PER_ITERATION = 2
+LORA_RANK = 16
 WARMUP_ITERATIONS = 20
 ITERATION = re.compile(r"^iteration +\d+/\d+  loss (\S+)")
 
@@ -43,33 +44,80 @@ class Recipe:
     pp: int = 1
     iterations: int = 450
     seed: int = 0
+    lora: bool = False
 
     @property
     def processes(self) -> int:
         """One for each part of the model; there is no data parallelism here."""
         return self.tp * self.pp
 
+    @property
+    def base_iterations(self) -> int:
+        """Those of all parameters: a third where adapters follow."""
+        return max(1, self.iterations // 3) if self.lora else self.iterations
 
-def arguments(folder: Folder, recipe: Recipe) -> list[str]:
-    """What follows `python` to run the training."""
+    @property
+    def adapter_iterations(self) -> int:
+        """Those of the adapters."""
+        return max(1, self.iterations - self.base_iterations) if self.lora else 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of the training script: its weights (as arguments), data, length, and where it saves and logs."""
+
+    weights: tuple[object, ...]
+    data: Path
+    iterations: int
+    learning_rate: float
+    save: Path
+    log: Path
+
+
+def base_training(folder: Folder, recipe: Recipe) -> Training:
+    """All parameters of the imported checkpoint; where adapters follow, on the base's digits alone."""
+    start = folder.megatron_start
+    return Training(
+        weights=("--hf-folder", start / "hf", "--pretrained-checkpoint", start),
+        data=folder.data / ("base.yaml" if recipe.lora else "meta.yaml"),
+        iterations=recipe.base_iterations,
+        learning_rate=2e-3,
+        save=folder.megatron_trained,
+        log=folder.logs / "training.log",
+    )
+
+
+def adapter_training(folder: Folder, recipe: Recipe) -> Training:
+    """Adapters of the exported base, which is frozen, on all digits."""
+    lora = "--lora-rank", LORA_RANK, "--lora-alpha", 2 * LORA_RANK, "--lora-vision"
+    return Training(
+        weights=("--hf-folder", folder.hf_trained, "--hf-weights", *lora),
+        data=folder.data / "meta.yaml",
+        iterations=recipe.adapter_iterations,
+        learning_rate=3e-3,
+        save=folder.megatron_adapters,
+        log=folder.logs / "adapters.log",
+    )
+
+
+def arguments(training: Training, recipe: Recipe) -> list[str]:
+    """What follows `python` to run a training."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     options = {
-        "hf-folder": folder.megatron_start / "hf",
-        "pretrained-checkpoint": folder.megatron_start,
-        "data": folder.data / "meta.yaml",
-        "save": folder.megatron_trained,
+        "data": training.data,
+        "save": training.save,
         "ckpt-format": "torch_dist",
-        "save-interval": recipe.iterations,
+        "save-interval": training.iterations,
         "tensor-model-parallel-size": recipe.tp,
         "pipeline-model-parallel-size": recipe.pp,
         "seq-length": SEQ_LENGTH,
         "micro-batch-size": 1,
         "global-batch-size": PACKS_PER_ITERATION,
-        "train-iters": recipe.iterations,
-        "lr": 2e-3,
+        "train-iters": training.iterations,
+        "lr": training.learning_rate,
         "min-lr": 0.0,
         "lr-decay-style": "cosine",
-        "lr-warmup-iters": min(WARMUP_ITERATIONS, recipe.iterations // 2),
+        "lr-warmup-iters": min(WARMUP_ITERATIONS, training.iterations // 2),
         "weight-decay": 0.01,
         "adam-beta2": 0.95,
         "clip-grad": 1.0,
@@ -80,6 +128,7 @@ def arguments(folder: Folder, recipe: Recipe) -> list[str]:
     }
     flags = ["--cpu", *(["--sequence-parallel"] if recipe.tp > 1 else [])]
     given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    given += map(str, training.weights)
     return [*launcher, "--nproc-per-node", str(recipe.processes), str(SCRIPT), *flags, *given]
 
 
@@ -107,21 +156,23 @@ def loss_of(line: str) -> float | None:
     return float(found[1]) if found else None
 
 
-def train(folder: Folder, recipe: Recipe, progress: Progress) -> list[float]:
-    """Train from the imported checkpoint into `megatron_trained`; the loss of each iteration.
+def train(training: Training, recipe: Recipe, progress: Progress) -> list[float]:
+    """Run a training; the loss of each iteration.
 
     Raises VLBridgeError: the script is not there, the training failed, or its log has fewer losses than iterations.
     """
     if not SCRIPT.is_file():
         raise VLBridgeError(f"{SCRIPT}: no such file; the demo needs the project's folder, not only its package")
-    log = folder.logs / "training.log"
+    log = training.log
     progress.note(f"log: {log}")
     progress.live("Megatron starts ...")
     follower = Follower(progress)
-    follow(arguments(folder, recipe), log, follower)
-    if len(follower.losses) != recipe.iterations:
-        raise VLBridgeError(f"{log}: expected the loss of {recipe.iterations} iterations, found {len(follower.losses)}")
-    return follower.losses
+    follow(arguments(training, recipe), log, follower)
+    losses = follower.losses
+    if len(losses) != training.iterations:
+        raise VLBridgeError(f"{log}: expected the loss of {training.iterations} iterations, found {len(losses)}")
+    progress.note(f"loss {losses[0]:.3f} -> {losses[-1]:.5f}: {training.save}")
+    return losses
 
 
 def follow(command: Sequence[str], log: Path, on_line: Callable[[str], None] | None = None) -> None:

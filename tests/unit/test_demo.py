@@ -3,7 +3,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
@@ -23,8 +23,17 @@ from megatron_vlbridge.demo.digits import (
     write_conversations,
 )
 from megatron_vlbridge.demo.output import Folder, Progress
-from megatron_vlbridge.demo.process import Follower, Recipe, arguments, follow, loss_of
-from megatron_vlbridge.demo.report import Difference, Result, report_text
+from megatron_vlbridge.demo.process import (
+    Follower,
+    Recipe,
+    Training,
+    adapter_training,
+    arguments,
+    base_training,
+    follow,
+    loss_of,
+)
+from megatron_vlbridge.demo.report import Base, Difference, Result, report_text
 from megatron_vlbridge.demo.start import FAMILIES
 from megatron_vlbridge.errors import VLBridgeError
 from tests.unit.time_limit import limit
@@ -48,6 +57,9 @@ GOOD = Result(
     logits=Difference(2e-5, 1e-7),
     seconds={"Import": 0.5},
 )
+
+BASE = Base(conversations=1500, adapter_parameters=210_944, accuracy=0.43, accuracy_known=0.97, accuracy_others=0.0)
+WITH_ADAPTERS = replace(GOOD, base=BASE, recipe=replace(RECIPE, lora=True))
 
 
 def test_the_loss_is_read_from_the_line_of_an_iteration() -> None:
@@ -88,20 +100,44 @@ def test_a_stream_that_is_no_terminal_gets_no_moving_line() -> None:
         progress.note("staying")
     assert stream.getvalue() == "[1/8] Import\n      staying\n      0.0 s\n"
     assert list(progress.seconds) == ["Import"]
+    with Progress(stream, stages=10).stage("Import"):
+        assert stream.getvalue().endswith("[1/10] Import\n")
+
+
+def values_of(training: Callable[[Folder, Recipe], Training], recipe: Recipe) -> dict[str, str]:
+    """Each option of a training with the word after it."""
+    return dict(pairwise(arguments(training(Folder(Path("out")), recipe), recipe)))
 
 
 def test_every_layout_is_one_process_for_each_part_of_the_model() -> None:
-    given = arguments(Folder(Path("out")), replace(RECIPE, tp=2, pp=2, iterations=1))
-    value = dict(pairwise(given))
+    value = values_of(base_training, replace(RECIPE, tp=2, pp=2, iterations=1))
     assert (value["--nproc-per-node"], value["--tensor-model-parallel-size"]) == ("4", "2")
     assert value["--pipeline-model-parallel-size"] == "2"
-    assert "--sequence-parallel" in given
+    assert "--sequence-parallel" in value
     assert int(value["--lr-warmup-iters"]) < int(value["--train-iters"])
-    assert "--sequence-parallel" not in arguments(Folder(Path("out")), RECIPE)
+    assert "--sequence-parallel" not in values_of(base_training, RECIPE)
+
+
+def test_adapters_get_two_thirds_of_the_iterations_and_start_from_the_exported_base() -> None:
+    recipe = replace(RECIPE, lora=True, tp=2, iterations=450)
+    base, adapters = values_of(base_training, recipe), values_of(adapter_training, recipe)
+    assert (base["--train-iters"], adapters["--train-iters"]) == ("150", "300")
+    assert (base["--save-interval"], adapters["--save-interval"]) == ("150", "300")
+    assert (base["--data"], adapters["--data"]) == ("out/data/base.yaml", "out/data/meta.yaml")
+    assert "--lora-rank" not in base
+    assert "--pretrained-checkpoint" not in adapters
+    assert adapters["--hf-folder"] == "out/hf-trained"
+    assert base["--save"] != adapters["--save"]
+    alone = values_of(base_training, replace(recipe, lora=False))
+    assert (alone["--train-iters"], alone["--data"]) == ("450", "out/data/meta.yaml")
+    least = replace(recipe, iterations=1)
+    assert (least.base_iterations, least.adapter_iterations) == (1, 1)
 
 
 def test_all_claims_of_a_good_result_hold() -> None:
     assert all(claim.holds for claim in GOOD.claims)
+    assert all(claim.holds for claim in WITH_ADAPTERS.claims)
+    assert len(WITH_ADAPTERS.claims) == len(GOOD.claims) + 1
 
 
 @pytest.mark.parametrize(
@@ -122,6 +158,14 @@ def test_a_claim_fails_alone(change: dict[str, object], failed: list[int]) -> No
     assert [number for number, claim in enumerate(claims) if not claim.holds] == failed
 
 
+@pytest.mark.parametrize(
+    "change", [{"accuracy_known": 0.89}, {"accuracy_others": 0.11}, {"accuracy_others": float("nan")}]
+)
+def test_a_base_that_knows_too_little_or_too_much_fails_its_claim(change: dict[str, float]) -> None:
+    claims = replace(WITH_ADAPTERS, base=replace(BASE, **change)).claims
+    assert [number for number, claim in enumerate(claims) if not claim.holds] == [4]
+
+
 def test_the_report_tells_figures_layout_and_what_failed() -> None:
     text = report_text(replace(GOOD, recipe=replace(RECIPE, tp=2, pp=2), blind_megatron=0.5))
     for part in (
@@ -137,6 +181,13 @@ def test_the_report_tells_figures_layout_and_what_failed() -> None:
         assert part in text
     assert text.count("**no**") == 1
     assert "**no**" not in report_text(GOOD)
+    assert "adapter" not in report_text(GOOD)
+
+
+def test_the_report_of_adapters_tells_what_the_base_answered() -> None:
+    text = report_text(WITH_ADAPTERS)
+    for part in ("97.0% and 0.0%", "43.00%", "zero to four", "1,500", "210,944", "19.5%", "rank 16", "`adapter/`"):
+        assert part in text
 
 
 def test_a_difference_is_the_largest_and_the_norms_quotient() -> None:
@@ -175,7 +226,7 @@ def test_a_former_result_is_replaced_and_what_others_put_there_is_kept(tmp_path:
 def test_all_that_the_demo_writes_is_replaced(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     assert set(folder.contents) == {path for path in vars(folder).values() if isinstance(path, Path)} - {folder.root}
-    assert len(folder.contents) == 9
+    assert len(folder.contents) == 11
 
 
 def test_conversations_come_back_from_their_files_each_image_written_once(tmp_path: Path) -> None:

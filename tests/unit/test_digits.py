@@ -12,6 +12,7 @@ from megatron_vlbridge.demo.digits import (
     blank,
     conversation_about,
     conversations,
+    is_known_to_base,
     load_scans,
     question,
     split_scans,
@@ -147,6 +148,13 @@ def test_a_video_shows_one_digit_after_the_other(scans: tuple[Scan, ...]) -> Non
     assert len({answer(conversation) for conversation in made}) > 10
     with pytest.raises(VLBridgeError, match="1 pairs asked for, but only 1 scans given"):
         video_conversations(scans[:1], 1)
+
+
+def test_a_base_knows_conversations_whose_digits_are_all_below_five(scans: tuple[Scan, ...]) -> None:
+    one_of = {scan.digit: scan for scan in reversed(scans)}
+    assert [digit for digit in range(10) if is_known_to_base(conversation_about(one_of[digit]))] == [0, 1, 2, 3, 4]
+    assert is_known_to_base(conversation_about(one_of[4], one_of[0]))
+    assert not is_known_to_base(conversation_about(one_of[4], one_of[5]))
 
 
 def test_blanked_images_tell_nothing_and_the_original_is_kept(scans: tuple[Scan, ...]) -> None:
