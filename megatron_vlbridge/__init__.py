@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
     from megatron_vlbridge.checkpoint.inspect import inspect
     from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights, save_hf
+    from megatron_vlbridge.checkpoint.peft.merge import merge_adapter
     from megatron_vlbridge.checkpoint.verify import verify
     from megatron_vlbridge.data.samples import check_batch, select_samples, split_global_batch
     from megatron_vlbridge.families import read_config
@@ -31,6 +32,7 @@ _HOMES = {
     "import_checkpoint": "checkpoint.convert",
     "inspect": "checkpoint.inspect",
     "load_hf_weights": "checkpoint.live",
+    "merge_adapter": "checkpoint.peft.merge",
     "model_provider": "training.pretrain",
     "read_config": "families",
     "save_hf": "checkpoint.live",
@@ -51,6 +53,7 @@ __all__ = [
     "import_checkpoint",
     "inspect",
     "load_hf_weights",
+    "merge_adapter",
     "model_provider",
     "read_config",
     "save_hf",

@@ -53,6 +53,7 @@ class Export(Conversion):
     """
 
     kind = "export"
+    writer: SafetensorsWriter
     template: ExportTemplate
     tensors: Mapping[str, TensorSpec]
     index: Path | None
@@ -114,7 +115,7 @@ def plan_export_of(
         megatron_source=str(weights.folder),
     )
     tensors, passthrough = _tensors_to_write(plan, template, config, family)
-    files, index = _shards(tensors, template, choices.max_shard_size)
+    files, index = plan_files(tensors, template, choices.max_shard_size)
     expert_form = family.find_expert_form(config, template.table, experts)
     return Export(
         architecture=family.architecture,
@@ -220,8 +221,8 @@ def _notes(
         )
 
 
-def _shards(
-    hf: Mapping[str, TensorSpec], template: ExportTemplate, max_shard_size: int | None
+def plan_files(
+    hf: Mapping[str, TensorSpec], template: ExportTemplate, max_shard_size: int | None = None
 ) -> tuple[dict[str, str], Path | None]:
     """Tensor -> file, and the template's own index where it is still right about sizes and files."""
     if max_shard_size is not None and max_shard_size <= 0:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_vlbridge.cli import data
 from megatron_vlbridge.cli.arguments import add_experts, add_ignore, add_json, count, size
-from megatron_vlbridge.cli.conversion import add_options, convert
+from megatron_vlbridge.cli.conversion import add_options, add_run_options, convert
 from megatron_vlbridge.cli.output import show
 from megatron_vlbridge.errors import UsageError
 
@@ -80,6 +80,22 @@ def _run_adapter_export(args: argparse.Namespace) -> int:
     done = str(export_adapter(args.megatron_folder, args.hf_folder, args.like))
     show(json.dumps({"done": done}) if args.json else done)
     return 0
+
+
+def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help="a Hugging Face folder, Hub id or Megatron folder")
+    parser.add_argument("adapter", metavar="ADAPTER", help="a folder that peft or export --adapter wrote")
+    parser.add_argument("hf_folder", metavar="OUT", help="the result: a new or an empty folder")
+    parser.add_argument(
+        "--like", metavar="HF_DIR", help="for a Megatron base: the folder or Hub id that it started from (config, ...)"
+    )
+    add_run_options(parser)
+
+
+def _run_merge(args: argparse.Namespace) -> int:
+    from megatron_vlbridge.checkpoint.peft.merge import plan_merge
+
+    return convert(args, plan_merge(args.base, args.adapter, args.hf_folder, like=args.like, experts=args.experts))
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +175,17 @@ example:
   vlbridge export run trained --like Qwen/Qwen3-VL-2B-Instruct""",
         _add_export_arguments,
         _run_export,
+    ),
+    "merge": Command(
+        "Hugging Face checkpoint + adapter (LoRA) -> Hugging Face checkpoint",
+        """Write a checkpoint with the adapter in a folder of peft merged into its weights,
+as peft's merge_and_unload does, without a model. All other files are those of
+the base.
+
+example:
+  vlbridge merge Qwen/Qwen3-VL-2B-Instruct adapter merged""",
+        _add_merge_arguments,
+        _run_merge,
     ),
     "verify": Command(
         "compare two checkpoints bit for bit, or one with its own checksums",

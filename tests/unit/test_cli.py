@@ -342,7 +342,7 @@ def test_help_and_version_import_no_torch() -> None:
     code = """
 import contextlib, io, sys
 from megatron_vlbridge import cli
-commands = [f"{name} --help" for name in ("import", "export", "verify", "inspect", "plot")]
+commands = [f"{name} --help" for name in ("import", "export", "merge", "verify", "inspect", "plot")]
 for line in ("--help", *commands, "--version", "", "improt"):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with contextlib.suppress(SystemExit):

@@ -38,6 +38,7 @@ ROOMS = {
     "stream": {"stream"},
     "hf": {"hf", "stream"},
     "torch_dist": {"torch_dist", "stream"},
+    "peft": {"peft", "torch_dist", "hf", "stream", "export_plan"},
     "live": {"live", "peft", "torch_dist", "hf", "stream", "export_plan", "conversion"},
 }
 LEAVES = {"comparison", "dtypes", "formats", "pipeline_split"}

@@ -35,13 +35,16 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_
 class SafetensorsWriter:
     """Writes tensors into files (`files`: tensor -> file), and an index when there are several.
 
-    `fill` gives the values of a region when they are to be written, a block of rows at a time. The format is a length,
-    a JSON header and the plain values, so the parts of a file are independent. Parts with neighbouring indices lie in
-    different files where possible: threads that write to one file at once contend for its lock.
+    `fill` gives the values of a region when they are to be written, a block of rows at a time, and takes at most
+    `scratch_bytes` of memory besides. The format is a length, a JSON header and the plain values, so the parts of a
+    file are independent. Parts with neighbouring indices lie in different files where possible: threads that write to
+    one file at once contend for its lock.
     """
 
-    def __init__(self, specs: Mapping[str, TensorSpec], files: Mapping[str, str], fill: Filler) -> None:
-        self.specs, self.files, self._fill = specs, files, fill
+    def __init__(
+        self, specs: Mapping[str, TensorSpec], files: Mapping[str, str], fill: Filler, scratch_bytes: int = 0
+    ) -> None:
+        self.specs, self.files, self.fill = specs, files, fill
         by_file: dict[str, dict[str, TensorSpec]] = {}
         for name, file in files.items():
             by_file.setdefault(file, {})[name] = specs[name]
@@ -55,7 +58,7 @@ class SafetensorsWriter:
         ranges = [found for turn in zip_longest(*cut) for found in turn if found is not None]
         self.regions = [regions for _, regions in ranges]  # of each part
         nbytes = [[self._nbytes(region) for region in regions] for regions in self.regions]
-        self.sizes, self.block_bytes = list(map(sum, nbytes)), max(chain(*nbytes), default=0)
+        self.sizes, self.block_bytes = list(map(sum, nbytes)), max(chain(*nbytes), default=0) + scratch_bytes
         self.parts: list[Part] = []
         self._lengths = dict.fromkeys(by_file, 0)
         for index, (file, _) in enumerate(ranges):
@@ -97,7 +100,7 @@ class SafetensorsWriter:
             write_exactly(handle, part.start, head)
             for region in self.regions[index]:
                 held = block.take(region.shape, self.specs[region.name].dtype)
-                self._fill(region, held)
+                self.fill(region, held)
                 hasher.update(as_bytes(held))
                 with self._alone[part.file]:  # the kernel's own lock spins
                     write_exactly(handle, position, as_bytes(held))

@@ -7,15 +7,13 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.live.collectives import raise_on_all_ranks, rank_and_size
 from megatron_vlbridge.checkpoint.live.shards import Model, Shard, modules_of
 from megatron_vlbridge.checkpoint.live.weights import LiveWeights
-from megatron_vlbridge.checkpoint.peft.adapter import LoraPair, read_adapter
+from megatron_vlbridge.checkpoint.peft.adapter import LoraPair, base_shapes, read_adapter
 from megatron_vlbridge.checkpoint.peft.config import AdapterConfig
 from megatron_vlbridge.checkpoint.peft.writer import peft_tensors, write_adapter
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families.experts import ExpertForm
 from megatron_vlbridge.weights import Region, RuleTable
 from megatron_vlbridge.weights.adapters import HALVES, adapter_table, adapter_tensor, weight_of
 from megatron_vlbridge.weights.regions import Shape
@@ -30,7 +28,7 @@ def export_adapter_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The adapters of a live, sharded model as `peft` has them: `(name, tensor)`, on the device of the parameters.
 
-    A is `[r, in]` and B `[out, r]` (of experts: `checkpoint.peft.adapter.LoraPair`), named such as
+    A is `[r, in]` and B `[out, r]` (of experts: `checkpoint.peft.writer.peft_tensors`), named such as
     `base_model.model.lm_head.lora_A.weight`, in the order of the checkpoint on every rank. All ranks must call it and
     iterate to the end; `ranks` says who receives. The weights beside them: `export_hf_weights`.
 
@@ -38,7 +36,7 @@ def export_adapter_weights(
     Example: `dict(export_adapter_weights(model))`.
     """
     for weight, (a, b) in export_pairs(model, ranks=ranks):
-        yield from peft_tensors(weight, a, b).items()
+        yield from peft_tensors(weight, a, b, _settings(model).weights).items()
 
 
 @torch.no_grad()
@@ -111,9 +109,8 @@ def _settings(model: Model) -> Any:
 
 
 def _shapes(model: Model) -> dict[str, Shape]:
-    """The weights of the base as transformers holds them."""
-    config = modules_of(model)[0].hf_config
-    return families.find(config).table(config, ExpertForm.FUSED_OUT_IN).hf_shapes
+    """The weights of the base that can have an adapter."""
+    return base_shapes(modules_of(model)[0].hf_config)
 
 
 def _shards(module: Any, _table: RuleTable, _source: str) -> list[Shard]:
