@@ -123,7 +123,7 @@ def test_filled_by_blocks_it_is_the_quantised_whole(rows: int, columns: int, lim
         read.append(region)
         out.copy_((weight if region.name == NAME else norm)[region.slices])
 
-    (specs, quantising, bytes_read), filled = quantised_output(plain, fill, ()), {}
+    (specs, quantising, reads), filled = quantised_output(plain, fill, ()), {}
     assert list(specs) == [NAME, f"{NAME}_scale_inv", "norm"]
     for name, spec in specs.items():
         filled[name] = torch.empty(spec.shape, dtype=spec.dtype)
@@ -135,7 +135,7 @@ def test_filled_by_blocks_it_is_the_quantised_whole(rows: int, columns: int, lim
             filled[name][block.slices] = out
             elements = block.volume if name == "norm" else weight_region(block, plain).volume
             assert sum(x.volume for x in read[before:]) == elements
-            assert elements * 2 <= block.volume * bytes_read.get(name, 4)
+            assert elements * 2 <= block.volume * reads.bytes_of_element.get(name, 4)
     values, scales = quantise(NAME, weight)
     assert torch.equal(filled[NAME].view(torch.uint8), values.view(torch.uint8))
     assert torch.equal(filled[f"{NAME}_scale_inv"], scales)
