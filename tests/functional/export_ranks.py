@@ -1,5 +1,6 @@
 """What runs inside the workers of `test_weight_sync.py`: exports for inference servers, and ranks that stop in them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +57,31 @@ def stop(layout: Layout, folder: Path, mode: Any, who: list[int], after: int, by
     return told
 
 
-def refusal(layout: Layout, folder: Path, options: list[dict[str, Any]], value: float | None) -> str:
-    """What this rank is told where it has these options, and the last one this value in a layer and one in a norm."""
+def refusals(layout: Layout, folder: Path, cases: Mapping[str, list[dict[str, Any]]], target: Path) -> dict[str, str]:
+    """In each case what this rank is told where it exports, or in those called "save ..." saves, with its options.
+
+    `value` is not an option: the last rank has it in a linear layer, and NaN in a norm, which is not quantised.
+    """
     rank = torch.distributed.get_rank()
     chunks = ranks.build_chunks(layout, folder)
-    if rank == layout.world - 1 and value is not None:
-        parameters = dict(chunks[-1].named_parameters())
-        (name, *_) = (x for x in parameters if x.endswith("mlp.linear_fc2.weight") and "language" in x)
-        parameters[name].data.view(-1)[5] = value
-        (name, *_) = (x for x in parameters if x.endswith("final_layernorm.weight"))
-        parameters[name].data[0] = torch.nan  # not quantised
-    try:
-        return f"{len(list(export_hf_weights(chunks, **options[rank])))} tensors"
-    except VLBridgeError as error:
-        return str(error)
+    parameters = {name: x.data for name, x in chunks[-1].language_model.named_parameters()}
+    linear = next(x for name, x in parameters.items() if name.endswith("mlp.linear_fc2.weight"))
+    if rank == layout.world - 1:
+        next(x for name, x in parameters.items() if name.endswith("final_layernorm.weight"))[0] = torch.nan
+    told = {}
+    for case, per_rank in cases.items():
+        options = dict(per_rank[rank])
+        value = options.pop("value", 1.0)
+        linear.view(-1)[5] = value if rank == layout.world - 1 else 1.0
+        try:
+            if case.startswith("save"):
+                save_hf(chunks, target, folder, **options)
+            else:
+                list(export_hf_weights(chunks, bucket_bytes=TINY, **options))
+            told[case] = "accepted"
+        except VLBridgeError as error:
+            told[case] = str(error)
+    return told
 
 
 def export_changes(layout: Layout, folder: Path, mode: Any) -> list[tuple[list[str], tuple[str, ...], bool]]:

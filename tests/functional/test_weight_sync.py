@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.live import WeightDigests
 from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS, verify_checksums
 from tests import mtp_reference, reference
 from tests.cases import in_turn
 from tests.functional import export_ranks
-from tests.functional.live_ranks import TINY
 from tests.functional.pool import Layout, Pool
 from tests.unit.test_fp8_export import SIZES, reference_of, same_bytes
 
@@ -170,42 +170,28 @@ def test_only_what_has_changed_is_sent(pool: Pool, sources: dict[str, Path], mod
             assert sorted(name for one in found for name in one) == sorted(sent)
 
 
-PP2 = Layout(pp=2, world=2)
+FP8: dict[str, Any] = {"fp8": True}
+# The options of both ranks, and what both are told.
+REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "inf to some": ([FP8 | {"value": torch.inf, "ranks": "shared"}] * 2, r"fc2.weight.*: expected finite .*found inf"),
+    "nan to one": ([FP8 | {"value": torch.nan, "ranks": "first"}] * 2, r"fc2.weight.*: expected finite .*found nan"),
+    "save nan": ([FP8 | {"value": torch.nan}] * 2, r"down_proj\.weight: expected finite .*found nan"),
+    "fp8 on one": ([FP8, {}], r"rank 1: expected the options of rank 0, .*'fp8': True.*'fp8': False"),
+    "float16": ([FP8 | {"dtype": "float16"}] * 2, "expected float32 or bfloat16 for an export in FP8"),
+    "save float16": ([FP8 | {"dtype": "float16"}] * 2, "expected float32 or bfloat16 for an export in FP8"),
+    "a dtype on one": ([FP8, FP8 | {"dtype": "float8"}], "dtype: expected one of"),
+    "receivers": ([{}, {"ranks": "nobody"}], "ranks: expected one of all, first, shared, found 'nobody'"),
+    "experts": ([{}, {"experts": "hup"}], "experts: expected one of hub, .* found 'hup'"),
+    "digests on one": ([{}, {"digests": WeightDigests()}], "rank 1: expected the options of rank 0"),
+    "other values": ([FP8] * 2, "accepted"),
+}
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "value", "said"),
-    [
-        (
-            {"fp8": True, "ranks": "shared"},
-            {},
-            torch.inf,
-            "linear_fc2.weight.*: expected finite values up to .*found inf",
-        ),
-        (
-            {"fp8": True, "ranks": "first"},
-            {},
-            torch.nan,
-            "linear_fc2.weight.*: expected finite values up to .*found nan",
-        ),
-        ({"fp8": True}, {"fp8": False}, None, "rank 1: expected the options of rank 0, .*'fp8': True.*'fp8': False"),
-        ({"fp8": True, "dtype": "float16"}, {}, None, "expected float32 or bfloat16 for an export in FP8"),
-        ({"fp8": True}, {"dtype": "float8"}, None, "rank 1: dtype: expected one of|^dtype: expected one of"),
-        ({}, {"ranks": "nobody"}, None, "ranks: expected one of all, first, shared, found 'nobody'"),
-        ({}, {"bucket_bytes": 0}, None, "bucket_bytes: expected at least 1, found 0"),
-        ({}, {"experts": "hup"}, None, "experts: expected one of hub, .* found 'hup'"),
-    ],
-    ids=["inf", "nan", "fp8 on one rank", "float16", "a dtype on one rank", "receivers", "bucket", "experts"],
-)
-def test_every_rank_is_told(
-    pool: Pool, sources: dict[str, Path], one: dict[str, Any], other: dict[str, Any], value: float | None, said: str
-) -> None:
-    arguments = {"options": [one, one | other], "value": value}
-    for text in pool.run(export_ranks.refusal, PP2, folder=sources["dense"], **arguments):
-        assert re.search(said, text), text
-
-
-def test_values_that_are_not_quantised_may_be_anything(pool: Pool, sources: dict[str, Path]) -> None:
-    arguments = {"options": [{"fp8": True, "bucket_bytes": TINY}] * 2, "value": 1.0}
-    found = pool.run(export_ranks.refusal, PP2, folder=sources["dense"], **arguments)
-    assert all(re.fullmatch(r"\d+ tensors", text) for text in found)
+def test_every_rank_is_told(pool: Pool, sources: dict[str, Path], tmp_path: Path) -> None:
+    """Also where only one has a wrong option; what is not quantised may have any value."""
+    cases = {case: options for case, (options, _) in REFUSED.items()}
+    arguments = {"cases": cases, "target": tmp_path / "saved"}
+    for told in pool.run(export_ranks.refusals, Layout(pp=2, world=2), folder=sources["dense"], **arguments):
+        for case, (_, text) in REFUSED.items():
+            assert re.search(text, told[case]), (case, told[case])
+    assert not list(tmp_path.iterdir())

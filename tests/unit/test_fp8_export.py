@@ -134,11 +134,14 @@ def test_transformers_converts_the_linears_that_are_quantised(
     assert {name for name in linears if should_convert_module(name, listed)} == of_model
     assert all(should_convert_module(name, listed) for name in experts)
     assert bool(experts) == (kind != "dense")
-    others = {name.removesuffix(".weight") for name, x in written.items() if x.dim() > 1} - quantised
-    assert {name for name in others if not name.endswith((".weight_scale_inv", ".pos_embed"))} <= set(listed)
-    engines = {name for name in listed if name.startswith("visual.")}
-    assert "visual.blocks.0.attn.qkv_proj" in engines
-    assert len(engines) == sum(name.startswith("model.visual.") and "qkv_proj" not in name for name in listed)
+    others = {name.removesuffix(".weight") for name in written if name.endswith(".weight")} - quantised | {"lm_head"}
+    of_engines = set(listed) - others
+    assert others <= set(listed)
+    assert len(listed) == len(set(listed))
+    assert {"visual.blocks.0.attn.qkv_proj", "visual.merger.linear_fc1", "visual.pos_embed"} <= of_engines
+    assert all(name.startswith("visual.") or name.endswith(("qkv_proj", "in_proj_ba")) for name in of_engines)
+    tower = {name.removeprefix("model.") for name in others if name.startswith("model.visual.")}
+    assert {name.replace(".attn.qkv", ".attn.qkv_proj") for name in tower} <= of_engines
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

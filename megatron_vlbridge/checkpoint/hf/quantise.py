@@ -118,9 +118,7 @@ def quantization_config(specs: Mapping[str, TensorSpec], head: str) -> dict[str,
 
     `head` names the output head, which is no tensor where it is tied.
     """
-    weights = [
-        name for name, spec in specs.items() if name.endswith(".weight") and len(spec.shape) > 1 and spec.dtype != FP8
-    ]
+    weights = [name for name, spec in specs.items() if name.endswith(".weight") and spec.dtype != FP8]
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
