@@ -1,6 +1,6 @@
 """The merge of an adapter into its base: a Hugging Face checkpoint, written as an export writes one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -72,14 +72,19 @@ def plan_merge(
     config, folder = read_config(plan.template.folder), Path(adapter)
     pairs = read_adapter(folder, base_shapes(config))
     delta = Delta(pairs, plan.plan.table, find(config).table(config, ExpertForm.FUSED_OUT_IN))
-    writer = plan.writer
+    writer, reads = plan.writer, plan.writer.reads
 
     def fill(region: Region, out: torch.Tensor) -> None:
         writer.fill(region, out)
         delta.add_into(region, out)
 
     changes = {
-        "writer": SafetensorsWriter(writer.specs, writer.files, fill, delta.scratch_bytes),
+        "writer": SafetensorsWriter(
+            writer.specs,
+            writer.files,
+            fill,
+            replace(reads, scratch_bytes=reads.scratch_bytes + delta.scratch_bytes),
+        ),
         "source_files": (*plan.source_files, folder / WEIGHTS, folder / CONFIG),
         "notes": (*plan.notes, f"merged into {listed(list(pairs))}"),
     }
@@ -113,4 +118,5 @@ def _plan_copy(folder: Path, target: Path, experts: str | None) -> Export:
         index=index,
         config_dtype=None,
         portable=None,
+        quantization=None,
     )
