@@ -52,6 +52,7 @@ COMMANDS = {
     "short train": (TRAINING, "torchrun --nproc_per_node 1 examples/pretrain.py --cpu "),
     "lora train": (LORA, "torchrun --nproc_per_node 8 examples/pretrain.py \\"),
     "lora export": (LORA, "vlbridge export run-lora adapter"),  # tests/functional/test_lora_training.py
+    "lora merge": (LORA, "vlbridge merge Qwen3-VL-8B-Instruct adapter merged"),
     "usage": (CHECKPOINTS, "vlbridge import  HF_DIR MEGATRON_DIR"),
 }
 PYTHON = {

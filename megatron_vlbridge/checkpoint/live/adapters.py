@@ -1,5 +1,6 @@
 """The adapters of a live, sharded model as folders of `peft`, and back."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import batched
 from pathlib import Path
@@ -135,11 +136,13 @@ def _check_same(folder: Path, settings: Any, pairs: dict[str, LoraPair]) -> None
             "targets that the folder was made with."
         )
     for weight, pair in pairs.items():
-        rank = pair.a.spec.shape[0] // (pair.experts or 1)
-        if (rank, pair.scaling) != (settings.rank, settings.scaling):
+        rank, alpha = pair.a.spec.shape[-2], pair.a.spec.shape[-2] * pair.scaling
+        # alpha / sqrt(rank) may differ from alpha / rank of another alpha by its rounding.
+        if rank != settings.rank or not math.isclose(pair.scaling, settings.scaling, rel_tol=1e-12):
+            remedy = f"Give add_lora rank={rank}, alpha={alpha!r}" if alpha > 0 else "Merge the folder into its base"
             raise VLBridgeError(
                 f"{folder}: {weight}: expected rank {settings.rank} and scaling {settings.scaling:g}, those of the "
-                f"model, found {rank} and {pair.scaling:g}. Give add_lora rank={rank}, alpha={rank * pair.scaling:g}."
+                f"model, found {rank} and {pair.scaling:g}. {remedy}."
             )
 
 
