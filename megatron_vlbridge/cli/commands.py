@@ -55,6 +55,9 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a config.json that transformers 4.57 and 5.x read alike (default: the source's, unchanged)",
     )
     parser.add_argument(
+        "--fp8", action="store_true", help="write linear layers in FP8, with a scale for each block of 128 x 128"
+    )
+    parser.add_argument(
         "--adapter", action="store_true", help="write the adapters that a run with --lora-rank saved, for peft"
     )
     add_options(parser)
@@ -65,14 +68,14 @@ def _run_export(args: argparse.Namespace) -> int:
 
     if args.adapter:
         return _run_adapter_export(args)
-    choices = ExportChoices(args.dtype, args.experts, args.max_shard_size, args.portable_config)
+    choices = ExportChoices(args.dtype, args.experts, args.max_shard_size, args.portable_config, args.fp8)
     return convert(args, plan_export(args.megatron_folder, args.hf_folder, args.like, choices))
 
 
 def _run_adapter_export(args: argparse.Namespace) -> int:
     from megatron_vlbridge.checkpoint.peft.export import export_adapter
 
-    others = ("dtype", "experts", "max_shard_size", "portable_config", "resume", "dry_run", "workers", "memory")
+    others = ("dtype", "experts", "max_shard_size", "portable_config", "fp8", "resume", "dry_run", "workers", "memory")
     if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
         raise UsageError(
             f"{given[0]}: expected none with --adapter, which writes a small folder at once. Leave it out."

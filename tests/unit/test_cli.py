@@ -25,6 +25,7 @@ from megatron_vlbridge.cli.parser import parse
 from megatron_vlbridge.cli.progress import Meter
 from megatron_vlbridge.config import WEIGHT_DTYPES
 from megatron_vlbridge.families import ExpertForm
+from megatron_vlbridge.families.experts import HUB
 from tests import reference
 from tests.unit import test_convert, test_convert_moe
 
@@ -292,7 +293,7 @@ def test_the_dtypes_are_those_of_the_config() -> None:
 
 
 def test_the_forms_of_experts_are_those_of_the_rules() -> None:
-    assert tuple(ExpertForm) == EXPERTS
+    assert (HUB, *ExpertForm) == EXPERTS
 
 
 @pytest.mark.parametrize(("short", "name"), DTYPES.items())

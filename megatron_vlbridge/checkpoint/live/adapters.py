@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_vlbridge import families
-from megatron_vlbridge.checkpoint.live.collectives import raise_on_all_ranks, rank_and_size
+from megatron_vlbridge.checkpoint.live.collectives import in_step, raise_on_all_ranks, rank_and_size
 from megatron_vlbridge.checkpoint.live.shards import Model, Shard, modules_of
 from megatron_vlbridge.checkpoint.live.weights import LiveWeights
 from megatron_vlbridge.checkpoint.peft.adapter import LoraPair, read_adapter
@@ -51,14 +51,14 @@ def export_pairs(
         table = adapter_table(shapes, settings.weights, settings.rank)
     live = LiveWeights(model, table, None, {"adapters of": settings, "ranks": ranks}, _shards)
     receiver = None if ranks == "all" else 0
-    for weights in batched(settings.weights, _AT_ONCE):
+    for weights, alone in in_step(list(batched(settings.weights, _AT_ONCE)), "export of adapters"):
         names = {weight: [adapter_tensor(weight, half) for half in HALVES] for weight in weights}
         live.fetch((Region.whole(x, table.hf_shapes[x]) for both in names.values() for x in both), receiver)
-        if receiver in (None, live.rank):
-            pairs = {weight: _pair(live, table, both) for weight, both in names.items()}
+        with alone:
+            mine = names if receiver in (None, live.rank) else {}
+            pairs = {weight: _pair(live, table, both) for weight, both in mine.items()}
             live.release()
             yield from pairs.items()
-        live.release()
 
 
 def save_adapter(model: Model, folder: str | Path, base_model: str) -> Path:

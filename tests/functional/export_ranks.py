@@ -1,0 +1,72 @@
+"""What runs inside the workers of `test_weight_sync.py`: exports for inference servers, and ranks that stop in them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vlbridge.checkpoint.live import export_hf_weights, hf_weight_specs, save_hf
+from megatron_vlbridge.errors import VLBridgeError
+from tests.functional import ranks
+from tests.functional.live_ranks import BIG, MODES, TINY, VOCABULARY, Named
+from tests.functional.pool import Layout
+
+Spec = tuple[str, tuple[int, ...], torch.dtype]
+
+
+def export_all(layout: Layout, folder: Path, options: list[dict[str, Any]]) -> list[tuple[Named, list[Spec]]]:
+    """With each of the options what is exported, and what the specs say of it."""
+    chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY)
+    return [
+        (
+            list(export_hf_weights(chunks, bucket_bytes=TINY, **chosen)),
+            [(name, spec.shape, spec.dtype) for name, spec in hf_weight_specs(chunks[0].hf_config, **chosen).items()],
+        )
+        for chosen in options
+    ]
+
+
+def export_fp8(layout: Layout, folder: Path) -> dict[str, Named]:
+    """In all modes, twice to all."""
+    chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY)
+    weights = {mode: list(export_hf_weights(chunks, bucket_bytes=TINY, ranks=mode, fp8=True)) for mode in MODES}
+    return weights | {"again": list(export_hf_weights(chunks, bucket_bytes=BIG, fp8=True))}
+
+
+def save(layout: Layout, folder: Path, target: Path, **options: Any) -> Path:
+    chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY)
+    return save_hf(chunks, target, folder, **options)
+
+
+def stop(layout: Layout, folder: Path, mode: Any, who: list[int], after: int, by: str) -> str:
+    """What this rank is told where some stop after so many tensors, by an error of theirs or by asking for no more."""
+    rank = torch.distributed.get_rank()
+    chunks = ranks.build_chunks(layout, folder)
+    told = "all"
+    try:
+        for number, _ in enumerate(export_hf_weights(chunks, bucket_bytes=TINY, ranks=mode)):
+            if rank in who and number == after:
+                if by == "error":
+                    raise RuntimeError("the engine is gone")
+                told = "stopped"
+                break
+    except (VLBridgeError, RuntimeError) as error:
+        told = str(error)
+    torch.distributed.barrier()  # all are here, and their next collective is the same
+    return told
+
+
+def refusal(layout: Layout, folder: Path, options: list[dict[str, Any]], value: float | None) -> str:
+    """What this rank is told where it has these options, and the last one this value in a layer and one in a norm."""
+    rank = torch.distributed.get_rank()
+    chunks = ranks.build_chunks(layout, folder)
+    if rank == layout.world - 1 and value is not None:
+        parameters = dict(chunks[-1].named_parameters())
+        (name, *_) = (x for x in parameters if x.endswith("mlp.linear_fc2.weight") and "language" in x)
+        parameters[name].data.view(-1)[5] = value
+        (name, *_) = (x for x in parameters if x.endswith("final_layernorm.weight"))
+        parameters[name].data[0] = torch.nan  # not quantised
+    try:
+        return f"{len(list(export_hf_weights(chunks, **options[rank])))} tensors"
+    except VLBridgeError as error:
+        return str(error)

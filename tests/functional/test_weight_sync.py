@@ -1,0 +1,187 @@
+"""Weights for inference servers: specs without a model, FP8 of whole matrices, and ranks that stop."""
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS, verify_checksums
+from tests import mtp_reference, reference
+from tests.cases import in_turn
+from tests.functional import export_ranks
+from tests.functional.live_ranks import TINY
+from tests.functional.pool import Layout, Pool
+from tests.unit.test_fp8_export import SIZES, reference_of, same_bytes
+
+# Tensor-parallel slices of 150 rows and the like, none of which is a whole block.
+SHAPES: dict[str, Any] = {"text_fields": SIZES, "vision_fields": {"out_hidden_size": 160}}
+CASES = [
+    ("dense", Layout(tp=2, pp=2, world=4)),
+    ("experts", Layout()),
+    ("dense", Layout(pp=2, vpp=2, world=2)),
+    ("dense", Layout(cp=2, world=4)),
+    ("experts", Layout(tp=2, sp=True, etp=2, ep=2, world=4)),
+    ("linear-experts", Layout(tp=2, sp=True, pp=2, ep=2, etp=1, world=4)),
+    ("prediction", Layout(ep=2, pp=2, world=4)),
+    ("linear", Layout(tp=2, world=2)),
+    ("experts", Layout(ep=2, pp=2, vpp=2, world=4)),
+]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"fp8": True},
+    {"dtype": "bfloat16", "fp8": True, "experts": "hub"},
+    {"experts": "hub"},
+    {"dtype": torch.float16},
+]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sync")
+    written = {
+        kind: reference.write_checkpoint(folder / kind, **SHAPES, **options)
+        for kind, options in reference.KINDS.items()
+    }
+    return written | {"prediction": mtp_reference.write_mtp_checkpoint(folder / "prediction", experts={}, **SHAPES)}
+
+
+@pytest.fixture(scope="module")
+def plain(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights with single experts."""
+    folder = tmp_path_factory.mktemp("plain")
+    result = {}
+    for kind, source in sources.items():
+        experts = None if kind in ("dense", "linear") else "per_expert"
+        imported = import_checkpoint(source, folder / f"megatron-{kind}")
+        result[kind] = weights_of(export_checkpoint(imported, folder / kind, experts=experts))
+    return result
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+@pytest.mark.parametrize(("kind", "layout"), in_turn(CASES, 3), ids=str)
+def test_the_specs_are_what_is_exported_on_every_rank(
+    pool: Pool, sources: dict[str, Path], kind: str, layout: Layout
+) -> None:
+    """In their order, whatever the layout."""
+    for result in pool.run(export_ranks.export_all, layout, folder=sources[kind], options=OPTIONS):
+        for weights, specs in result:
+            assert [(name, tuple(x.shape), x.dtype) for name, x in weights] == specs
+            assert len(specs) > 50
+
+
+@pytest.mark.parametrize(("kind", "layout"), in_turn(CASES, 4), ids=str)
+def test_blocks_are_those_of_whole_matrices(
+    pool: Pool, sources: dict[str, Path], plain: dict[str, dict[str, torch.Tensor]], kind: str, layout: Layout
+) -> None:
+    """To the last bit, on every rank, in every mode and run; values and scales of a tensor come together."""
+    expected = reference_of(plain[kind])
+    results = pool.run(export_ranks.export_fp8, layout, folder=sources[kind])
+    order = [name for name, _ in results[0]["all"]]
+    for result in results:
+        assert same_bytes(dict(result["all"]), expected)
+        assert same_bytes(dict(result["again"]), expected)
+        assert [name for name, _ in result["all"]] == [name for name, _ in result["again"]] == order
+    for name, scales in itertools.pairwise(order):
+        assert (scales == f"{name}_scale_inv") == (expected[name].dtype == torch.float8_e4m3fn)
+    assert same_bytes(dict(results[0]["first"]), expected)
+    assert not any(result["first"] for result in results[1:])
+    shared = [pair for result in results for pair in result["shared"]]
+    assert same_bytes(dict(shared), expected)
+    assert len(shared) == len(expected)
+    for result in results:
+        mine = {name for name, _ in result["shared"]}
+        assert all(name.removesuffix("_scale_inv") in mine for name in mine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    in_turn([("linear-experts", Layout(ep=2, pp=2, world=4)), ("dense", Layout(tp=2, world=2))], 2),
+    ids=str,
+)
+def test_a_saved_folder_is_that_of_an_export(
+    pool: Pool, sources: dict[str, Path], tmp_path: Path, kind: str, layout: Layout
+) -> None:
+    options: dict[str, Any] = {"fp8": True, "max_shard_size": 300_000, "dtype": "bfloat16"}
+    expected = export_checkpoint(import_checkpoint(sources[kind], tmp_path / "m"), tmp_path / "exported", **options)
+    target = tmp_path / "saved"
+    pool.run(export_ranks.save, layout, folder=sources[kind], target=target, **options)
+    found, wanted = (
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.name != CHECKSUMS}
+        for folder in (target, expected)
+    )
+    assert found == wanted
+    assert len([name for name in found if name.endswith(".safetensors")]) > 2
+    assert verify_checksums(target).equal
+
+
+STOPPED = r"rank 1: expected to go on with the export of weights, found that it has stopped\. Take all"
+
+
+@pytest.mark.parametrize(("mode", "by"), [("all", "error"), ("shared", "break")])
+def test_a_rank_that_stops_is_named_to_the_others(pool: Pool, sources: dict[str, Path], mode: str, by: str) -> None:
+    layout = Layout(tp=2, pp=2, world=4)
+    told = pool.run(export_ranks.stop, layout, folder=sources["dense"], mode=mode, who=[1], after=3, by=by)
+    assert told.pop(1) == {"error": "the engine is gone", "break": "stopped"}[by]
+    assert all(re.match(STOPPED, text) for text in told)
+
+
+def test_ranks_that_all_stop_after_one_tensor_are_told_nothing(pool: Pool, sources: dict[str, Path]) -> None:
+    layout, source = Layout(tp=2, world=2), sources["dense"]
+    told = pool.run(export_ranks.stop, layout, folder=source, mode="all", who=[0, 1], after=3, by="break")
+    assert told == ["stopped"] * 2
+
+
+def test_a_rank_that_stops_among_the_last_tensors_stops_none(pool: Pool, sources: dict[str, Path]) -> None:
+    layout, source = Layout(tp=2, world=2), sources["dense"]
+    last = len(weights_of(source)) - 1
+    told = pool.run(export_ranks.stop, layout, folder=source, mode="all", who=[1], after=last, by="break")
+    assert told == ["all", "stopped"]
+
+
+PP2 = Layout(pp=2, world=2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "value", "said"),
+    [
+        (
+            {"fp8": True, "ranks": "shared"},
+            {},
+            torch.inf,
+            "linear_fc2.weight.*: expected finite values up to .*found inf",
+        ),
+        (
+            {"fp8": True, "ranks": "first"},
+            {},
+            torch.nan,
+            "linear_fc2.weight.*: expected finite values up to .*found nan",
+        ),
+        ({"fp8": True}, {"fp8": False}, None, "rank 1: expected the options of rank 0, .*'fp8': True.*'fp8': False"),
+        ({"fp8": True, "dtype": "float16"}, {}, None, "expected float32 or bfloat16 for an export in FP8"),
+        ({"fp8": True}, {"dtype": "float8"}, None, "rank 1: dtype: expected one of|^dtype: expected one of"),
+        ({}, {"ranks": "nobody"}, None, "ranks: expected one of all, first, shared, found 'nobody'"),
+        ({}, {"bucket_bytes": 0}, None, "bucket_bytes: expected at least 1, found 0"),
+        ({}, {"experts": "hup"}, None, "experts: expected one of hub, .* found 'hup'"),
+    ],
+    ids=["inf", "nan", "fp8 on one rank", "float16", "a dtype on one rank", "receivers", "bucket", "experts"],
+)
+def test_every_rank_is_told(
+    pool: Pool, sources: dict[str, Path], one: dict[str, Any], other: dict[str, Any], value: float | None, said: str
+) -> None:
+    arguments = {"options": [one, one | other], "value": value}
+    for text in pool.run(export_ranks.refusal, PP2, folder=sources["dense"], **arguments):
+        assert re.search(said, text), text
+
+
+def test_values_that_are_not_quantised_may_be_anything(pool: Pool, sources: dict[str, Path]) -> None:
+    arguments = {"options": [{"fp8": True, "bucket_bytes": TINY}] * 2, "value": 1.0}
+    found = pool.run(export_ranks.refusal, PP2, folder=sources["dense"], **arguments)
+    assert all(re.fullmatch(r"\d+ tensors", text) for text in found)
