@@ -1,5 +1,6 @@
 """What runs inside the workers: a bridge and adapters, and what a bridge rejects."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron_vlbridge.checkpoint.live.shards import modules_of
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.integrations import AutoBridge
+from megatron_vlbridge.model.lora.attach import add_lora
+from megatron_vlbridge.model.lora.entries import adapter_shards
 from tests.functional import lora_ranks, ranks
 from tests.functional.auto_bridge_ranks import parallel_sizes
 from tests.functional.pool import Layout
@@ -133,6 +136,26 @@ def weight_refusals(layout: Layout, folder: Path, lora: Mapping[str, Any], targe
     ranks.add_adapters(again, **lora)
     config = SimpleNamespace(dim=lora["rank"], alpha=lora["alpha"] + 1)
     return [*found, said(lambda: bridge.save_hf_adapter(again, target / "adapter", config))]
+
+
+def documented(layout: Layout, folder: Path, code: list[str], work: Path) -> dict[str, Any]:
+    """Runs the code of the page, with this folder in the place of the Hub id."""
+    names: dict[str, Any] = {}
+    with contextlib.chdir(work):
+        for part in code:
+            exec(part.replace("Qwen/Qwen3-VL-2B-Instruct", str(folder)), names)
+    (chunk,) = names["provider"].provide_distributed_model(wrap_with_ddp=False)
+    return {"targets": chunk.lora.weights, "config": names["model"][0].config}
+
+
+def overflow(layout: Layout, folder: Path) -> list[str]:
+    """What is said where the sum of a weight and its adapter, on the second rank, is no number in bf16."""
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    model = provider_of(layout, bridge).provide_distributed_model(wrap_with_ddp=False, bf16=True)
+    add_lora(modules_of(model)[0], rank=1, alpha=1, targets=["q_proj"])
+    for shard in adapter_shards(modules_of(model)[0]):
+        shard.values.fill_(3e38 if torch.distributed.get_rank() else 0)
+    return [said(lambda: bridge.export_hf_weights(model)), said(lambda: bridge.save_hf_pretrained(model, "none"))]
 
 
 def own_groups(layout: Layout, folder: Path) -> dict[str, Any]:

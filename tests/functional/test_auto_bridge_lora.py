@@ -13,6 +13,7 @@ from tests import lora_reference, reference
 from tests.cases import later
 from tests.closeness import relative_error
 from tests.functional import auto_bridge_lora_ranks
+from tests.functional.doc_blocks import all_blocks
 from tests.functional.pool import Layout, Pool
 from tests.functional.test_auto_bridge import as_stored, weights_of
 from tests.functional.test_lora_weights import assert_same, in_peft, values_of
@@ -73,16 +74,20 @@ def assert_merged(
         assert relative_error(mine, x) < ROUNDING if name in pairs else torch.equal(mine, x), name
 
 
-def test_a_merge_is_rounded_once(pool: Pool, folders: dict[str, Path], tmp_path: Path) -> None:
-    """In bf16, with the sum in fp32."""
-    folder, pairs = folders["dense"], lora_reference.random_pairs(folders["dense"])
+@pytest.mark.parametrize("kind", ["experts", later("dense")])
+def test_a_merge_is_rounded_as_by_peft(pool: Pool, folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """In bf16: B A in fp32, of experts rounded, and the sum rounded."""
+    folder, pairs = folders[kind], lora_reference.random_pairs(folders[kind])
     lora = {**LORA, "values": values_of(pairs)}
     (found,) = pool.run(auto_bridge_lora_ranks.adapted, ONE, folder=folder, lora=lora, target=tmp_path, bf16=True)
     expected = {name: x.bfloat16() for name, x in weights_of(folder).items()}
     for name, (a, b) in pairs.items():
         delta = b.bfloat16().float() @ a.bfloat16().float() * lora_reference.SCALING
+        if delta.dim() == 3:
+            delta = delta.bfloat16().float()
+            delta = delta if delta.shape == expected[name].shape else delta.transpose(1, 2)
         expected[name] = (expected[name].float() + delta).bfloat16()
-    assert_same(dict(found["merged"]), expected)
+    assert_same({name: as_stored(x, expected[name]) for name, x in found["merged"]}, expected)
     assert_same(weights_of(tmp_path / "merged"), expected)
 
 
@@ -139,6 +144,22 @@ def test_a_provider_makes_the_process_groups_and_seeds_them(pool: Pool, folders:
         first, second = found["weights"]
         assert_same(second, first)
         assert first.keys() == weights_of(folders["dense"]).keys()
+
+
+def test_a_sum_that_is_too_large_is_rejected_on_all_ranks(pool: Pool, folders: dict[str, Path]) -> None:
+    for found in pool.run(auto_bridge_lora_ranks.overflow, TP2, folder=folders["dense"]):
+        for text in found:
+            assert "layers.0.self_attention.linear_qkv_lora: expected a sum of weight and adapter that" in text
+            assert "found inf" in text
+
+
+def test_the_code_of_the_page_runs(pool: Pool, folders: dict[str, Path], tmp_path: Path) -> None:
+    code = [block.text for block in all_blocks() if block.page == "docs/auto-bridge.md"]
+    options = {"folder": folders["dense"], "code": code, "work": tmp_path}
+    for found in pool.run(auto_bridge_lora_ranks.documented, Layout(tp=2, sp=True, world=2), **options):
+        assert {name.split(".")[-2] for name in found["targets"]} == {"q_proj", "v_proj"}
+        assert (found["config"].tensor_model_parallel_size, found["config"].sequence_parallel) == (2, True)
+    assert_same(weights_of(tmp_path / "trained"), weights_of(folders["dense"]))
 
 
 def test_folders_are_converted_as_by_the_command(pool: Pool, folders: dict[str, Path], tmp_path: Path) -> None:
