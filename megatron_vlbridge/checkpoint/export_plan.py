@@ -16,7 +16,7 @@ from megatron_vlbridge.checkpoint.hf.quantise import quantised_output, quantizat
 from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder, listed
 from megatron_vlbridge.checkpoint.hf.side_files import copy_side_files, side_files
 from megatron_vlbridge.checkpoint.hf.template import ExportTemplate, find_template
-from megatron_vlbridge.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, plan_shards
+from megatron_vlbridge.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, Reads, SafetensorsWriter, plan_shards
 from megatron_vlbridge.checkpoint.peft.manifest import read_adapter_manifest
 from megatron_vlbridge.checkpoint.stream.json_file import load_json_object
 from megatron_vlbridge.checkpoint.stream.raw import Filler, gather_into
@@ -24,7 +24,7 @@ from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.families import Family, read_config
-from megatron_vlbridge.families.experts import detect_form_by_names, fp8_form
+from megatron_vlbridge.families.experts import detect_form_by_names, fp8_form, moe_layers
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Plan, Region, TensorSpec
 
@@ -124,16 +124,16 @@ def plan_export_of(
         megatron_source=str(weights.folder),
     )
     tensors, passthrough = _tensors_to_write(plan, template, config, family)
-    fill, costs = _hf_filler(plan, family.embedding, weights, template, passthrough), None
+    fill, reads = _hf_filler(plan, family.embedding, weights, template, passthrough), Reads()
     if choices.fp8:
-        tensors, fill, costs = quantised_output(tensors, fill, passthrough)
+        tensors, fill, reads = quantised_output(tensors, fill, passthrough)
     files, index = _shards(tensors, template, choices.max_shard_size)
     return Export(
         architecture=family.architecture,
         source=weights.folder,
         target=target,
         plan=plan,
-        writer=SafetensorsWriter(tensors, files, fill, costs),
+        writer=SafetensorsWriter(tensors, files, fill, reads),
         source_files=(
             *weights.files,
             *dict.fromkeys(template.folder / template.tensors[name][0] for name in passthrough),
@@ -213,6 +213,8 @@ def _notes(
     form = family.find_expert_form(config, template.table, choices.form_to_ask(config, template))
     if choices.fp8:
         yield "linear layers are written in FP8, with a float32 scale for each block of 128 x 128"
+        if form is not hub and moe_layers(config):
+            yield "experts are written one by one, as vLLM and sglang load them; transformers may not"
     elif form is not hub:
         yield f"experts are written as {form}; the Hub's form of them is {hub}: --experts {hub}"
     if config.fp8 and not choices.fp8:

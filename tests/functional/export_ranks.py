@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_vlbridge.checkpoint.live import export_hf_weights, hf_weight_specs, save_hf
+from megatron_vlbridge.checkpoint.live import WeightDigests, export_hf_weights, hf_weight_specs, save_hf
 from megatron_vlbridge.errors import VLBridgeError
 from tests.functional import ranks
 from tests.functional.live_ranks import BIG, MODES, TINY, VOCABULARY, Named
@@ -70,3 +70,50 @@ def refusal(layout: Layout, folder: Path, options: list[dict[str, Any]], value: 
         return f"{len(list(export_hf_weights(chunks, **options[rank])))} tensors"
     except VLBridgeError as error:
         return str(error)
+
+
+def export_changes(layout: Layout, folder: Path, mode: Any) -> list[tuple[list[str], tuple[str, ...], bool]]:
+    """Of exports with the same digests: names, what is left out, and whether it is what a full export has.
+
+    Nothing is changed before the second; then a value of one layer, on one rank, and one of a norm on another; other
+    options; a run in which the first rank stops early; the same again.
+    """
+    rank = torch.distributed.get_rank()
+    chunks, digests = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY), WeightDigests()
+    results = []
+
+    def export(most: int = 10**9, **options: Any) -> None:
+        everything = dict(export_hf_weights(chunks, **options))
+        found = {}
+        try:
+            # Not islice: this asks for one more.
+            for name, x in export_hf_weights(chunks, ranks=mode, bucket_bytes=TINY, digests=digests, **options):
+                found[name] = x
+                if len(found) == most:
+                    break
+        except VLBridgeError:
+            assert rank != 0
+        same = all(torch.equal(bits(x), bits(everything[name])) for name, x in found.items())
+        results.append((list(found), digests.unchanged, same))
+
+    export()
+    export()
+    change(chunks, "mlp.linear_fc2.weight", 0)
+    change(chunks, "final_layernorm.weight", layout.world // 2)
+    export()
+    export(dtype="bfloat16")
+    export(5 if rank == 0 else 10**9)
+    export()
+    export()
+    return results
+
+
+def change(chunks: list[Any], end: str, by: int) -> None:
+    """Flip the sign of a value of the first decoder parameter whose name ends so."""
+    if torch.distributed.get_rank() == by:
+        found = (x for chunk in chunks for name, x in chunk.language_model.named_parameters() if name.endswith(end))
+        next(found).data.view(-1)[3].neg_()
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)

@@ -146,6 +146,30 @@ def test_a_rank_that_stops_among_the_last_tensors_stops_none(pool: Pool, sources
     assert told == ["all", "stopped"]
 
 
+@pytest.mark.parametrize("mode", ["all", "shared"])
+def test_only_what_has_changed_is_sent(pool: Pool, sources: dict[str, Path], mode: str) -> None:
+    """To the last bit, by the same names on every rank; everything after other options or an export that was left."""
+    layout, source = Layout(tp=2, pp=2, world=4), sources["dense"]
+    names = set(weights_of(source))
+    changed = {"model.language_model.layers.0.mlp.down_proj.weight", "model.language_model.norm.weight"}
+    results = pool.run(export_ranks.export_changes, layout, folder=source, mode=mode)
+    assert all(same for result in results for _, _, same in result)
+    expected = [names, set(), changed, names, None, names, set()]
+    for number, sent in enumerate(expected):
+        found = [result[number][0] for result in results]
+        left_out = {result[number][1] for result in results}
+        assert len(left_out) == 1
+        if sent is None:  # the first rank stops
+            assert left_out == {()}
+            assert len(found[0]) == 5
+            continue
+        assert set(left_out.pop()) == names - sent
+        if mode == "all":
+            assert all(set(one) == sent for one in found)
+        else:
+            assert sorted(name for one in found for name in one) == sorted(sent)
+
+
 PP2 = Layout(pp=2, world=2)
 
 

@@ -171,8 +171,8 @@ def test_what_is_read_for_a_part_is_bounded() -> None:
         "model.language_model.layers.0.mlp.down_proj.weight": TensorSpec((200, 300_000), torch.float32),
         "lm_head.weight": TensorSpec((100_000, 5_000), torch.bfloat16),
     }
-    written, fill, bytes_read = quantised_output(plain, unused, ())
-    writer = hf_writer.SafetensorsWriter(written, dict.fromkeys(written, "model.safetensors"), fill, bytes_read)
+    written, fill, reads = quantised_output(plain, unused, ())
+    writer = hf_writer.SafetensorsWriter(written, dict.fromkeys(written, "model.safetensors"), fill, reads)
     seen: dict[str, int] = dict.fromkeys(written, 0)
     for part in writer.regions:
         read = [weight_region(region, plain) for region in part]
@@ -262,6 +262,7 @@ def test_the_command_says_it(imported: dict[str, Path], tmp_path: Path, capsys: 
     assert cli.main([*line, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "linear layers are written in FP8, with a float32 scale for each block of 128 x 128" in shown
+    assert "experts are written one by one" in shown
     assert "experts are written as" not in shown
     assert cli.main(line) == 0
     assert read_config(tmp_path / "fp8").fp8

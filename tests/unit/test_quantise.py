@@ -123,7 +123,7 @@ def test_filled_by_blocks_it_is_the_quantised_whole(rows: int, columns: int, lim
         read.append(region)
         out.copy_((weight if region.name == NAME else norm)[region.slices])
 
-    (specs, quantising, bytes_read), filled = quantised_output(plain, fill, ()), {}
+    (specs, quantising, reads), filled = quantised_output(plain, fill, ()), {}
     assert list(specs) == [NAME, f"{NAME}_scale_inv", "norm"]
     for name, spec in specs.items():
         filled[name] = torch.empty(spec.shape, dtype=spec.dtype)
@@ -135,8 +135,27 @@ def test_filled_by_blocks_it_is_the_quantised_whole(rows: int, columns: int, lim
             filled[name][block.slices] = out
             elements = block.volume if name == "norm" else weight_region(block, plain).volume
             assert sum(x.volume for x in read[before:]) == elements
-            assert elements * 2 <= block.volume * bytes_read.get(name, 4)
+            assert elements * 2 <= block.volume * reads.bytes_of_element.get(name, 4)
     values, scales = quantise(NAME, weight)
     assert torch.equal(filled[NAME].view(torch.uint8), values.view(torch.uint8))
     assert torch.equal(filled[f"{NAME}_scale_inv"], scales)
     assert torch.equal(filled["norm"], norm)
+
+
+def test_a_block_larger_than_what_is_quantised_at_once_is_filled_in_strips() -> None:
+    weight = random_matrix(9000, 260, torch.bfloat16, 2)
+    plain = {NAME: TensorSpec(tuple(weight.shape), torch.bfloat16)}
+    read: list[int] = []
+
+    def fill(region: Region, out: torch.Tensor) -> None:
+        read.append(region.volume)
+        out.copy_(weight[region.slices])
+
+    specs, quantising, reads = quantised_output(plain, fill, ())
+    expected = dict(zip(specs, quantise(NAME, weight), strict=True))
+    for name, spec in specs.items():
+        out = torch.empty(spec.shape, dtype=spec.dtype)
+        quantising(Region.whole(name, spec.shape), out)
+        assert torch.equal(out.view(torch.uint8), expected[name].view(torch.uint8))
+    assert len(read) == 6
+    assert max(read) * 2 < reads.scratch_bytes

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 
 from megatron_vlbridge.checkpoint.hf.fp8 import BLOCK, SCALE
+from megatron_vlbridge.checkpoint.hf.writer import Reads
 from megatron_vlbridge.checkpoint.stream.parts import row_blocks
 from megatron_vlbridge.checkpoint.stream.raw import Filler
 from megatron_vlbridge.errors import VLBridgeError
@@ -21,7 +22,8 @@ FP8 = torch.float8_e4m3fn
 _LARGEST = 448.0
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _DTYPES = (torch.float32, torch.bfloat16)
-_AT_ONCE = 2**20  # elements that are held in float32, twice
+_AT_ONCE = 2**20  # elements that are quantised at once
+_TILE_BYTES = 10 * _AT_ONCE  # of their factors, quotients and values
 _COLUMNS = 64 * BLOCK
 
 
@@ -97,15 +99,18 @@ def weight_region(region: Region, specs: Mapping[str, TensorSpec]) -> Region:
 
 def quantised_output(
     specs: Mapping[str, TensorSpec], fill: Filler, others: Collection[str]
-) -> tuple[dict[str, TensorSpec], Filler, dict[str, int]]:
-    """What `SafetensorsWriter` takes to write these tensors in FP8: tensors, filler, and bytes read for an element.
+) -> tuple[dict[str, TensorSpec], Filler, Reads]:
+    """What `SafetensorsWriter` takes to write these tensors in FP8: tensors, filler, and what that reads.
 
     `fill` fills regions of `specs`; `others` are those of them that are not part of the model. Errors are those of
     `quantised_specs`, and of `quantise` where values are filled.
     """
     written = quantised_specs(specs, others)
-    sizes = {name: specs[name].dtype.itemsize for name, spec in written.items() if spec.dtype == FP8}
-    return written, _quantising(fill, specs), sizes | {name + SCALE: BLOCK**2 * size for name, size in sizes.items()}
+    quantised = {name: specs[name] for name, spec in written.items() if spec.dtype == FP8}
+    bytes_read = {name: spec.dtype.itemsize for name, spec in quantised.items()}
+    bytes_read |= {name + SCALE: BLOCK**2 * size for name, size in bytes_read.items()}
+    strips = (max(_AT_ONCE, BLOCK * spec.shape[1]) * spec.dtype.itemsize for spec in quantised.values())
+    return written, _quantising(fill, specs), Reads(bytes_read, max(strips, default=0) + _TILE_BYTES)
 
 
 def quantization_config(specs: Mapping[str, TensorSpec], head: str) -> dict[str, object]:
@@ -169,8 +174,8 @@ def _fill_values(weight: torch.Tensor, scales: torch.Tensor, values: torch.Tenso
     for place, blocks in _tiles(weight):
         part = weight[place]
         factors = scales[blocks].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-        scaled = torch.div(part, factors[: part.shape[0], : part.shape[1]])
-        values[place] = scaled.clamp_(-_LARGEST, _LARGEST).to(FP8)
+        # Rounding takes what division leaves above 448 back to it.
+        values[place] = torch.div(part, factors[: part.shape[0], : part.shape[1]]).to(FP8)
 
 
 def _tiles(weight: torch.Tensor) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:

@@ -4,7 +4,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -35,6 +35,17 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_
     return {name: file for file, names in zip(files, shards, strict=True) for name in names}
 
 
+@dataclass(frozen=True)
+class Reads:
+    """What a filler reads and holds where that is more than it fills: blocks and parts are bounded by it too.
+
+    `bytes_of_element` are the bytes read for an element of some tensors, `scratch_bytes` what is held beside a block.
+    """
+
+    bytes_of_element: Mapping[str, int] = field(default_factory=dict)
+    scratch_bytes: int = 0
+
+
 class SafetensorsWriter:
     """Writes tensors into files (`files`: tensor -> file), and an index when there are several.
 
@@ -42,18 +53,13 @@ class SafetensorsWriter:
     a JSON header and the plain values, so the parts of a file are independent. Parts with neighbouring indices lie in
     different files where possible: threads that write to one file at once contend for its lock.
 
-    `bytes_read` are the bytes that `fill` reads for an element, of tensors where it reads more than it writes: blocks
-    and parts are bounded by them too. Blocks of FP8 tensors begin at a multiple of 128 rows, as those with a scale do.
+    Blocks of FP8 tensors begin at a multiple of 128 rows, as those with a scale do.
     """
 
     def __init__(
-        self,
-        specs: Mapping[str, TensorSpec],
-        files: Mapping[str, str],
-        fill: Filler,
-        bytes_read: Mapping[str, int] | None = None,
+        self, specs: Mapping[str, TensorSpec], files: Mapping[str, str], fill: Filler, reads: Reads | None = None
     ) -> None:
-        self.specs, self.files, self._fill, self._bytes_read = specs, files, fill, bytes_read or {}
+        self.specs, self.files, self._fill, self._reads = specs, files, fill, reads or Reads()
         by_file: dict[str, dict[str, TensorSpec]] = {}
         for name, file in files.items():
             by_file.setdefault(file, {})[name] = specs[name]
@@ -67,7 +73,8 @@ class SafetensorsWriter:
         ranges = [found for turn in zip_longest(*cut) for found in turn if found is not None]
         self.regions = [regions for _, regions in ranges]  # of each part
         nbytes = [[region.volume * specs[region.name].dtype.itemsize for region in regions] for regions in self.regions]
-        self.sizes, self.block_bytes = list(map(sum, nbytes)), max(chain(*nbytes), default=0)
+        self.sizes = list(map(sum, nbytes))
+        self.block_bytes = max(chain(*nbytes), default=0) + self._reads.scratch_bytes
         self.parts: list[Part] = []
         self._lengths = dict.fromkeys(by_file, 0)
         for index, (file, _) in enumerate(ranges):
@@ -87,7 +94,7 @@ class SafetensorsWriter:
         return row_blocks(tensor, self._bytes_of_element(tensor.name), multiple=multiple)
 
     def _bytes_of_element(self, name: str) -> int:
-        return max(self.specs[name].dtype.itemsize, self._bytes_read.get(name, 0))
+        return max(self.specs[name].dtype.itemsize, self._reads.bytes_of_element.get(name, 0))
 
     def contents(self, index: int) -> str:
         """The header and the regions of a part."""

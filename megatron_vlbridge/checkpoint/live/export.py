@@ -1,6 +1,7 @@
 """Full Hugging Face tensors out of a live, sharded model, a bucket at a time."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import batched, chain
 from typing import Literal
 
@@ -10,6 +11,7 @@ from megatron_vlbridge.checkpoint.dtypes import as_dtype
 from megatron_vlbridge.checkpoint.hf.fp8 import SCALE
 from megatron_vlbridge.checkpoint.hf.quantise import check_quantisable, quantise, quantised_specs
 from megatron_vlbridge.checkpoint.live.collectives import in_step, raise_on_all_ranks
+from megatron_vlbridge.checkpoint.live.delta import WeightDigests
 from megatron_vlbridge.checkpoint.live.shards import Model, modules_of
 from megatron_vlbridge.checkpoint.live.specs import export_rules
 from megatron_vlbridge.checkpoint.live.weights import LiveWeights
@@ -31,6 +33,7 @@ def export_hf_weights(
     dtype: str | torch.dtype | None = None,
     experts: str | None = None,
     fp8: bool = False,
+    digests: WeightDigests | None = None,
     names: Collection[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of a live, sharded model as Hugging Face has them: `(name, tensor)` one by one, whole and new.
@@ -46,6 +49,9 @@ def export_hf_weights(
 
     With `fp8` the linear layers of decoder and MTP layers are float8_e4m3fn, each followed by its float32 scales
     `x.weight_scale_inv`, one for each block of 128 x 128 of the whole matrix; experts are single then.
+
+    With `digests`, those that are unchanged since the last export with the same `WeightDigests` are left out; they are
+    named in its `unchanged`.
 
     Tensors travel in buckets of at most `bucket_bytes`, before they are quantised. Those that belong together (q, k, v
     of a layer; gate and up; an expert's) are never split, and larger ones are buckets of their own. Beside the model,
@@ -63,12 +69,29 @@ def export_hf_weights(
             raise VLBridgeError(f"ranks: expected one of {', '.join(RECEIVERS)}, found {ranks!r}.")
         wanted, rules = as_dtype(dtype), export_rules(modules_of(model)[0].hf_config, experts, fp8)
         groups = _chosen_groups(rules, names)
+        if names is not None and digests is not None:
+            raise VLBridgeError("names: expected all tensors beside digests, found some. Leave out one of the two.")
     options = {"bucket_bytes": bucket_bytes, "ranks": ranks, "dtype": str(dtype), "experts": experts, "fp8": fp8}
     with torch.no_grad():
-        weights = LiveWeights(model, rules, wanted, options | {"groups": None if names is None else groups})
+        more = {"digests": digests is not None, "names": None if names is None else groups}
+        weights = LiveWeights(model, rules, wanted, options | more)
         if fp8:
             _check_quantisable(weights, rules)
-    return _stream(weights, rules, fill_buckets(groups, _specs(weights, rules), bucket_bytes), ranks, fp8)
+        chosen = chain(*groups) if digests is None else digests.compare(weights, rules, options)
+    return _stream(_Export(weights, rules, bucket_bytes, ranks, fp8, list(chosen), digests))
+
+
+@dataclass(frozen=True)
+class _Export:
+    """One call of `export_hf_weights`, of the tensors with these `names`."""
+
+    weights: LiveWeights
+    rules: RuleTable
+    bucket_bytes: int
+    ranks: str
+    fp8: bool
+    names: Collection[str]
+    digests: WeightDigests | None
 
 
 def fused_groups(rules: RuleTable) -> list[list[str]]:
@@ -113,7 +136,7 @@ def _check_quantisable(weights: LiveWeights, rules: RuleTable) -> None:
         if region.name in quantised:
             check_quantisable(str(region), values)
 
-    weights.check_values(check)
+    weights.visit(check)
 
 
 def _specs(weights: LiveWeights, rules: RuleTable) -> dict[str, TensorSpec]:
@@ -123,36 +146,39 @@ def _specs(weights: LiveWeights, rules: RuleTable) -> dict[str, TensorSpec]:
 
 
 @torch.no_grad()
-def _stream(
-    weights: LiveWeights, rules: RuleTable, buckets: Sequence[list[str]], ranks: str, fp8: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _stream(export: _Export) -> Iterator[tuple[str, torch.Tensor]]:
+    weights, rules = export.weights, export.rules
     specs = _specs(weights, rules)
-    pieces = {
-        name: rules.megatron_sources(Region.whole(name, specs[name].shape)) for bucket in buckets for name in bucket
-    }
+    pieces = {name: rules.megatron_sources(Region.whole(name, specs[name].shape)) for name in export.names}
+    groups = [[name for name in names if name in pieces] for names in fused_groups(rules)]
+    buckets = fill_buckets(groups, specs, export.bucket_bytes)
     # A shared round gives every rank one bucket, so that all have something to work on when it ends.
-    rounds = list(batched(buckets, weights.size if ranks == "shared" else 1))
+    rounds = list(batched(buckets, weights.size if export.ranks == "shared" else 1))
     for round_, alone in in_step(rounds, "export of weights"):
         mine: list[str] = []
         for index, bucket in enumerate(round_):
-            receiver = None if ranks == "all" else index
+            receiver = None if export.ranks == "all" else index
             weights.fetch((piece.source for name in bucket for piece in pieces[name]), receiver)
             if receiver in (None, weights.rank):
                 mine = bucket
         with alone:
-            tensors = [pair for name in mine for pair in _assemble(name, specs[name], pieces[name], weights, fp8)]
+            whole = ((name, _assemble(specs[name], pieces[name], weights)) for name in mine)
+            tensors = [pair for name, x in whole for pair in _quantised(name, x, export.fp8)]
             weights.release()
             while tensors:
                 yield tensors.pop(0)
+    if export.digests is not None:
+        export.digests.complete()
 
 
-def _assemble(
-    name: str, spec: TensorSpec, pieces: Sequence[Piece], weights: LiveWeights, fp8: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """A whole tensor, or its values and scales."""
-    whole = torch.empty(spec.shape, dtype=spec.dtype, device=weights.device)
-    gather_into(whole, pieces, weights.read_into, weights.table)
+def _assemble(spec: TensorSpec, pieces: Sequence[Piece], weights: LiveWeights) -> torch.Tensor:
+    out = torch.empty(spec.shape, dtype=spec.dtype, device=weights.device)
+    gather_into(out, pieces, weights.read_into, weights.table)
+    return out
+
+
+def _quantised(name: str, whole: torch.Tensor, fp8: bool) -> Iterable[tuple[str, torch.Tensor]]:
+    """A tensor as it is exported: alone, or its values and scales."""
     if fp8 and is_quantised(name):
-        yield from zip((name, name + SCALE), quantise(name, whole), strict=True)
-    else:
-        yield name, whole
+        return zip((name, name + SCALE), quantise(name, whole), strict=True)
+    return [(name, whole)]

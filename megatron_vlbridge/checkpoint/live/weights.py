@@ -87,12 +87,12 @@ class LiveWeights:
                 links.append((region, Region.whole(name, region.shape), False))
         self._index = RegionIndex(links)
 
-    def check_values(self, check: Callable[[Region, torch.Tensor], None]) -> None:
-        """Call `check` with every region that this rank holds and its values; raises on all ranks what it raises."""
+    def visit(self, call: Callable[[Region, torch.Tensor], None]) -> None:
+        """Call `call` with every region that this rank holds and its values; raises on all ranks what it raises."""
         with raise_on_all_ranks():
             for shard in self._shards:
                 if shard.known is not None:
-                    check(shard.known, shard.known_values)
+                    call(shard.known, shard.known_values)
 
     def fetch(self, regions: Iterable[Region], receiver: int | None = None) -> None:
         """Bring the values of some regions to one rank, or to all where `receiver` is None, for `read_into` there.

@@ -35,7 +35,7 @@ class Writer(Protocol):
 
     @property
     def block_bytes(self) -> int:
-        """The largest block of weights that a part holds at once."""
+        """The largest block of weights that a part holds at once, with what is held to fill it."""
 
     @property
     def parts(self) -> Sequence[Part]:
