@@ -45,7 +45,7 @@ def build_chunks(
     check_parallel_sizes(config)
     chunks = [build_stage(**stage) for stage in _stages(config)]
     for hook in hooks:
-        chunks = _apply(hook, chunks)
+        chunks = apply_hook(hook, chunks)
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         # Optimizers and checkpoints expect the attributes on all parameters, adapters included.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -105,7 +105,8 @@ def _stages(config: TransformerConfig) -> list[dict[str, Any]]:
     ]
 
 
-def _apply(hook: Hook, chunks: Chunks) -> Chunks:
+def apply_hook(hook: Hook, chunks: Chunks) -> Chunks:
+    """The chunks that a hook gives, or those that it was called with and may have changed."""
     given = hook(chunks)
     if given is None:
         return chunks

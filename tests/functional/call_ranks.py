@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_vlbridge.checkpoint.live import load_hf_weights
+from megatron_vlbridge.checkpoint.live.shards import modules_of
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.guards import check_layout
 from tests import reference
@@ -302,6 +303,14 @@ def run(
         chunk.config.calculate_per_token_loss = not mean
         check_layout(chunk.config, chunk.hf_config, own_loss=mean)
     wrapped = [DistributedDataParallel(x.config, DistributedDataParallelConfig(), x) for x in chunks]
+    return train(layout, wrapped, name, conversations, mean)
+
+
+def train(
+    layout: Layout, wrapped: Sequence[Any], name: str, conversations: Conversations, mean: bool = False
+) -> dict[str, Any]:
+    """The training step of `run`, with these chunks in DDP."""
+    chunks = modules_of(wrapped)
     chunks[0].config.finalize_model_grads_func = partial(
         finalize_model_grads, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
     )
@@ -321,9 +330,10 @@ def run(
 
     get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=None,
-        model=wrapped,
-        num_microbatches=1,
+        data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
+        model=list(wrapped),
+        # The same one for each rank of an interleaved schedule, which needs as many.
+        num_microbatches=layout.pp if layout.vpp > 1 else 1,
         seq_length=1,
         micro_batch_size=1,
         forward_only=False,

@@ -12,7 +12,7 @@ import megatron_vlbridge
 
 PACKAGES = ["config", "families", "weights", "layout", "checkpoint", "integrations"]
 # What runs models on Megatron, or is called by what does.
-ON_MEGATRON = ("integrations.chunks",)
+ON_MEGATRON = ("integrations.chunks", "integrations.auto_bridge.")
 # Imports a package and every module in it; prints which unwanted modules were imported.
 CODE = """
 import importlib, json, pkgutil, sys

@@ -1,6 +1,6 @@
 """Full Hugging Face tensors out of a live, sharded model, a bucket at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import batched, chain
 from typing import Literal
 
@@ -27,6 +27,7 @@ def export_hf_weights(
     ranks: Literal["all", "first", "shared"] = "all",
     dtype: str | torch.dtype | None = None,
     experts: str | None = None,
+    names: Collection[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of a live, sharded model as Hugging Face has them: `(name, tensor)` one by one, whole and new.
 
@@ -35,7 +36,8 @@ def export_hf_weights(
     `"first"` alone, or each a `"shared"` part, every tensor on one rank; where a rank does not receive, its iterator
     sends what the rank holds and yields nothing. Names and their order depend on the architecture alone, not on the
     layout. Tensors are on the device of the parameters, in their dtype or in `dtype`; experts have the form `experts`
-    (an `ExpertForm`, default: the Hub's). Rows that pad the vocabulary are cut, a tied head is not repeated.
+    (an `ExpertForm`, default: the Hub's). Rows that pad the vocabulary are cut, a tied head is not repeated. `names`
+    are the tensors to export, of those that belong together all or none (default: all tensors).
 
     Tensors travel in buckets of at most `bucket_bytes`. Those that belong together (q, k, v of a layer; gate and up; an
     expert's) are never split, and larger ones are buckets of their own. Beside the model, and what the consumer keeps,
@@ -53,9 +55,12 @@ def export_hf_weights(
     config: Config = modules_of(model)[0].hf_config
     rules = families.find(config).table_for(config, None, experts)
     options = {"bucket_bytes": bucket_bytes, "ranks": ranks, "dtype": str(dtype), "experts": experts}
+    chosen = None if names is None else set(names)
     with torch.no_grad():
-        weights = LiveWeights(model, rules, as_dtype(dtype), options)
-    return _stream(weights, rules, bucket_bytes, ranks)
+        weights = LiveWeights(
+            model, rules, as_dtype(dtype), options | {"names": None if chosen is None else sorted(chosen)}
+        )
+    return _stream(weights, rules, _chosen_groups(rules, chosen), bucket_bytes, ranks)
 
 
 def fused_groups(rules: RuleTable) -> list[list[str]]:
@@ -77,14 +82,29 @@ def fill_buckets(groups: Sequence[Sequence[str]], specs: Mapping[str, TensorSpec
     return [list(chain(*bucket)) for bucket in buckets]
 
 
+def _chosen_groups(rules: RuleTable, names: Collection[str] | None) -> list[list[str]]:
+    groups = fused_groups(rules)
+    if names is None:
+        return groups
+    chosen = [group for group in groups if set(names).issuperset(group)]
+    if rest := set(names).difference(*chosen):
+        raise VLBridgeError(
+            f"names: expected tensors of the model, and of those that belong together all, found {min(rest)}. Give "
+            "whole groups: q, k and v; gate and up; those of an expert."
+        )
+    return chosen
+
+
 @torch.no_grad()
-def _stream(weights: LiveWeights, rules: RuleTable, limit: int, ranks: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _stream(
+    weights: LiveWeights, rules: RuleTable, groups: Sequence[Sequence[str]], limit: int, ranks: str
+) -> Iterator[tuple[str, torch.Tensor]]:
     pieces = {name: rules.megatron_sources(Region.whole(name, shape)) for name, shape in rules.hf_shapes.items()}
     specs = {
         name: TensorSpec(shape, weights.table[pieces[name][0].source.name].dtype)
         for name, shape in rules.hf_shapes.items()
     }
-    buckets = fill_buckets(fused_groups(rules), specs, limit)
+    buckets = fill_buckets(groups, specs, limit)
     # A shared round gives every rank one bucket, so that all have something to work on when it ends.
     for round_ in batched(buckets, weights.size if ranks == "shared" else 1):
         mine: list[str] = []

@@ -63,7 +63,7 @@ def shards_of(module: Any, table: RuleTable, source: str, without: tuple[str, ..
     Raises VLBridgeError for a tensor that the rules do not have, or have in another shape.
     """
     describe = getattr(module, "base_sharded_state_dict", module.sharded_state_dict)
-    tensors = (x for x in _sharded_tensors(describe()) if not is_adapter(x.key))
+    tensors = (x for x in sharded_tensors(describe()) if not is_adapter(x.key))
     return [_shard(x, table, source) for x in tensors if not x.key.startswith(without)]
 
 
@@ -72,20 +72,20 @@ def is_adapter(name: str) -> bool:
     return _ADAPTER.search(name) is not None
 
 
-def _sharded_tensors(value: object) -> Iterator["ShardedTensor"]:
+def sharded_tensors(value: object) -> Iterator["ShardedTensor"]:
     """Every tensor shard in a sharded state dict, also those that factories build, such as that of gate and up."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     if isinstance(value, ShardedTensor):
         yield value
     elif isinstance(value, ShardedTensorFactory):
-        yield from _sharded_tensors(value.build())
+        yield from sharded_tensors(value.build())
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _sharded_tensors(item)
+            yield from sharded_tensors(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _sharded_tensors(item)
+            yield from sharded_tensors(item)
 
 
 def _shard(tensor: "ShardedTensor", table: RuleTable, source: str) -> Shard:
