@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_vlbridge.checkpoint.live import load_hf_weights
 from megatron_vlbridge.checkpoint.live.shards import modules_of
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.guards import check_layout
@@ -362,11 +363,17 @@ class ValueHead(torch.nn.Linear):
 
 
 def critic(layout: Layout, folder: Path, conversations: Conversations) -> dict[str, Any]:
-    """The values of all tokens (last stage), where the head was set on the outer model."""
+    """The values of all tokens (last stage), where the head was set on the outer model; the weights come after it."""
     options = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"} if layout.pp > 1 else {}
-    model = ranks.build_model(layout, folder, **options)
-    if model.post_process:
-        model.output_layer = ValueHead(model.config)
+    model, errors = ranks.build_model(layout, folder, load=False, **options), []
+    for value_head in (True, False, True):
+        # First with the head of a language model, then with that of a critic.
+        try:
+            load_hf_weights(model, folder, value_head=value_head)
+        except VLBridgeError as error:
+            errors.append(str(error))
+        if model.post_process:
+            model.output_layer = ValueHead(model.config)
     call, values = verl_thd(conversations, layout), []
 
     def step(iterator: Any, model: torch.nn.Module) -> Any:
@@ -386,6 +393,7 @@ def critic(layout: Layout, folder: Path, conversations: Conversations) -> dict[s
     )
     return {
         "values": values,
+        "errors": errors,
         "heads": [name for name, _ in model.named_parameters() if "output_layer" in name],
         "same_decoder": model.decoder is model.language_model.decoder,
     }
