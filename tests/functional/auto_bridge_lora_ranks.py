@@ -119,7 +119,6 @@ def weight_refusals(layout: Layout, folder: Path, lora: Mapping[str, Any], targe
         export(["a task"]),
         export([cut]),
         export(tasks[rank : rank + 1]),
-        lambda: bridge.load_hf_weights(model, allowed_mismatched_params=["*.bias"]),
         lambda: without.load_hf_weights(model),
         lambda: without.to_megatron_provider(),
         lambda: without.load_hf_weights(model, folder),

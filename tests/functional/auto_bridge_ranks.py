@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.utils import get_model_config
 
+from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.integrations import AutoBridge
 from tests import reference
 from tests.functional import call_ranks
@@ -56,6 +57,30 @@ def verl(layout: Layout, folder: Path, conversations: Conversations, target: Pat
     if torch.distributed.get_rank() == 0:
         bridge.hf_pretrained.config.save_pretrained(target)
     return found | {"exported": exported}
+
+
+def verl_critic(layout: Layout, folder: Path, conversations: Conversations) -> dict[str, Any]:
+    """verl 0.9.1 with `is_value_model`: a head that is not tied, set by the hook of `make_value_model`."""
+    bridge = AutoBridge.from_hf_pretrained(str(folder))
+    provider = bridge.to_megatron_provider(load_weights=False)
+    overrides = parallel_sizes(layout) | {"variable_seq_lengths": True}
+    if hasattr(provider, "share_embeddings_and_output_weights"):
+        overrides["share_embeddings_and_output_weights"] = False
+    provider.apply_overrides_and_finalize(dtype=torch.float32, overrides=overrides)
+
+    def value_head(chunks: list[Any]) -> None:
+        if parallel_state.is_pipeline_last_stage():
+            chunks[-1].output_layer = call_ranks.ValueHead(chunks[-1].config)
+
+    provider.register_pre_wrap_hook(value_head)
+    (model,) = provider.provide_distributed_model(ddp_config=ddp_config(layout), fp16=False, bf16=False)
+    errors = []
+    for allowed in ([], ["*.bias"], ["output_layer.weight"]):
+        try:
+            bridge.load_hf_weights([model], str(folder), allowed_mismatched_params=allowed)
+        except VLBridgeError as error:
+            errors.append(str(error))
+    return {"errors": errors, "values": call_ranks.critic_values(layout, model, conversations)}
 
 
 def miles(layout: Layout, folder: Path, conversations: Conversations, target: Path) -> dict[str, Any]:

@@ -374,11 +374,21 @@ def critic(layout: Layout, folder: Path, conversations: Conversations) -> dict[s
             errors.append(str(error))
         if model.post_process:
             model.output_layer = ValueHead(model.config)
+    return {
+        "values": critic_values(layout, model, conversations),
+        "errors": errors,
+        "heads": [name for name, _ in model.named_parameters() if "output_layer" in name],
+        "same_decoder": model.decoder is model.language_model.decoder,
+    }
+
+
+def critic_values(layout: Layout, model: torch.nn.Module, conversations: Conversations) -> list[torch.Tensor]:
+    """The values of all tokens, on the last stage."""
     call, values = verl_thd(conversations, layout), []
 
     def step(iterator: Any, model: torch.nn.Module) -> Any:
         output = model(**call.keywords)
-        if model.post_process:
+        if get_attr_wrapped_model(model, "post_process"):
             values.append(output[0, call.owner >= 0])
         return output, lambda x: (x.sum(), {})
 
@@ -391,12 +401,7 @@ def critic(layout: Layout, folder: Path, conversations: Conversations) -> dict[s
         micro_batch_size=1,
         forward_only=True,
     )
-    return {
-        "values": values,
-        "errors": errors,
-        "heads": [name for name, _ in model.named_parameters() if "output_layer" in name],
-        "same_decoder": model.decoder is model.language_model.decoder,
-    }
+    return values
 
 
 REFUSED = (

@@ -8,11 +8,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from megatron_vlbridge import read_config
 from tests import reference
 from tests.cases import later
-from tests.functional import auto_bridge_ranks
+from tests.closeness import relative_error
+from tests.functional import auto_bridge_ranks, call_ranks
+from tests.functional.parity import tolerance
 from tests.functional.pool import Layout, Pool
-from tests.functional.test_calls import assert_small, conversations, errors
+from tests.functional.test_calls import assert_small, conversations, errors, hidden_states
 
 ONE, TP2_SP, CP2 = Layout(), Layout(tp=2, sp=True, world=2), Layout(cp=2, world=2)
 PP2, VPP2, EP2 = Layout(pp=2, world=2), Layout(pp=2, vpp=2, world=2), Layout(ep=2, world=2)
@@ -53,6 +56,21 @@ def test_a_framework_gets_the_model_trains_and_saves_it(
 @pytest.mark.parametrize("name", ["verl", later("sky_rl"), later("nemo_rl")])
 def test_a_framework_with_experts(pool: Pool, moe_folder: Path, tmp_path: Path, name: str) -> None:
     run_life(pool, moe_folder, tmp_path / "saved", name, EP2)
+
+
+@pytest.mark.parametrize(("tied", "layout"), [(True, PP2), later(False, TP2_SP), later(True, ONE)], ids=str)
+def test_a_critic_keeps_its_head(pool: Pool, tmp_path: Path, tied: bool, layout: Layout) -> None:
+    """The values of transformers' last hidden states, with the weights of a folder whose head may be tied."""
+    folder = reference.write_checkpoint(tmp_path / "hf", tied=tied)
+    expected = hidden_states(folder) @ call_ranks.value_weight(read_config(folder).text.hidden_size).T
+    found = pool.run(auto_bridge_ranks.verl_critic, layout, folder=folder, conversations=conversations())
+    values = [x for rank in found for x in rank["values"]]
+    assert len(values) == layout.tp
+    assert all(relative_error(value, expected) < tolerance(read_config(folder)) for value in values)
+    for rank in found:
+        (plain, other) = rank["errors"]
+        assert "tie_word_embeddings" in plain if tied else "output_layer.weight: expected" in plain
+        assert "allowed_mismatched_params: expected ['output_layer.weight']" in other
 
 
 def run_life(pool: Pool, folder: Path, saved: Path, name: str, layout: Layout) -> None:

@@ -122,7 +122,6 @@ def test_calls_that_would_give_other_weights_are_rejected_on_all_ranks(
             ["expected tasks of get_conversion_tasks, found str"],
             ["names: expected tensors of the model, and of those that belong together all"],
             ["rank 1: expected the options of rank 0"],
-            ["load_hf_weights: allowed_mismatched_params=['*.bias'] is not offered"],
             ["a bridge of from_hf_config has no weights"],
             ["a bridge of from_hf_config has no weights"],
             ["accepted"],

@@ -12,7 +12,8 @@ from megatron_vlbridge.checkpoint.dtypes import as_dtype
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights
 from megatron_vlbridge.checkpoint.live.adapters import export_adapter_weights, save_adapter
-from megatron_vlbridge.checkpoint.live.shards import Model, modules_of
+from megatron_vlbridge.checkpoint.live.collectives import gather
+from megatron_vlbridge.checkpoint.live.shards import Model, has_value_head, modules_of
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
@@ -20,11 +21,12 @@ from megatron_vlbridge.integrations.auto_bridge.merge import merged_chunks
 from megatron_vlbridge.integrations.auto_bridge.pretrained import Pretrained
 from megatron_vlbridge.integrations.auto_bridge.provider import ModelProvider
 from megatron_vlbridge.integrations.auto_bridge.tasks import ConversionTask, conversion_tasks, names_of
-from megatron_vlbridge.integrations.auto_bridge.unsupported import not_offered, reject_keywords
+from megatron_vlbridge.integrations.auto_bridge.unsupported import check_same_adapter, not_offered, reject_keywords
 from megatron_vlbridge.integrations.hf_config import read_hf_config
 from megatron_vlbridge.integrations.save_into import save_into
 
 _PREFIX = "base_model.model."
+_HEAD = "output_layer.weight"
 
 
 class HFWeightTuple(NamedTuple):
@@ -89,9 +91,18 @@ class AutoBridge:
     def load_hf_weights(
         self, model: Any, hf_path: str | Path | None = None, allowed_mismatched_params: Sequence[str] | None = None
     ) -> Any:
-        """Fill a model from `hf_path` (default: the checkpoint), and give it back; see `load_hf_weights`."""
-        reject_keywords("load_hf_weights", allowed_mismatched_params=allowed_mismatched_params)
-        load_hf_weights(model, self._folder(hf_path))
+        """Fill a model from `hf_path` (default: the checkpoint), and give it back; see `load_hf_weights`.
+
+        With `allowed_mismatched_params=["output_layer.weight"]` the head of a critic keeps its values.
+        """
+        allowed = list(allowed_mismatched_params or ())
+        if allowed not in ([], [_HEAD]):
+            raise VLBridgeError(
+                f"load_hf_weights: allowed_mismatched_params: expected {[_HEAD]} or none, found {allowed}. Leave it "
+                "out: every other parameter must have its weight in the folder."
+            )
+        value_head = bool(allowed) and any(gather(any(map(has_value_head, modules_of(model)))))
+        load_hf_weights(model, self._folder(hf_path), value_head=value_head)
         return model
 
     def export_hf_weights(
@@ -176,7 +187,7 @@ class AutoBridge:
         `dim` and `alpha` of a `peft_config` must be those of the adapters.
         """
         reject_keywords("save_hf_adapter", exclude_adapter_base_prefixes=exclude_adapter_base_prefixes)
-        _check_same_adapter(model, peft_config)
+        check_same_adapter(modules_of(model)[0].lora, peft_config)
         save_adapter(model, path, base_model_name_or_path or str(self._folder(None)))
 
     @classmethod
@@ -223,16 +234,3 @@ def _merged(model: Model, merge: bool) -> Any:
 def _tuples(weights: Iterable[tuple[str, torch.Tensor]], cpu: bool) -> Iterator[HFWeightTuple]:
     for name, tensor in weights:
         yield HFWeightTuple(name, tensor.cpu() if cpu else tensor)
-
-
-def _check_same_adapter(model: Model, peft_config: Any) -> None:
-    settings = modules_of(model)[0].lora
-    if settings is None:
-        return  # rejected when they are exported
-    for name, found in (("dim", settings.rank), ("alpha", settings.alpha)):
-        asked = getattr(peft_config, name, found)
-        if asked != found:
-            raise VLBridgeError(
-                f"save_hf_adapter: peft_config.{name}: expected {found:g}, that of the adapters, found {asked}. Give "
-                "their config, or None."
-            )

@@ -1,5 +1,7 @@
 """What Megatron-Bridge has and this package does not offer: rejected with what to use instead."""
 
+from typing import Any
+
 from megatron_vlbridge.errors import VLBridgeError
 
 _INSTEAD = {
@@ -28,3 +30,14 @@ def reject_keywords(owner: str, **given: object) -> None:
     for name, value in given.items():
         if value not in (None, False, (), []):
             raise VLBridgeError(f"{owner}: {name}={value!r:.80} is not offered. Leave it out.")
+
+
+def check_same_adapter(settings: Any, peft_config: object) -> None:
+    """Reject a config of Megatron-Bridge's adapters whose rank or alpha is not that of `settings`, those of a model."""
+    for name, found in () if settings is None else (("dim", settings.rank), ("alpha", settings.alpha)):
+        asked = getattr(peft_config, name, found)
+        if asked != found:
+            raise VLBridgeError(
+                f"save_hf_adapter: peft_config.{name}: expected {found:g}, that of the adapters, found {asked}. Give "
+                "their config, or None."
+            )
