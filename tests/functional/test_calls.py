@@ -150,13 +150,19 @@ def test_an_output_processor_makes_the_log_probs(pool: Pool, tmp_path: Path, lay
 
 @pytest.mark.parametrize("layout", [ONE, later(TP2_SP), later(PP2)], ids=str)
 def test_the_head_of_a_critic_takes_effect(pool: Pool, folder: Path, layout: Layout) -> None:
-    """Set on the outer model, it gives the values of transformers' last hidden states; one set of parameters."""
+    """Set on the outer model, it gives the values of transformers' last hidden states; one set of parameters.
+
+    It keeps its weight when those of the folder are loaded, which `value_head` has to say, and only then.
+    """
     found = pool.run(call_ranks.critic, layout, folder=folder, conversations=conversations())
     expected = hidden_states(folder) @ call_ranks.value_weight(read_config(folder).text.hidden_size).T
     values = [x for rank in found for x in rank["values"]]
     assert values
     for value in values:
         assert relative_error(value, expected) < tolerance(read_config(folder))
+    wanted = ("value_head: expected the head of a critic", "output_layer.weight: expected [128, 64] in the model")
+    for rank in found:
+        assert [words in error for words, error in zip(wanted, rank["errors"], strict=True)] == [True, True]
     assert all(rank["heads"] == ["language_model.output_layer.weight"] for rank in found if rank["values"])
     assert all(rank["same_decoder"] for rank in found)
 

@@ -65,6 +65,9 @@ PYTHON = {
     "freeze": (TRAINING, "from megatron_vlbridge.model.parts import freeze"),
     "lora": (LORA, "from megatron_vlbridge.checkpoint.live.adapters import"),
     "recipe": (TRAINING, "from megatron_vlbridge import Qwen3VLModel, load_hf_weights, read_config"),
+    # Run by tests/functional/test_auto_bridge_lora.py.
+    "bridge": ("docs/auto-bridge.md", "from megatron.core.distributed import"),
+    "bridge lora": ("docs/auto-bridge.md", "from megatron_vlbridge.model.lora.attach import"),
     # Run by tests/functional/test_torch_pipeline.py.
     "pipeline": ("docs/torch-pipeline.md", "import torch"),
     # Run by tests/functional/test_transformers_batch.py.

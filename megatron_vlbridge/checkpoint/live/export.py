@@ -34,6 +34,7 @@ def export_hf_weights(
     experts: str | None = None,
     fp8: bool = False,
     digests: WeightDigests | None = None,
+    names: Collection[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of a live, sharded model as Hugging Face has them: `(name, tensor)` one by one, whole and new.
 
@@ -43,7 +44,8 @@ def export_hf_weights(
     sends what the rank holds and yields nothing. Names and their order depend on the architecture alone, not on the
     layout; `hf_weight_specs` gives them without a model. Tensors are on the device of the parameters, in their dtype
     or in `dtype`; experts have the form `experts` (an `ExpertForm`, default `"hub"`, the Hub's, which vLLM and sglang
-    load). Rows that pad the vocabulary are cut, a tied head is not repeated.
+    load). Rows that pad the vocabulary are cut, a tied head is not repeated. `names` are the tensors to export, of
+    those that belong together all or none (default: all tensors).
 
     With `fp8` the linear layers of decoder and MTP layers are float8_e4m3fn, each followed by its float32 scales
     `x.weight_scale_inv`, one for each block of 128 x 128 of the whole matrix; experts are single then.
@@ -66,13 +68,17 @@ def export_hf_weights(
         if ranks not in RECEIVERS:
             raise VLBridgeError(f"ranks: expected one of {', '.join(RECEIVERS)}, found {ranks!r}.")
         wanted, rules = as_dtype(dtype), export_rules(modules_of(model)[0].hf_config, experts, fp8)
+        groups = _chosen_groups(rules, names)
+        if names is not None and digests is not None:
+            raise VLBridgeError("names: expected all tensors beside digests, found some. Leave out one of the two.")
     options = {"bucket_bytes": bucket_bytes, "ranks": ranks, "dtype": str(dtype), "experts": experts, "fp8": fp8}
     with torch.no_grad():
-        weights = LiveWeights(model, rules, wanted, options | {"digests": digests is not None})
+        more = {"digests": digests is not None, "names": None if names is None else groups}
+        weights = LiveWeights(model, rules, wanted, options | more)
         if fp8:
             _check_quantisable(weights, rules)
-        names = rules.hf_shapes if digests is None else digests.compare(weights, rules, options)
-    return _stream(_Export(weights, rules, bucket_bytes, ranks, fp8, names, digests))
+        chosen = chain(*groups) if digests is None else digests.compare(weights, rules, options)
+    return _stream(_Export(weights, rules, bucket_bytes, ranks, fp8, list(chosen), digests))
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,20 @@ def fill_buckets(groups: Sequence[Sequence[str]], specs: Mapping[str, TensorSpec
     """Neighbouring groups together, up to `limit` bytes in a bucket unless one group is larger."""
     buckets = group(groups, lambda names: sum(specs[name].nbytes for name in names), limit)
     return [list(chain(*bucket)) for bucket in buckets]
+
+
+def _chosen_groups(rules: RuleTable, names: Collection[str] | None) -> list[list[str]]:
+    groups = fused_groups(rules)
+    if names is None:
+        return groups
+    wanted = set(names)
+    chosen = [together for together in groups if wanted.issuperset(together)]
+    if rest := wanted.difference(*chosen):
+        raise VLBridgeError(
+            f"names: expected tensors of the model, and of those that belong together all, found {min(rest)}. Give "
+            "whole groups: q, k and v; gate and up; those of an expert."
+        )
+    return chosen
 
 
 def _check_quantisable(weights: LiveWeights, rules: RuleTable) -> None:
