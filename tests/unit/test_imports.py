@@ -12,12 +12,15 @@ import megatron_vlbridge
 
 PACKAGES = ["config", "families", "weights", "layout", "checkpoint", "integrations"]
 # What runs models on Megatron, or is called by what does.
-ON_MEGATRON = ("integrations.chunks", "integrations.auto_bridge.")
+ON_MEGATRON = ("integrations.chunks", "integrations.auto_bridge.", "integrations.mbridge")
 # Imports a package and every module in it; prints which unwanted modules were imported.
 CODE = """
-import importlib, json, pkgutil, sys
-package = importlib.import_module("megatron_vlbridge." + sys.argv[1])
-names = [module.name for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+import importlib, json, sys
+from pathlib import Path
+import megatron_vlbridge
+root = Path(megatron_vlbridge.__file__).parent
+files = [file.relative_to(root.parent).with_suffix("") for file in sorted((root / sys.argv[1]).rglob("*.py"))]
+names = [".".join(file.parts).removesuffix(".__init__") for file in files]
 names = [name for name in names if not name.removeprefix("megatron_vlbridge.").startswith(tuple(sys.argv[2:]))]
 for name in names:
     importlib.import_module(name)
