@@ -43,6 +43,13 @@ def out(layout: Layout, folder: Path, target: Path, prepared: bool) -> dict[str,
     return {"names": names, "tensors": exported if rank == 0 else {}}
 
 
+def documented(layout: Layout, folder: Path, code: str) -> dict[str, torch.Tensor]:
+    """The weights that the lines of the page export; they save into a folder beside this one."""
+    names = {"torch": torch, "folder": folder}
+    exec(code.replace('"trained"', f'"{folder}-trained"'), names)
+    return dict(names["weights"])
+
+
 def critic(layout: Layout, folder: Path, form: str, conversations: verl_ranks.Conversations) -> dict[str, Any]:
     """The values of all tokens (last stage) from a head that is set before the weights are loaded again; errors."""
     bridge, chunks = verl_ranks.build(folder, value_model=True)

@@ -20,6 +20,7 @@ from tests.functional.call_ranks import value_weight
 from tests.functional.parity import tolerance
 from tests.functional.pool import Layout, Pool
 from tests.functional.test_calls import conversations, errors, hidden_states
+from tests.functional.test_docs import PYTHON, block
 
 ONE, TP2_SP = Layout(), Layout(tp=2, sp=True, world=2)
 CP2, PP2, EP2 = Layout(cp=2, world=2), Layout(pp=2, world=2), Layout(ep=2, world=2)
@@ -81,6 +82,15 @@ def test_weights_out(pool: Pool, tmp_path: Path, kind: str, layout: Layout, tied
     assert template == ("verl's" if prepared else "the checkpoint's")
     assert prepared or verify_checksums(target).equal
     assert {path.name for path in tmp_path.iterdir()} == {"model", "new"}
+
+
+def test_the_lines_of_the_page(pool: Pool, tmp_path: Path) -> None:
+    folder = reference.write_checkpoint(tmp_path / "model")
+    (weights,) = pool.run(mbridge_ranks.documented, ONE, folder=folder, code=block(PYTHON["mbridge"]).text)
+    for source in (folder, tmp_path / "model-trained"):
+        expected = {name: x for file in source.glob("*.safetensors") for name, x in load_file(file).items()}
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], x) for name, x in expected.items())
 
 
 @pytest.mark.parametrize(
