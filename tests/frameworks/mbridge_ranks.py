@@ -17,6 +17,7 @@ from verl.utils.megatron_utils import unwrap_model
 
 import megatron_vlbridge.integrations.mbridge  # noqa: F401  registers
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.training.guards import check_model
 from tests.frameworks import verl_ranks
 from tests.functional.call_ranks import value_weight
 from tests.functional.pool import Layout
@@ -28,6 +29,7 @@ def out(layout: Layout, folder: Path, target: Path, prepared: bool) -> dict[str,
     `prepared`: where verl has put its own files before, as its checkpoint manager does.
     """
     bridge, chunks = verl_ranks.build(folder)
+    bridge.hf_config.name_or_path = ""  # the folder that was loaded comes first
     exported = {name: tensor.clone() for name, tensor in bridge.export_weights(chunks)}
     names, rank = list(exported), torch.distributed.get_rank()
     with torch.no_grad():
@@ -39,6 +41,13 @@ def out(layout: Layout, folder: Path, target: Path, prepared: bool) -> dict[str,
     torch.distributed.barrier()
     bridge.save_weights(chunks, str(target))
     return {"names": names, "tensors": exported if rank == 0 else {}}
+
+
+def documented(layout: Layout, folder: Path, code: str) -> dict[str, torch.Tensor]:
+    """The weights that the lines of the page export; they save into a folder beside this one."""
+    names = {"torch": torch, "folder": folder}
+    exec(code.replace('"trained"', f'"{folder}-trained"'), names)
+    return dict(names["weights"])
 
 
 def critic(layout: Layout, folder: Path, form: str, conversations: verl_ranks.Conversations) -> dict[str, Any]:
@@ -84,6 +93,16 @@ def configs(layout: Layout, folder: Path) -> dict[str, tuple[Any, Any]]:
     ours = AutoBridge.from_pretrained(folder).config
     names = [field.name for field in dataclasses.fields(theirs)]
     return {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
+
+
+def extra_args(layout: Layout, folder: Path) -> list[tuple[Any, ...]]:
+    """Of the config after each call of `set_extra_args`, the last of which fails, the fields that they set."""
+    bridge, found = AutoBridge.from_pretrained(folder), []
+    for fields in ({"recompute_granularity": "selective"}, {"attention_backend": "fused"}, {"magic": 1}):
+        error(lambda given=fields: bridge.set_extra_args(**given))
+        config = bridge.config
+        found.append((config.recompute_granularity, config.attention_backend, config.variable_seq_lengths))
+    return found
 
 
 def wrapped(layout: Layout, folder: Path) -> dict[str, Any]:
@@ -152,7 +171,9 @@ def rejected(layout: Layout, folder: Path) -> dict[str, str]:
         "own states": lambda: AutoBridge.from_config(hf_config, parallel_states=ParallelStates.get_parallel_state()),
         "private method": lambda: bridge()._weight_to_hf_format,
         "weights there": lambda: bridge().save_weights(chunks, folder),
-        "like nothing": lambda: AutoBridge.from_config(unnamed, **fp32).save_weights(chunks, folder / "new"),
+        "like its config": lambda: AutoBridge.from_config(hf_config, **fp32).save_weights(chunks, folder / "new"),
+        "like nothing": lambda: AutoBridge.from_config(unnamed, **fp32).save_weights(chunks, folder / "newer"),
+        "vlm_step": lambda: check_model(chunks[0]),
         "config": lambda: AutoBridge.from_config(AutoConfig.from_pretrained(folder, image_token_id=9), **fp32),
     }
     return {name: error(call) for name, call in calls.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from mbridge import AutoBridge
+from megatron.core.transformer.enums import AttnBackend
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -19,6 +20,7 @@ from tests.functional.call_ranks import value_weight
 from tests.functional.parity import tolerance
 from tests.functional.pool import Layout, Pool
 from tests.functional.test_calls import conversations, errors, hidden_states
+from tests.functional.test_docs import PYTHON, block
 
 ONE, TP2_SP = Layout(), Layout(tp=2, sp=True, world=2)
 CP2, PP2, EP2 = Layout(cp=2, world=2), Layout(pp=2, world=2), Layout(ep=2, world=2)
@@ -82,6 +84,15 @@ def test_weights_out(pool: Pool, tmp_path: Path, kind: str, layout: Layout, tied
     assert {path.name for path in tmp_path.iterdir()} == {"model", "new"}
 
 
+def test_the_lines_of_the_page(pool: Pool, tmp_path: Path) -> None:
+    folder = reference.write_checkpoint(tmp_path / "model")
+    (weights,) = pool.run(mbridge_ranks.documented, ONE, folder=folder, code=block(PYTHON["mbridge"]).text)
+    for source in (folder, tmp_path / "model-trained"):
+        expected = {name: x for file in source.glob("*.safetensors") for name, x in load_file(file).items()}
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], x) for name, x in expected.items())
+
+
 @pytest.mark.parametrize(
     ("layout", "form", "tied"),
     [
@@ -119,6 +130,13 @@ def test_frozen_routers(pool: Pool, tmp_path: Path, layout: Layout) -> None:
     assert large == {f"model.language_model.layers.{layer}.mlp.gate.weight" for layer in range(4)}
 
 
+def test_extra_args_are_kept_until_the_config_is_made_anew(pool: Pool, tmp_path: Path) -> None:
+    folder = reference.write_checkpoint(tmp_path)
+    (found,) = pool.run(mbridge_ranks.extra_args, ONE, folder=folder)
+    last = ("selective", AttnBackend.fused, True)
+    assert found == [("selective", AttnBackend.auto, True), last, last]
+
+
 def test_how_a_model_is_wrapped(pool: Pool, tmp_path: Path) -> None:
     folder = reference.write_checkpoint(tmp_path)
     first, second = pool.run(mbridge_ranks.wrapped, Layout(world=2), folder=folder)
@@ -153,7 +171,9 @@ ERRORS = {
     "own states": "accepted",
     "private method": "_weight_to_hf_format: mbridge's conversion of single parameters is not offered",
     "weights there": "expected a folder without weights, found model-00001",
+    "like its config": "accepted",
     "like nothing": "expected a checkpoint that it is to be like, found none",
+    "vlm_step": "calculate_per_token_loss=False, verified: True",
     "config": "hf_config: vision_end_token_id: expected another id than image_token_id, found 9",
 }
 

@@ -31,6 +31,14 @@ from tests.functional.pool import Layout
 
 Conversations = Sequence[reference.Conversation]
 MICRO_BATCHES = 2  # of two conversations
+# Those of verl's `trainer/config/engine/megatron.yaml`, but for the backend, which is flash there.
+OVERRIDES = {
+    "recompute_granularity": None,
+    "recompute_modules": ["core_attn"],
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "attention_backend": "auto",
+}
 
 
 def build(
@@ -49,7 +57,7 @@ def build(
     if value_model:
         hf_config.tie_word_embeddings = False
     bridge = AutoBridge.from_config(hf_config, dtype=dtype)
-    bridge.set_extra_args(**mapping_string_to_attn_backend({"attention_backend": "auto", **extra_args}))
+    bridge.set_extra_args(**mapping_string_to_attn_backend({**OVERRIDES, **extra_args}))
     bridge.config.fp16, bridge.config.bf16 = dtype == torch.float16, dtype == torch.bfloat16
     chunks, _ = make_megatron_module(
         McoreModuleWrapperConfig(is_value_model=value_model, use_distributed_optimizer=False),
@@ -122,7 +130,8 @@ FORMS: dict[str, Callable[..., Any]] = {
 def run(layout: Layout, folder: Path, form: str, conversations: Conversations, **options: Any) -> dict[str, Any]:
     """A training step of verl's, averaged over the labels: token losses, which tokens they are of, gradient shards.
 
-    A conversation's last token has no label. Under context parallelism verl gives all tokens on all ranks.
+    A conversation's last token has no label. Under context parallelism verl gives all tokens on all ranks, and each
+    rank's gradient is that of its own part; with `calculate_per_token_loss` one of them counts the tokens.
     """
     _, chunks = build(folder, **options)
     chunks[0].config.finalize_model_grads_func = partial(
@@ -137,6 +146,9 @@ def run(layout: Layout, folder: Path, form: str, conversations: Conversations, *
             return output, None
         losses = -torch.cat(list(output["log_probs"].unbind())) * (labels[owner] != -100)
         found.append((losses.detach().clone(), owner))
+        if chunks[0].config.calculate_per_token_loss:
+            count = (labels[owner] != -100).sum().int() * (parallel_state.get_context_parallel_rank() == 0)
+            return losses, lambda x: (x.sum(), count, {"loss": x.sum().detach()})
         # verl scales by the number of micro-batches, by which Megatron divides.
         return losses, lambda x: (x.sum() / (labels != -100).sum() * MICRO_BATCHES, {"loss": x.sum().detach()})
 

@@ -72,6 +72,8 @@ PYTHON = {
     "pipeline": ("docs/torch-pipeline.md", "import torch"),
     # Run by tests/functional/test_transformers_batch.py.
     "packs": ("docs/transformers.md", "import torch"),
+    # Run by tests/frameworks/test_mbridge.py.
+    "mbridge": ("docs/frameworks.md", "import megatron_vlbridge.integrations.mbridge"),
     # Run by tests/energon/test_energon.py.
     "energon": ("docs/energon.md", "from transformers import AutoProcessor"),
 }

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -65,21 +66,39 @@ def main() -> None:
             rows.append(f"| {layout} | {' | '.join(cells)} |")
             print(rows[-1], flush=True)
     pool.close()
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("megatron-core", "transformers", "torch")
-    )
-    table = "\n".join([f"| layout | {' | '.join(NAMES.values())} |", f"|{'---|' * (len(NAMES) + 1)}", *rows])
-    text = f"""<!-- calls -->
+    write_block(
+        "calls",
+        f"""\
 One training step of tiny random models in fp32 with text, images and a video, against transformers run conversation by
 conversation: the norm of the difference over the norm of transformers' result, of the token losses (which are minus the
 log-probs of the labels), and of the gradient of the parameter with the largest error. Qwen3-VL, with EP Qwen3-VL-MoE.
-Measured by `.venv/bin/python -m tests.functional.write_calls` on {dt.date.today()}, {platform.machine()} CPU,
-{versions}.
+Measured by `.venv/bin/python -m tests.functional.write_calls` on {measured_with()}.
 
-{table}
-<!-- end of calls -->"""
-    page = PAGE.read_text()
-    PAGE.write_text(re.sub("<!-- calls -->.*<!-- end of calls -->", lambda _: text, page, flags=re.DOTALL))
+{table(NAMES.values(), rows)}""",
+    )
+
+
+def table(columns: Iterable[str], rows: list[str]) -> str:
+    """A table with a row for each layout."""
+    head = ["layout", *columns]
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows])
+
+
+def measured_with(*packages: str) -> str:
+    """The date, the machine and the versions of these packages and of those that every figure depends on."""
+    names = (*packages, "megatron-core", "transformers", "torch")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return f"{dt.date.today()}, {platform.machine()} CPU,\n{versions}"
+
+
+def write_block(mark: str, text: str) -> None:
+    """Replace what is between the marks of this name in docs/frameworks.md."""
+    block = f"<!-- {mark} -->\n{text}\n<!-- end of {mark} -->"
+    page, found = re.subn(
+        f"<!-- {mark} -->.*<!-- end of {mark} -->", lambda _: block, PAGE.read_text(), flags=re.DOTALL
+    )
+    assert found == 1, mark
+    PAGE.write_text(page)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,6 @@ class VLBridge:
 
     def _build_stage(self, callbacks: Sequence[Callable[..., None]], **stage: Any) -> Qwen3VLModel:
         model = Qwen3VLModel(self.config, self.checkpoint, **stage)
-        model.layout_checked = True
         with _router_biases(model):
             for callback in callbacks:
                 callback(
