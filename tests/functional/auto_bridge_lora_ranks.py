@@ -137,6 +137,47 @@ def weight_refusals(layout: Layout, folder: Path, lora: Mapping[str, Any], targe
     return [*found, said(lambda: bridge.save_hf_adapter(again, target / "adapter", config))]
 
 
+def options(layout: Layout, folder: Path, other: Path, work: Path) -> dict[str, Any]:
+    """Hooks in their order, dtypes, another source of the weights, and parameters that ranks initialise otherwise."""
+    bridge = AutoBridge.from_hf_config(transformers.AutoConfig.from_pretrained(folder))
+    provider, events = bridge.to_megatron_provider(hf_path=other), []
+    provider.apply_overrides_and_finalize(overrides=parallel_sizes(layout) | {"parallel_output": False})
+
+    def note(name: str) -> Callable[[list[Any]], None]:
+        return lambda chunks: events.append((name, float(word_embeddings(chunks[0]).float().abs().sum())))
+
+    def fill(chunks: list[Any]) -> None:
+        word_embeddings(chunks[0]).fill_(1.0 + torch.distributed.get_rank())
+
+    provider.register_pre_wrap_hook(note("second"))
+    provider.register_pre_wrap_hook(note("first"), prepend=True)
+    provider.register_post_wrap_hook(note("fourth"))
+    provider.register_post_wrap_hook(note("third"), prepend=True)
+    model = provider.provide_distributed_model(DistributedDataParallelConfig(), bf16=True)
+    bridge.save_hf_pretrained(model, work / "saved", source_path=other, weight_dtype=torch.float32)
+    found = {
+        "events": events,
+        "dtypes": [getattr(provider, name) for name in ("params_dtype", "pipeline_dtype", "autocast_dtype")],
+        "parallel_output": modules_of(model)[0].language_model.parallel_output,
+        "own": dict(bridge.export_hf_weights(model)),
+        "fp32": {tensor.dtype for _, tensor in bridge.export_hf_weights(model, weight_dtype=torch.float32)},
+        "half": AutoBridge.from_hf_pretrained(folder, dtype="float16").to_megatron_provider().fp16,
+    }
+    for key, keywords in {"apart": {}, "broadcast": {"data_parallel_random_init": True}}.items():
+        ddp = DistributedDataParallelConfig()
+        (chunk,) = provider.provide_distributed_model(
+            ddp, pre_wrap_hook=[fill], post_wrap_hook=note(key), bf16=False, **keywords
+        )
+        found[key] = word_embeddings(modules_of(chunk)[0]).unique().tolist()
+    return found
+
+
+def word_embeddings(chunk: Any) -> torch.Tensor:
+    """The weight of the embedding."""
+    weight: torch.Tensor = modules_of(chunk)[0].language_model.embedding.word_embeddings.weight
+    return weight.data
+
+
 def documented(layout: Layout, folder: Path, code: list[str], work: Path) -> dict[str, Any]:
     """Runs the code of the page, with this folder in the place of the Hub id."""
     names: dict[str, Any] = {}

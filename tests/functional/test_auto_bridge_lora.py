@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import lora_reference, reference
@@ -25,6 +25,7 @@ TP4_SP = Layout(tp=4, sp=True, world=4)
 LORA: dict[str, Any] = {"rank": lora_reference.RANK, "alpha": lora_reference.ALPHA}
 # The order of sums in B A depends on the shapes that the ranks have.
 ROUNDING = 1e-7
+EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,27 @@ def test_a_merge_is_rounded_as_by_peft(pool: Pool, folders: dict[str, Path], tmp
         expected[name] = (expected[name].float() + delta).bfloat16()
     assert_same({name: as_stored(x, expected[name]) for name, x in found["merged"]}, expected)
     assert_same(weights_of(tmp_path / "merged"), expected)
+
+
+def test_options_of_a_provider_and_of_exports(pool: Pool, folders: dict[str, Path], tmp_path: Path) -> None:
+    other = lora_reference.write_merged(folders["dense"], tmp_path / "other", {})
+    path = next(path for path in other.glob("*.safetensors") if EMBEDDING in load_file(path))
+    save_file({name: -x for name, x in load_file(path).items()}, path, metadata={"format": "pt"})
+    arguments = {"folder": folders["dense"], "other": other, "work": tmp_path}
+    expected = {name: x.bfloat16() for name, x in weights_of(other).items()}
+    size = float(weights_of(other)[EMBEDDING].abs().sum())
+    for rank, found in enumerate(pool.run(auto_bridge_lora_ranks.options, Layout(world=2), **arguments)):
+        names, sizes = zip(*found["events"], strict=True)
+        assert names == ("first", "second", "third", "fourth", "apart", "broadcast")
+        loaded = [relative_error(found_size, size) < 1e-3 for found_size in sizes]
+        assert loaded == [False, True, True, True, False, False]
+        assert found["dtypes"] == [torch.bfloat16] * 3
+        assert found["parallel_output"] is False
+        assert found["fp32"] == {torch.float32}
+        assert found["half"] is True
+        assert_same(found["own"], expected)
+        assert (found["apart"], found["broadcast"]) == ([1.0 + rank], [1.0])
+    assert_same(weights_of(tmp_path / "saved"), {name: x.float() for name, x in expected.items()})
 
 
 def test_settings_that_are_not_offered_are_rejected(pool: Pool, folders: dict[str, Path]) -> None:
