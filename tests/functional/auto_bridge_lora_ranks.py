@@ -89,6 +89,7 @@ def settings_refusals(layout: Layout, folder: Path) -> list[str]:
         built(ddp_config=ddp, use_megatron_fsdp=True),
         built(ddp_config=ddp, mixed_precision_wrapper=None),
         built(),
+        built(wrap_with_ddp=False, fp16=True, bf16=True),
         lambda: bridge.push_to_hub,
         lambda: bridge.hf_pretrained.state,
         lambda: AutoBridge.from_hf_pretrained(folder, rope_scaling=2),

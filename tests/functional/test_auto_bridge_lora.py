@@ -125,6 +125,7 @@ def test_settings_that_are_not_offered_are_rejected(pool: Pool, folders: dict[st
             ["provide_distributed_model: use_megatron_fsdp=True is not offered"],
             ["provide_distributed_model: mixed_precision_wrapper="],
             ["expected a ddp_config, found none"],
+            ["expected one of fp16 and bf16, found both"],
             ["AttributeError", "'push_to_hub'", "Save with save_hf_pretrained"],
             ["AttributeError", "hf_pretrained", "'state'"],
             ["from_hf_pretrained: rope_scaling=2 is not offered"],
