@@ -11,12 +11,14 @@ import torch
 import transformers
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_vlbridge.checkpoint.live.shards import modules_of
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.integrations import AutoBridge
 from megatron_vlbridge.model.lora.attach import add_lora
 from megatron_vlbridge.model.lora.entries import adapter_shards
+from megatron_vlbridge.training.batch import read_pack
 from tests.functional import lora_ranks, ranks
 from tests.functional.auto_bridge_ranks import parallel_sizes
 from tests.functional.pool import Layout
@@ -52,6 +54,24 @@ def adapted(layout: Layout, folder: Path, lora: Mapping[str, Any], target: Path,
     bridge.save_hf_adapter(model, target / "adapter", peft_config=settings, base_model_name_or_path="the base")
     bridge.save_hf_pretrained(model, target / "merged")
     return found
+
+
+def trained(layout: Layout, folder: Path, pack: Mapping[str, torch.Tensor], overlap: bool) -> dict[str, torch.Tensor]:
+    """The merged weights after a step of the distributed optimizer, which gathers new values at once or when needed."""
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    provider = provider_of(layout, bridge, load_weights=True)
+    provider.register_pre_wrap_hook(lambda chunks: add_lora(chunks[0], rank=2, alpha=4, targets=["q_proj"]))
+    ddp = DistributedDataParallelConfig(
+        overlap_grad_reduce=overlap, overlap_param_gather=overlap, use_distributed_optimizer=True
+    )
+    (model,) = provider.provide_distributed_model(ddp)
+    config = OptimizerConfig(optimizer="adam", lr=0.01, use_distributed_optimizer=True, clip_grad=0.0)
+    optimizer = get_megatron_optimizer(config, [model])
+    inputs = read_pack({key: value[None] for key, value in pack.items()}, modules_of(model)[0].hf_config)
+    model(inputs=inputs).sum().backward()
+    model.finish_grad_sync()
+    optimizer.step()
+    return dict(bridge.export_hf_weights(model))
 
 
 Case = Callable[[], object]

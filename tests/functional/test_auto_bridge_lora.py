@@ -75,6 +75,19 @@ def assert_merged(
         assert relative_error(mine, x) < ROUNDING if name in pairs else torch.equal(mine, x), name
 
 
+def test_a_merge_has_the_values_that_ddp_has_not_gathered_yet(pool: Pool, folders: dict[str, Path]) -> None:
+    pack = reference.pack([reference.conversation("text", 1)], 32)
+    options = {"folder": folders["dense"], "pack": pack}
+    at_once, later_on = (
+        pool.run(auto_bridge_lora_ranks.trained, Layout(world=2), overlap=overlap, **options)
+        for overlap in (False, True)
+    )
+    for rank, expected in zip(later_on, at_once, strict=True):
+        assert_same(rank, expected)
+    changed = {name for name, x in weights_of(folders["dense"]).items() if not torch.equal(at_once[0][name], x)}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj"}
+
+
 @pytest.mark.parametrize("kind", ["experts", later("dense")])
 def test_a_merge_is_rounded_as_by_peft(pool: Pool, folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
     """In bf16: B A in fp32, of experts rounded, and the sum rounded."""
