@@ -11,12 +11,14 @@ import torch
 import transformers
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_vlbridge.checkpoint.live.shards import modules_of
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.integrations import AutoBridge
 from megatron_vlbridge.model.lora.attach import add_lora
 from megatron_vlbridge.model.lora.entries import adapter_shards
+from megatron_vlbridge.training.batch import read_pack
 from tests.functional import lora_ranks, ranks
 from tests.functional.auto_bridge_ranks import parallel_sizes
 from tests.functional.pool import Layout
@@ -54,6 +56,24 @@ def adapted(layout: Layout, folder: Path, lora: Mapping[str, Any], target: Path,
     return found
 
 
+def trained(layout: Layout, folder: Path, pack: Mapping[str, torch.Tensor], overlap: bool) -> dict[str, torch.Tensor]:
+    """The merged weights after a step of the distributed optimizer, which gathers new values at once or when needed."""
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    provider = provider_of(layout, bridge, load_weights=True)
+    provider.register_pre_wrap_hook(lambda chunks: add_lora(chunks[0], rank=2, alpha=4, targets=["q_proj"]))
+    ddp = DistributedDataParallelConfig(
+        overlap_grad_reduce=overlap, overlap_param_gather=overlap, use_distributed_optimizer=True
+    )
+    (model,) = provider.provide_distributed_model(ddp)
+    config = OptimizerConfig(optimizer="adam", lr=0.01, use_distributed_optimizer=True, clip_grad=0.0)
+    optimizer = get_megatron_optimizer(config, [model])
+    inputs = read_pack({key: value[None] for key, value in pack.items()}, modules_of(model)[0].hf_config)
+    model(inputs=inputs).sum().backward()
+    model.finish_grad_sync()
+    optimizer.step()
+    return dict(bridge.export_hf_weights(model))
+
+
 Case = Callable[[], object]
 
 
@@ -89,6 +109,7 @@ def settings_refusals(layout: Layout, folder: Path) -> list[str]:
         built(ddp_config=ddp, use_megatron_fsdp=True),
         built(ddp_config=ddp, mixed_precision_wrapper=None),
         built(),
+        built(wrap_with_ddp=False, fp16=True, bf16=True),
         lambda: bridge.push_to_hub,
         lambda: bridge.hf_pretrained.state,
         lambda: AutoBridge.from_hf_pretrained(folder, rope_scaling=2),
@@ -135,6 +156,47 @@ def weight_refusals(layout: Layout, folder: Path, lora: Mapping[str, Any], targe
     ranks.add_adapters(again, **lora)
     config = SimpleNamespace(dim=lora["rank"], alpha=lora["alpha"] + 1)
     return [*found, said(lambda: bridge.save_hf_adapter(again, target / "adapter", config))]
+
+
+def options(layout: Layout, folder: Path, other: Path, work: Path) -> dict[str, Any]:
+    """Hooks in their order, dtypes, another source of the weights, and parameters that ranks initialise otherwise."""
+    bridge = AutoBridge.from_hf_config(transformers.AutoConfig.from_pretrained(folder))
+    provider, events = bridge.to_megatron_provider(hf_path=other), []
+    provider.apply_overrides_and_finalize(overrides=parallel_sizes(layout) | {"parallel_output": False})
+
+    def note(name: str) -> Callable[[list[Any]], None]:
+        return lambda chunks: events.append((name, float(word_embeddings(chunks[0]).float().abs().sum())))
+
+    def fill(chunks: list[Any]) -> None:
+        word_embeddings(chunks[0]).fill_(1.0 + torch.distributed.get_rank())
+
+    provider.register_pre_wrap_hook(note("second"))
+    provider.register_pre_wrap_hook(note("first"), prepend=True)
+    provider.register_post_wrap_hook(note("fourth"))
+    provider.register_post_wrap_hook(note("third"), prepend=True)
+    model = provider.provide_distributed_model(DistributedDataParallelConfig(), bf16=True)
+    bridge.save_hf_pretrained(model, work / "saved", source_path=other, weight_dtype=torch.float32)
+    found = {
+        "events": events,
+        "dtypes": [getattr(provider, name) for name in ("params_dtype", "pipeline_dtype", "autocast_dtype")],
+        "parallel_output": modules_of(model)[0].language_model.parallel_output,
+        "own": dict(bridge.export_hf_weights(model)),
+        "fp32": {tensor.dtype for _, tensor in bridge.export_hf_weights(model, weight_dtype=torch.float32)},
+        "half": AutoBridge.from_hf_pretrained(folder, dtype="float16").to_megatron_provider().fp16,
+    }
+    for key, keywords in {"apart": {}, "broadcast": {"data_parallel_random_init": True}}.items():
+        ddp = DistributedDataParallelConfig()
+        (chunk,) = provider.provide_distributed_model(
+            ddp, pre_wrap_hook=[fill], post_wrap_hook=note(key), bf16=False, **keywords
+        )
+        found[key] = word_embeddings(modules_of(chunk)[0]).unique().tolist()
+    return found
+
+
+def word_embeddings(chunk: Any) -> torch.Tensor:
+    """The weight of the embedding."""
+    weight: torch.Tensor = modules_of(chunk)[0].language_model.embedding.word_embeddings.weight
+    return weight.data
 
 
 def documented(layout: Layout, folder: Path, code: list[str], work: Path) -> dict[str, Any]:

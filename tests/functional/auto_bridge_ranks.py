@@ -52,6 +52,7 @@ def verl(layout: Layout, folder: Path, conversations: Conversations, target: Pat
     tasks = bridge.get_conversion_tasks(module)
     # The tasks are made once and used for every sync.
     exported = [list(bridge.export_hf_weights(module, conversion_tasks=tasks)) for _ in range(2)][1]
+    check_names(tasks, exported)
     target.mkdir(exist_ok=True)
     bridge.save_hf_weights(module, str(target), strict=True)
     if torch.distributed.get_rank() == 0:
@@ -124,9 +125,12 @@ def miles(layout: Layout, folder: Path, conversations: Conversations, target: Pa
         wrapped.append(DistributedDataParallel(model.config, DistributedDataParallelConfig(), model))
     AutoBridge.from_hf_pretrained(str(folder), trust_remote_code=True).load_hf_weights(wrapped)
     found = call_ranks.train(layout, wrapped, "slime", conversations)
+    assert all(x.module.config is wrapped[0].module.config for x in wrapped)
     target.mkdir(exist_ok=True)
+    (target / "notes.txt").write_text("kept")
     torch.distributed.barrier()
     bridge.save_hf_pretrained(wrapped, path=target)
+    assert (target / "notes.txt").read_text() == "kept"
     return found | {"exported": list(bridge.export_hf_weights(wrapped))}
 
 
@@ -165,6 +169,7 @@ def nemo_rl(layout: Layout, folder: Path, conversations: Conversations, target: 
     exported = list(bridge.export_hf_weights([model], show_progress=False, conversion_tasks=tasks))
     assert sum(size for _, size in sizes) == sum(x.nbytes for _, x in exported)
     assert len({name for name, _ in sizes}) == len(sizes)
+    check_names(tasks, exported)
     bridge.save_hf_pretrained([model], str(target), strict=True)
     return found | {"exported": exported, "sizes": sizes}
 
@@ -179,6 +184,21 @@ def size_of(task: Any) -> int:
     torch.distributed.all_gather_object(stages, mine, group=parallel_state.get_pipeline_model_parallel_group())
     (size,) = [size for size in stages if size is not None]
     return size
+
+
+def check_names(tasks: Sequence[Any], exported: Sequence[Any]) -> None:
+    """The names of the tasks are those of the export, in its order; and of experts, which are in layers alone."""
+    found: list[str] = []
+    for task in tasks:
+        hf = task.mapping.hf_param
+        names = [hf] if isinstance(hf, str) else list(hf.values())
+        assert task.mapping.is_expert == any(".mlp.experts." in name for name in names)
+        assert task.global_param_name == task.param_name
+        if ".language_model.layers." in names[0]:
+            layer = names[0].partition(".layers.")[2].partition(".")[0]
+            assert f"language_model.decoder.layers.{layer}." in task.param_name
+        found += names
+    assert found == [name for name, _ in exported]
 
 
 def sky_rl(layout: Layout, folder: Path, conversations: Conversations, target: Path) -> dict[str, Any]:
@@ -226,6 +246,7 @@ def sky_rl(layout: Layout, folder: Path, conversations: Conversations, target: P
     torch.distributed.barrier()
     bridge.save_hf_weights(module, target, strict=False, distributed_save=True, save_every_n_ranks=1)
     if torch.distributed.get_rank() == 0:
+        assert all(".safetensors" in path.name for path in target.iterdir())
         bridge.hf_pretrained.save_artifacts(target)
     assert bridge.hf_pretrained.model_name_or_path == str(folder)
     return found | {"exported": exported}

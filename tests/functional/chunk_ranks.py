@@ -56,7 +56,7 @@ def wrapped(layout: Layout, folder: Path, fp16: bool = False, bf16: bool = False
 
 
 def refusals(layout: Layout, folder: Path) -> list[str]:
-    """What is said about a config of other sizes, and about a hook that gives no modules."""
+    """What is said about a config of other sizes, and about a hook that gives no modules; one that gives others."""
     config, said = ranks.build_chunks(layout, folder, load=False)[0].config, []
 
     def no_modules(chunks: list[torch.nn.Module]) -> Any:
@@ -71,4 +71,8 @@ def refusals(layout: Layout, folder: Path) -> list[str]:
         except VLBridgeError as error:
             said.append(str(error))
         config.tensor_model_parallel_size = layout.tp
-    return said
+    other = torch.nn.Linear(2, 3)
+    given = build_chunks(
+        config, lambda **stage: torch.nn.Identity(), hooks=[lambda chunks: [other], lambda chunks: None]
+    )
+    return [*said, "other" if given == [other] else "the first"]

@@ -34,7 +34,8 @@ def test_chunks_are_those_of_the_stage(pool: Pool, folder: Path, layout: Layout,
 
 
 def test_other_sizes_and_hooks_without_modules_are_rejected(pool: Pool, folder: Path) -> None:
-    (sizes, hook), _ = pool.run(chunk_ranks.refusals, Layout(tp=2, world=2), folder=folder)
+    (sizes, hook, given), _ = pool.run(chunk_ranks.refusals, Layout(tp=2, world=2), folder=folder)
     assert "tensor_model_parallel_size=4, of the process groups 2" in sizes
     assert "hook no_modules: expected a list of modules" in hook
     assert "found dict" in hook
+    assert given == "other"

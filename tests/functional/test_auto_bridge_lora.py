@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from tests import lora_reference, reference
@@ -25,6 +25,7 @@ TP4_SP = Layout(tp=4, sp=True, world=4)
 LORA: dict[str, Any] = {"rank": lora_reference.RANK, "alpha": lora_reference.ALPHA}
 # The order of sums in B A depends on the shapes that the ranks have.
 ROUNDING = 1e-7
+EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,19 @@ def assert_merged(
         assert relative_error(mine, x) < ROUNDING if name in pairs else torch.equal(mine, x), name
 
 
+def test_a_merge_has_the_values_that_ddp_has_not_gathered_yet(pool: Pool, folders: dict[str, Path]) -> None:
+    pack = reference.pack([reference.conversation("text", 1)], 32)
+    options = {"folder": folders["dense"], "pack": pack}
+    at_once, later_on = (
+        pool.run(auto_bridge_lora_ranks.trained, Layout(world=2), overlap=overlap, **options)
+        for overlap in (False, True)
+    )
+    for rank, expected in zip(later_on, at_once, strict=True):
+        assert_same(rank, expected)
+    changed = {name for name, x in weights_of(folders["dense"]).items() if not torch.equal(at_once[0][name], x)}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj"}
+
+
 @pytest.mark.parametrize("kind", ["experts", later("dense")])
 def test_a_merge_is_rounded_as_by_peft(pool: Pool, folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
     """In bf16: B A in fp32, of experts rounded, and the sum rounded."""
@@ -91,6 +105,27 @@ def test_a_merge_is_rounded_as_by_peft(pool: Pool, folders: dict[str, Path], tmp
     assert_same(weights_of(tmp_path / "merged"), expected)
 
 
+def test_options_of_a_provider_and_of_exports(pool: Pool, folders: dict[str, Path], tmp_path: Path) -> None:
+    other = lora_reference.write_merged(folders["dense"], tmp_path / "other", {})
+    path = next(path for path in other.glob("*.safetensors") if EMBEDDING in load_file(path))
+    save_file({name: -x for name, x in load_file(path).items()}, path, metadata={"format": "pt"})
+    arguments = {"folder": folders["dense"], "other": other, "work": tmp_path}
+    expected = {name: x.bfloat16() for name, x in weights_of(other).items()}
+    size = float(weights_of(other)[EMBEDDING].abs().sum())
+    for rank, found in enumerate(pool.run(auto_bridge_lora_ranks.options, Layout(world=2), **arguments)):
+        names, sizes = zip(*found["events"], strict=True)
+        assert names == ("first", "second", "third", "fourth", "apart", "broadcast")
+        loaded = [relative_error(found_size, size) < 1e-3 for found_size in sizes]
+        assert loaded == [False, True, True, True, False, False]
+        assert found["dtypes"] == [torch.bfloat16] * 3
+        assert found["parallel_output"] is False
+        assert found["fp32"] == {torch.float32}
+        assert found["half"] is True
+        assert_same(found["own"], expected)
+        assert (found["apart"], found["broadcast"]) == ([1.0 + rank], [1.0])
+    assert_same(weights_of(tmp_path / "saved"), {name: x.float() for name, x in expected.items()})
+
+
 def test_settings_that_are_not_offered_are_rejected(pool: Pool, folders: dict[str, Path]) -> None:
     for found in pool.run(auto_bridge_lora_ranks.settings_refusals, TP2, folder=folders["dense"]):
         words = [
@@ -103,6 +138,7 @@ def test_settings_that_are_not_offered_are_rejected(pool: Pool, folders: dict[st
             ["provide_distributed_model: use_megatron_fsdp=True is not offered"],
             ["provide_distributed_model: mixed_precision_wrapper="],
             ["expected a ddp_config, found none"],
+            ["expected one of fp16 and bf16, found both"],
             ["AttributeError", "'push_to_hub'", "Save with save_hf_pretrained"],
             ["AttributeError", "hf_pretrained", "'state'"],
             ["from_hf_pretrained: rope_scaling=2 is not offered"],

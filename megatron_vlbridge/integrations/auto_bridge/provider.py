@@ -168,6 +168,8 @@ class ModelProvider:
             raise VLBridgeError(
                 "provide_distributed_model: expected a ddp_config, found none. Give one, or wrap_with_ddp=False."
             )
+        if fp16 and bf16:
+            raise VLBridgeError("provide_distributed_model: expected one of fp16 and bf16, found both. Leave one out.")
         if fp16 is not None or bf16 is not None:
             self._set_dtype(torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32)
         if use_cpu_initialization is not None:

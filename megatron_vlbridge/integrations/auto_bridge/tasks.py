@@ -106,9 +106,7 @@ def _task(table: RuleTable, names: Sequence[str], owner: int, dtype: torch.dtype
 
 
 def _megatron_name(source: Region) -> str:
-    """The name of the parameter that holds a region, with the numbers of its layer and of its one expert."""
+    """The name of the parameter that holds a region, with the number of its layer."""
     head, layers, rest = source.name.partition(".layers.")
-    stacked = bool(layers) and not rest.partition(".")[0].isdecimal()
-    name = f"{head}{layers}{source.offset[0]}.{rest}" if stacked else source.name
-    lead = source.shape[stacked:-2]
-    return f"{name}{source.offset[stacked]}" if lead == (1,) and ".experts." in name else name
+    stacked = layers and not rest.partition(".")[0].isdecimal()
+    return f"{head}{layers}{source.offset[0]}.{rest}" if stacked else source.name

@@ -6,7 +6,11 @@ from megatron_vlbridge.errors import VLBridgeError
 
 _INSTEAD = {
     "save_megatron_model": "Import the Hugging Face folder with import_ckpt, or save with Megatron's own saver.",
+    "load_megatron_model": (
+        "Build a model with to_megatron_provider(load_weights=False), and call load_torch_dist_weights; or export_ckpt."
+    ),
     "export_adapter_ckpt": "Use `vlbridge export --adapter`.",
+    "export_hf_weights_quant": "Use export_hf_weights of megatron_vlbridge with fp8=True.",
     "push_to_hub": "Save with save_hf_pretrained and upload the folder.",
     "_model_bridge": "Use load_hf_weights, export_hf_weights and get_conversion_tasks, which convert whole models.",
     "transformer_layer_spec": "The layers are those that the tests compare with transformers; they cannot be replaced.",
@@ -21,7 +25,7 @@ def not_offered(owner: str, name: str) -> NotOfferedError:
     """The error for an attribute or keyword of `owner`, with what to use instead where that is known."""
     return NotOfferedError(
         f"{owner}: expected a name that is offered, found {name!r}. "
-        f"{_INSTEAD.get(name, 'Correct it or leave it out: it would have no effect.')}"
+        f"{_INSTEAD.get(name, 'Correct it or leave it out: it is not read.')}"
     )
 
 
