@@ -1,13 +1,17 @@
 """What runs inside the workers of `test_weight_sync.py`: exports for inference servers, and ranks that stop in them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from megatron_vlbridge.checkpoint.live import WeightDigests, export_hf_weights, hf_weight_specs, save_hf
+from megatron_vlbridge.checkpoint.hf import writer
+from megatron_vlbridge.checkpoint.live import WeightDigests, adapters, export_hf_weights, hf_weight_specs, save_hf
+from megatron_vlbridge.checkpoint.live.adapters import export_adapter_weights
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model.lora.attach import add_lora
 from tests.functional import ranks
 from tests.functional.live_ranks import BIG, MODES, TINY, VOCABULARY, Named
 from tests.functional.pool import Layout
@@ -35,17 +39,34 @@ def export_fp8(layout: Layout, folder: Path) -> dict[str, Named]:
 
 
 def save(layout: Layout, folder: Path, target: Path, **options: Any) -> Path:
+    """In small parts: few have both the values and the scales of a weight."""
     chunks = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY)
-    return save_hf(chunks, target, folder, **options)
+    with patch.object(writer, "PART_BYTES", 60_000):
+        return save_hf(chunks, target, folder, **options)
+
+
+def in_small_buckets(chunks: list[Any], mode: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    return export_hf_weights(chunks, bucket_bytes=TINY, ranks=mode)
+
+
+def two_adapters_at_once(chunks: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for chunk in chunks:
+        add_lora(chunk, rank=2, alpha=4, targets=["q_proj", "down_proj"])
+    with patch.object(adapters, "_AT_ONCE", 2):
+        yield from export_adapter_weights(chunks)
 
 
 def stop(layout: Layout, folder: Path, mode: Any, who: list[int], after: int, by: str) -> str:
-    """What this rank is told where some stop after so many tensors, by an error of theirs or by asking for no more."""
-    rank = torch.distributed.get_rank()
+    """What this rank is told where some stop after so many tensors, by an error of theirs or by asking for no more.
+
+    In the mode "adapters" these are exported, of two weights at once.
+    """
+    rank, told = torch.distributed.get_rank(), "all"
     chunks = ranks.build_chunks(layout, folder)
-    told = "all"
     try:
-        for number, _ in enumerate(export_hf_weights(chunks, bucket_bytes=TINY, ranks=mode)):
+        for number, _ in enumerate(
+            two_adapters_at_once(chunks) if mode == "adapters" else in_small_buckets(chunks, mode)
+        ):
             if rank in who and number == after:
                 if by == "error":
                     raise RuntimeError("the engine is gone")
@@ -88,7 +109,8 @@ def export_changes(layout: Layout, folder: Path, mode: Any) -> list[tuple[list[s
     """Of exports with the same digests: names, what is left out, and whether it is what a full export has.
 
     Nothing is changed before the second; then a value of one layer, on one rank, and one of a norm on another; other
-    options; a run in which the first rank stops early; the same again.
+    options; a run in which the first rank stops early, so that all stop; the same twice; one in which the first rank
+    stops at the last tensor, when the others need it no more; the same.
     """
     rank = torch.distributed.get_rank()
     chunks, digests = ranks.build_chunks(layout, folder, vocab_size=VOCABULARY), WeightDigests()
@@ -117,6 +139,8 @@ def export_changes(layout: Layout, folder: Path, mode: Any) -> list[tuple[list[s
     export(5 if rank == 0 else 10**9)
     export()
     export()
+    export(len(results[0][0]) if rank == 0 else 10**9, dtype="bfloat16")
+    export(dtype="bfloat16")
     return results
 
 

@@ -122,10 +122,10 @@ def test_a_saved_folder_is_that_of_an_export(
     assert verify_checksums(target).equal
 
 
-STOPPED = r"rank 1: expected to go on with the export of weights, found that it has stopped\. Take all"
+STOPPED = r"rank 1: expected to go on with the export of (weights|adapters), found that it has stopped\. Take all"
 
 
-@pytest.mark.parametrize(("mode", "by"), [("all", "error"), ("shared", "break")])
+@pytest.mark.parametrize(("mode", "by"), [("all", "error"), ("shared", "break"), ("adapters", "error")])
 def test_a_rank_that_stops_is_named_to_the_others(pool: Pool, sources: dict[str, Path], mode: str, by: str) -> None:
     layout = Layout(tp=2, pp=2, world=4)
     told = pool.run(export_ranks.stop, layout, folder=sources["dense"], mode=mode, who=[1], after=3, by=by)
@@ -154,7 +154,7 @@ def test_only_what_has_changed_is_sent(pool: Pool, sources: dict[str, Path], mod
     changed = {"model.language_model.layers.0.mlp.down_proj.weight", "model.language_model.norm.weight"}
     results = pool.run(export_ranks.export_changes, layout, folder=source, mode=mode)
     assert all(same for result in results for _, _, same in result)
-    expected = [names, set(), changed, names, None, names, set()]
+    expected = [names, set(), changed, names, None, names, set(), names, names]
     for number, sent in enumerate(expected):
         found = [result[number][0] for result in results]
         left_out = {result[number][1] for result in results}
