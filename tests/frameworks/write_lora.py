@@ -26,7 +26,9 @@ def rows(pool: Pool, where: Path) -> list[str]:
     for layout in [*LAYOUTS, EP2, TP2_EP2]:
         cells = []
         for kind, case in cases.items():
-            if layout.ep > 1 and "experts" not in kind:
+            experts = "experts" in kind
+            # Experts need sequence parallelism beside tensor parallelism; the launcher rejects other layouts.
+            if (layout.ep > 1 and not experts) or (layout.tp > 1 and experts and not layout.sp):
                 cells.append("")
                 continue
             errors = measure(pool, layout, case)

@@ -248,4 +248,7 @@ def test_the_command(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[s
     assert "like: expected none" in capsys.readouterr().err
     assert cli.main(["merge", str(base), str(base), str(tmp_path / "x")]) == 1
     assert "adapter_config.json" in capsys.readouterr().err
+    (adapter / "latest_checkpointed_iteration.txt").write_text("1")
+    assert cli.main(["merge", str(base), str(adapter), str(tmp_path / "x")]) == 1
+    assert "found a Megatron checkpoint. Write its adapters" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_vlbridge import families
+from megatron_vlbridge.checkpoint.formats import is_megatron
 from megatron_vlbridge.checkpoint.hf.header import read_header
 from megatron_vlbridge.checkpoint.peft.config import AdapterConfig, read_adapter_config
 from megatron_vlbridge.checkpoint.stream.raw import Stored
@@ -81,6 +82,11 @@ def read_adapter(folder: Path, base: Mapping[str, Shape]) -> dict[str, LoraPair]
     half, another rank or shape, and values that are not floating-point.
     Example: `read_adapter(Path("adapter"), shapes)["lm_head.weight"].read()`.
     """
+    if is_megatron(folder):
+        raise VLBridgeError(
+            f"{folder}: expected a folder of peft, found a Megatron checkpoint. Write its adapters as such a folder "
+            "with vlbridge export --adapter (in Python: export_adapter)."
+        )
     config = read_adapter_config(folder)
     path = folder / WEIGHTS
     halves: dict[str, dict[str, Stored]] = {}
