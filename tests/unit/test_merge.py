@@ -45,8 +45,8 @@ def random_pairs(folder: Path, rank: int = RANK) -> Pairs:
     }
 
 
-def write(folder: Path, pairs: Pairs, alpha: float = ALPHA) -> Path:
-    write_adapter(folder, "base", AdapterConfig(next(iter(pairs.values()))[0].shape[-2], alpha), pairs)
+def write(folder: Path, pairs: Pairs) -> Path:
+    write_adapter(folder, "base", AdapterConfig(next(iter(pairs.values()))[0].shape[-2], ALPHA), pairs)
     return folder
 
 
@@ -213,9 +213,9 @@ def test_an_interrupted_merge_continues_and_another_adapter_does_not(
 
     with pytest.raises(KeyboardInterrupt):
         merge_adapter(base, adapter, target, options=Options(workers=2, report=report))
-    write(tmp_path / "second", pairs, alpha=6.0)
-    with pytest.raises(VLBridgeError, match=r"weights\.adapter_"):
-        merge_adapter(base, tmp_path / "second", target, resume=True)
+    second = write(tmp_path / "second", {name: (a, 2 * b) for name, (a, b) in pairs.items()})
+    with pytest.raises(VLBridgeError, match=r"weights\.adapter_model"):
+        merge_adapter(base, second, target, resume=True)
     seen.clear()
     merge_adapter(base, adapter, target, resume=True, options=Options(report=seen.append))
     assert seen[-1].resumed > 0
@@ -223,6 +223,10 @@ def test_an_interrupted_merge_continues_and_another_adapter_does_not(
     seen.clear()
     merge_adapter(base, adapter, target, resume=True, options=Options(report=seen.append))
     assert not seen
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace("5.0", "6.0"))
+    with pytest.raises(VLBridgeError, match=r"found that of another: weights\.adapter_config"):
+        merge_adapter(base, adapter, target, resume=True)
 
 
 def test_the_memory_of_a_merge_counts_the_product(tmp_path: Path, base: Path) -> None:
