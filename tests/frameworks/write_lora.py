@@ -54,7 +54,8 @@ def main() -> None:
 One training step of tiny random models in fp32 with text, images and a video, against `peft` on transformers run
 conversation by conversation: the norm of the difference over the norm of `peft`'s result, of the logits of the
 conversation and of the gradient of the A or B with the largest error. Adapters: all projections of the decoder layers
-(Qwen3-VL-MoE: attention and experts), of Qwen3-VL also those of the vision tower. Measured by
+(Qwen3-VL-MoE: attention and experts), of Qwen3-VL also those of the vision tower. Empty: a layout of experts, or one
+that is rejected with experts. Measured by
 `.venv-frameworks/bin/python -m tests.frameworks.write_lora` on {dt.date.today()}, {platform.machine()} CPU,
 {versions}.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_vlbridge import cli, import_checkpoint, merge_adapter, read_config
 from megatron_vlbridge.checkpoint.hf import writer as hf_writer
+from megatron_vlbridge.checkpoint.hf.reader import INDEX
 from megatron_vlbridge.checkpoint.peft import delta
 from megatron_vlbridge.checkpoint.peft.adapter import LoraPair, base_shapes
 from megatron_vlbridge.checkpoint.peft.config import AdapterConfig
@@ -120,6 +121,25 @@ def turn(folder: Path, form: str) -> None:
 
     if form != "fused_out_in":
         rewrite(folder, change)
+
+
+def test_the_form_of_experts_by_option(tmp_path: Path) -> None:
+    """Square ones, whose form cannot be seen; and another form than that of a Megatron base."""
+    base = reference.write_checkpoint(tmp_path / "base", layers=2, experts={"moe_intermediate_size": 32})
+    pairs = random_pairs(base)
+    adapter = write(tmp_path / "adapter", pairs)
+    with pytest.raises(VLBridgeError, match="--experts fused_out_in"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+    merge_adapter(base, adapter, tmp_path / "merged", experts="fused_out_in")
+    fused = tensors(tmp_path / "merged")
+    assert_same(fused, merged_by_hand(tensors(base), pairs))
+    with pytest.raises(VLBridgeError, match=r"down_proj: expected \[4, 32, 64\], found \[4, 64, 32\]"):
+        merge_adapter(base, adapter, tmp_path / "other", experts="fused_in_out")
+    imported = import_checkpoint(base, tmp_path / "imported", experts="fused_out_in")
+    single = tensors(merge_adapter(imported, adapter, tmp_path / "single", experts="per_expert"))
+    layer = "model.language_model.layers.0.mlp.experts"
+    for expert, gate_up in enumerate(fused[f"{layer}.gate_up_proj"]):
+        assert torch.equal(single[f"{layer}.{expert}.up_proj.weight"], gate_up[32:])
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -247,6 +267,7 @@ def test_the_command(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["merge", str(base), str(adapter), str(merged)]) == 0
     assert capsys.readouterr().out == f"{merged}\n"
     assert_same(tensors(merged), merged_by_hand(tensors(base), pairs))
+    assert (merged / INDEX).read_bytes() == (base / INDEX).read_bytes()
     assert cli.main(["verify", str(merged)]) == 0
     assert cli.main(["merge", str(base), str(adapter), str(tmp_path / "x"), "--like", str(base)]) == 2
     assert "like: expected none" in capsys.readouterr().err

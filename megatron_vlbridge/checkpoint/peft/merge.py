@@ -107,7 +107,6 @@ def _plan_copy(folder: Path, target: Path, experts: str | None) -> Export:
         source_files=weights.paths,
         side_files=tuple(side_files(folder)),
         notes=(*weights.notes, *copied),
-        options={"--experts": experts},
         template=template,
         tensors=weights.table,
         index=index,
