@@ -218,6 +218,23 @@ def test_an_adapter_of_another_base_is_rejected_before_a_byte_is_written(tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"base", "other", "moe", "of-other", "of-moe"}
 
 
+@pytest.mark.parametrize(
+    ("weight", "shape"),
+    [
+        ("model.language_model.embed_tokens.weight", (128, 64)),
+        ("model.visual.pos_embed.weight", (36, 32)),
+        ("model.language_model.norm.weight", (64, 1)),
+        ("model.visual.patch_embed.proj.weight", (32, 3)),
+    ],
+)
+def test_weights_that_peft_does_not_adapt_in_this_form_are_rejected(
+    tmp_path: Path, base: Path, weight: str, shape: tuple[int, int]
+) -> None:
+    pair = torch.randn(RANK, shape[1]), torch.randn(shape[0], RANK)
+    with pytest.raises(VLBridgeError, match=f"found {re.escape(weight)} .adapters of embeddings, convolutions"):
+        merge_adapter(base, write(tmp_path / "adapter", {weight: pair}), tmp_path / "merged")
+
+
 def test_an_interrupted_merge_continues_and_another_adapter_does_not(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,7 +100,7 @@ def read_adapter(folder: Path, base: Mapping[str, Shape]) -> dict[str, LoraPair]
         raise VLBridgeError(f"{path}: expected the tensors of an adapter, found none. Fetch the file again.")
     pairs = {}
     for module, found in halves.items():
-        weight = _weight_name(module, found, halves, base)
+        weight = _weight_name(module, found, base)
         if weight not in base:
             raise _misfit(path, f"base_model.model.{module}", weight)
         pairs[weight] = _pair(config, path, weight, found, base[weight])
@@ -115,9 +115,7 @@ def _misfit(path: Path, key: str, found: str) -> VLBridgeError:
     )
 
 
-def _weight_name(
-    module: str, found: Mapping[str, Stored], halves: Mapping[str, object], base: Mapping[str, Shape]
-) -> str:
+def _weight_name(module: str, found: Mapping[str, Stored], base: Mapping[str, Shape]) -> str:
     """The base weight of an adapted module; `peft` wraps both parameters of the experts in one another.
 
     Where only one of both has an adapter, the shape tells which.
@@ -126,8 +124,8 @@ def _weight_name(
         return module.removesuffix("base_layer") + "gate_up_proj"
     if not module.endswith(_EXPERTS):
         return f"{module}.weight"
-    gate_up, both = f"{module}.gate_up_proj", f"{module}.base_layer" in halves
-    if not both and gate_up in base and found.keys() == {"A", "B"}:
+    gate_up = f"{module}.gate_up_proj"
+    if gate_up in base and found.keys() == {"A", "B"}:
         sizes = found["B"].spec.shape[:1] + found["A"].spec.shape[-1:]
         if sizes == base[gate_up][-2:]:
             return gate_up
