@@ -52,8 +52,9 @@ def _read(pair: LoraPair) -> tuple[Tensor, Tensor]:
         (ATTENTION, EXPERTS, PATTERNS, 10),
         (ATTENTION, None, {}, 6),
         ([], EXPERTS, {}, 4),
+        ([], EXPERTS[:1], {}, 2),
     ],
-    ids=["both", "rslora", "patterns", "attention", "experts"],
+    ids=["both", "rslora", "patterns", "attention", "experts", "gate-up"],
 )
 def test_an_adapter_equals_that_of_peft(
     tmp_path: Path, modules: Any, parameters: Any, options: dict[str, Any], count: int

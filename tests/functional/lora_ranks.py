@@ -96,11 +96,13 @@ def foreign(layout: Layout, folder: Path) -> list[tuple[str, torch.Tensor]]:
     return list(export_hf_weights(chunks))
 
 
-def refusals(layout: Layout, folder: Path, settings: Settings, calls: Sequence[tuple[str, Any]]) -> list[str]:
+def refusals(
+    layout: Layout, folder: Path, settings: Settings, calls: Sequence[tuple[str, Any]], **overrides: Any
+) -> list[str]:
     """What each call says on this rank: `("add", arguments)` or `("load", folder)`."""
     said = []
     for what, argument in calls:
-        chunks = ranks.build_chunks(layout, folder, load=False)
+        chunks = ranks.build_chunks(layout, folder, load=False, **overrides)
         try:
             for chunk in chunks:
                 add_lora(chunk, **(argument if what == "add" else settings))

@@ -23,6 +23,9 @@ ITERATIONS = 20
 LORA = ("--lora-rank", 4, "--lora-alpha", 16)
 BASE = ("--hf-folder", "hf", "--hf-weights")
 SAVE = ("--save-interval", ITERATIONS, "--train-iters", ITERATIONS)
+TP2_PP2_CP2 = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--pipeline-model-parallel-size", 2)
+TP2_PP2_CP2 += ("--context-parallel-size", 2)
+EP2 = ("--expert-model-parallel-size", 2)
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -57,12 +60,14 @@ def assert_same_adapters(found: dict[str, torch.Tensor], expected: dict[str, tor
     [
         later(2, ("--tensor-model-parallel-size", 2, "--sequence-parallel")),
         later(2, ("--tensor-model-parallel-size", 2)),
+        later(2, ("--pipeline-model-parallel-size", 2)),
         later(2, ("--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2)),
         later(2, ("--context-parallel-size", 2, "--overlap-grad-reduce")),
+        later(8, TP2_PP2_CP2),
         later(2, ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")),
         later(1, ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1)),
     ],
-    ids=["tp2-sp", "tp2", "vpp2", "cp2", "dp2", "recomputed"],
+    ids=["tp2-sp", "tp2", "pp2", "vpp2", "cp2", "tp2-sp-pp2-cp2", "dp2", "recomputed"],
 )
 def test_a_layout_has_the_loss_curve_of_one_process(
     folder: Path, straight: SimpleNamespace, processes: int, layout: tuple[object, ...]
@@ -71,6 +76,16 @@ def test_a_layout_has_the_loss_curve_of_one_process(
     found = train(folder, *BASE, *LORA, "--lora-vision", "--save", name, *SAVE, *layout, processes=processes)
     assert_close_in_norm(found, straight.losses)
     assert_same_adapters(exported(folder, name), straight.adapters, 1e-2)
+
+
+@pytest.mark.layouts
+def test_experts_in_a_layout_have_the_loss_curve_of_one_process(tmp_path: Path) -> None:
+    folder = digits_checkpoint.write(tmp_path, experts=True)
+    options = (*BASE, *LORA, "--moe-token-dispatcher-type", "alltoall", *SAVE)
+    losses = train(folder, *options, "--save", "straight")
+    found = train(folder, *options, "--save", "ep2", *EP2, processes=2)
+    assert_close_in_norm(found, losses)
+    assert_same_adapters(exported(folder, "ep2"), exported(folder, "straight"), 1e-2)
 
 
 def test_a_resumed_run_continues_on_an_imported_base(

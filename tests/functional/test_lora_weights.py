@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_vlbridge.weights.adapters import adapter_tensor
 from tests import lora_reference, reference
@@ -72,6 +72,8 @@ def test_adapters_come_out_and_go_back_in_bit_for_bit(
 ) -> None:
     folder, pairs = folders[kind], lora_reference.random_pairs(folders[kind], vision=True)
     values, expected = values_of(pairs), in_peft(pairs)
+    # Projections that Megatron has in one layer need not have the same A.
+    assert not torch.equal(*(next(a for n, (a, _) in pairs.items() if end in n) for end in ("q_proj", "k_proj")))
     target, saved = tmp_path / "peft", tmp_path / "saved"
     lora = {**SETTINGS, "values": values}
     results = pool.run(lora_ranks.out, layout, folder=folder, lora=lora, target=target, saved=saved)
@@ -155,6 +157,24 @@ def test_recomputation_draws_the_same_dropout(pool: Pool, folders: dict[str, Pat
         assert relative_error(gradients["none"][name], x) > 0.01
 
 
+def test_an_adapter_that_the_dtype_of_the_model_cannot_hold_is_refused_on_all_ranks(
+    pool: Pool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = {"rank": 3, "alpha": 6.0, "targets": ["q_proj", "o_proj"]}
+    pool.run(lora_ranks.save, ONE, folder=folders["dense"], settings=settings, target=tmp_path / "fits")
+    path = shutil.copytree(tmp_path / "fits", tmp_path / "large") / "adapter_model.safetensors"
+    tensors = load_file(path)
+    (name,) = (name for name in tensors if "layers.0.self_attn.o_proj.lora_A" in name)
+    tensors[name][:, -1] = 1e5  # on the last tensor-parallel rank
+    save_file(tensors, path)
+    calls = [("load", tmp_path / name) for name in ("fits", "large")]
+    found = {"folder": folders["dense"], "settings": settings, "calls": calls}
+    for dtype, words in ((torch.float16, "o_proj.weight: expected values that float16 holds"), (torch.bfloat16, "")):
+        for fits, large in pool.run(lora_ranks.refusals, TP2_SP, **found, params_dtype=dtype):
+            assert fits == "accepted"
+            assert words in large if words else large == "accepted"
+
+
 def test_what_does_not_fit_is_refused_on_all_ranks(pool: Pool, folders: dict[str, Path], tmp_path: Path) -> None:
     folder, settings = folders["dense"], {"rank": 3, "alpha": 6.0, "targets": ["q_proj", "v_proj"]}
     made = {}
@@ -193,7 +213,7 @@ def test_what_does_not_fit_is_refused_on_all_ranks(pool: Pool, folders: dict[str
         ["adapter_config.json"],
         ["'proj'", "found none, but model.visual.", "--lora-vision"],
         ["'proj'", "model.visual.patch_embed.proj"],
-        ["LoRA rank: expected at least 1, found 0"],
+        ["LoRA rank: expected an integer of at least 1, found 0"],
     ]
     for result in results:
         for text, expected in zip(result, words, strict=True):

@@ -27,7 +27,7 @@ def test_names_are_those_of_the_decoder_layers() -> None:
     assert select_weights(DENSE, ["q_proj", "mlp.down_proj"]) == [
         f"{LAYERS}.{layer}.{module}.weight" for layer in range(28) for module in ("self_attn.q_proj", "mlp.down_proj")
     ]
-    assert select_weights(DENSE) == select_weights(DENSE, SEVEN)
+    assert select_weights(DENSE) == select_weights(DENSE, SEVEN) == select_weights(DENSE, [*SEVEN, *SEVEN])
 
 
 def test_paths_and_regular_expressions_reach_everything() -> None:
@@ -70,7 +70,8 @@ def test_linear_attention() -> None:
 @pytest.mark.parametrize(
     ("targets", "vision", "stated"),
     [
-        ([], False, "expected at least one, found none"),
+        ([], False, "expected a list of at least one, found none"),
+        ("q_proj", False, "expected a list of at least one, found q_proj"),
         (
             ["q_pro"],
             False,
@@ -87,7 +88,7 @@ def test_linear_attention() -> None:
     ],
     ids=str,
 )
-def test_what_is_no_target(targets: list[str], vision: bool, stated: str) -> None:
+def test_what_is_no_target(targets: list[str] | str, vision: bool, stated: str) -> None:
     with pytest.raises(VLBridgeError, match=stated):
         select_weights(DENSE, targets, vision)
 
@@ -101,7 +102,8 @@ def test_the_router_and_the_gate_of_the_shared_expert_have_no_adapter() -> None:
 @pytest.mark.parametrize(
     ("settings", "stated"),
     [
-        ({"rank": 0}, "LoRA rank: expected at least 1, found 0"),
+        ({"rank": 0}, "LoRA rank: expected an integer of at least 1, found 0"),
+        ({"rank": 4.0}, "LoRA rank: expected an integer of at least 1, found 4.0"),
         ({"alpha": 0.0}, "LoRA alpha: expected a positive number, found 0.0"),
         ({"alpha": float("inf")}, "LoRA alpha: expected a positive number, found inf"),
         ({"dropout": 1.0}, "LoRA dropout: expected 0 to below 1, found 1.0"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_vlbridge import cli, import_checkpoint, merge_adapter, read_config
 from megatron_vlbridge.checkpoint.hf import writer as hf_writer
+from megatron_vlbridge.checkpoint.hf.reader import INDEX
 from megatron_vlbridge.checkpoint.peft import delta
 from megatron_vlbridge.checkpoint.peft.adapter import LoraPair, base_shapes
 from megatron_vlbridge.checkpoint.peft.config import AdapterConfig
@@ -45,8 +46,8 @@ def random_pairs(folder: Path, rank: int = RANK) -> Pairs:
     }
 
 
-def write(folder: Path, pairs: Pairs, alpha: float = ALPHA) -> Path:
-    write_adapter(folder, "base", AdapterConfig(next(iter(pairs.values()))[0].shape[-2], alpha), pairs)
+def write(folder: Path, pairs: Pairs) -> Path:
+    write_adapter(folder, "base", AdapterConfig(next(iter(pairs.values()))[0].shape[-2], ALPHA), pairs)
     return folder
 
 
@@ -120,6 +121,25 @@ def turn(folder: Path, form: str) -> None:
 
     if form != "fused_out_in":
         rewrite(folder, change)
+
+
+def test_the_form_of_experts_by_option(tmp_path: Path) -> None:
+    """Square ones, whose form cannot be seen; and another form than that of a Megatron base."""
+    base = reference.write_checkpoint(tmp_path / "base", layers=2, experts={"moe_intermediate_size": 32})
+    pairs = random_pairs(base)
+    adapter = write(tmp_path / "adapter", pairs)
+    with pytest.raises(VLBridgeError, match="--experts fused_out_in"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+    merge_adapter(base, adapter, tmp_path / "merged", experts="fused_out_in")
+    fused = tensors(tmp_path / "merged")
+    assert_same(fused, merged_by_hand(tensors(base), pairs))
+    with pytest.raises(VLBridgeError, match=r"down_proj: expected \[4, 32, 64\], found \[4, 64, 32\]"):
+        merge_adapter(base, adapter, tmp_path / "other", experts="fused_in_out")
+    imported = import_checkpoint(base, tmp_path / "imported", experts="fused_out_in")
+    single = tensors(merge_adapter(imported, adapter, tmp_path / "single", experts="per_expert"))
+    layer = "model.language_model.layers.0.mlp.experts"
+    for expert, gate_up in enumerate(fused[f"{layer}.gate_up_proj"]):
+        assert torch.equal(single[f"{layer}.{expert}.up_proj.weight"], gate_up[32:])
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -198,6 +218,23 @@ def test_an_adapter_of_another_base_is_rejected_before_a_byte_is_written(tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"base", "other", "moe", "of-other", "of-moe"}
 
 
+@pytest.mark.parametrize(
+    ("weight", "shape"),
+    [
+        ("model.language_model.embed_tokens.weight", (128, 64)),
+        ("model.visual.pos_embed.weight", (36, 32)),
+        ("model.language_model.norm.weight", (64, 1)),
+        ("model.visual.patch_embed.proj.weight", (32, 3)),
+    ],
+)
+def test_weights_that_peft_does_not_adapt_in_this_form_are_rejected(
+    tmp_path: Path, base: Path, weight: str, shape: tuple[int, int]
+) -> None:
+    pair = torch.randn(RANK, shape[1]), torch.randn(shape[0], RANK)
+    with pytest.raises(VLBridgeError, match=f"found {re.escape(weight)} .adapters of embeddings, convolutions"):
+        merge_adapter(base, write(tmp_path / "adapter", {weight: pair}), tmp_path / "merged")
+
+
 def test_an_interrupted_merge_continues_and_another_adapter_does_not(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,9 +250,9 @@ def test_an_interrupted_merge_continues_and_another_adapter_does_not(
 
     with pytest.raises(KeyboardInterrupt):
         merge_adapter(base, adapter, target, options=Options(workers=2, report=report))
-    write(tmp_path / "second", pairs, alpha=6.0)
-    with pytest.raises(VLBridgeError, match=r"weights\.adapter_"):
-        merge_adapter(base, tmp_path / "second", target, resume=True)
+    second = write(tmp_path / "second", {name: (a, 2 * b) for name, (a, b) in pairs.items()})
+    with pytest.raises(VLBridgeError, match=r"weights\.adapter_model"):
+        merge_adapter(base, second, target, resume=True)
     seen.clear()
     merge_adapter(base, adapter, target, resume=True, options=Options(report=seen.append))
     assert seen[-1].resumed > 0
@@ -223,6 +260,10 @@ def test_an_interrupted_merge_continues_and_another_adapter_does_not(
     seen.clear()
     merge_adapter(base, adapter, target, resume=True, options=Options(report=seen.append))
     assert not seen
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace("5.0", "6.0"))
+    with pytest.raises(VLBridgeError, match=r"found that of another: weights\.adapter_config"):
+        merge_adapter(base, adapter, target, resume=True)
 
 
 def test_the_memory_of_a_merge_counts_the_product(tmp_path: Path, base: Path) -> None:
@@ -243,9 +284,13 @@ def test_the_command(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["merge", str(base), str(adapter), str(merged)]) == 0
     assert capsys.readouterr().out == f"{merged}\n"
     assert_same(tensors(merged), merged_by_hand(tensors(base), pairs))
+    assert (merged / INDEX).read_bytes() == (base / INDEX).read_bytes()
     assert cli.main(["verify", str(merged)]) == 0
     assert cli.main(["merge", str(base), str(adapter), str(tmp_path / "x"), "--like", str(base)]) == 2
     assert "like: expected none" in capsys.readouterr().err
     assert cli.main(["merge", str(base), str(base), str(tmp_path / "x")]) == 1
     assert "adapter_config.json" in capsys.readouterr().err
+    (adapter / "latest_checkpointed_iteration.txt").write_text("1")
+    assert cli.main(["merge", str(base), str(adapter), str(tmp_path / "x")]) == 1
+    assert "found a Megatron checkpoint. Write its adapters" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

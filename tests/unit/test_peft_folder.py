@@ -1,13 +1,15 @@
 """PEFT folders are read and written in the form of peft, and anything else is rejected by name."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_vlbridge.checkpoint.peft.adapter import read_adapter
+from megatron_vlbridge import read_config
+from megatron_vlbridge.checkpoint.peft.adapter import base_shapes, read_adapter
 from megatron_vlbridge.checkpoint.peft.config import AdapterConfig, read_adapter_config
 from megatron_vlbridge.checkpoint.peft.writer import write_adapter
 from megatron_vlbridge.errors import VLBridgeError
@@ -226,9 +228,10 @@ def test_parameters_that_are_views_of_another_dtype_each_are_written_aligned(tmp
             assert stored.start % given.dtype.itemsize == 0
 
 
-@pytest.mark.parametrize(("weight", "inner"), [("gate_up_proj", 5), ("down_proj", 5), ("gate_up_proj", 4)])
+@pytest.mark.parametrize("inner", [2, 4, 5])
+@pytest.mark.parametrize("weight", ["gate_up_proj", "down_proj"])
 def test_one_of_both_parameters_of_experts_has_the_name_of_the_module(tmp_path: Path, weight: str, inner: int) -> None:
-    """As `peft` wraps a parameter alone. Its shape tells which it is, also where hidden and inner size are equal."""
+    """As `peft` wraps a parameter alone. Its shape tells which it is, also where some of the sizes are equal."""
     base = {f"{EXPERTS}.gate_up_proj": (2, 2 * inner, 4), f"{EXPERTS}.down_proj": (2, 4, inner)}
     name = f"{EXPERTS}.{weight}"
     _, rows, columns = base[name]
@@ -250,3 +253,28 @@ def test_targets_that_are_absent_are_null(tmp_path: Path, experts: bool) -> None
     noted = json.loads((tmp_path / "target" / "adapter_config.json").read_text())
     expected = (None, [weight]) if experts else ([Q], None)
     assert (noted["target_modules"], noted["target_parameters"]) == expected
+
+
+def test_linear_layers_and_experts_can_have_an_adapter() -> None:
+    config = read_config(Path(__file__).parents[1] / "data" / "configs" / "Qwen3.5-35B-A3B.json")
+    shapes = base_shapes(config)
+    ends = {re.sub(r"\d+", "N", name.removesuffix(".weight")).rpartition(".")[2] for name in shapes}
+    assert ends == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "gate", "fc"),
+        *("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "shared_expert_gate", "lm_head"),
+        *("qkv", "proj", "linear_fcN"),
+    }
+    experts = "model.language_model.layers.0.mlp.experts"
+    assert shapes[f"{experts}.gate_up_proj"] == (256, 1024, 2048)
+    assert shapes[f"{experts}.down_proj"] == (256, 2048, 512)
+    assert "model.visual.patch_embed.proj.weight" not in shapes
+
+
+@pytest.mark.parametrize(
+    ("target", "adapted"),
+    [(f"{Q}.weight", True), ("q_proj.weight", True), ("proj.weight", False), ("q_proj", False), ("", False)],
+)
+def test_a_parameter_is_named_by_the_end_of_its_path(tmp_path: Path, target: str, adapted: bool) -> None:
+    pairs = read_adapter(_write(tmp_path, _tensors(), target_parameters=[target]), BASE)
+    assert pairs[f"{Q}.weight"].parameter == adapted
+    assert pairs[f"{EXPERTS}.down_proj"].parameter

@@ -14,6 +14,7 @@ from megatron_vlbridge.checkpoint.live.weights import LiveWeights
 from megatron_vlbridge.checkpoint.peft.adapter import LoraPair, base_shapes, read_adapter
 from megatron_vlbridge.checkpoint.peft.config import AdapterConfig
 from megatron_vlbridge.checkpoint.peft.writer import peft_tensors, write_adapter
+from megatron_vlbridge.checkpoint.stream.raw import check_fits
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.weights import Region, RuleTable
 from megatron_vlbridge.weights.adapters import HALVES, adapter_table, adapter_tensor, weight_of
@@ -81,11 +82,11 @@ def save_adapter(model: Model, folder: str | Path, base_model: str) -> Path:
 def load_adapter(model: Model, folder: str | Path) -> None:
     """Copy a folder of `peft` into the adapters of a live, sharded model, in place.
 
-    The model has adapters for the same weights, of the same rank and scaling (`add_lora`). Each rank keeps its part.
-    All ranks must call it.
+    The model has adapters for the same weights, of the same rank and scaling (`add_lora`). Each rank keeps its part, in
+    the dtype of the model. All ranks must call it.
 
     Raises VLBridgeError, on all ranks: the folder's adapter is of another base, rank or scaling, for other weights, of
-    a kind that is not supported, or damaged; the model has no adapters.
+    a kind that is not supported, damaged, or has values that the model's dtype cannot hold; the model has no adapters.
     Example: `add_lora(model, rank=8, alpha=16, targets=["q_proj"])`, then `load_adapter(model, "adapter")`.
     """
     folder = Path(folder)
@@ -149,4 +150,5 @@ def _check_same(folder: Path, settings: Any, pairs: dict[str, LoraPair]) -> None
 def _fill(shard: Any, pair: LoraPair) -> None:
     expert = None if pair.experts is None else shard.region.offset[0]
     values = pair.read(expert)[HALVES.index(shard.region.name[-1])]
+    check_fits(weight_of(shard.region.name), values, shard.values.dtype)
     shard.values.copy_(values[shard.region.slices[-2:]].reshape(shard.values.shape))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_vlbridge import families
+from megatron_vlbridge.checkpoint.formats import is_megatron
 from megatron_vlbridge.checkpoint.hf.header import read_header
 from megatron_vlbridge.checkpoint.peft.config import AdapterConfig, read_adapter_config
 from megatron_vlbridge.checkpoint.stream.raw import Stored
@@ -81,6 +82,11 @@ def read_adapter(folder: Path, base: Mapping[str, Shape]) -> dict[str, LoraPair]
     half, another rank or shape, and values that are not floating-point.
     Example: `read_adapter(Path("adapter"), shapes)["lm_head.weight"].read()`.
     """
+    if is_megatron(folder):
+        raise VLBridgeError(
+            f"{folder}: expected a folder of peft, found a Megatron checkpoint. Write its adapters as such a folder "
+            "with vlbridge export --adapter (in Python: export_adapter)."
+        )
     config = read_adapter_config(folder)
     path = folder / WEIGHTS
     halves: dict[str, dict[str, Stored]] = {}
@@ -94,7 +100,7 @@ def read_adapter(folder: Path, base: Mapping[str, Shape]) -> dict[str, LoraPair]
         raise VLBridgeError(f"{path}: expected the tensors of an adapter, found none. Fetch the file again.")
     pairs = {}
     for module, found in halves.items():
-        weight = _weight_name(module, found, halves, base)
+        weight = _weight_name(module, found, base)
         if weight not in base:
             raise _misfit(path, f"base_model.model.{module}", weight)
         pairs[weight] = _pair(config, path, weight, found, base[weight])
@@ -109,9 +115,7 @@ def _misfit(path: Path, key: str, found: str) -> VLBridgeError:
     )
 
 
-def _weight_name(
-    module: str, found: Mapping[str, Stored], halves: Mapping[str, object], base: Mapping[str, Shape]
-) -> str:
+def _weight_name(module: str, found: Mapping[str, Stored], base: Mapping[str, Shape]) -> str:
     """The base weight of an adapted module; `peft` wraps both parameters of the experts in one another.
 
     Where only one of both has an adapter, the shape tells which.
@@ -120,8 +124,8 @@ def _weight_name(
         return module.removesuffix("base_layer") + "gate_up_proj"
     if not module.endswith(_EXPERTS):
         return f"{module}.weight"
-    gate_up, both = f"{module}.gate_up_proj", f"{module}.base_layer" in halves
-    if not both and gate_up in base and found.keys() == {"A", "B"}:
+    gate_up = f"{module}.gate_up_proj"
+    if gate_up in base and found.keys() == {"A", "B"}:
         sizes = found["B"].spec.shape[:1] + found["A"].spec.shape[-1:]
         if sizes == base[gate_up][-2:]:
             return gate_up

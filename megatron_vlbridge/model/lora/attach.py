@@ -73,8 +73,8 @@ def lora_settings(
     vision: bool = False,
 ) -> LoraSettings:
     """What `add_lora` would add, after its checks."""
-    if rank < 1:
-        raise VLBridgeError(f"LoRA rank: expected at least 1, found {rank}.")
+    if type(rank) is not int or rank < 1:
+        raise VLBridgeError(f"LoRA rank: expected an integer of at least 1, found {rank}.")
     if not 0 < alpha < math.inf:
         raise VLBridgeError(f"LoRA alpha: expected a positive number, found {alpha}.")
     if not 0 <= dropout < 1:

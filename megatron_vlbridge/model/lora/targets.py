@@ -47,8 +47,11 @@ def select_weights(hf_config: Config, targets: Sequence[str] | None = None, visi
     weights = {module_of(name): name for name in table.hf_shapes}
     if targets is None:
         return [weights[module] for module in weights if linear[module] and scope[module]]
-    if not targets:
-        raise VLBridgeError("LoRA targets: expected at least one, found none. Name some, such as q_proj and v_proj.")
+    if not targets or isinstance(targets, str):
+        raise VLBridgeError(
+            f"LoRA targets: expected a list of at least one, found {targets or 'none'}. Name some, such as q_proj and "
+            "v_proj."
+        )
     chosen = {module for target in targets for module in _matching(target, linear, scope)}
     return [name for module, name in weights.items() if module in chosen]
 
