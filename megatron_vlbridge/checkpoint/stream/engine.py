@@ -10,6 +10,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from megatron_vlbridge.checkpoint.stream.digest import ALGORITHM, digest_range
@@ -102,7 +103,7 @@ class Block:
 
     def __init__(self, nbytes: int, stop: threading.Event) -> None:
         # Pages that no block reaches, such as a writer's scratch, are not touched.
-        self._memory, self._stop = torch.empty(nbytes, dtype=torch.uint8), stop
+        self._memory, self._stop = np.empty(nbytes, np.uint8), stop
 
     def take(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor in this memory; the one taken before is lost."""
@@ -111,7 +112,7 @@ class Block:
         nbytes = TensorSpec(shape, dtype).nbytes
         if not nbytes:
             return torch.empty(shape, dtype=dtype)
-        return self._memory[:nbytes].view(dtype).view(shape)
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes).view(dtype).view(shape)
 
 
 class _StoppedError(Exception):
