@@ -176,6 +176,8 @@ def options(layout: Layout, folder: Path, other: Path, work: Path) -> dict[str, 
     provider.register_post_wrap_hook(note("third"), prepend=True)
     model = provider.provide_distributed_model(DistributedDataParallelConfig(), bf16=True)
     bridge.save_hf_pretrained(model, work / "saved", source_path=other, weight_dtype=torch.float32)
+    loaded = AutoBridge.from_hf_pretrained(folder)
+    loaded.save_hf_weights(model, work / "weights", weight_dtype=torch.float32)
     found = {
         "events": events,
         "dtypes": [getattr(provider, name) for name in ("params_dtype", "pipeline_dtype", "autocast_dtype")],

@@ -1,6 +1,7 @@
 """A bridge of Megatron-Bridge's names with adapters of `add_lora`, and what it rejects."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def test_options_of_a_provider_and_of_exports(pool: Pool, folders: dict[str, Pat
         assert found["half"] is True
         assert_same(found["own"], expected)
         assert (found["apart"], found["broadcast"]) == ([1.0 + rank], [1.0])
-    assert_same(weights_of(tmp_path / "saved"), {name: x.float() for name, x in expected.items()})
+    for saved in ("saved", "weights"):
+        assert_same(weights_of(tmp_path / saved), {name: x.float() for name, x in expected.items()})
 
 
 def test_settings_that_are_not_offered_are_rejected(pool: Pool, folders: dict[str, Path]) -> None:
@@ -201,6 +203,10 @@ def test_folders_are_converted_as_by_the_command(pool: Pool, folders: dict[str, 
     from megatron_vlbridge.integrations import AutoBridge
 
     AutoBridge.import_ckpt(folders["dense"], tmp_path / "megatron", trust_remote_code=True)
-    AutoBridge.from_hf_pretrained(folders["dense"]).export_ckpt(tmp_path / "megatron", tmp_path / "hf")
+    like = shutil.copytree(folders["dense"], tmp_path / "like")
+    (like / "README.md").write_text("of another source")
+    bridge = AutoBridge.from_hf_pretrained(folders["dense"])
+    bridge.export_ckpt(tmp_path / "megatron", tmp_path / "hf", source_path=like)
+    assert (tmp_path / "hf" / "README.md").read_text() == "of another source"
     export_checkpoint(import_checkpoint(folders["dense"], tmp_path / "other"), tmp_path / "expected")
     assert_same(weights_of(tmp_path / "hf"), weights_of(tmp_path / "expected"))

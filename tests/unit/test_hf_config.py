@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from megatron_vlbridge import read_config
 from megatron_vlbridge.integrations.hf_config import read_hf_config
+from tests.errors import rejects
 
 CONFIGS = sorted((Path(__file__).parents[1] / "data" / "configs").glob("*.json"))
 
@@ -21,3 +22,12 @@ def test_the_config_of_transformers_is_that_of_the_file(tmp_path: Path, file: Pa
     # verl adds it, and unties a critic.
     hf_config.rope_theta, hf_config.tie_word_embeddings = 1.0, False
     assert read_hf_config(hf_config) == dataclasses.replace(read_config(file), tie_word_embeddings=False)
+
+
+def test_a_changed_config_is_read_as_changed_and_errors_name_it() -> None:
+    config = AutoConfig.from_pretrained(CONFIGS[0])
+    config.text_config.num_hidden_layers = 3
+    assert read_hf_config(config).text.num_layers == 3
+    config.text_config.hidden_act = "relu"
+    with rejects("hidden_act", "relu", start="hf_config: "):
+        read_hf_config(config)
