@@ -16,7 +16,8 @@ from megatron_vlbridge.training.log_lines import duration
 LEAST_ACCURACY = 0.9
 MOST_BLIND_ACCURACY = 0.2
 MOST_OTHER_ACCURACY = 0.1
-LOGIT_TOLERANCE = 1e-4
+# Of the norm, and of a single logit: against fp64, those of transformers in fp32 differ by up to 1e-4 (of 10).
+LOGITS_TOLERANCE, LOGIT_TOLERANCE = 1e-5, 5e-4
 PACKAGES = ("megatron-core", "torch", "transformers")
 BASE_WORDS = f"{WORDS[BASE_DIGITS[0]]} to {WORDS[BASE_DIGITS[-1]]}"
 
@@ -104,10 +105,10 @@ class Result:
             ),
             Claim("The same accuracy in Megatron and in transformers", f"{here:.2%} and {there:.2%}", here == there),
             Claim(
-                f"The same logits to {LOGIT_TOLERANCE:.0e}, absolute and relative",
-                f"{self.logits.absolute:.1e} and {self.logits.relative:.1e}",
+                f"The same logits: to {LOGITS_TOLERANCE:.0e} of their norm, each to {LOGIT_TOLERANCE:.0e}",
+                f"{self.logits.relative:.1e} and {self.logits.absolute:.1e}",
                 # Each by itself: `max` may pass over a NaN.
-                self.logits.absolute <= LOGIT_TOLERANCE and self.logits.relative <= LOGIT_TOLERANCE,
+                self.logits.relative <= LOGITS_TOLERANCE and self.logits.absolute <= LOGIT_TOLERANCE,
             ),
             Claim(
                 f"With blanked images accuracy at most {MOST_BLIND_ACCURACY:.0%}",
