@@ -12,7 +12,8 @@ from megatron_vlbridge.errors import VLBridgeError
 if TYPE_CHECKING:
     from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
     from megatron_vlbridge.checkpoint.inspect import inspect
-    from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights, save_hf
+    from megatron_vlbridge.checkpoint.live import export_hf_weights, hf_weight_specs, load_hf_weights, save_hf
+    from megatron_vlbridge.checkpoint.peft.merge import merge_adapter
     from megatron_vlbridge.checkpoint.verify import verify
     from megatron_vlbridge.data.samples import check_batch, select_samples, split_global_batch
     from megatron_vlbridge.families import read_config
@@ -28,9 +29,11 @@ _HOMES = {
     "check_batch": "data.samples",
     "export_checkpoint": "checkpoint.convert",
     "export_hf_weights": "checkpoint.live",
+    "hf_weight_specs": "checkpoint.live",
     "import_checkpoint": "checkpoint.convert",
     "inspect": "checkpoint.inspect",
     "load_hf_weights": "checkpoint.live",
+    "merge_adapter": "checkpoint.peft.merge",
     "model_provider": "training.pretrain",
     "read_config": "families",
     "save_hf": "checkpoint.live",
@@ -48,9 +51,11 @@ __all__ = [
     "check_batch",
     "export_checkpoint",
     "export_hf_weights",
+    "hf_weight_specs",
     "import_checkpoint",
     "inspect",
     "load_hf_weights",
+    "merge_adapter",
     "model_provider",
     "read_config",
     "save_hf",

@@ -36,6 +36,17 @@ def quantise(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[
     return numbers, scales
 
 
+def quantise_in_fp32(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(numbers, scales)` as an export has them: all in float32, with a normal scale also where a block is zero."""
+    scales = torch.empty([-(-size // 128) for size in tensor.shape])
+    numbers = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn)
+    for place, block in blocks(tensor.shape):
+        values = tensor[place].float()
+        scales[block] = max((values.abs().max() / torch.tensor(448.0)).item(), 2.0**-126)
+        numbers[place] = (values / scales[block]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return numbers, scales
+
+
 def dequantise(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """What they stand for, in bfloat16."""
     result = torch.empty(numbers.shape, dtype=torch.bfloat16)

@@ -51,6 +51,7 @@ def export_checkpoint(
     experts: str | None = None,
     max_shard_size: int | None = None,
     portable_config: bool = False,
+    fp8: bool = False,
     options: Options | None = None,
     resume: bool = False,
 ) -> Path:
@@ -62,13 +63,14 @@ def export_checkpoint(
     tell); experts have the form that they have there, or `experts`. Names are those of the Hub. Tensors of `like` that
     are not part of the model are copied unchanged. `dtype` converts all weights; by default they keep what the Megatron
     checkpoint holds. Where that is another than the source's, config.json names the new one. With `portable_config` it
-    is written so that transformers 4.57 and 5.x read the same model from it. `options` and `resume` are
-    those of `import_checkpoint`.
+    is written so that transformers 4.57 and 5.x read the same model from it. With `fp8` the linear layers of decoder
+    and MTP layers become float8_e4m3fn with a float32 scale for each block of 128 x 128 (`x.weight_scale_inv`), each
+    expert on its own, as FP8 checkpoints are published. `options` and `resume` are those of `import_checkpoint`.
 
     Raises VLBridgeError, and leaves nothing under the new name, when the two do not match exactly, a file is
-    missing or damaged, the target exists or is being written, the disk is full, or it is not known which config
-    belongs to the weights.
+    missing or damaged, the target exists or is being written, the disk is full, it is not known which config
+    belongs to the weights, or a value has no form in FP8.
     Example: `export_checkpoint("run", "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
     """
-    choices = ExportChoices(dtype, experts, max_shard_size, portable_config)
+    choices = ExportChoices(dtype, experts, max_shard_size, portable_config, fp8)
     return plan_export(megatron_folder, hf_folder, like, choices).run(options, resume=resume)

@@ -12,18 +12,19 @@ from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.conversion import Conversion, check_read_back, dtype_name
 from megatron_vlbridge.checkpoint.dtypes import as_dtype, check_dtypes, downcast_into, hf_tensors
 from megatron_vlbridge.checkpoint.hf.portable_config import differences_in_4
+from megatron_vlbridge.checkpoint.hf.quantise import quantised_output, quantization_config, specs_as_read
 from megatron_vlbridge.checkpoint.hf.reader import INDEX, SafetensorsFolder, listed
 from megatron_vlbridge.checkpoint.hf.side_files import copy_side_files, side_files
 from megatron_vlbridge.checkpoint.hf.template import ExportTemplate, find_template
-from megatron_vlbridge.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, SafetensorsWriter, plan_shards
+from megatron_vlbridge.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, Reads, SafetensorsWriter, plan_shards
 from megatron_vlbridge.checkpoint.peft.manifest import read_adapter_manifest
 from megatron_vlbridge.checkpoint.stream.json_file import load_json_object
 from megatron_vlbridge.checkpoint.stream.raw import Filler, gather_into
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import UsageError, VLBridgeError
-from megatron_vlbridge.families import ExpertForm, Family, read_config
-from megatron_vlbridge.families.experts import detect_form_by_names
+from megatron_vlbridge.families import Family, read_config
+from megatron_vlbridge.families.experts import detect_form_by_names, fp8_form, moe_layers
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Plan, Region, TensorSpec
 
@@ -39,6 +40,11 @@ class ExportChoices:
     experts: str | None = None
     max_shard_size: int | None = None
     portable_config: bool = False
+    fp8: bool = False
+
+    def form_to_ask(self, config: Config, template: ExportTemplate) -> str | None:
+        """The form of the experts to ask the family for."""
+        return fp8_form(config, self.experts) if self.fp8 else self.experts or template.experts
 
 
 DEFAULTS = ExportChoices()
@@ -49,25 +55,30 @@ class Export(Conversion):
     """Megatron -> Hugging Face.
 
     `tensors` are those to be written, with `index` as their index where it is that of the template. `config_dtype` is
-    what config.json is to name (None: what it names), `portable` what it means, where it is to be rewritten.
+    what config.json is to name (None: what it names), `portable` what it means, where it is to be rewritten, and
+    `quantization` what it is to say of that.
     """
 
     kind = "export"
+    writer: SafetensorsWriter
     template: ExportTemplate
     tensors: Mapping[str, TensorSpec]
     index: Path | None
     config_dtype: torch.dtype | None
     portable: Config | None
+    quantization: Mapping[str, object] | None
 
     def complete(self, folder: Path) -> None:
         """Copy the template's other files."""
-        copy_side_files(self.template.folder, folder, self.config_dtype, portable=self.portable)
+        copy_side_files(
+            self.template.folder, folder, self.config_dtype, portable=self.portable, quantization=self.quantization
+        )
         if self.index is not None:
             shutil.copyfile(self.index, folder / INDEX)
 
     def check(self, folder: Path) -> None:
         """Read the headers back."""
-        check_read_back(folder, SafetensorsFolder(folder).table, self.tensors)
+        check_read_back(folder, SafetensorsFolder(folder).table, specs_as_read(self.tensors))
 
 
 type MegatronWeights = TorchDistFolder | LiveWeights
@@ -100,7 +111,7 @@ def plan_export_of(
     """The export of `weights` with the other files of `template`; errors are those of `export_checkpoint`."""
     target, dtype = Path(hf_folder), as_dtype(choices.dtype)
     config = read_config(template.folder)
-    family, experts = families.find(config), choices.experts or template.experts
+    family, experts = families.find(config), choices.form_to_ask(config, template)
     table = family.table_for(config, template.table, experts)
     check_dtypes(weights.folder, weights.table)
     hf, upcast = hf_tensors(table, weights.table, template.table, dtype)
@@ -114,31 +125,35 @@ def plan_export_of(
         megatron_source=str(weights.folder),
     )
     tensors, passthrough = _tensors_to_write(plan, template, config, family)
-    files, index = _shards(tensors, template, choices.max_shard_size)
-    expert_form = family.find_expert_form(config, template.table, experts)
+    fill, reads = _hf_filler(plan, family.embedding, weights, template, passthrough), Reads()
+    if choices.fp8:
+        tensors, fill, reads = quantised_output(tensors, fill, passthrough)
+    files, index = plan_files(tensors, template, choices.max_shard_size)
     return Export(
         architecture=family.architecture,
         source=weights.folder,
         target=target,
         plan=plan,
-        writer=SafetensorsWriter(tensors, files, _hf_filler(plan, family.embedding, weights, template, passthrough)),
+        writer=SafetensorsWriter(tensors, files, fill, reads),
         source_files=(
             *weights.files,
             *dict.fromkeys(template.folder / template.tensors[name][0] for name in passthrough),
         ),
         side_files=tuple(side_files(template.folder)),
-        notes=tuple(_notes(template, config, family, expert_form, passthrough, choices.portable_config)),
+        notes=tuple(_notes(template, config, family, passthrough, choices)),
         options={
             "--dtype": dtype_name(dtype),
             "--experts": choices.experts,
             "--max-shard-size": choices.max_shard_size,
             "--portable-config": choices.portable_config,
+            **({"--fp8": True} if choices.fp8 else {}),  # earlier versions did not note it
         },
         template=template,
         tensors=tensors,
         index=index,
         config_dtype=dtype or template.dtype_to_name(plan.hf),
         portable=config if choices.portable_config else None,
+        quantization=quantization_config(tensors, family.head) if choices.fp8 else None,
     )
 
 
@@ -193,25 +208,25 @@ def _hf_filler(
 
 
 def _notes(
-    template: ExportTemplate,
-    config: Config,
-    family: Family,
-    form: ExpertForm,
-    passthrough: Sequence[str],
-    portable: bool,
+    template: ExportTemplate, config: Config, family: Family, passthrough: Sequence[str], choices: ExportChoices
 ) -> Iterator[str]:
     like, hub = template.folder, family.expert_form
-    if form is not hub:
+    form = family.find_expert_form(config, template.table, choices.form_to_ask(config, template))
+    if choices.fp8:
+        yield "linear layers are written in FP8, with a float32 scale for each block of 128 x 128"
+        if form is not hub and moe_layers(config):
+            yield "experts are written one by one, as vLLM and sglang load them; transformers may not"
+    elif form is not hub:
         yield f"experts are written as {form}; the Hub's form of them is {hub}: --experts {hub}"
-    if config.fp8:
-        yield f"weights are not quantised again: quantization_config of {like} is removed from config.json"
+    if config.fp8 and not choices.fp8:
+        yield f"weights are not quantised again: quantization_config of {like} is removed from config.json (see --fp8)"
     if passthrough:
         yield f"copied unchanged from {like}, as not part of the model: {listed(passthrough)}"
     if left_out := family.find_other_tensors(template.tensors):
         yield f"left out, as not part of the model: {listed(left_out)}"
     raw = load_json_object(like / "config.json")
     found = list(differences_in_4(raw, config)) if family.config.in_transformers_4 else []
-    if found and portable:
+    if found and choices.portable_config:
         yield f"config.json is written for transformers 4.57 too, which would have read {'; '.join(found)}"
     elif found:
         yield (
@@ -220,8 +235,8 @@ def _notes(
         )
 
 
-def _shards(
-    hf: Mapping[str, TensorSpec], template: ExportTemplate, max_shard_size: int | None
+def plan_files(
+    hf: Mapping[str, TensorSpec], template: ExportTemplate, max_shard_size: int | None = None
 ) -> tuple[dict[str, str], Path | None]:
     """Tensor -> file, and the template's own index where it is still right about sizes and files."""
     if max_shard_size is not None and max_shard_size <= 0:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-EXPERTS = ("fused_in_out", "fused_out_in", "per_expert")
+EXPERTS = ("hub", "fused_in_out", "fused_out_in", "per_expert")
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_vlbridge.cli import data
 from megatron_vlbridge.cli.arguments import add_experts, add_ignore, add_json, count, size
-from megatron_vlbridge.cli.conversion import add_options, convert
+from megatron_vlbridge.cli.conversion import add_options, add_run_options, convert
 from megatron_vlbridge.cli.output import show
 from megatron_vlbridge.errors import UsageError
 
@@ -55,6 +55,9 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a config.json that transformers 4.57 and 5.x read alike (default: the source's, unchanged)",
     )
     parser.add_argument(
+        "--fp8", action="store_true", help="write linear layers in FP8, with a scale for each block of 128 x 128"
+    )
+    parser.add_argument(
         "--adapter", action="store_true", help="write the adapters that a run with --lora-rank saved, for peft"
     )
     add_options(parser)
@@ -65,14 +68,14 @@ def _run_export(args: argparse.Namespace) -> int:
 
     if args.adapter:
         return _run_adapter_export(args)
-    choices = ExportChoices(args.dtype, args.experts, args.max_shard_size, args.portable_config)
+    choices = ExportChoices(args.dtype, args.experts, args.max_shard_size, args.portable_config, args.fp8)
     return convert(args, plan_export(args.megatron_folder, args.hf_folder, args.like, choices))
 
 
 def _run_adapter_export(args: argparse.Namespace) -> int:
     from megatron_vlbridge.checkpoint.peft.export import export_adapter
 
-    others = ("dtype", "experts", "max_shard_size", "portable_config", "resume", "dry_run", "workers", "memory")
+    others = ("dtype", "experts", "max_shard_size", "portable_config", "fp8", "resume", "dry_run", "workers", "memory")
     if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
         raise UsageError(
             f"{given[0]}: expected none with --adapter, which writes a small folder at once. Leave it out."
@@ -80,6 +83,22 @@ def _run_adapter_export(args: argparse.Namespace) -> int:
     done = str(export_adapter(args.megatron_folder, args.hf_folder, args.like))
     show(json.dumps({"done": done}) if args.json else done)
     return 0
+
+
+def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help="a Hugging Face folder, Hub id or Megatron folder")
+    parser.add_argument("adapter", metavar="ADAPTER", help="a folder that peft or export --adapter wrote")
+    parser.add_argument("hf_folder", metavar="OUT", help="the result: a new or an empty folder")
+    parser.add_argument(
+        "--like", metavar="HF_DIR", help="for a Megatron base: the folder or Hub id that it started from (config, ...)"
+    )
+    add_run_options(parser)
+
+
+def _run_merge(args: argparse.Namespace) -> int:
+    from megatron_vlbridge.checkpoint.peft.merge import plan_merge
+
+    return convert(args, plan_merge(args.base, args.adapter, args.hf_folder, like=args.like, experts=args.experts))
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +178,17 @@ example:
   vlbridge export run trained --like Qwen/Qwen3-VL-2B-Instruct""",
         _add_export_arguments,
         _run_export,
+    ),
+    "merge": Command(
+        "Hugging Face checkpoint + adapter (LoRA) -> Hugging Face checkpoint",
+        """Write a checkpoint with the adapter in a folder of peft merged into its weights,
+as peft's merge_and_unload does, without a model. All other files are those of
+the base.
+
+example:
+  vlbridge merge Qwen/Qwen3-VL-2B-Instruct adapter merged""",
+        _add_merge_arguments,
+        _run_merge,
     ),
     "verify": Command(
         "compare two checkpoints bit for bit, or one with its own checksums",

@@ -1,4 +1,4 @@
-"""What import and export have in common: their options, the plan, the run."""
+"""What import, export and merge have in common: their options, the plan, the run."""
 
 import argparse
 import json
@@ -16,9 +16,14 @@ _ESTIMATES = (100, 500, 2000)  # MB/s: network, disk, NVMe
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a conversion."""
+    """Add the options of an import or export."""
     names = ", ".join(f"{long} ({short})" for short, long in DTYPES.items())
     parser.add_argument("--dtype", type=dtype, metavar="DTYPE", help=f"convert all weights (default: keep): {names}")
+    add_run_options(parser)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of all conversions, `--experts` among them."""
     add_experts(parser)
     parser.add_argument("--workers", type=count, metavar="N", help="threads that read and write (default: the cores)")
     parser.add_argument(

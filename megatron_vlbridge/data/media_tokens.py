@@ -85,10 +85,11 @@ def video_settings(video_processor: Any, given: Mapping[str, Any] = NOTHING) -> 
     `cap_pixels_per_frame` (its formulas were others), or a given value is invalid.
     """
     _check_class(video_processor, VIDEO_PROCESSORS)
-    if not hasattr(video_processor, "cap_pixels_per_frame"):
+    # Of the class: an older one takes the setting from a preprocessor_config.json too, and ignores it.
+    if not hasattr(type(video_processor), "cap_pixels_per_frame"):
         raise VLBridgeError(
-            f"{type(video_processor).__name__}: expected the setting cap_pixels_per_frame, found none; update "
-            "transformers to 5.20 or newer"
+            f"{type(video_processor).__name__}: expected the setting cap_pixels_per_frame, found none; for videos "
+            "update transformers to 5.20 or newer"
         )
     settings = VideoSettings(
         video_processor.patch_size,

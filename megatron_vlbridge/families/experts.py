@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 
 from megatron_vlbridge.config import Config
-from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.errors import UsageError, VLBridgeError
 from megatron_vlbridge.weights import Copy, FusedExperts, Rule, SingleExperts, TensorSpec, gate_up
 
 Shapes = tuple[tuple[int, int, int], tuple[int, int, int]]
@@ -20,6 +20,23 @@ class ExpertForm(StrEnum):
     """`experts.gate_up_proj` `[E, 2I, H]` and `experts.down_proj` `[E, H, I]`: Qwen3-VL as transformers 5 saves it."""
     PER_EXPERT = "per_expert"
     """`experts.7.gate_proj.weight` and `up_proj.weight` `[I, H]`, `down_proj.weight` `[H, I]` for each expert."""
+
+
+HUB = "hub"
+"""Asks for the form that a family has on the Hub, which vLLM and sglang load."""
+
+
+def fp8_form(config: Config, asked: str | None) -> str | None:
+    """The form to ask for where experts are exported in FP8: each in tensors of its own; None without experts.
+
+    Raises UsageError where another is asked for.
+    """
+    if asked not in (None, HUB, ExpertForm.PER_EXPERT):
+        raise UsageError(
+            f"experts: expected {ExpertForm.PER_EXPERT} with FP8, found {asked!r}. vLLM and sglang load no other form "
+            "of FP8 experts: leave the option out."
+        )
+    return ExpertForm.PER_EXPERT if moe_layers(config) else asked
 
 
 def detect_form(

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_vlbridge.config import Config, ConfigFormat
 from megatron_vlbridge.errors import UsageError, VLBridgeError
-from megatron_vlbridge.families.experts import ExpertForm, detect_form, has_single_experts, moe_layers
+from megatron_vlbridge.families.experts import HUB, ExpertForm, detect_form, has_single_experts, moe_layers
 from megatron_vlbridge.families.mtp import HF_LAYERS as MTP_LAYERS
 from megatron_vlbridge.weights import Rule, RuleTable, TensorSpec
 
@@ -69,14 +69,16 @@ class Family:
     ) -> ExpertForm:
         """How a checkpoint with the HF tensors `hf` holds its experts, or the form that the user `asked` for.
 
-        The Hub's form where neither decides, and where the model has no experts.
+        The Hub's form where that is asked for, where neither decides, and where the model has no experts.
 
         Raises VLBridgeError where the shapes of the tensors match no form or both, UsageError for an unknown form.
         """
         if asked is None:
             return detect_form(config, hf or {}, self.layers, self.expert_form)
+        if asked == HUB:
+            return self.expert_form
         if asked not in tuple(ExpertForm):
-            raise UsageError(f"experts: expected one of {', '.join(ExpertForm)}, found {asked!r}.")
+            raise UsageError(f"experts: expected one of {', '.join((HUB, *ExpertForm))}, found {asked!r}.")
         if not moe_layers(config):
             raise VLBridgeError(
                 f"experts: expected none for a model without experts, found {asked!r}. Leave the option out."

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,8 @@ from megatron_vlbridge.config import Config
 from megatron_vlbridge.data.chat import Sample, encode_conversation
 from megatron_vlbridge.data.energon.loader import PackLoader
 from megatron_vlbridge.data.energon.task_encoder import ConversationTaskEncoder
+from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.packing.packs import build_pack
 from megatron_vlbridge.data.sources.mixture import open_data
 from megatron_vlbridge.training.batch import read_pack
@@ -210,6 +213,34 @@ def test_a_state_of_another_rank_or_length_is_rejected(
         other = ConversationTaskEncoder(processor, config, **settings)
         with rejects(f"{name}: expected {value}, that of the saved state"):
             loader(folder, other).restore_state(state)
+
+
+OTHER_ENCODERS = {
+    "form": {"form": "sharegpt"},
+    "media options": {"media": MediaOptions(max_pixels=512)},
+    "label options": {"labels": LabelOptions(turns="last")},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ENCODERS)
+def test_a_state_of_another_encoder_is_rejected(
+    folder: Path, encoder: ConversationTaskEncoder, processor: Qwen3VLProcessor, config: Config, name: str
+) -> None:
+    other = ConversationTaskEncoder(processor, config, seq_length=SEQ_LENGTH, **OTHER_ENCODERS[name])
+    with rejects(f"Energon: {name}: expected ", ", that of the saved state, found "):
+        loader(folder, other).restore_state(loader(folder, encoder).save_state())
+
+
+def test_a_state_belongs_to_its_shards_and_not_to_their_path(
+    folder: Path, encoder: ConversationTaskEncoder, tmp_path: Path
+) -> None:
+    saved = loader(folder, encoder)
+    next(iter(saved))
+    state = saved.save_state()
+    loader(shutil.copytree(folder, tmp_path / "moved"), encoder).restore_state(state)
+    other = write(tmp_path / "other", [members(index) for index in range(NUM_SAMPLES - 2)])
+    with rejects("Energon: dataset: expected ", "that of the saved state", "continue with the same shards"):
+        loader(other, encoder).restore_state(state)
 
 
 def test_what_is_not_a_state_is_rejected(folder: Path, encoder: ConversationTaskEncoder) -> None:

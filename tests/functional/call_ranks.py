@@ -19,6 +19,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_vlbridge.checkpoint.live import load_hf_weights
+from megatron_vlbridge.checkpoint.live.shards import modules_of
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.guards import check_layout
 from tests import reference
@@ -157,6 +159,13 @@ def slime(conversations: Conversations, layout: Layout) -> Call:
     return Call((), keywords | media(conversations), row(1, -100)[0], row(2, -1)[0])
 
 
+def miles(conversations: Conversations, layout: Layout) -> Call:
+    """miles 31f1ca9, `model.py`: as slime, without the keys that it drops."""
+    call = slime(conversations, layout)
+    keywords = {key: x for key, x in call.keywords.items() if key not in ("mm_token_type_ids", "witness_ids")}
+    return Call((), keywords, call.labels, call.owner)
+
+
 def rows(conversations: Conversations, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows padded on the right, and the bool mask of their tokens."""
     ids = torch.full((len(conversations), width), FILLER)
@@ -193,6 +202,15 @@ def sky_rl(conversations: Conversations, layout: Layout) -> Call:
         keywords = dict(call.keywords)
     arguments = (ids, None, (~mask)[:, None, None, :])
     return Call(arguments, keywords | {"packed_seq_params": None}, call.labels, call.owner, call.rows)
+
+
+def areal(conversations: Conversations, layout: Layout) -> Call:
+    """AReaL 4aef98d, `packed_context_parallel.py`: rows padded by zeros, no mask; it has no videos."""
+    ids, mask, call = padded_rows(conversations, layout)
+    keywords = {"input_ids": ids * mask, "attention_mask": None, "position_ids": None, "packed_seq_params": None}
+    images = {key: x for key, x in call.keywords.items() if "video" not in key}
+    assert len(images) == len(call.keywords)
+    return Call((), {**images, **keywords}, call.labels, call.owner, call.rows)
 
 
 def megatron_bridge(conversations: Conversations, layout: Layout) -> Call:
@@ -257,7 +275,7 @@ def log_probs(
 
 
 CALLS = {c.__name__: c for c in (verl_thd, roll, nemo_rl, slime, verl_bshd, sky_rl, megatron_bridge)}
-OTHERS = {c.__name__: c for c in (verl_mtp, verl_fused)}
+OTHERS = {c.__name__: c for c in (verl_mtp, verl_fused, miles, areal)}
 
 
 def token_losses(output: Any, call: Call) -> torch.Tensor:
@@ -301,6 +319,14 @@ def run(
         chunk.config.calculate_per_token_loss = not mean
         check_layout(chunk.config, chunk.hf_config, own_loss=mean)
     wrapped = [DistributedDataParallel(x.config, DistributedDataParallelConfig(), x) for x in chunks]
+    return train(layout, wrapped, name, conversations, mean)
+
+
+def train(
+    layout: Layout, wrapped: Sequence[Any], name: str, conversations: Conversations, mean: bool = False
+) -> dict[str, Any]:
+    """The training step of `run`, with these chunks in DDP."""
+    chunks = modules_of(wrapped)
     chunks[0].config.finalize_model_grads_func = partial(
         finalize_model_grads, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
     )
@@ -320,9 +346,10 @@ def run(
 
     get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=None,
-        model=wrapped,
-        num_microbatches=1,
+        data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
+        model=list(wrapped),
+        # The same one for each rank of an interleaved schedule, which needs as many.
+        num_microbatches=layout.pp if layout.vpp > 1 else 1,
         seq_length=1,
         micro_batch_size=1,
         forward_only=False,
@@ -352,16 +379,32 @@ class ValueHead(torch.nn.Linear):
 
 
 def critic(layout: Layout, folder: Path, conversations: Conversations) -> dict[str, Any]:
-    """The values of all tokens (last stage), where the head was set on the outer model."""
+    """The values of all tokens (last stage), where the head was set on the outer model; the weights come after it."""
     options = {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"} if layout.pp > 1 else {}
-    model = ranks.build_model(layout, folder, **options)
-    if model.post_process:
-        model.output_layer = ValueHead(model.config)
+    model, errors = ranks.build_model(layout, folder, load=False, **options), []
+    for value_head in (True, False, True):
+        # First with the head of a language model, then with that of a critic.
+        try:
+            load_hf_weights(model, folder, value_head=value_head)
+        except VLBridgeError as error:
+            errors.append(str(error))
+        if model.post_process:
+            model.output_layer = ValueHead(model.config)
+    return {
+        "values": critic_values(layout, model, conversations),
+        "errors": errors,
+        "heads": [name for name, _ in model.named_parameters() if "output_layer" in name],
+        "same_decoder": model.decoder is model.language_model.decoder,
+    }
+
+
+def critic_values(layout: Layout, model: torch.nn.Module, conversations: Conversations) -> list[torch.Tensor]:
+    """The values of all tokens, on the last stage."""
     call, values = verl_thd(conversations, layout), []
 
     def step(iterator: Any, model: torch.nn.Module) -> Any:
         output = model(**call.keywords)
-        if model.post_process:
+        if get_attr_wrapped_model(model, "post_process"):
             values.append(output[0, call.owner >= 0])
         return output, lambda x: (x.sum(), {})
 
@@ -374,11 +417,7 @@ def critic(layout: Layout, folder: Path, conversations: Conversations) -> dict[s
         micro_batch_size=1,
         forward_only=True,
     )
-    return {
-        "values": values,
-        "heads": [name for name, _ in model.named_parameters() if "output_layer" in name],
-        "same_decoder": model.decoder is model.language_model.decoder,
-    }
+    return values
 
 
 REFUSED = (

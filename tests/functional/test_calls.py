@@ -33,14 +33,16 @@ def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return reference.write_checkpoint(tmp_path_factory.mktemp("moe"), experts={})
 
 
-def conversations() -> list[reference.Conversation]:
-    return [reference.conversation(kind, seed) for seed, kind in enumerate(("text", "image", "video", "mixed"), 1)]
+def conversations(name: str = "") -> list[reference.Conversation]:
+    """Those of the call of this name: AReaL has no videos."""
+    kinds = ("text", "image", "images") if name == "areal" else ("text", "image", "video", "mixed")
+    return [reference.conversation(kind, seed) for seed, kind in enumerate(kinds, 1)]
 
 
-def errors(found: list[dict[str, Any]], folder: Path, copies: int = 1) -> dict[str, float]:
+def errors(found: list[dict[str, Any]], folder: Path, copies: int = 1, name: str = "") -> dict[str, float]:
     """Of the token losses and of every gradient; `copies`: how many data-parallel ranks made the call."""
-    expected, config = run_reference(folder, [conversations()]), read_config(folder)
-    wanted = torch.cat([x * (c.labels != -100) for x, c in zip(expected.losses, conversations(), strict=True)])
+    expected, config = run_reference(folder, [conversations(name)]), read_config(folder)
+    wanted = torch.cat([x * (c.labels != -100) for x, c in zip(expected.losses, conversations(name), strict=True)])
     losses, counts = torch.zeros_like(wanted), torch.zeros(len(wanted), dtype=torch.int64)
     for rank in found:
         for mine, owner in rank["found"] if rank["tp_rank"] == 0 else ():
@@ -62,6 +64,7 @@ CASES = [
     (ONE, "slime"),
     (ONE, "verl_bshd"),
     (ONE, "sky_rl"),
+    (TP2_SP, "areal"),
     (ONE, "megatron_bridge"),
     (TP2_SP, "verl_thd"),
     (PP2, "sky_rl"),
@@ -75,6 +78,8 @@ LATER = [
     for name in call_ranks.CALLS
     if (layout, name) not in CASES
 ]
+LATER += [(layout, "miles") for layout in (ONE, TP2_SP, CP2, PP2, TP2_SP_CP2)]
+LATER += [(layout, "areal") for layout in (ONE, PP2, TP2_SP_PP2)]
 
 
 def parameters(cases: list[tuple[Layout, str]], **options: Any) -> list[Any]:
@@ -84,8 +89,8 @@ def parameters(cases: list[tuple[Layout, str]], **options: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("layout", "name"), [*parameters(CASES), *parameters(LATER, marks=pytest.mark.layouts)])
 def test_a_call_equals_separate_conversations(pool: Pool, folder: Path, layout: Layout, name: str) -> None:
-    found = pool.run(call_ranks.run, layout, folder=folder, name=name, conversations=conversations())
-    assert_small(errors(found, folder), folder)
+    found = pool.run(call_ranks.run, layout, folder=folder, name=name, conversations=conversations(name))
+    assert_small(errors(found, folder, name=name), folder)
 
 
 def assert_small(found: dict[str, float], folder: Path) -> None:
@@ -145,13 +150,19 @@ def test_an_output_processor_makes_the_log_probs(pool: Pool, tmp_path: Path, lay
 
 @pytest.mark.parametrize("layout", [ONE, later(TP2_SP), later(PP2)], ids=str)
 def test_the_head_of_a_critic_takes_effect(pool: Pool, folder: Path, layout: Layout) -> None:
-    """Set on the outer model, it gives the values of transformers' last hidden states; one set of parameters."""
+    """Set on the outer model, it gives the values of transformers' last hidden states; one set of parameters.
+
+    It keeps its weight when those of the folder are loaded, which `value_head` has to say, and only then.
+    """
     found = pool.run(call_ranks.critic, layout, folder=folder, conversations=conversations())
     expected = hidden_states(folder) @ call_ranks.value_weight(read_config(folder).text.hidden_size).T
     values = [x for rank in found for x in rank["values"]]
     assert values
     for value in values:
         assert relative_error(value, expected) < tolerance(read_config(folder))
+    wanted = ("value_head: expected the head of a critic", "output_layer.weight: expected [128, 64] in the model")
+    for rank in found:
+        assert [words in error for words, error in zip(wanted, rank["errors"], strict=True)] == [True, True]
     assert all(rank["heads"] == ["language_model.output_layer.weight"] for rank in found if rank["values"])
     assert all(rank["same_decoder"] for rank in found)
 

@@ -52,17 +52,22 @@ COMMANDS = {
     "short train": (TRAINING, "torchrun --nproc_per_node 1 examples/pretrain.py --cpu "),
     "lora train": (LORA, "torchrun --nproc_per_node 8 examples/pretrain.py \\"),
     "lora export": (LORA, "vlbridge export run-lora adapter"),  # tests/functional/test_lora_training.py
+    "lora merge": (LORA, "vlbridge merge Qwen3-VL-8B-Instruct adapter merged"),
     "usage": (CHECKPOINTS, "vlbridge import  HF_DIR MEGATRON_DIR"),
 }
 PYTHON = {
     "names": (README, "from megatron_vlbridge import ("),
     "live": (CHECKPOINTS, 'load_hf_weights(model, "Qwen/Qwen3-VL-2B-Instruct")'),
+    "digests": (CHECKPOINTS, "from megatron_vlbridge.checkpoint.live import WeightDigests"),
     "video": (TRAINING, "text = processor.apply_chat_template("),
     "console": (TRAINING, "from megatron_vlbridge.training import console"),
     "script": (TRAINING, "import sys"),
     "freeze": (TRAINING, "from megatron_vlbridge.model.parts import freeze"),
     "lora": (LORA, "from megatron_vlbridge.checkpoint.live.adapters import"),
     "recipe": (TRAINING, "from megatron_vlbridge import Qwen3VLModel, load_hf_weights, read_config"),
+    # Run by tests/functional/test_auto_bridge_lora.py.
+    "bridge": ("docs/auto-bridge.md", "from megatron.core.distributed import"),
+    "bridge lora": ("docs/auto-bridge.md", "from megatron_vlbridge.model.lora.attach import"),
     # Run by tests/functional/test_torch_pipeline.py.
     "pipeline": ("docs/torch-pipeline.md", "import torch"),
     # Run by tests/functional/test_transformers_batch.py.
@@ -304,7 +309,7 @@ def test_the_documented_usage_of_vlbridge_matches_the_parser(capsys: pytest.Capt
     assert len(usage) == 4
     for line in usage:
         known = help_of(capsys, line.split()[0])
-        for option in re.findall(r"--[a-z-]+", line):
+        for option in re.findall(r"--[a-z0-9-]+", line):
             assert re.search(rf"{option}\b", known), f"{line}: {option}"
 
 
@@ -351,7 +356,9 @@ def run_live(layout: Layout, folder: Path, code: str) -> dict[str, torch.Tensor]
 
 def test_the_functions_on_live_models_run_as_documented(tmp_path: Path, pool: Pool) -> None:
     hf = reference.write_checkpoint(tmp_path / "Qwen" / "Qwen3-VL-2B-Instruct")
-    received = pool.run(run_live, Layout(), folder=tmp_path, code=block(PYTHON["live"]).text)[0]
+    received = pool.run(
+        run_live, Layout(), folder=tmp_path, code=block(PYTHON["live"]).text + block(PYTHON["digests"]).text
+    )[0]
     expected = {name: tensor for file in hf.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert received.keys() == expected.keys()
     assert all(received[name].equal(tensor) for name, tensor in expected.items())

@@ -1,6 +1,7 @@
 """The output of a failing script, with and without torchrun."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,20 @@ def test_the_example_prints_only_the_error(tmp_path: Path) -> None:
     assert lines[0].startswith("Error: ")
     assert "config.json" in lines[0]
     assert len(lines) == 1
+
+
+def test_no_process_outlives_a_rank_that_is_killed() -> None:
+    script = (
+        "import os, signal\n"
+        "from megatron_vlbridge.backends import cpu_runtime\n"
+        "cpu_runtime.enable()\n"
+        "from megatron_vlbridge.backends import cpu_saving\n"
+        "cpu_saving.install()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Ends when no process holds the pipe of its output any more.
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, timeout=120, check=False
+    )
+    assert run.returncode == -signal.SIGKILL

@@ -101,7 +101,7 @@ def other_adapters_are_rejected(folder: Path, imported: Path, pool: Pool) -> Non
     assert "expected adapters (--lora-rank), found none" in answer
 
 
-def test_the_command_exports_the_adapters(
+def test_the_commands_export_and_merge_the_adapters(
     folder: Path,
     straight: SimpleNamespace,
     tmp_path: Path,
@@ -114,6 +114,12 @@ def test_the_command_exports_the_adapters(
     monkeypatch.chdir(tmp_path)
     assert main(command(COMMANDS["lora export"])[1:]) == 0
     assert_same_adapters(load_file(tmp_path / "adapter" / WEIGHTS), straight.adapters, 0.0)
+    assert main(command(COMMANDS["lora merge"])[1:]) == 0
+    base, merged = (load_file(path / "model.safetensors") for path in (folder / "hf", tmp_path / "merged"))
+    for name, x in base.items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        halves = [straight.adapters.get(f"{prefix}{half}.weight") for half in "AB"]
+        assert torch.equal(merged[name], x if halves[0] is None else x + halves[1] @ halves[0] * 4), name
     assert main(["export", run, str(tmp_path / "other"), "--adapter", "--dtype", "bf16"]) == 2
     assert "--dtype: expected none with --adapter" in capsys.readouterr().err
     assert main(["export", str(folder / "hf"), str(tmp_path / "other"), "--adapter"]) == 1

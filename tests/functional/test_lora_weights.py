@@ -1,6 +1,7 @@
 """Adapters out of live models and back: folders of peft, Megatron's checkpoints, and the weights beside them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +166,16 @@ def test_what_does_not_fit_is_refused_on_all_ranks(pool: Pool, folders: dict[str
     }.items():
         made[name] = tmp_path / name
         pool.run(lora_ranks.save, ONE, folder=folder, settings={**settings, **change}, target=made[name])
+    for name, alpha in (("rslora", 2 * 3**0.5), ("zero", 0)):
+        made[name] = shutil.copytree(made["same"], tmp_path / name)
+        config = json.loads((made[name] / "adapter_config.json").read_text())
+        changed = config | {"lora_alpha": alpha, "use_rslora": True}
+        (made[name] / "adapter_config.json").write_text(json.dumps(changed))
     made["base"] = tmp_path / "base"
     other = {**settings, "targets": ["q_proj"]}
     pool.run(lora_ranks.save, ONE, folder=folders["linear"], settings=other, target=made["base"])
     calls = [
-        *(("load", made[name]) for name in ("same", "rank", "scaling", "targets", "base")),
+        *(("load", made[name]) for name in ("same", "rslora", "rank", "scaling", "zero", "targets", "base")),
         ("load", tmp_path / "none"),
         ("add", {**settings, "targets": ["proj"]}),
         ("add", {**settings, "targets": ["proj"], "vision": True}),
@@ -178,8 +184,10 @@ def test_what_does_not_fit_is_refused_on_all_ranks(pool: Pool, folders: dict[str
     results = pool.run(lora_ranks.refusals, VPP2, folder=folder, settings=settings, calls=calls)
     words = [
         ["accepted"],
+        ["accepted"],
         ["expected rank 3 and scaling 2", "found 2 and 2", "rank=2, alpha=4"],
         ["expected rank 3 and scaling 2", "found 3 and 1", "rank=3, alpha=3"],
+        ["expected rank 3 and scaling 2", "found 3 and 0. Merge"],
         ["adapters of the 8 weights", "found 4", "layers.0.self_attn.v_proj.weight", "targets"],
         ["q_proj", "expected"],
         ["adapter_config.json"],

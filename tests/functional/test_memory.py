@@ -35,6 +35,7 @@ from megatron_vlbridge.checkpoint.stream.engine import Options
 options = Options(memory=int(sys.argv[1]))
 import_checkpoint("hf", "megatron", options=options)
 export_checkpoint("megatron", "back", options=options)
+export_checkpoint("megatron", "fp8", fp8=True, options=options)
 done.set()
 watcher.join()
 print(peak - start)

@@ -204,9 +204,8 @@ SEAMS: dict[str, dict[str, str]] = {
         _CHECKPOINTS + "strategies.filesystem_async:FileSystemWriterAsync.prepare_write_data": (
             "does not copy tensors of the CPU; drop the wait when it does"
         ),
-        _CHECKPOINTS + "strategies.filesystem_async:get_write_results_queue": (
-            "every save takes the queue of its first call"
-        ),
+        _CHECKPOINTS + "strategies.filesystem_async:_results_queue": "replaced by one of another manager",
+        _CHECKPOINTS + "strategies.filesystem_async:get_write_results_queue": "gives _results_queue where it is set",
     },
     "backends/gloo.py": {
         _CORE + "tensor_parallel.mappings:_AllToAll": (

@@ -25,6 +25,7 @@ from megatron_vlbridge.cli.parser import parse
 from megatron_vlbridge.cli.progress import Meter
 from megatron_vlbridge.config import WEIGHT_DTYPES
 from megatron_vlbridge.families import ExpertForm
+from megatron_vlbridge.families.experts import HUB
 from tests import reference
 from tests.unit import test_convert, test_convert_moe
 
@@ -292,7 +293,7 @@ def test_the_dtypes_are_those_of_the_config() -> None:
 
 
 def test_the_forms_of_experts_are_those_of_the_rules() -> None:
-    assert tuple(ExpertForm) == EXPERTS
+    assert (HUB, *ExpertForm) == EXPERTS
 
 
 @pytest.mark.parametrize(("short", "name"), DTYPES.items())
@@ -342,7 +343,7 @@ def test_help_and_version_import_no_torch() -> None:
     code = """
 import contextlib, io, sys
 from megatron_vlbridge import cli
-commands = [f"{name} --help" for name in ("import", "export", "verify", "inspect", "plot")]
+commands = [f"{name} --help" for name in ("import", "export", "merge", "verify", "inspect", "plot")]
 for line in ("--help", *commands, "--version", "", "improt"):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with contextlib.suppress(SystemExit):

@@ -184,6 +184,8 @@ def test_an_export_can_be_asked_for_another_form(sources, tmp_path):
     for form in FORMS:
         export_checkpoint(tmp_path / "megatron", tmp_path / form, experts=form)
         assert_same_bits(tensors(tmp_path / form), tensors(sources[form, "alike"]))
+    export_checkpoint(tmp_path / "megatron", tmp_path / "hub", experts="hub")
+    assert_same_bits(tensors(tmp_path / "hub"), tensors(sources["fused_in_out", "alike"]))
 
 
 EXTRAS = {

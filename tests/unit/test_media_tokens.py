@@ -380,5 +380,6 @@ def test_an_unknown_processor_is_rejected_by_its_class(tmp_path: Path) -> None:
         with rejects("expected do_resize, found False"):
             read(processor)
     old = type("Qwen3VLVideoProcessor", (), {"do_resize": True})()
+    old.cap_pixels_per_frame = True  # from a preprocessor_config.json
     with rejects("expected the setting cap_pixels_per_frame", "update transformers"):
         video_settings(old)

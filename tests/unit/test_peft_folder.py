@@ -93,6 +93,7 @@ def test_a_pattern_gives_a_module_another_rank_and_scaling(tmp_path: Path) -> No
         ({"r": 4}, "rank 4"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: expected an adapter of the unchanged base"),
         ({"init_lora_weights": []}, "init_lora_weights: expected an adapter of the unchanged base"),
+        ({"target_parameters": "q_proj"}, "target_parameters: expected a list of names"),
     ],
 )
 def test_an_invalid_config_is_rejected_by_key(tmp_path: Path, changes: dict[str, object], words: str) -> None:
@@ -117,6 +118,19 @@ def test_a_missing_half_and_another_base_are_rejected(tmp_path: Path, half: str)
     del tensors[key]
     with pytest.raises(VLBridgeError, match="expected lora_A and lora_B"):
         read_adapter(_write(tmp_path, tensors), BASE)
+
+
+def test_integers_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(VLBridgeError, match=r"in floating point, .* int32"):
+        read_adapter(_write(tmp_path, {name: x.int() for name, x in _tensors().items()}), BASE)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_rejected(tmp_path: Path) -> None:
+    pairs = read_adapter(_write(tmp_path, _tensors()), BASE)
+    with (tmp_path / "adapter_model.safetensors").open("r+b") as stream:
+        stream.truncate(100)
+    with pytest.raises(VLBridgeError, match=r"adapter_model\.safetensors: expected to read"):
+        pairs[f"{Q}.weight"].read()
 
 
 def test_an_empty_file_is_rejected(tmp_path: Path) -> None:
@@ -177,7 +191,6 @@ EXPERTS = "layers.0.mlp.experts"
         ({f"{Q}.bias": ((3, 4), (6, 3))}, "expected a .weight"),
         ({f"{EXPERTS}.down_proj": ((3, 4), (6, 3))}, "expected A .E, r, in."),
         ({f"{EXPERTS}.down_proj": ((2, 3, 5), (1, 4, 3))}, "expected A .E, r, in."),
-        ({f"{EXPERTS}.gate_up_proj": ((2, 3, 4), (2, 10, 3))}, "down_proj of the same experts"),
     ],
 )
 def test_a_pair_that_peft_would_not_load_is_not_written(
@@ -211,6 +224,22 @@ def test_parameters_that_are_views_of_another_dtype_each_are_written_aligned(tmp
         for stored, read, given in zip((pair.a, pair.b), pair.read(), pairs[weight], strict=True):
             assert torch.equal(read, given)
             assert stored.start % given.dtype.itemsize == 0
+
+
+@pytest.mark.parametrize(("weight", "inner"), [("gate_up_proj", 5), ("down_proj", 5), ("gate_up_proj", 4)])
+def test_one_of_both_parameters_of_experts_has_the_name_of_the_module(tmp_path: Path, weight: str, inner: int) -> None:
+    """As `peft` wraps a parameter alone. Its shape tells which it is, also where hidden and inner size are equal."""
+    base = {f"{EXPERTS}.gate_up_proj": (2, 2 * inner, 4), f"{EXPERTS}.down_proj": (2, 4, inner)}
+    name = f"{EXPERTS}.{weight}"
+    _, rows, columns = base[name]
+    a, b = torch.randn(2, 3, columns), torch.randn(2, rows, 3)
+    write_adapter(tmp_path / "alone", "base", AdapterConfig(3, 5.0), {name: (a, b)})
+    keys = load_file(tmp_path / "alone" / "adapter_model.safetensors").keys()
+    assert keys == {f"base_model.model.{EXPERTS}.lora_{half}.weight" for half in "AB"}
+    (found,) = read_adapter(tmp_path / "alone", base).items()
+    assert found[0] == name
+    for expert in range(2):
+        assert all(map(torch.equal, found[1].read(expert), (a[expert], b[expert])))
 
 
 @pytest.mark.parametrize("experts", [True, False])

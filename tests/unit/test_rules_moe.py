@@ -279,11 +279,24 @@ def test_a_missing_expert_is_refused():
 
 def test_an_option_that_makes_no_sense_is_refused():
     config = make(4, 6, 5, 2, 1)
-    with pytest.raises(VLBridgeError, match="experts: expected one of fused_in_out, fused_out_in, per_expert"):
+    with pytest.raises(VLBridgeError, match="experts: expected one of hub, fused_in_out, fused_out_in, per_expert"):
         find(config).find_expert_form(config, asked="transposed")
     dense = read_config(CONFIGS / "Qwen3-VL-2B-Instruct.json")
     with pytest.raises(VLBridgeError, match="a model without experts"):
         find(dense).find_expert_form(dense, asked="per_expert")
+
+
+def test_the_form_of_the_hub_is_that_of_the_family_whatever_a_checkpoint_has():
+    """What vLLM and sglang load: transposed for Qwen3-VL-MoE, as the linears are for Qwen3.5-MoE."""
+    forms = {
+        "Qwen3-VL-30B-A3B-Instruct": ExpertForm.FUSED_IN_OUT,
+        "Qwen3.5-35B-A3B": ExpertForm.FUSED_OUT_IN,
+        "Qwen3-VL-2B-Instruct": ExpertForm.FUSED_IN_OUT,  # without experts it is not an error
+    }
+    for name, form in forms.items():
+        config = read_config(CONFIGS / f"{name}.json")
+        found = specs(find(config).table(config, ExpertForm.PER_EXPERT).hf_shapes)
+        assert find(config).find_expert_form(config, found, "hub") is form
 
 
 def test_transposed_regions_that_do_not_match_are_refused():

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +42,34 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def copy_side_files(
-    source: Path, target: Path, dtype: torch.dtype | None = None, *, portable: Config | None = None
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    portable: Config | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Copy those files unchanged, but for what config.json says of weights that are no longer so.
 
-    That is their quantisation, and the dtype that it names, where all were converted to `dtype`. Where `portable` is
+    That is their `quantization`, and the dtype that it names, where all were converted to `dtype`. Where `portable` is
     given, what config.json means, it is written for transformers 4.57 too (`portable_config.py`).
     """
     target.mkdir(exist_ok=True)
     for path in side_files(source):
         if path.name == "config.json":
-            (target / path.name).write_bytes(_config_of(path, dtype, portable))
+            (target / path.name).write_bytes(_config_of(path, dtype, portable, quantization))
         else:
             shutil.copyfile(path, target / path.name)
 
 
-def _config_of(path: Path, dtype: torch.dtype | None, portable: Config | None) -> bytes:
-    """The bytes of a config.json for weights that are not quantised and have this dtype (None: as it says)."""
+def _config_of(
+    path: Path, dtype: torch.dtype | None, portable: Config | None, quantization: Mapping[str, Any] | None
+) -> bytes:
+    """The bytes of a config.json for weights with this quantization (None: none) and dtype (None: as it says)."""
     content, config = path.read_bytes(), load_json_object(path)
     changed = config.pop(_QUANTISATION, None) is not None
+    if quantization is not None:
+        config[_QUANTISATION], changed = quantization, True
     if portable is not None and any(differences_in_4(config, portable)):
         config, changed = make_portable(config, portable), True
     if changed:

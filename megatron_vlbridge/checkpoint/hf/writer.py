@@ -3,11 +3,14 @@
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
+import torch
+
+from megatron_vlbridge.checkpoint.hf.fp8 import BLOCK
 from megatron_vlbridge.checkpoint.hf.header import encode_header
 from megatron_vlbridge.checkpoint.hf.reader import INDEX, SINGLE
 from megatron_vlbridge.checkpoint.stream.digest import Hasher
@@ -32,16 +35,31 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_
     return {name: file for file, names in zip(files, shards, strict=True) for name in names}
 
 
+@dataclass(frozen=True)
+class Reads:
+    """What a filler reads and holds where that is more than it fills: blocks and parts are bounded by it too.
+
+    `bytes_of_element` are the bytes read for an element of some tensors, `scratch_bytes` what is held beside a block.
+    """
+
+    bytes_of_element: Mapping[str, int] = field(default_factory=dict)
+    scratch_bytes: int = 0
+
+
 class SafetensorsWriter:
     """Writes tensors into files (`files`: tensor -> file), and an index when there are several.
 
     `fill` gives the values of a region when they are to be written, a block of rows at a time. The format is a length,
     a JSON header and the plain values, so the parts of a file are independent. Parts with neighbouring indices lie in
     different files where possible: threads that write to one file at once contend for its lock.
+
+    Blocks of FP8 tensors begin at a multiple of 128 rows, as those with a scale do.
     """
 
-    def __init__(self, specs: Mapping[str, TensorSpec], files: Mapping[str, str], fill: Filler) -> None:
-        self.specs, self.files, self._fill = specs, files, fill
+    def __init__(
+        self, specs: Mapping[str, TensorSpec], files: Mapping[str, str], fill: Filler, reads: Reads | None = None
+    ) -> None:
+        self.specs, self.files, self.fill, self.reads = specs, files, fill, reads or Reads()
         by_file: dict[str, dict[str, TensorSpec]] = {}
         for name, file in files.items():
             by_file.setdefault(file, {})[name] = specs[name]
@@ -54,8 +72,9 @@ class SafetensorsWriter:
         cut = [[(file, regions) for regions in self._cut(tensors)] for file, tensors in ordered.items()]
         ranges = [found for turn in zip_longest(*cut) for found in turn if found is not None]
         self.regions = [regions for _, regions in ranges]  # of each part
-        nbytes = [[self._nbytes(region) for region in regions] for regions in self.regions]
-        self.sizes, self.block_bytes = list(map(sum, nbytes)), max(chain(*nbytes), default=0)
+        nbytes = [[region.volume * specs[region.name].dtype.itemsize for region in regions] for regions in self.regions]
+        self.sizes = list(map(sum, nbytes))
+        self.block_bytes = max(chain(*nbytes), default=0) + self.reads.scratch_bytes
         self.parts: list[Part] = []
         self._lengths = dict.fromkeys(by_file, 0)
         for index, (file, _) in enumerate(ranges):
@@ -67,11 +86,15 @@ class SafetensorsWriter:
 
     def _cut(self, tensors: Mapping[str, TensorSpec]) -> list[list[Region]]:
         """The blocks of one file by parts. The first part, which has the header too, may hold no block."""
-        whole = ((Region.whole(name, spec.shape), spec.dtype.itemsize) for name, spec in tensors.items())
-        return group((block for tensor in whole for block in row_blocks(*tensor)), self._nbytes, PART_BYTES)
+        blocks = (block for name, spec in tensors.items() for block in self._blocks(Region.whole(name, spec.shape)))
+        return group(blocks, lambda block: block.volume * self._bytes_of_element(block.name), PART_BYTES)
 
-    def _nbytes(self, region: Region) -> int:
-        return region.volume * self.specs[region.name].dtype.itemsize
+    def _blocks(self, tensor: Region) -> Iterator[Region]:
+        multiple = BLOCK if self.specs[tensor.name].dtype == torch.float8_e4m3fn else 1
+        return row_blocks(tensor, self._bytes_of_element(tensor.name), multiple=multiple)
+
+    def _bytes_of_element(self, name: str) -> int:
+        return max(self.specs[name].dtype.itemsize, self.reads.bytes_of_element.get(name, 0))
 
     def contents(self, index: int) -> str:
         """The header and the regions of a part."""
@@ -97,7 +120,7 @@ class SafetensorsWriter:
             write_exactly(handle, part.start, head)
             for region in self.regions[index]:
                 held = block.take(region.shape, self.specs[region.name].dtype)
-                self._fill(region, held)
+                self.fill(region, held)
                 hasher.update(as_bytes(held))
                 with self._alone[part.file]:  # the kernel's own lock spins
                     write_exactly(handle, position, as_bytes(held))

@@ -1,5 +1,6 @@
 """The adapters of a live, sharded model as folders of `peft`, and back."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import batched
 from pathlib import Path
@@ -7,15 +8,13 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_vlbridge import families
-from megatron_vlbridge.checkpoint.live.collectives import raise_on_all_ranks, rank_and_size
+from megatron_vlbridge.checkpoint.live.collectives import in_step, raise_on_all_ranks, rank_and_size
 from megatron_vlbridge.checkpoint.live.shards import Model, Shard, modules_of
 from megatron_vlbridge.checkpoint.live.weights import LiveWeights
-from megatron_vlbridge.checkpoint.peft.adapter import LoraPair, read_adapter
+from megatron_vlbridge.checkpoint.peft.adapter import LoraPair, base_shapes, read_adapter
 from megatron_vlbridge.checkpoint.peft.config import AdapterConfig
 from megatron_vlbridge.checkpoint.peft.writer import peft_tensors, write_adapter
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.families.experts import ExpertForm
 from megatron_vlbridge.weights import Region, RuleTable
 from megatron_vlbridge.weights.adapters import HALVES, adapter_table, adapter_tensor, weight_of
 from megatron_vlbridge.weights.regions import Shape
@@ -30,7 +29,7 @@ def export_adapter_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The adapters of a live, sharded model as `peft` has them: `(name, tensor)`, on the device of the parameters.
 
-    A is `[r, in]` and B `[out, r]` (of experts: `checkpoint.peft.adapter.LoraPair`), named such as
+    A is `[r, in]` and B `[out, r]` (of experts: `checkpoint.peft.writer.peft_tensors`), named such as
     `base_model.model.lm_head.lora_A.weight`, in the order of the checkpoint on every rank. All ranks must call it and
     iterate to the end; `ranks` says who receives. The weights beside them: `export_hf_weights`.
 
@@ -38,7 +37,7 @@ def export_adapter_weights(
     Example: `dict(export_adapter_weights(model))`.
     """
     for weight, (a, b) in export_pairs(model, ranks=ranks):
-        yield from peft_tensors(weight, a, b).items()
+        yield from peft_tensors(weight, a, b, _settings(model).weights).items()
 
 
 @torch.no_grad()
@@ -51,14 +50,14 @@ def export_pairs(
         table = adapter_table(shapes, settings.weights, settings.rank)
     live = LiveWeights(model, table, None, {"adapters of": settings, "ranks": ranks}, _shards)
     receiver = None if ranks == "all" else 0
-    for weights in batched(settings.weights, _AT_ONCE):
+    for weights, alone in in_step(list(batched(settings.weights, _AT_ONCE)), "export of adapters"):
         names = {weight: [adapter_tensor(weight, half) for half in HALVES] for weight in weights}
         live.fetch((Region.whole(x, table.hf_shapes[x]) for both in names.values() for x in both), receiver)
-        if receiver in (None, live.rank):
-            pairs = {weight: _pair(live, table, both) for weight, both in names.items()}
+        with alone:
+            mine = names if receiver in (None, live.rank) else {}
+            pairs = {weight: _pair(live, table, both) for weight, both in mine.items()}
             live.release()
             yield from pairs.items()
-        live.release()
 
 
 def save_adapter(model: Model, folder: str | Path, base_model: str) -> Path:
@@ -111,9 +110,8 @@ def _settings(model: Model) -> Any:
 
 
 def _shapes(model: Model) -> dict[str, Shape]:
-    """The weights of the base as transformers holds them."""
-    config = modules_of(model)[0].hf_config
-    return families.find(config).table(config, ExpertForm.FUSED_OUT_IN).hf_shapes
+    """The weights of the base that can have an adapter."""
+    return base_shapes(modules_of(model)[0].hf_config)
 
 
 def _shards(module: Any, _table: RuleTable, _source: str) -> list[Shard]:
@@ -138,11 +136,13 @@ def _check_same(folder: Path, settings: Any, pairs: dict[str, LoraPair]) -> None
             "targets that the folder was made with."
         )
     for weight, pair in pairs.items():
-        rank = pair.a.spec.shape[0] // (pair.experts or 1)
-        if (rank, pair.scaling) != (settings.rank, settings.scaling):
+        rank, alpha = pair.a.spec.shape[-2], pair.a.spec.shape[-2] * pair.scaling
+        # alpha / sqrt(rank) may differ from alpha / rank of another alpha by its rounding.
+        if rank != settings.rank or not math.isclose(pair.scaling, settings.scaling, rel_tol=1e-12):
+            remedy = f"Give add_lora rank={rank}, alpha={alpha!r}" if alpha > 0 else "Merge the folder into its base"
             raise VLBridgeError(
                 f"{folder}: {weight}: expected rank {settings.rank} and scaling {settings.scaling:g}, those of the "
-                f"model, found {rank} and {pair.scaling:g}. Give add_lora rank={rank}, alpha={rank * pair.scaling:g}."
+                f"model, found {rank} and {pair.scaling:g}. {remedy}."
             )
 
 

@@ -1,7 +1,7 @@
 """What the ranks of a live model exchange: small values, and failures."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -61,3 +61,31 @@ def raise_on_all_ranks() -> Iterator[None]:
     for rank, text in enumerate(texts):
         if text is not None:
             raise VLBridgeError(f"rank {rank}: {text}")
+
+
+def in_step[T](rounds: Sequence[T], what: str) -> Iterator[tuple[T, AbstractContextManager[None]]]:
+    """Rounds in which all ranks exchange something and then go on alone, each in the context that comes with it.
+
+    Where a rank leaves that context by an error, or as a generator that is closed, the others do not wait for it in the
+    next round: they raise VLBridgeError. `what` names what is done, such as `export of weights`.
+    """
+    for number, round_ in enumerate(rounds):
+        stopped = [rank for rank, others in enumerate(gather(_GOING)) if others != _GOING]
+        if stopped:
+            raise VLBridgeError(
+                f"rank {stopped[0]}: expected to go on with the {what}, found that it has stopped. Take all that it "
+                "yields on every rank; if an error was raised there, it says why."
+            )
+        yield round_, _announce_stop() if number + 1 < len(rounds) else nullcontext()
+
+
+_GOING, _STOPPED = "going", "stopped"
+
+
+@contextmanager
+def _announce_stop() -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        gather(_STOPPED)  # in the place of the next round's; ranks that all stop here do not read it
+        raise

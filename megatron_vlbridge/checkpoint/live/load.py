@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from megatron_vlbridge.checkpoint.comparison import config_differences
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.hf.source import HfSource, open_source
 from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks
-from megatron_vlbridge.checkpoint.live.shards import Model, Shard, check_complete, is_adapter, modules_of, shards_of
+from megatron_vlbridge.checkpoint.live.shards import (
+    Model,
+    Shard,
+    check_complete,
+    has_value_head,
+    is_adapter,
+    modules_of,
+    shards_of,
+)
 from megatron_vlbridge.checkpoint.stream.raw import gather_into
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.config import Config
@@ -20,6 +29,8 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families.mtp import MEGATRON as MTP
 from megatron_vlbridge.weights import Piece, Plan, Region
 from megatron_vlbridge.weights.plan import any_dtype
+
+_HEAD = "language_model.output_layer.weight"
 
 
 @torch.no_grad()
@@ -31,6 +42,7 @@ def load_hf_weights(
     ignore: Sequence[str] = (),
     leave_out: Sequence[str] = (),
     random_mtp: bool = False,
+    value_head: bool = False,
 ) -> None:
     """Copy the weights of a Hugging Face folder (or Hub id) into a model that is already sharded, in place.
 
@@ -40,15 +52,18 @@ def load_hf_weights(
     dtype of the parameter. Rows that pad the vocabulary become zero. All ranks must call it. `experts` (an
     `ExpertForm`) says how the folder holds its experts where its tensors do not tell, `ignore` are patterns
     (`rotary.*`) for tensors that are not part of the model; `leave_out` is its former name. With `random_mtp` the MTP
-    layer, which the config has and the folder has not, keeps the weights that the model was built with.
+    layer, which the config has and the folder has not, keeps the weights that the model was built with; with
+    `value_head`, the same on all ranks, the head of a critic does, and the folder's embeddings may be tied or not.
 
     Raises VLBridgeError, on all ranks, when the folder does not match its config or the model's config, a slice has no
     source, a parameter is not filled or its dtype cannot hold its values, or a part of a weight of the folder (an
     expert, some rows) is on no rank.
     Example: `load_hf_weights(get_model(model_provider), "Qwen3-VL-2B-Instruct")`.
     """
-    source, held = fill(model, folder, experts, [*ignore, *leave_out], random_mtp)
+    source, held = fill(model, folder, experts, [*ignore, *leave_out], random_mtp, value_head)
     everywhere = [region for regions in gather(held) for region in regions]
+    if value_head and _HEAD in source.table.megatron_shapes:
+        everywhere.append(Region.whole(_HEAD, source.table.megatron_shapes[_HEAD]))
     check_complete(source.table, everywhere, str(source.weights.folder))
 
 
@@ -71,7 +86,7 @@ def load_torch_dist_weights(model: Model, folder: str | Path) -> None:
         Plan(table, hf, source.table, cast=True, hf_source="the model", megatron_source=str(source.folder))
         for module in modules_of(model):
             shards = shards_of(module, table, str(source.folder))
-            _check_every_parameter_is_filled(module, shards, None)
+            _check_every_parameter_is_filled(module, shards)
             for shard in shards:
                 if shard.known != shard.region:
                     shard.values.zero_()
@@ -84,7 +99,12 @@ def load_torch_dist_weights(model: Model, folder: str | Path) -> None:
 
 @torch.no_grad()
 def fill(
-    model: Model, folder: str | Path, experts: str | None = None, ignore: Sequence[str] = (), random_mtp: bool = False
+    model: Model,
+    folder: str | Path,
+    experts: str | None = None,
+    ignore: Sequence[str] = (),
+    random_mtp: bool = False,
+    value_head: bool = False,
 ) -> tuple[HfSource, list[Region]]:
     """Fill a model, or one chunk of it; gives what it was filled from, and the regions of its main shards.
 
@@ -96,9 +116,12 @@ def fill(
         source = open_source(folder, experts=experts, ignore=ignore, random_mtp=random_mtp)
         table, megatron = source.table, any_dtype(source.table.megatron_shapes)
         Plan(table, source.tensors, megatron, cast=True, hf_source=str(folder), megatron_source="the model")
+        kept = (MTP,) * random_mtp + (_HEAD,) * value_head
         for module in modules_of(model):
-            check_config(folder, source.config, module)
-            kept = MTP if random_mtp else None
+            tied = module.hf_config.tie_word_embeddings if value_head else source.config.tie_word_embeddings
+            check_config(folder, replace(source.config, tie_word_embeddings=tied), module)
+            if value_head and module.post_process and not has_value_head(module):
+                raise VLBridgeError("value_head: expected the head of a critic, found that of a language model.")
             shards = shards_of(module, table, str(folder), kept)
             _check_every_parameter_is_filled(module, shards, kept)
             for shard in shards:
@@ -119,20 +142,22 @@ def check_config(folder: Path, config: Config, module: Any) -> None:
         raise VLBridgeError(f"{folder}: {text}{end}Build the model from this folder's config.")
 
 
-def _check_every_parameter_is_filled(module: torch.nn.Module, shards: Sequence[Shard], kept: str | None) -> None:
+def _check_every_parameter_is_filled(
+    module: torch.nn.Module, shards: Sequence[Shard], kept: tuple[str, ...] = ()
+) -> None:
     """Reject parameters whose memory is not that of their shards: no copy would reach them.
 
-    Adapters and those under `kept` are not filled.
+    Adapters and those whose names begin with one of `kept` are not filled.
     """
     sizes = {shard.values.data_ptr(): shard.values.numel() for shard in shards}
     addresses = sorted(sizes)
     for name, parameter in module.named_parameters():
-        if is_adapter(name):
+        if is_adapter(name) or name.startswith(kept):
             continue
         start = parameter.data_ptr()
         inside = addresses[bisect_left(addresses, start) : bisect_left(addresses, start + parameter.nbytes)]
         found = sum(sizes[address] for address in inside)
-        if found != parameter.numel() and not (kept and name.startswith(kept)):
+        if found != parameter.numel():
             raise VLBridgeError(
                 f"{name}: expected all {parameter.numel()} elements in the model's sharded_state_dict, found {found}. "
                 "The module must describe each parameter there, in its own memory."

@@ -14,6 +14,7 @@ from megatron_vlbridge.checkpoint.conversion import Conversion
 from megatron_vlbridge.checkpoint.dtypes import as_dtype
 from megatron_vlbridge.checkpoint.export_plan import ExportChoices, plan_export_of
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
+from megatron_vlbridge.checkpoint.hf.quantise import weight_region
 from megatron_vlbridge.checkpoint.hf.template import find_template
 from megatron_vlbridge.checkpoint.hf.writer import SafetensorsWriter
 from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks, rank_and_size
@@ -41,6 +42,7 @@ def save_hf(
     experts: str | None = None,
     max_shard_size: int | None = None,
     portable_config: bool = False,
+    fp8: bool = False,
 ) -> Path:
     """Write a live, sharded model as a Hugging Face checkpoint, and return the new folder.
 
@@ -51,13 +53,13 @@ def save_hf(
     is complete.
 
     Raises VLBridgeError, on all ranks, and leaves nothing under the new name, when the model does not match `like`,
-    the ranks do not hold every weight exactly once, a value does not fit the dtype it is to have (`dtype`, or that of
-    one of several in `like`), a file of `like` is damaged, the target exists or is being written, or the disk is full
-    or fails.
+    the ranks do not hold every weight exactly once, a value does not fit the dtype it is to have (`dtype`, FP8, or that
+    of one of several in `like`), a file of `like` is damaged, the target exists or is being written, or the disk is
+    full or fails.
     Example: `save_hf(model, "trained", like="Qwen/Qwen3-VL-2B-Instruct")`.
     """
     target, (rank, _) = Path(folder), rank_and_size()
-    choices = ExportChoices(dtype, experts, max_shard_size, portable_config)
+    choices = ExportChoices(dtype, experts, max_shard_size, portable_config, fp8)
     with raise_on_all_ranks():
         if rank == 0:  # a Hub id is fetched once
             find_folder(like)
@@ -67,7 +69,7 @@ def save_hf(
         for module in modules_of(model):
             check_config(template.folder, config, module)
         family = families.find(config)
-        rules = family.table_for(config, template.table, experts or template.experts)
+        rules = family.table_for(config, template.table, choices.form_to_ask(config, template))
         wanted = as_dtype(dtype)
     weights = LiveWeights(model, rules, wanted, {"folder": str(target), **asdict(choices)})
     with raise_on_all_ranks():
@@ -137,6 +139,7 @@ class _Save:
         """The regions of the model that a part needs; a tied head is the embedding once more."""
         rules = self.plan.plan.table
         for region in self.writer.regions[index]:
+            region = weight_region(region, self.plan.plan.hf)
             if region.name == self.family.head and region.name not in rules.hf_shapes:
                 region = Region(self.family.embedding, region.offset, region.shape)
             if region.name in rules.hf_shapes:

@@ -49,16 +49,22 @@ def _unwrap(module: torch.nn.Module) -> Any:
     return _unwrap(inner) if isinstance(inner, torch.nn.Module) else module
 
 
-def shards_of(module: Any, table: RuleTable, source: str, without: str | None = None) -> list[Shard]:
+def has_value_head(module: Any) -> bool:
+    """Whether a chunk has the head of a critic in the place of the vocabulary's, which is parallel or tied."""
+    weight = module.output_layer.weight if module.post_process else None
+    return weight is not None and not getattr(weight, "tensor_model_parallel", False)
+
+
+def shards_of(module: Any, table: RuleTable, source: str, without: tuple[str, ...] = ()) -> list[Shard]:
     """This rank's part of a module, from its `sharded_state_dict`. `source` begins the errors.
 
-    Leaves out the tensors whose names begin with `without`, and adapters.
+    Leaves out the tensors whose names begin with one of `without`, and adapters.
 
     Raises VLBridgeError for a tensor that the rules do not have, or have in another shape.
     """
     describe = getattr(module, "base_sharded_state_dict", module.sharded_state_dict)
-    tensors = (x for x in _sharded_tensors(describe()) if not is_adapter(x.key))
-    return [_shard(x, table, source) for x in tensors if without is None or not x.key.startswith(without)]
+    tensors = (x for x in sharded_tensors(describe()) if not is_adapter(x.key))
+    return [_shard(x, table, source) for x in tensors if not x.key.startswith(without)]
 
 
 def is_adapter(name: str) -> bool:
@@ -66,20 +72,20 @@ def is_adapter(name: str) -> bool:
     return _ADAPTER.search(name) is not None
 
 
-def _sharded_tensors(value: object) -> Iterator["ShardedTensor"]:
+def sharded_tensors(value: object) -> Iterator["ShardedTensor"]:
     """Every tensor shard in a sharded state dict, also those that factories build, such as that of gate and up."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     if isinstance(value, ShardedTensor):
         yield value
     elif isinstance(value, ShardedTensorFactory):
-        yield from _sharded_tensors(value.build())
+        yield from sharded_tensors(value.build())
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _sharded_tensors(item)
+            yield from sharded_tensors(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _sharded_tensors(item)
+            yield from sharded_tensors(item)
 
 
 def _shard(tensor: "ShardedTensor", table: RuleTable, source: str) -> Shard:

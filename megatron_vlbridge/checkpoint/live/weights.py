@@ -58,12 +58,7 @@ class LiveWeights:
         self.rank, self.size = rank_and_size()
         self._found: dict[Region, list[tuple[Region, torch.Tensor]]] = defaultdict(list)
         self._shards: list[Shard] = []
-        modules: Sequence[Any] = model if isinstance(model, Sequence) else [model]
-        for module in modules:
-            ddp = getattr(module, "ddp_config", None)
-            # Parameters that Megatron gathers only when the next forward pass needs them are still the old ones.
-            if ddp is not None and ddp.overlap_param_gather:
-                module.start_param_sync(force_sync=True)
+        sync_parameters(model)
         with raise_on_all_ranks():
             for module in modules_of(model):
                 self._shards += [x for x in shards(module, rules, _SOURCE) if x.main and x.known is not None]
@@ -91,6 +86,13 @@ class LiveWeights:
                 self._holders[name] = rank, index
                 links.append((region, Region.whole(name, region.shape), False))
         self._index = RegionIndex(links)
+
+    def visit(self, call: Callable[[Region, torch.Tensor], None]) -> None:
+        """Call `call` with every region that this rank holds and its values; raises on all ranks what it raises."""
+        with raise_on_all_ranks():
+            for shard in self._shards:
+                if shard.known is not None:
+                    call(shard.known, shard.known_values)
 
     def fetch(self, regions: Iterable[Region], receiver: int | None = None) -> None:
         """Bring the values of some regions to one rank, or to all where `receiver` is None, for `read_into` there.
@@ -155,6 +157,15 @@ class LiveWeights:
 
     def _own(self, segment: _Segment) -> torch.Tensor:
         return self._shards[segment.index].known_values[segment.source.slices]
+
+
+def sync_parameters(model: Model) -> None:
+    """Gather the parameters that Megatron gathers only when the next forward pass needs them: they are the old ones."""
+    modules: Sequence[Any] = model if isinstance(model, Sequence) else [model]
+    for module in modules:
+        ddp = getattr(module, "ddp_config", None)
+        if ddp is not None and ddp.overlap_param_gather:
+            module.start_param_sync(force_sync=True)
 
 
 def _default_device() -> torch.device:

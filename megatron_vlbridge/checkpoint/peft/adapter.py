@@ -2,90 +2,149 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.hf.header import read_header
 from megatron_vlbridge.checkpoint.peft.config import AdapterConfig, read_adapter_config
 from megatron_vlbridge.checkpoint.stream.raw import Stored
+from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.families.experts import ExpertForm
+from megatron_vlbridge.weights import TensorSpec
+from megatron_vlbridge.weights.regions import Shape
 
 WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_COPY = "save the adapter with save_embedding_layers=False"
+_EXPERTS = ".mlp.experts"
+_EMBEDDINGS = ("embed_tokens.weight", "pos_embed.weight")  # `peft` has them in other tensors, `lora_embedding_A`
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """A `[r, in]` and B `[out, r]` of one weight, in the file.
+    """A `[r, in]` and B `[out, r]` of one weight, in the file; of `experts` experts `[E, r, in]` and `[E, out, r]`.
 
-    Of `experts` experts A is `[E * r, in]`, expert by expert, and B is `[out, r * E]` with the expert fastest
-    (peft 0.21, `ParamWrapper.get_delta_weight`).
+    `parameter` says that `peft` adapts the parameter itself, not a module that has it.
     """
 
     a: Stored
     b: Stored
     scaling: float
     experts: int | None
+    parameter: bool
 
-    def read(self, expert: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`A [r, in]` and `B [out, r]`, of one expert where the weight has experts, as stored."""
+    def read(self, expert: int | None = None, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`A [r, in]` and `B [out, r]`, of one expert where the weight has experts; by default in their own dtype.
+
+        Raises VLBridgeError, naming the file, where it cannot be read.
+        """
         assert (expert is None) == (self.experts is None)
-        a, b = (torch.empty(stored.spec.shape, dtype=stored.spec.dtype) for stored in (self.a, self.b))
-        self.a.read_into((0, 0), a)
-        self.b.read_into((0, 0), b)
-        if self.experts is None:
-            return a, b
-        return a.view(self.experts, -1, a.shape[1])[expert], b.view(b.shape[0], -1, self.experts)[..., expert]
+        lead = () if expert is None else (expert,)
+        return _read(self.a, lead, dtype), _read(self.b, lead, dtype)
 
 
-def read_adapter(folder: Path, base: Mapping[str, tuple[int, ...]]) -> dict[str, LoraPair]:
+def _read(stored: Stored, lead: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
+    size = stored.spec.shape[len(lead) :]
+    found = torch.empty(size, dtype=dtype or stored.spec.dtype)
+    try:
+        stored.read_into((*lead, 0, 0), found[(None,) * len(lead)])
+    except OSError as error:
+        text = f"{stored.path}: expected to read {stored.spec}, found: {error}. Copy the file again."
+        raise VLBridgeError(text) from error
+    return found
+
+
+def base_shapes(config: Config) -> dict[str, Shape]:
+    """The weights of a base that can have an adapter, as transformers holds them.
+
+    They are `[out, in]`, of experts `[E, out, in]`; not embeddings, norms and convolutions.
+    Example: `base_shapes(config)["lm_head.weight"]` is `(151936, 2048)`.
+    """
+    shapes = families.find(config).table(config, ExpertForm.FUSED_OUT_IN).hf_shapes
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if len(shape) == (3 if f"{_EXPERTS}." in name else 2) and not name.endswith(_EMBEDDINGS)
+    }
+
+
+def read_adapter(folder: Path, base: Mapping[str, Shape]) -> dict[str, LoraPair]:
     """The pairs of a PEFT folder by the name of their weight; reads headers only.
 
-    `base` has the name and shape of each weight of the base as transformers holds it: `[out, in]`, of experts
-    `[E, out, in]`.
+    `base` are the `base_shapes` of the checkpoint that it belongs to.
 
     Raises VLBridgeError, naming file, tensor, expected and found, for a key that fits no weight of the base, a missing
-    half, and another rank or shape. Example: `read_adapter(Path("adapter"), shapes)["lm_head.weight"].read()`.
+    half, another rank or shape, and values that are not floating-point.
+    Example: `read_adapter(Path("adapter"), shapes)["lm_head.weight"].read()`.
     """
     config = read_adapter_config(folder)
     path = folder / WEIGHTS
     halves: dict[str, dict[str, Stored]] = {}
     for key, stored in read_header(path).items():
         match = _KEY.fullmatch(key)
-        weight = _weight_name(match[1]) if match else ""
-        if match is None or weight not in base:
-            raise VLBridgeError(
-                f"{path}: {key}: expected base_model.model.<module>.lora_A.weight or lora_B.weight of a module of the "
-                f"base, found {weight or 'another name'}. Use the base that the adapter was trained on."
-            )
-        halves.setdefault(weight, {})[match[2]] = stored
+        if match is None:
+            is_copy = key.endswith(".base_layer.weight")
+            raise _misfit(path, key, f"a copy of a weight of the base ({_COPY})" if is_copy else "another name")
+        halves.setdefault(match[1], {})[match[2]] = stored
     if not halves:
         raise VLBridgeError(f"{path}: expected the tensors of an adapter, found none. Fetch the file again.")
-    return {weight: _pair(config, path, weight, found, base[weight]) for weight, found in halves.items()}
+    pairs = {}
+    for module, found in halves.items():
+        weight = _weight_name(module, found, halves, base)
+        if weight not in base:
+            raise _misfit(path, f"base_model.model.{module}", weight)
+        pairs[weight] = _pair(config, path, weight, found, base[weight])
+    return pairs
 
 
-def _weight_name(module: str) -> str:
-    """The base weight of an adapted module; `peft` wraps both parameters of the experts in one another."""
-    if module.endswith(".mlp.experts.base_layer"):
+def _misfit(path: Path, key: str, found: str) -> VLBridgeError:
+    return VLBridgeError(
+        f"{path}: {key}: expected base_model.model.<module>.lora_A.weight or lora_B.weight of a module of the base, "
+        f"found {found} (adapters of embeddings, convolutions and tied heads are not supported). Use the base that the "
+        "adapter was trained on."
+    )
+
+
+def _weight_name(
+    module: str, found: Mapping[str, Stored], halves: Mapping[str, object], base: Mapping[str, Shape]
+) -> str:
+    """The base weight of an adapted module; `peft` wraps both parameters of the experts in one another.
+
+    Where only one of both has an adapter, the shape tells which.
+    """
+    if module.endswith(f"{_EXPERTS}.base_layer"):
         return module.removesuffix("base_layer") + "gate_up_proj"
-    return module + (".down_proj" if module.endswith(".mlp.experts") else ".weight")
+    if not module.endswith(_EXPERTS):
+        return f"{module}.weight"
+    gate_up, both = f"{module}.gate_up_proj", f"{module}.base_layer" in halves
+    if not both and gate_up in base and found.keys() == {"A", "B"}:
+        sizes = found["B"].spec.shape[:1] + found["A"].spec.shape[-1:]
+        if sizes == base[gate_up][-2:]:
+            return gate_up
+    return f"{module}.down_proj"
 
 
-def _pair(
-    config: AdapterConfig, path: Path, weight: str, found: Mapping[str, Stored], shape: tuple[int, ...]
-) -> LoraPair:
+def _pair(config: AdapterConfig, path: Path, weight: str, found: Mapping[str, Stored], shape: Shape) -> LoraPair:
     if found.keys() != {"A", "B"}:
         raise VLBridgeError(f"{path}: {weight}: expected lora_A and lora_B, found lora_{min(found)} alone.")
-    experts = shape[0] if len(shape) == 3 else None
-    module = weight.removesuffix(".weight")
-    rank = config.rank_of(module) * (experts or 1)
-    expected = {"A": (rank, shape[-1]), "B": (shape[-2], rank)}
+    module, experts = weight.removesuffix(".weight"), shape[0] if len(shape) == 3 else None
+    rank, (rows, columns) = config.rank_of(module), shape[-2:]
+    expected = {"A": (rank * (experts or 1), columns), "B": (rows, rank * (experts or 1))}
     for half, size in expected.items():
-        if found[half].spec.shape != size:
+        spec = found[half].spec
+        if spec.shape != size or not spec.dtype.is_floating_point:
             raise VLBridgeError(
-                f"{path}: {weight}: lora_{half}: expected {list(size)} for {list(shape)} and rank "
-                f"{config.rank_of(module)}, found {found[half].spec}. Use the base that the adapter was trained on."
+                f"{path}: {weight}: lora_{half}: expected {list(size)} in floating point, for {list(shape)} and rank "
+                f"{rank}, found {spec}. Use the base that the adapter was trained on."
             )
-    return LoraPair(found["A"], found["B"], config.scaling_of(module), experts)
+    a, b, scaling = found["A"], found["B"], config.scaling_of(module)
+    if experts is None:
+        return LoraPair(a, b, scaling, None, config.is_parameter(weight))
+    # A goes expert by expert, in B the expert is the fastest axis (peft 0.21, `ParamWrapper.get_delta_weight`).
+    a = replace(a, spec=TensorSpec((experts, rank, columns), a.spec.dtype))
+    b = replace(b, spec=TensorSpec((experts, rows, rank), b.spec.dtype), strides=(1, rank * experts, experts))
+    return LoraPair(a, b, scaling, experts, True)

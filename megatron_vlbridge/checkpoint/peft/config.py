@@ -16,9 +16,12 @@ _FREE = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
     "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
-    "target_modules", "target_parameters", "task_type",
+    "target_modules", "task_type",
 }  # fmt: skip
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+_READ = {
+    "alpha_pattern", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "target_parameters",
+    "use_rslora",
+}  # fmt: skip
 # The ways to initialize an adapter that leave the base as it is (peft 0.21); others, such as PiSSA, change it, so that
 # the adapter does not belong to the published weights.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -26,17 +29,26 @@ _STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Ranks and alphas of an adapter; the patterns are keyed by module name, as `peft` matches them."""
+    """Ranks and alphas of an adapter; the patterns are keyed by module name, as `peft` matches them.
+
+    `parameters` are its `target_parameters`, which `peft` merges in other steps than modules; they need not be whole
+    names.
+    """
 
     rank: int
     alpha: float
     rslora: bool = False
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    parameters: tuple[str, ...] = field(default=(), compare=False)
 
     def rank_of(self, module: str) -> int:
         """The rank of a module, such as `model.language_model.layers.0.self_attn.q_proj`."""
         return self.ranks.get(_match(self.ranks, module), self.rank)
+
+    def is_parameter(self, weight: str) -> bool:
+        """Whether a weight is one of `parameters`."""
+        return any(f".{weight}".endswith(f".{name}") for name in self.parameters)
 
     def scaling_of(self, module: str) -> float:
         """What B @ A is multiplied by: alpha / r, with rslora alpha / sqrt(r) (peft 0.21, `LoraLayer.update_layer`)."""
@@ -72,7 +84,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     rslora = values.get("use_rslora", False)
     if type(rslora) is not bool:
         raise _error(path, "use_rslora", "true or false", rslora)
-    return AdapterConfig(numbers.pop("r"), alphas.pop("lora_alpha"), rslora, numbers, alphas)
+    parameters = values.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        raise _error(path, "target_parameters", "a list of names", parameters)
+    return AdapterConfig(numbers.pop("r"), alphas.pop("lora_alpha"), rslora, numbers, alphas, tuple(parameters))
 
 
 def _pattern(path: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:

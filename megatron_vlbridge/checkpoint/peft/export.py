@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from megatron_vlbridge import families
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
+from megatron_vlbridge.checkpoint.peft.adapter import base_shapes
 from megatron_vlbridge.checkpoint.peft.config import AdapterConfig
 from megatron_vlbridge.checkpoint.peft.manifest import ADAPTER_MANIFEST, read_adapter_manifest
 from megatron_vlbridge.checkpoint.peft.writer import write_adapter
 from megatron_vlbridge.checkpoint.torch_dist.reader import TorchDistFolder
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
-from megatron_vlbridge.families.experts import ExpertForm
 from megatron_vlbridge.weights import Plan, Region
 from megatron_vlbridge.weights.adapters import HALVES, adapter_table, adapter_tensor
 from megatron_vlbridge.weights.plan import any_dtype
@@ -36,7 +35,7 @@ def export_adapter(run: str | Path, target: str | Path, like: str | Path | None 
         )
     base = str(like or manifest.base)
     config = read_config(find_folder(base, weights=False))
-    shapes = families.find(config).table(config, ExpertForm.FUSED_OUT_IN).hf_shapes
+    shapes = base_shapes(config)
     if unknown := [weight for weight in manifest.weights if weight not in shapes]:
         raise VLBridgeError(
             f"{source.folder}: expected adapters of weights of {base}, found one of {unknown[0]}. Give the base that "

@@ -1,7 +1,7 @@
 """Folders of LoRA adapters, written as peft loads them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,7 @@ def write_adapter(folder: Path, base_model: str, config: AdapterConfig, pairs: P
     tensors: dict[str, torch.Tensor] = {}
     for weight, (a, b) in pairs.items():
         _check(folder, config, weight, a, b)
-        if weight.endswith(_GATE_UP) and weight.replace(_GATE_UP, _DOWN) not in pairs:
-            raise VLBridgeError(f"{folder}: {weight}: expected down_proj of the same experts too, found it alone.")
-        tensors |= peft_tensors(weight, a, b)
+        tensors |= peft_tensors(weight, a, b, pairs)
     # Wider dtypes first keeps every tensor aligned to its own size.
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     head = encode_header({key: TensorSpec(tuple(value.shape), value.dtype) for key, value in tensors.items()})
@@ -50,21 +48,23 @@ def write_adapter(folder: Path, base_model: str, config: AdapterConfig, pairs: P
                 stream.write(as_bytes(value))
 
 
-def peft_tensors(weight: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A and B of a weight under the names and in the shapes that `peft` has; see `LoraPair`.
+def peft_tensors(weight: str, a: torch.Tensor, b: torch.Tensor, weights: Collection[str]) -> dict[str, torch.Tensor]:
+    """A and B of a weight, one of the `weights` of an adapter, under the names and in the shapes that `peft` has.
 
-    Example: `peft_tensors("lm_head.weight", a, b)` has `base_model.model.lm_head.lora_A.weight`.
+    A of experts `[E, r, in]` becomes `[E * r, in]`, and B `[E, out, r]` becomes `[out, r * E]` with the expert fastest.
+    Example: `peft_tensors("lm_head.weight", a, b, weights)` has `base_model.model.lm_head.lora_A.weight`.
     """
     if a.ndim == 3:
-        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # in B the expert is fastest
-    prefix = f"base_model.model.{_module(weight)}.lora_"
+        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    prefix = f"base_model.model.{_module(weight, weights)}.lora_"
     return {f"{prefix}A.weight": a.contiguous(), f"{prefix}B.weight": b.contiguous()}
 
 
-def _module(weight: str) -> str:
+def _module(weight: str, weights: Collection[str]) -> str:
     """The inverse of `_weight_name` in `adapter.py`."""
     if weight.endswith(_GATE_UP):
-        return weight.removesuffix("gate_up_proj") + "base_layer"
+        experts = weight.removesuffix(".gate_up_proj")
+        return f"{experts}.base_layer" if weight.replace(_GATE_UP, _DOWN) in weights else experts
     return weight.removesuffix(".down_proj" if weight.endswith(_DOWN) else ".weight")
 
 

@@ -35,7 +35,7 @@ class Writer(Protocol):
 
     @property
     def block_bytes(self) -> int:
-        """The largest block of weights that a part holds at once."""
+        """The largest block of weights that a part holds at once, with what is held to fill it."""
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -101,7 +101,8 @@ class Block:
     """Memory that one worker fills again and again: fresh pages cost more than the copying into them."""
 
     def __init__(self, nbytes: int, stop: threading.Event) -> None:
-        self._memory, self._stop = bytearray(nbytes), stop
+        # Pages that no block reaches, such as a writer's scratch, are not touched.
+        self._memory, self._stop = torch.empty(nbytes, dtype=torch.uint8), stop
 
     def take(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor in this memory; the one taken before is lost."""
@@ -110,7 +111,7 @@ class Block:
         nbytes = TensorSpec(shape, dtype).nbytes
         if not nbytes:
             return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes).view(dtype).view(shape)
+        return self._memory[:nbytes].view(dtype).view(shape)
 
 
 class _StoppedError(Exception):

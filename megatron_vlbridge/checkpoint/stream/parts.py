@@ -51,15 +51,20 @@ class Part:
         return cls(line["number"], line["file"], line["start"], line["length"], entries, Digest.from_json(line))
 
 
-def row_blocks(region: Region, itemsize: int, block_bytes: int = BLOCK_BYTES, dim: int = 0) -> Iterator[Region]:
-    """Cut a region along one dim into blocks of at most `block_bytes`, or of one index where one is larger already."""
+def row_blocks(
+    region: Region, itemsize: int, block_bytes: int = BLOCK_BYTES, dim: int = 0, *, multiple: int = 1
+) -> Iterator[Region]:
+    """Cut a region along one dim into blocks of at most `block_bytes`, or of one index where one is larger already.
+
+    All blocks but the last have a `multiple` of so many indices.
+    """
     if not region.volume:
         return
     rows = region.shape[dim] if region.shape else 0
     if not rows:
         yield region
         return
-    step = max(1, block_bytes // (region.volume // rows * itemsize))
+    step = max(1, block_bytes // (region.volume // rows * itemsize) // multiple) * multiple
     for start in range(0, rows, step):
         offset, shape = list(region.offset), list(region.shape)
         offset[dim] += start

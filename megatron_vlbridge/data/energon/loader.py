@@ -1,6 +1,9 @@
 """A loader of Energon's packs whose state can be saved, and restored where that gives the same packs."""
 
+import hashlib
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,10 @@ REMEDIES = {
     "sequence length": "continue with this --seq-length",
     "multiple of": "continue with this value",
     "energon": "install this version",
+    "form": "continue with this form",
+    "media options": "continue with these",
+    "label options": "continue with these",
+    "dataset": "continue with the same shards and weights",
 }
 
 
@@ -64,6 +71,9 @@ class PackLoader:
             "sequence length": encoder.seq_length,
             "multiple of": encoder.multiple_of,
             "energon": version("megatron-energon"),
+            "form": encoder.form.name if encoder.form else "auto",
+            "media options": str(replace(encoder.media, url_cache=None)),
+            "label options": str(encoder.labels),
         }
         dataset = get_train_dataset(
             str(path),
@@ -75,6 +85,7 @@ class PackLoader:
             max_samples_per_sequence=packing_buffer,
         )
         self._loader = get_savable_loader(dataset)
+        self._settings["dataset"] = _digest(self._loader.config())
         self._started = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -89,7 +100,7 @@ class PackLoader:
         """Continue as the loader that was saved, with the same packs in the same order.
 
         Raises VLBridgeError: the state is of other settings (Energon cannot continue with another number of workers or
-        ranks), it is not a state of `save_state`, or packs were already read.
+        ranks) or of a dataset with other shards, it is not a state of `save_state`, or packs were already read.
         """
         if self._started:
             raise VLBridgeError("Energon: a state is restored before the first pack is read; make a new PackLoader")
@@ -102,3 +113,14 @@ class PackLoader:
                     f"{REMEDIES[name]}, or start the data from the beginning"
                 )
         self._loader.restore_state_rank(state["state"])
+
+
+def _digest(config: dict[str, Any]) -> str:
+    """Of the settings of an Energon dataset and its shards, not of where they are: names of paths begin with `_`."""
+
+    def without_paths(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: without_paths(one) for name, one in value.items() if not name.startswith("_")}
+        return [without_paths(one) for one in value] if isinstance(value, list | tuple) else value
+
+    return hashlib.sha256(json.dumps(without_paths(config)).encode()).hexdigest()[:12]
