@@ -1,6 +1,5 @@
 """Encode a conversation as tokens, a loss mask (see `labels.turns`) and patches."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from megatron_vlbridge.data.messages import (
 )
 from megatron_vlbridge.data.processors.interface import ConversationProcessor
 from megatron_vlbridge.data.processors.published import as_conversation_processor
+from megatron_vlbridge.data.processors.runs import encode_runs
 from megatron_vlbridge.errors import VLBridgeError
 
 DEFAULT_LABELS = LabelOptions()
@@ -161,22 +161,9 @@ def measure_conversation(
 
 def _expanded_ids(prompt: Prompt, shapes: dict[str, list[MediaShape]], processor: ConversationProcessor) -> Tensor:
     """The tokens of a prompt whose placeholders are expanded as by the processor."""
-    tokens = list(processor.media_tokens.values())
-    runs = re.compile("|".join(f"(?:{re.escape(token)})+" for token in tokens))
-    counts: list[int] = []
-
-    def shorten(match: re.Match[str]) -> str:
-        token = next(token for token in tokens if match[0].startswith(token))
-        counts.append(len(match[0]) // len(token))
-        return token
-
-    # A run of a placeholder is tokenized as one and then repeated: it can be of thousands.
-    texts = [runs.sub(shorten, text) for text in processor.expand_texts(prompt.texts, shapes)]
-    ids = prompt.join([torch.tensor(processor.tokenizer(text)["input_ids"]) for text in texts])
-    repeats = torch.ones_like(ids)
-    repeated = torch.isin(ids, torch.tensor(processor.tokenizer.convert_tokens_to_ids(tokens)))
-    repeats[repeated] = torch.tensor(counts, dtype=ids.dtype)
-    return ids.repeat_interleave(repeats)
+    texts = processor.expand_texts(prompt.texts, shapes)
+    placeholders = list(processor.media_tokens.values())
+    return prompt.join([encode_runs(text, processor.tokenizer, placeholders) for text in texts])
 
 
 def _load_media[T](messages: Conversation, kind: str, load: Callable[[dict[str, Any]], T]) -> list[T]:

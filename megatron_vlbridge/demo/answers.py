@@ -3,8 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, ProcessorMixin
 
-from megatron_vlbridge.checkpoint.peft.adapter import read_adapter
 from megatron_vlbridge.data.media import Conversation, load_video
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.demo.digits import answer, blank, images_of, question, videos_of
@@ -52,37 +49,16 @@ class Answers:
 
 
 @torch.inference_mode()
-def ask_transformers(folder: Path, conversations: Sequence[Conversation], adapter: Path | None = None) -> Answers:
-    """Load a Hugging Face checkpoint as any user of transformers does, with a folder of adapters, and ask it."""
+def ask_transformers(folder: Path, conversations: Sequence[Conversation]) -> Answers:
+    """Load a Hugging Face checkpoint as any user of transformers does, and ask it."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    if adapter is not None:
-        model = load_adapter(model, adapter)
 
     def generate(batch: BatchFeature) -> Tensor:
         tokens = model.generate(**batch, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
         return tokens[:, batch["input_ids"].shape[1] :]
 
     return ask(conversations, processor, lambda batch: model(**batch).logits, generate)
-
-
-def load_adapter(model: Any, folder: Path) -> Any:
-    """A model of transformers with adapters: by `peft` where it is installed, otherwise merged into the weights."""
-    if find_spec("peft") is not None:
-        return import_module("peft").PeftModel.from_pretrained(model, folder)
-    merge_adapter(model, folder)
-    return model
-
-
-@torch.no_grad()
-def merge_adapter(model: Any, folder: Path) -> None:
-    """Add a folder of adapters to the weights of a model of transformers, in place."""
-    weights = dict(model.named_parameters())
-    pairs = read_adapter(folder, {name: tuple(weight.shape) for name, weight in weights.items()})
-    for name, pair in pairs.items():
-        for expert in (None,) if pair.experts is None else range(pair.experts):
-            a, b = pair.read(expert)
-            weights[name][... if expert is None else expert] += pair.scaling * (b @ a)
 
 
 def ask(

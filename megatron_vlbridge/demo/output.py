@@ -31,12 +31,13 @@ class Folder:
         self.hf_trained = root / "hf-trained"  # the trained weights as a Hugging Face checkpoint
         self.megatron_adapters = root / "megatron-adapters"  # the adapters that Megatron's pretrain saved
         self.adapter = root / "adapter"  # the same adapters as a folder of peft
+        self.hf_merged = root / "hf-merged"  # the trained weights with the adapters merged into them
         self.logs = root / "logs"  # all output of the processes that the demo started
         self.loss = root / "loss.png"
         self.answers = root / "answers.png"
         self.report = root / "report.md"
         checkpoints = (self.hf_start, self.megatron_start, self.megatron_trained, self.hf_trained)
-        adapters = (self.megatron_adapters, self.adapter)
+        adapters = (self.megatron_adapters, self.adapter, self.hf_merged)
         self.contents = (self.data, *checkpoints, *adapters, self.logs, self.loss, self.answers, self.report)
 
     def prepare(self) -> None:

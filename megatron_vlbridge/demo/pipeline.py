@@ -9,6 +9,7 @@ from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_check
 from megatron_vlbridge.checkpoint.hf.header import read_header
 from megatron_vlbridge.checkpoint.peft.adapter import WEIGHTS
 from megatron_vlbridge.checkpoint.peft.export import export_adapter
+from megatron_vlbridge.checkpoint.peft.merge import merge_adapter
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.media import Conversation
@@ -78,7 +79,7 @@ def run(options: Options, progress: Progress) -> Result:
     if options.lora:
         losses = losses + _train_adapters(options, folder, progress)
     with progress.stage("Digits that it has never seen, in transformers and in Megatron"):
-        transformers = ask_transformers(folder.hf_trained, held_out, folder.adapter if options.lora else None)
+        transformers = ask_transformers(folder.hf_merged if options.lora else folder.hf_trained, held_out)
         megatron = _ask_megatron(folder, options)
         result = Result(
             recipe=options,
@@ -109,9 +110,11 @@ def _train_adapters(options: Options, folder: Folder, progress: Progress) -> lis
     """Train adapters of the exported checkpoint and export them; the loss of each iteration."""
     with progress.stage("Training of adapters alone (LoRA), on all digits"):
         losses = train(adapter_training(folder, options), options, progress)
-    with progress.stage("Export: adapters -> a folder of peft"):
+    with progress.stage("Export: adapters -> a folder of peft -> merged into the base"):
         export_adapter(folder.megatron_adapters, folder.adapter)
         progress.note(f"{folder.adapter}")
+        merge_adapter(folder.hf_trained, folder.adapter, folder.hf_merged)
+        progress.note(f"{folder.hf_merged}")
     return losses
 
 

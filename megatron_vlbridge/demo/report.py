@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from importlib.util import find_spec
 from platform import python_version
 
 from torch import Tensor
@@ -16,7 +15,8 @@ from megatron_vlbridge.training.log_lines import duration
 LEAST_ACCURACY = 0.9
 MOST_BLIND_ACCURACY = 0.2
 MOST_OTHER_ACCURACY = 0.1
-LOGIT_TOLERANCE = 1e-4
+# Of the norm, and of a single logit: against fp64, those of transformers in fp32 differ by up to 1e-4 (of 10).
+LOGITS_TOLERANCE, LOGIT_TOLERANCE = 1e-5, 5e-4
 PACKAGES = ("megatron-core", "torch", "transformers")
 BASE_WORDS = f"{WORDS[BASE_DIGITS[0]]} to {WORDS[BASE_DIGITS[-1]]}"
 
@@ -104,10 +104,10 @@ class Result:
             ),
             Claim("The same accuracy in Megatron and in transformers", f"{here:.2%} and {there:.2%}", here == there),
             Claim(
-                f"The same logits to {LOGIT_TOLERANCE:.0e}, absolute and relative",
-                f"{self.logits.absolute:.1e} and {self.logits.relative:.1e}",
+                f"The same logits: to {LOGITS_TOLERANCE:.0e} of their norm, each to {LOGIT_TOLERANCE:.0e}",
+                f"{self.logits.relative:.1e} and {self.logits.absolute:.1e}",
                 # Each by itself: `max` may pass over a NaN.
-                self.logits.absolute <= LOGIT_TOLERANCE and self.logits.relative <= LOGIT_TOLERANCE,
+                self.logits.relative <= LOGITS_TOLERANCE and self.logits.absolute <= LOGIT_TOLERANCE,
             ),
             Claim(
                 f"With blanked images accuracy at most {MOST_BLIND_ACCURACY:.0%}",
@@ -122,7 +122,7 @@ def report_text(result: Result) -> str:
     """The report as Markdown; it shows `loss.png` and `answers.png` beside it."""
     claims = [f"| {claim.text} | {claim.found} | {'yes' if claim.holds else '**no**'} |" for claim in result.claims]
     times = [f"| {title} | {duration(seconds)} |" for title, seconds in result.seconds.items()]
-    packages = ", ".join(f"{name} {version(name)}" for name in _packages())
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return "\n".join(
         [
             f"# A small {result.model} learns to read digits",
@@ -186,16 +186,15 @@ def _adapters_done(result: Result) -> list[str]:
     base = result.base
     if base is None:
         return []
-    reader = "`peft`" if find_spec("peft") else "the project, which merges it into the weights"
     return [
         f"- **Base**: all parameters, trained for {result.recipe.base_iterations} iterations on {base.conversations:,} "
         f"conversations about {BASE_WORDS}. Alone it answers {base.accuracy:.2%} of the held-out questions, "
         f"{base.accuracy_known:.2%} of those about its digits and {base.accuracy_others:.2%} of the others.",
         f"- **Adapters**: LoRA of rank {LORA_RANK} on all projections, {base.adapter_parameters:,} parameters "
         f"({base.adapter_parameters / result.parameters:.1%} of the model), trained for "
-        f"{result.recipe.adapter_iterations} iterations on all digits; the base is frozen. In transformers they are "
-        f"loaded by {reader}. All that follows is with adapters. The loss stays above that of a full training: the "
-        "embedding, which is the head too, is frozen, and nothing has told the base the words of the other digits.",
+        f"{result.recipe.adapter_iterations} iterations on all digits; the base is frozen. transformers "
+        "loads them merged into it. All that follows is with adapters. The loss stays above that of a full training: "
+        "the embedding, which is the head too, is frozen, and nothing has told the base the words of the other digits.",
     ]
 
 
@@ -206,6 +205,7 @@ def _contents(result: Result) -> list[str]:
         adapters = [
             "| `megatron-adapters/` | the adapters that the second training saved |",
             "| `adapter/` | the same as a folder of `peft` |",
+            "| `hf-merged/` | the base with the adapters merged into it |",
         ]
     return [
         "| `data/` | the conversations (`images.jsonl`, `videos.jsonl`, `held-out.jsonl`), their images, frames; "
@@ -217,7 +217,3 @@ def _contents(result: Result) -> list[str]:
         *adapters,
         "| `logs/` | the whole output of Megatron, and its answers |",
     ]
-
-
-def _packages() -> tuple[str, ...]:
-    return (*PACKAGES, "peft") if find_spec("peft") else PACKAGES

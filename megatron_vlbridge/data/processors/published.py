@@ -1,5 +1,6 @@
 """The processors of `families.processors`, adapted to the interface of `processors.interface`."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from megatron_vlbridge.data.media import (
     with_sizes,
 )
 from megatron_vlbridge.data.processors.interface import CHATML, ConversationProcessor
+from megatron_vlbridge.data.processors.runs import RunTokenizer
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families.processors import IMAGE_PROCESSORS, VIDEO_PROCESSORS
@@ -115,7 +117,9 @@ class PublishedProcessor(ConversationProcessor):
             media["videos"] = [video.frames for video in videos]
             media["video_metadata"] = [video.metadata for video in videos]
             media["do_sample_frames"] = False
-        sized = with_sizes(self.processor, [image.size for image in images], [video.size for video in videos])
+        processor = copy.copy(self.processor)
+        processor.tokenizer = RunTokenizer(self.tokenizer, list(self.media_tokens.values()))
+        sized = with_sizes(processor, [image.size for image in images], [video.size for video in videos])
         try:
             encoded = dict(sized(text=list(texts), return_tensors="pt", padding=len(texts) > 1, **media))
         except ValueError as error:

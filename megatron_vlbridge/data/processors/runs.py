@@ -1,0 +1,50 @@
+"""Tokens of texts with runs of placeholders: a run, which can be of thousands, is tokenized as one and repeated."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+def encode_runs(text: str, tokenizer: Any, placeholders: Sequence[str], **settings: Any) -> Tensor:
+    """The tokens of a text, int64 `[L]`; `placeholders` are special tokens, `settings` are those of the tokenizer.
+
+    Example: `encode_runs("<|image_pad|><|image_pad|>A cat.", tokenizer, ["<|image_pad|>"])`.
+    """
+    counts: list[int] = []
+
+    def shorten(match: re.Match[str]) -> str:
+        token = next(token for token in placeholders if match[0].startswith(token))
+        counts.append(len(match[0]) // len(token))
+        return token
+
+    short = re.sub("|".join(f"(?:{re.escape(token)})+" for token in placeholders), shorten, text)
+    ids = torch.tensor(tokenizer(short, **settings)["input_ids"], dtype=torch.int64)
+    repeats = torch.ones_like(ids)
+    repeated = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(placeholders))))
+    repeats[repeated] = torch.tensor(counts, dtype=ids.dtype)
+    return ids.repeat_interleave(repeats)
+
+
+class RunTokenizer:
+    """A tokenizer for a processor of transformers, which tokenizes as `encode_runs`."""
+
+    def __init__(self, tokenizer: Any, placeholders: Sequence[str]) -> None:
+        self._tokenizer, self._placeholders = tokenizer, placeholders
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(
+        self, texts: Sequence[str], *, padding: bool = False, return_tensors: str | None = None, **settings: Any
+    ) -> dict[str, Any]:
+        """Tokens and attention mask `[B, S]` of the texts, padded on the right, as tensors or lists."""
+        rows = [encode_runs(text, self._tokenizer, self._placeholders, **settings) for text in texts]
+        encoded = {
+            "input_ids": pad_sequence(rows, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        }
+        return encoded if return_tensors else {name: tensor.tolist() for name, tensor in encoded.items()}
