@@ -32,8 +32,12 @@ def used_dimensions(config: TransformerConfig, hf_config: Config) -> frozenset[s
     return frozenset(name for name, size in sizes.items() if size > 1)
 
 
-def check_combination(config: TransformerConfig, hf_config: Config, allow: Collection[str] = ()) -> set[str]:
+def check_combination(
+    config: TransformerConfig, hf_config: Config, allow: Collection[str] = (), *, has_argument: bool = True
+) -> set[str]:
     """Reject parallel dimensions together that no test runs together for this family; the names needed of `allow`.
+
+    `has_argument`: the error names the argument that admits them.
 
     Raises:
         VLBridgeError: naming the combination and the nearest ones that are verified.
@@ -47,7 +51,7 @@ def check_combination(config: TransformerConfig, hf_config: Config, allow: Colle
         raise VLBridgeError(
             f"{hf_config.architecture}: the dimensions {_words(used)} together are not verified equal to "
             f"transformers, so they are rejected. The nearest that are: {', '.join(map(_words, nearest))}; each with "
-            f"any data-parallel size (docs/layouts.md). {allow_words({name}, allow)}"
+            "any data-parallel size (docs/layouts.md)." + (f" {allow_words({name}, allow)}" if has_argument else "")
         )
     return set()
 
@@ -93,7 +97,8 @@ def check_layout(
     Raises:
         VLBridgeError: naming every setting that is not verified, and the values that are.
     """
-    needed = check_combination(config, hf_config, allow)
+    # Who makes the loss has a script without the argument.
+    needed = check_combination(config, hf_config, allow, has_argument=not own_loss)
     check_cp_comm_type(config)
     found = setting_faults(config, hf_config)
     if own_loss and not config.mtp_num_layers:
@@ -114,7 +119,7 @@ def check_layout(
         raise VLBridgeError(
             f"{hf_config.architecture}: not verified equal to transformers, so it is rejected:\n  "
             + "\n  ".join(faults)
-            + (f"\n{allow_words(asked, allow)}" if len(asked) == len(faults) else "")
+            + (f"\n{allow_words(asked, allow)}" if len(asked) == len(faults) and not own_loss else "")
         )
     return needed
 

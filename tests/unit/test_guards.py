@@ -279,6 +279,16 @@ def test_only_what_is_named_is_allowed():
     assert guards.check_layout(config, CHECKPOINT, allow=[*names, "qk_clip"]) == set(names)
 
 
+@pytest.mark.parametrize("fields", [{"expert_model_parallel_size": 2}, {"fp32_residual_connection": True}], ids=str)
+def test_who_makes_the_loss_is_not_told_of_an_argument(fields):
+    config = with_sizes(CHECKPOINT, **fields)
+    with pytest.raises(VLBridgeError, match="--allow-unverified"):
+        guards.check_layout(config, CHECKPOINT)
+    with pytest.raises(VLBridgeError, match="not verified") as refusal:
+        guards.check_layout(config, CHECKPOINT, own_loss=True)
+    assert "--allow-unverified" not in str(refusal.value)
+
+
 def test_what_the_checkpoint_decides_cannot_be_allowed():
     config = with_sizes(CHECKPOINT, num_layers=27)
     with pytest.raises(VLBridgeError, match="num_layers=27") as refusal:
