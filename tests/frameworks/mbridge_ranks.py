@@ -114,12 +114,12 @@ def wrapped(layout: Layout, folder: Path) -> dict[str, Any]:
         (chunk,) = bridge.get_model(wrap_with_ddp=True, bf16=True, data_parallel_random_init=broadcast)
         result[f"broadcast {broadcast}"] = unwrap_model(chunk).language_model.decoder.layers[0].mlp.linear_fc1.weight
     (plain,) = bridge.get_model(folder, ddp_config={"overlap_grad_reduce": True})
+    (other,) = bridge.get_model(wrap_with_ddp=True, ddp_config={"use_distributed_optimizer": False})
     layers = [chunk, chunk.module, chunk.module.module]
-    config = chunk.ddp_config
     return result | {
         "classes": [type(layer).__name__ for layer in layers],
         "plain": [type(plain).__name__, type(plain.module).__name__],
-        "ddp": (config.use_distributed_optimizer, config.grad_reduce_in_fp32),
+        "ddp": [(x.use_distributed_optimizer, x.grad_reduce_in_fp32) for x in (chunk.ddp_config, other.ddp_config)],
         "dtype": {parameter.dtype for parameter in plain.parameters()},
         "loaded": plain.module.language_model.embedding.word_embeddings.weight,
     }
