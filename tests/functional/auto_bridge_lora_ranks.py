@@ -19,6 +19,7 @@ from megatron_vlbridge.integrations import AutoBridge
 from megatron_vlbridge.model.lora.attach import add_lora
 from megatron_vlbridge.model.lora.entries import adapter_shards
 from megatron_vlbridge.training.batch import read_pack
+from megatron_vlbridge.training.guards import check_model
 from tests.functional import lora_ranks, ranks
 from tests.functional.auto_bridge_ranks import parallel_sizes
 from tests.functional.pool import Layout
@@ -98,8 +99,14 @@ def settings_refusals(layout: Layout, folder: Path) -> list[str]:
     def built(**keywords: object) -> Case:
         return lambda: provider_of(layout, bridge).provide_distributed_model(**keywords)
 
+    def stepped() -> None:
+        provider = provider_of(layout, bridge)
+        provider.calculate_per_token_loss = False
+        check_model(provider.provide())  # as vlm_step does
+
     ddp = DistributedDataParallelConfig()
     cases = [
+        stepped,
         changed(moe_router_dtype="fp32", moe_permute_fusion=True, attention_backend="auto"),
         changed(no_such_setting=1),
         changed(transformer_layer_spec=None),

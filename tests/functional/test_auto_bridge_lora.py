@@ -131,6 +131,7 @@ def test_options_of_a_provider_and_of_exports(pool: Pool, folders: dict[str, Pat
 def test_settings_that_are_not_offered_are_rejected(pool: Pool, folders: dict[str, Path]) -> None:
     for found in pool.run(auto_bridge_lora_ranks.settings_refusals, TP2, folder=folders["dense"]):
         words = [
+            ["calculate_per_token_loss=False, verified: True"],
             ["accepted"],
             ["AttributeError", "'no_such_setting'", "Correct it or leave it out"],
             ["AttributeError", "'transformer_layer_spec'", "cannot be replaced"],

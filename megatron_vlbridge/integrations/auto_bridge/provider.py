@@ -109,7 +109,7 @@ class ModelProvider:
         """One stage of the model, without hooks; by default that of this pipeline rank."""
         config = self.finalized()
         groups = self._pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        model = Qwen3VLModel(
+        return Qwen3VLModel(
             config,
             self._built_config(),
             pre_process=is_pp_first_stage(groups.pp) if pre_process is None else pre_process,
@@ -118,8 +118,6 @@ class ModelProvider:
             parallel_output=self.parallel_output,
             pg_collection=groups,
         )
-        model.layout_checked = True
-        return model
 
     def register_pre_wrap_hook(self, hook: Hook, prepend: bool = False) -> None:
         """Call `hook` with the chunks before they are wrapped, after the hooks that are registered (or before)."""
