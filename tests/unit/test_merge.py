@@ -8,22 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vlbridge import cli, import_checkpoint, merge_adapter, read_config
 from megatron_vlbridge.checkpoint.hf import writer as hf_writer
 from megatron_vlbridge.checkpoint.hf.reader import INDEX
-from megatron_vlbridge.checkpoint.peft import delta
-from megatron_vlbridge.checkpoint.peft.adapter import LoraPair, base_shapes
+from megatron_vlbridge.checkpoint.peft.adapter import base_shapes
 from megatron_vlbridge.checkpoint.peft.config import AdapterConfig
 from megatron_vlbridge.checkpoint.peft.merge import plan_merge
 from megatron_vlbridge.checkpoint.peft.writer import write_adapter
 from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.stream.engine import Options
-from megatron_vlbridge.checkpoint.stream.raw import Stored
 from megatron_vlbridge.errors import VLBridgeError
-from megatron_vlbridge.weights import Region, RuleTable, TensorSpec
 from tests import fp8_checkpoint, mtp_reference, reference
 from tests.unit.test_convert import rewrite, tensors
 
@@ -161,31 +157,6 @@ def test_fp8_weights_are_merged_as_the_bfloat16_values_that_they_stand_for(tmp_p
     found = merge_adapter(base, write(tmp_path / "adapter", pairs), tmp_path / "merged")
     assert_same(tensors(found), merged_by_hand(expected, pairs))
     assert "quantization_config" not in json.loads((found / "config.json").read_text())
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "rank"), [(1, 5, 2), (63, 70, 3), (128, 33, 1), (513, 64, 3), (200, 8, 70)]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_any_rows_of_a_weight_are_those_of_the_whole_sum(
-    tmp_path: Path, rows: int, columns: int, rank: int, dtype: torch.dtype
-) -> None:
-    a, b = torch.randn(rank, columns).double(), torch.randn(rows, rank).double()
-    save_file({"a": a, "b": b}, tmp_path / "file")
-    start = (tmp_path / "file").stat().st_size - a.nbytes - b.nbytes
-    stored = [
-        Stored(tmp_path / "file", start + before, TensorSpec(tuple(x.shape), x.dtype))
-        for before, x in ((0, a), (a.nbytes, b))
-    ]
-    added = delta.Delta({"w": LoraPair(*stored, 0.7, None, False)}, RuleTable([]), RuleTable([]))
-    weight = torch.randn(rows, columns).to(dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    expected = (weight.to(wide) + b.to(wide) @ a.to(wide) * 0.7).to(dtype)
-    for first in range(0, rows, 17):
-        for count in (1, 16, 100, rows):
-            part = weight[first : first + count].clone()
-            added.add_into(Region("w", (first, 0), tuple(part.shape)), part)
-            assert torch.equal(part, expected[first : first + count]), (first, count)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,14 @@ def test_a_file_that_is_cut_while_it_is_read_is_rejected(tmp_path: Path) -> None
         pairs[f"{Q}.weight"].read()
 
 
+def test_two_adapters_of_one_parameter_are_rejected(tmp_path: Path) -> None:
+    tensors = _tensors()
+    for half in "AB":
+        tensors[f"base_model.model.{DOWN}.lora_{half}.weight"] = tensors[f"base_model.model.{FUSED}.lora_{half}.weight"]
+    with pytest.raises(VLBridgeError, match="gate_up_proj a second time"):
+        read_adapter(_write(tmp_path, {name: x.clone() for name, x in tensors.items()}), BASE)
+
+
 def test_an_empty_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(VLBridgeError, match="found none"):
         read_adapter(_write(tmp_path, {}), BASE)

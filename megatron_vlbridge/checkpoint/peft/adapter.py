@@ -98,11 +98,12 @@ def read_adapter(folder: Path, base: Mapping[str, Shape]) -> dict[str, LoraPair]
         halves.setdefault(match[1], {})[match[2]] = stored
     if not halves:
         raise VLBridgeError(f"{path}: expected the tensors of an adapter, found none. Fetch the file again.")
-    pairs = {}
+    pairs: dict[str, LoraPair] = {}
     for module, found in halves.items():
         weight = _weight_name(module, found, base)
-        if weight not in base:
-            raise _misfit(path, f"base_model.model.{module}", weight)
+        if weight not in base or weight in pairs:
+            twice = " a second time" if weight in pairs else ""
+            raise _misfit(path, f"base_model.model.{module}", weight + twice)
         pairs[weight] = _pair(config, path, weight, found, base[weight])
     return pairs
 
