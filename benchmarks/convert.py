@@ -62,7 +62,7 @@ def watch():
     while not done:
         peak = max(peak, anonymous())
         time.sleep(0.01)
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 {imports}
 begin = time.perf_counter()

@@ -308,7 +308,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_the_documented_usage_of_vlbridge_matches_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     usage = re.split(r"^vlbridge +", block(COMMANDS["usage"]).text, flags=re.MULTILINE)[1:]
-    assert len(usage) == 4
+    assert len(usage) == 5
     for line in usage:
         known = help_of(capsys, line.split()[0])
         for option in re.findall(r"--[a-z0-9-]+", line):
