@@ -1,5 +1,6 @@
 """Packs that Energon reads equal those of the map-style pipeline; a restored loader continues with the same ones."""
 
+import copy
 import io
 import json
 import pickle
@@ -238,9 +239,24 @@ def test_a_state_belongs_to_its_shards_and_not_to_their_path(
     next(iter(saved))
     state = saved.save_state()
     loader(shutil.copytree(folder, tmp_path / "moved"), encoder).restore_state(state)
-    other = write(tmp_path / "other", [members(index) for index in range(NUM_SAMPLES - 2)])
-    with rejects("Energon: dataset: expected ", "that of the saved state", "continue with the same shards"):
-        loader(other, encoder).restore_state(state)
+    # Fewer conversations, and as many of other lengths.
+    for name, places in (("fewer", range(NUM_SAMPLES - 2)), ("others", range(100, 100 + NUM_SAMPLES))):
+        other = write(tmp_path / name, [members(index) for index in places])
+        with rejects("Energon: dataset: expected ", "that of the saved state", "continue with the same shards"):
+            loader(other, encoder).restore_state(state)
+
+
+def test_a_state_of_another_processor_is_rejected(
+    folder: Path, encoder: ConversationTaskEncoder, processor: Qwen3VLProcessor, config: Config
+) -> None:
+    other = copy.deepcopy(processor)
+    other.image_processor.size = {"shortest_edge": 64, "longest_edge": 256}
+    state = loader(folder, encoder).save_state()
+    with rejects("Energon: processor: expected ", "continue with the same processor"):
+        loader(folder, ConversationTaskEncoder(other, config, seq_length=SEQ_LENGTH)).restore_state(state)
+    del state["settings"]["processor"]
+    with rejects("Energon: processor: expected None, that of the saved state"):
+        loader(folder, encoder).restore_state(state)
 
 
 def test_what_is_not_a_state_is_rejected(folder: Path, encoder: ConversationTaskEncoder) -> None:

@@ -22,6 +22,7 @@ PATTERNS = {
     "rank_pattern": {"q_proj": 2, "mlp.experts.down_proj": 5},
     "alpha_pattern": {r".*layers\.1\.self_attn\.v_proj": 9, "o_proj": 0},
 }
+PARAMETER_PATTERNS = {"rank_pattern": {"q_proj.weight": 2}, "alpha_pattern": {"q_proj.weight": 50, "k_proj": 7}}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -71,6 +72,9 @@ CASES = [
     ("experts", BF16, {**EXPERTS, **PATTERNS}),
     ("experts", BF16, {"target_parameters": FUSED[:1], "r": 1}),
     ("experts", BF16, {"target_parameters": [*FUSED[1:], "mlp.gate.weight"], "use_rslora": True}),
+    ("experts", F32, {"target_parameters": ["mlp.gate.weight"], "alpha_pattern": {"mlp.gate": 50}}),
+    ("experts", F32, {"target_parameters": ["mlp.gate.weight"], "alpha_pattern": {"mlp.gate.weight": 50}}),
+    ("dense", F32, {"target_parameters": ["q_proj.weight"], "target_modules": ["k_proj"], **PARAMETER_PATTERNS}),
     ("linear", BF16, {"r": 70}),
     ("linear-experts", F32, EXPERTS),
     ("linear-experts", BF16, EXPERTS),

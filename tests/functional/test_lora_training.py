@@ -111,7 +111,9 @@ def other_adapters_are_rejected(folder: Path, imported: Path, pool: Pool) -> Non
     assert "expected the weights of a model, found adapters of rank 4" in said(pool, *load)
     assert "--lora-rank 4, and this run has 8" in said(pool, *load, *base, "--lora-rank", 8, "--lora-alpha", 16)
     assert "--lora-alpha 16.0, and this run has 4" in said(pool, *load, *base, "--lora-rank", 4, "--lora-alpha", 4)
-    assert "--lora-targets 42 weights, and this run has 28" in said(pool, *load, *base, *LORA)
+    text = said(pool, *load, *base, *LORA)
+    assert "adapters of 42 weights, and this run of 28; model." in text
+    assert "has one only there. Give the --lora-targets of that run" in text
     answer = said(pool, "--hf-folder", imported / "hf", "--load", imported, *base, *LORA)
     assert "expected adapters (--lora-rank), found none" in answer
 

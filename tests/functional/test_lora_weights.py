@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_refused_on_all_ranks(pool: Pool, folders: dict[str
         ["expected rank 3 and scaling 2", "found 3 and 0. Merge"],
         ["adapters of the 8 weights", "found 4", "layers.0.self_attn.v_proj.weight", "targets"],
         ["q_proj", "expected"],
-        ["adapter_config.json"],
+        ["none: expected a local folder of peft"],
         ["'proj'", "found none, but model.visual.", "--lora-vision"],
         ["'proj'", "model.visual.patch_embed.proj"],
         ["LoRA rank: expected an integer of at least 1, found 0"],

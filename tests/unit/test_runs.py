@@ -6,6 +6,7 @@ from transformers import Qwen3VLProcessor
 
 from megatron_vlbridge.data.processors.runs import RunTokenizer, encode_runs
 from megatron_vlbridge.demo.tiny_processor import build_processor
+from tests.errors import rejects
 
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 TEXTS = {
@@ -38,3 +39,17 @@ def test_a_batch_is_that_of_the_tokenizer(processor: Qwen3VLProcessor, tensors: 
     ids, mask = (torch.as_tensor(found[name]) for name in ("input_ids", "attention_mask"))
     assert torch.equal(mask, expected["attention_mask"])
     assert torch.equal(ids[mask.bool()], expected["input_ids"][mask.bool()])
+
+
+def test_a_tokenizer_that_truncates_does_not_truncate(processor: Qwen3VLProcessor) -> None:
+    text = f"{IMAGE * 4} seven seven seven"
+    expected = processor.tokenizer(text)["input_ids"]
+    for settings in ({"truncation": True, "max_length": 3}, {"max_length": 3}, {"truncation": True, "stride": 1}):
+        assert encode_runs(text, processor.tokenizer, [IMAGE, VIDEO], **settings).tolist() == expected
+        found = RunTokenizer(processor.tokenizer, [IMAGE, VIDEO])([text], **settings)
+        assert found["input_ids"] == [expected]
+
+
+def test_a_placeholder_that_is_not_one_token_is_rejected(processor: Qwen3VLProcessor) -> None:
+    with rejects("expected one token for each of 1 runs of seven, found 0"):
+        encode_runs("eleven seventy", processor.tokenizer, ["seven"])

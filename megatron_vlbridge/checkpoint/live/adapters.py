@@ -87,6 +87,7 @@ def load_adapter(model: Model, folder: str | Path) -> None:
 
     Raises VLBridgeError, on all ranks: the folder's adapter is of another base, rank or scaling, for other weights, of
     a kind that is not supported, damaged, or has values that the model's dtype cannot hold; the model has no adapters.
+    After an error in the values some adapters may be filled.
     Example: `add_lora(model, rank=8, alpha=16, targets=["q_proj"])`, then `load_adapter(model, "adapter")`.
     """
     folder = Path(folder)
@@ -140,7 +141,10 @@ def _check_same(folder: Path, settings: Any, pairs: dict[str, LoraPair]) -> None
         rank, alpha = pair.a.spec.shape[-2], pair.a.spec.shape[-2] * pair.scaling
         # alpha / sqrt(rank) may differ from alpha / rank of another alpha by its rounding.
         if rank != settings.rank or not math.isclose(pair.scaling, settings.scaling, rel_tol=1e-12):
-            remedy = f"Give add_lora rank={rank}, alpha={alpha!r}" if alpha > 0 else "Merge the folder into its base"
+            several = any(one.a.spec.shape[-2] != rank or one.scaling != pair.scaling for one in pairs.values())
+            remedy = "Merge the folder into its base"
+            if alpha > 0 and not several:
+                remedy = f"Give add_lora rank={rank}, alpha={alpha!r}"
             raise VLBridgeError(
                 f"{folder}: {weight}: expected rank {settings.rank} and scaling {settings.scaling:g}, those of the "
                 f"model, found {rank} and {pair.scaling:g}. {remedy}."

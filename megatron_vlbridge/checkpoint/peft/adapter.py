@@ -89,6 +89,9 @@ def read_adapter(folder: Path, base: Mapping[str, Shape]) -> dict[str, LoraPair]
         )
     config = read_adapter_config(folder)
     path = folder / WEIGHTS
+    if not path.is_file():
+        others = ", ".join(sorted(one.name for one in folder.iterdir()))
+        raise VLBridgeError(f"{path}: expected this file, found {others}. Save the adapter as safetensors, with peft.")
     halves: dict[str, dict[str, Stored]] = {}
     for key, stored in read_header(path).items():
         match = _KEY.fullmatch(key)
@@ -136,8 +139,8 @@ def _weight_name(module: str, found: Mapping[str, Stored], base: Mapping[str, Sh
 def _pair(config: AdapterConfig, path: Path, weight: str, found: Mapping[str, Stored], shape: Shape) -> LoraPair:
     if found.keys() != {"A", "B"}:
         raise VLBridgeError(f"{path}: {weight}: expected lora_A and lora_B, found lora_{min(found)} alone.")
-    module, experts = weight.removesuffix(".weight"), shape[0] if len(shape) == 3 else None
-    rank, (rows, columns) = config.rank_of(module), shape[-2:]
+    key, experts = config.key_of(weight), shape[0] if len(shape) == 3 else None
+    rank, (rows, columns) = config.rank_of(key), shape[-2:]
     expected = {"A": (rank * (experts or 1), columns), "B": (rows, rank * (experts or 1))}
     for half, size in expected.items():
         spec = found[half].spec
@@ -146,7 +149,7 @@ def _pair(config: AdapterConfig, path: Path, weight: str, found: Mapping[str, St
                 f"{path}: {weight}: lora_{half}: expected {list(size)} in floating point, for {list(shape)} and rank "
                 f"{rank}, found {spec}. Use the base that the adapter was trained on."
             )
-    a, b, scaling = found["A"], found["B"], config.scaling_of(module)
+    a, b, scaling = found["A"], found["B"], config.scaling_of(key)
     if experts is None:
         return LoraPair(a, b, scaling, None, config.is_parameter(weight))
     # A goes expert by expert, in B the expert is the fastest axis (peft 0.21, `ParamWrapper.get_delta_weight`).

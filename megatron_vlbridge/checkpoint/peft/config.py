@@ -29,7 +29,7 @@ _STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Ranks and alphas of an adapter; the patterns are keyed by module name, as `peft` matches them.
+    """Ranks and alphas of an adapter; their patterns are matched with `key_of` a weight, as by `peft`.
 
     `parameters` are its `target_parameters`, which `peft` merges in other steps than modules; they need not be whole
     names.
@@ -42,17 +42,21 @@ class AdapterConfig:
     alphas: Mapping[str, float] = field(default_factory=dict)
     parameters: tuple[str, ...] = field(default=(), compare=False)
 
-    def rank_of(self, module: str) -> int:
-        """The rank of a module, such as `model.language_model.layers.0.self_attn.q_proj`."""
-        return self.ranks.get(_match(self.ranks, module), self.rank)
+    def key_of(self, weight: str) -> str:
+        """The name that patterns are matched with: the parameter's if it is adapted itself, or its module's."""
+        return weight if self.is_parameter(weight) else weight.removesuffix(".weight")
+
+    def rank_of(self, key: str) -> int:
+        """The rank of what has this key, such as `model.language_model.layers.0.self_attn.q_proj`."""
+        return self.ranks.get(_match(self.ranks, key), self.rank)
 
     def is_parameter(self, weight: str) -> bool:
         """Whether a weight is one of `parameters`."""
         return any(f".{weight}".endswith(f".{name}") for name in self.parameters)
 
-    def scaling_of(self, module: str) -> float:
+    def scaling_of(self, key: str) -> float:
         """What B @ A is multiplied by: alpha / r, with rslora alpha / sqrt(r) (peft 0.21, `LoraLayer.update_layer`)."""
-        rank, alpha = self.rank_of(module), self.alphas.get(_match(self.alphas, module), self.alpha)
+        rank, alpha = self.rank_of(key), self.alphas.get(_match(self.alphas, key), self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -63,6 +67,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     result and is not supported (DoRA, biases, `modules_to_save`, `fan_in_fan_out` and any unknown key).
     Example: `read_adapter_config(Path("adapter")).rank_of("lm_head")`.
     """
+    if not folder.is_dir():
+        raise VLBridgeError(f"{folder}: expected a local folder of peft, found none. Download the adapter first.")
     path = folder / CONFIG
     values = load_json_object(path)
     if values.get("peft_type") != "LORA":
@@ -102,9 +108,9 @@ def _pattern(path: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return pattern
 
 
-def _match(patterns: Mapping[str, object], module: str) -> str:
-    """The first pattern that a module ends in, as `peft.utils.get_pattern_key` chooses it."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), module)
+def _match(patterns: Mapping[str, object], key: str) -> str:
+    """The first pattern that a key ends in, as `peft.utils.get_pattern_key` chooses it."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", key)), key)
 
 
 def _error(path: Path, key: str, expected: str, found: object) -> VLBridgeError:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_vlbridge.data.energon.task_encoder import ConversationTaskEncoder
+from megatron_vlbridge.data.lengths.fingerprint import processor_values
 from megatron_vlbridge.errors import VLBridgeError
 
 try:
@@ -30,6 +31,7 @@ REMEDIES = {
     "form": "continue with this form",
     "media options": "continue with these",
     "label options": "continue with these",
+    "processor": "continue with the same processor",
     "dataset": "continue with the same shards and weights",
 }
 
@@ -74,6 +76,7 @@ class PackLoader:
             "form": encoder.form.name if encoder.form else "auto",
             "media options": str(replace(encoder.media, url_cache=None)),
             "label options": str(encoder.labels),
+            "processor": _digest(processor_values(encoder.processor)),
         }
         dataset = get_train_dataset(
             str(path),
@@ -85,7 +88,7 @@ class PackLoader:
             max_samples_per_sequence=packing_buffer,
         )
         self._loader = get_savable_loader(dataset)
-        self._settings["dataset"] = _digest(self._loader.config())
+        self._settings["dataset"] = _digest(_contents(self._loader.config()))
         self._started = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -106,21 +109,24 @@ class PackLoader:
             raise VLBridgeError("Energon: a state is restored before the first pack is read; make a new PackLoader")
         if not isinstance(state, dict) or state.keys() != {"settings", "state"}:
             raise VLBridgeError(f"Energon: expected a state of PackLoader.save_state, found {type(state).__name__}")
-        for name, expected in state["settings"].items():
-            if self._settings[name] != expected:
+        for name, found in self._settings.items():
+            expected = state["settings"].get(name)
+            if found != expected:
                 raise VLBridgeError(
-                    f"Energon: {name}: expected {expected}, that of the saved state, found {self._settings[name]}; "
+                    f"Energon: {name}: expected {expected}, that of the saved state, found {found}; "
                     f"{REMEDIES[name]}, or start the data from the beginning"
                 )
         self._loader.restore_state_rank(state["state"])
 
 
-def _digest(config: dict[str, Any]) -> str:
-    """Of the settings of an Energon dataset and its shards, not of where they are: names of paths begin with `_`."""
+def _contents(value: Any) -> Any:
+    """The settings of an Energon dataset without its paths (their names begin with `_`), with the places in shards."""
+    if isinstance(value, dict):
+        kept = {name: _contents(one) for name, one in value.items() if not name.startswith("_")}
+        index = Path(f"{value.get('_path')}.idx")  # where each sample begins
+        return kept | ({"places": hashlib.sha256(index.read_bytes()).hexdigest()} if index.is_file() else {})
+    return [_contents(one) for one in value] if isinstance(value, list | tuple) else value
 
-    def without_paths(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: without_paths(one) for name, one in value.items() if not name.startswith("_")}
-        return [without_paths(one) for one in value] if isinstance(value, list | tuple) else value
 
-    return hashlib.sha256(json.dumps(without_paths(config)).encode()).hexdigest()[:12]
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:12]

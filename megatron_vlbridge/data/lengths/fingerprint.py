@@ -34,8 +34,6 @@ def fingerprint(conversations: FileConversations | Mixture, measure: Measure) ->
     an image has changed shows when it is encoded, and is an error then.
     """
     parts = conversations.parts if isinstance(conversations, Mixture) else [conversations]
-    processor = measure.processor
-    tokenizer = processor.tokenizer
     values = {
         "conversations": len(conversations),
         "sources": [
@@ -48,10 +46,7 @@ def fingerprint(conversations: FileConversations | Mixture, measure: Measure) ->
             }
             for part in parts
         ],
-        "image_processor": processor.image_processor.to_dict(),
-        "video_processor": processor.video_processor.to_dict(),
-        "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
-        "chat_template": _digest(json.dumps(processor.chat_template)),
+        **processor_values(measure.processor),
         "vision hidden size": measure.hidden_size,
         "media": asdict(replace(measure.media, url_cache=None)),
         "labels": asdict(measure.labels),
@@ -60,6 +55,16 @@ def fingerprint(conversations: FileConversations | Mixture, measure: Measure) ->
     }
     as_json: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return as_json
+
+
+def processor_values(processor: Any) -> dict[str, Any]:
+    """Of a processor of transformers, what tokens and patches depend on."""
+    return {
+        "image_processor": processor.image_processor.to_dict(),
+        "video_processor": processor.video_processor.to_dict(),
+        "tokenizer": _digest(processor.tokenizer.backend_tokenizer.to_str()),
+        "chat_template": _digest(json.dumps(processor.chat_template)),
+    }
 
 
 def open_table(

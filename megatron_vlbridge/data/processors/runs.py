@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from megatron_vlbridge.errors import VLBridgeError
+
+# They would count the tokens of the shortened text.
+_LENGTHS = frozenset({"truncation", "max_length", "stride"})
+
 
 def encode_runs(text: str, tokenizer: Any, placeholders: Sequence[str], **settings: Any) -> Tensor:
     """The tokens of a text, int64 `[L]`; `placeholders` are special tokens, `settings` are those of the tokenizer.
 
+    It is never truncated, whatever the settings or a `tokenizer.json` say.
+
+    Raises VLBridgeError: a placeholder is not one token everywhere in the text.
     Example: `encode_runs("<|image_pad|><|image_pad|>A cat.", tokenizer, ["<|image_pad|>"])`.
     """
     counts: list[int] = []
@@ -22,9 +30,15 @@ def encode_runs(text: str, tokenizer: Any, placeholders: Sequence[str], **settin
         return token
 
     short = re.sub("|".join(f"(?:{re.escape(token)})+" for token in placeholders), shorten, text)
-    ids = torch.tensor(tokenizer(short, **settings)["input_ids"], dtype=torch.int64)
+    settings = {name: value for name, value in settings.items() if name not in _LENGTHS}
+    ids = torch.tensor(tokenizer(short, truncation=False, **settings)["input_ids"], dtype=torch.int64)
     repeats = torch.ones_like(ids)
     repeated = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(placeholders))))
+    if int(repeated.sum()) != len(counts):
+        raise VLBridgeError(
+            f"tokenizer: expected one token for each of {len(counts)} runs of {', '.join(placeholders)}, found "
+            f"{int(repeated.sum())}. Use the tokenizer of the checkpoint, in which these are special tokens."
+        )
     repeats[repeated] = torch.tensor(counts, dtype=ids.dtype)
     return ids.repeat_interleave(repeats)
 

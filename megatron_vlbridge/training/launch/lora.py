@@ -99,8 +99,11 @@ def check_resumed_lora(args: argparse.Namespace, folder: Path) -> None:
         before, given = getattr(saved, name), getattr(now, name)
         if before != given:
             if name == "weights":
-                before, given = (f"{len(found)} weights" for found in (before, given))
-                name = "targets"
+                one = min(set(before) ^ set(given))
+                raise VLBridgeError(
+                    f"--load {folder} has adapters of {len(before)} weights, and this run of {len(given)}; {one} has "
+                    f"one only {'there' if one in before else 'here'}. Give the --lora-targets of that run"
+                )
             raise VLBridgeError(
                 f"--load {folder} was saved with --lora-{name} {before}, and this run has {given}. Give the same"
             )
