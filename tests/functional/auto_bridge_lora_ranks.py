@@ -193,12 +193,13 @@ def options(layout: Layout, folder: Path, other: Path, work: Path) -> dict[str, 
         "fp32": {tensor.dtype for _, tensor in bridge.export_hf_weights(model, weight_dtype=torch.float32)},
         "half": AutoBridge.from_hf_pretrained(folder, dtype="float16").to_megatron_provider().fp16,
     }
-    for key, keywords in {"apart": {}, "broadcast": {"data_parallel_random_init": True}}.items():
+    for key, keywords in {"apart": {"data_parallel_random_init": False}, "broadcast": {}}.items():
         ddp = DistributedDataParallelConfig()
         (chunk,) = provider.provide_distributed_model(
             ddp, pre_wrap_hook=[fill], post_wrap_hook=note(key), bf16=False, **keywords
         )
         found[key] = word_embeddings(modules_of(chunk)[0]).unique().tolist()
+        found["kept"] = word_embeddings(modules_of(chunk)[0]).dtype
     return found
 
 

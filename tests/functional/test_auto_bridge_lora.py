@@ -123,6 +123,7 @@ def test_options_of_a_provider_and_of_exports(pool: Pool, folders: dict[str, Pat
         assert found["fp32"] == {torch.float32}
         assert found["half"] is True
         assert_same(found["own"], expected)
+        assert found["kept"] is torch.bfloat16
         assert (found["apart"], found["broadcast"]) == ([1.0 + rank], [1.0])
     for saved in ("saved", "weights"):
         assert_same(weights_of(tmp_path / saved), {name: x.float() for name, x in expected.items()})

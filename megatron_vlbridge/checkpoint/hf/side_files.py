@@ -18,7 +18,7 @@ from megatron_vlbridge.errors import VLBridgeError
 SIDE_FOLDER = "hf"
 MANIFEST = "vlbridge.json"
 
-_QUANTISATION = "quantization_config"
+QUANTISATION = "quantization_config"
 _DTYPE = re.compile(r'"(?:torch_)?dtype"\s*:\s*"([^"\\]*)"')
 _MARK = "this one"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -67,9 +67,9 @@ def _config_of(
 ) -> bytes:
     """The bytes of a config.json for weights with this quantization (None: none) and dtype (None: as it says)."""
     content, config = path.read_bytes(), load_json_object(path)
-    changed = config.pop(_QUANTISATION, None) is not None
+    changed = config.pop(QUANTISATION, None) is not None
     if quantization is not None:
-        config[_QUANTISATION], changed = quantization, True
+        config[QUANTISATION], changed = quantization, True
     if portable is not None and any(differences_in_4(config, portable)):
         config, changed = make_portable(config, portable), True
     if changed:

@@ -50,17 +50,21 @@ def long_wait() -> Iterator[torch.distributed.ProcessGroup | None]:
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
     """Raise on all ranks what one raises in this block, so that none waits for it forever. Collective at its end."""
-    failure: VLBridgeError | OSError | None = None
+    failure: Exception | None = None
     try:
         yield
-    except (VLBridgeError, OSError) as error:
+    except (VLBridgeError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         failure = error
-    texts = gather(None if failure is None else str(failure))
+    texts = gather(None if failure is None else _text(failure))
     if failure is not None:
         raise failure
     for rank, text in enumerate(texts):
         if text is not None:
             raise VLBridgeError(f"rank {rank}: {text}")
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, VLBridgeError | OSError) else f"{type(error).__name__}: {error}"
 
 
 def in_step[T](rounds: Sequence[T], what: str) -> Iterator[tuple[T, AbstractContextManager[None]]]:

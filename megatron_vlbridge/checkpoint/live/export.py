@@ -50,8 +50,8 @@ def export_hf_weights(
     With `fp8` the linear layers of decoder and MTP layers are float8_e4m3fn, each followed by its float32 scales
     `x.weight_scale_inv`, one for each block of 128 x 128 of the whole matrix; experts are single then.
 
-    With `digests`, those that are unchanged since the last export with the same `WeightDigests` are left out; they are
-    named in its `unchanged`.
+    With `digests`, those that are unchanged since the last export with the same `WeightDigests` are left out, q without
+    k and v too; they are named in its `unchanged`.
 
     Tensors travel in buckets of at most `bucket_bytes`, before they are quantised. Those that belong together (q, k, v
     of a layer; gate and up; an expert's) are never split, and larger ones are buckets of their own. Beside the model,

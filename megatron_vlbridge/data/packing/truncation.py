@@ -48,7 +48,8 @@ def truncate(
     """Cut each of the conversations `indices` after an assistant message: the last to be learned with which it fits.
 
     `fits` takes a row of a table of lengths. The media of the messages that are left out are left out with them. Where
-    no cut both fits and leaves supervised tokens, the conversation stays as it is. The same arguments give the same cuts.
+    no cut both fits and leaves supervised tokens, the conversation stays as it is. The same arguments give the same
+    cuts.
 
     Example: see `dataset.PackedConversations`, with `PackingOptions(too_long="truncate")`.
     """

@@ -12,7 +12,7 @@ from megatron_vlbridge.checkpoint.dtypes import as_dtype
 from megatron_vlbridge.checkpoint.hf.hub import find_folder
 from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights
 from megatron_vlbridge.checkpoint.live.adapters import export_adapter_weights, save_adapter
-from megatron_vlbridge.checkpoint.live.collectives import gather
+from megatron_vlbridge.checkpoint.live.collectives import gather, raise_on_all_ranks
 from megatron_vlbridge.checkpoint.live.shards import Model, has_value_head, modules_of
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.errors import VLBridgeError
@@ -119,7 +119,8 @@ class AutoBridge:
         With `conversion_tasks` those of the tasks. Adapters of `add_lora` are added to the weights, in fp32, unless
         `merge_adapter_weights` is false. `cpu` moves the tensors there.
         """
-        names = None if conversion_tasks is None else names_of(conversion_tasks)
+        with raise_on_all_ranks():
+            names = None if conversion_tasks is None else names_of(conversion_tasks)
         source = _merged(model, merge_adapter_weights)
         return _tuples(export_hf_weights(source, dtype=weight_dtype, names=names), cpu)
 

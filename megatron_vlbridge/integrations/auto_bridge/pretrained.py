@@ -20,10 +20,13 @@ class Pretrained:
 
     @cached_property
     def config(self) -> Any:
-        """The checkpoint's config as an object of transformers."""
+        """The checkpoint's config as an object of transformers, for weights that are not quantized."""
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(find_folder(self.model_name_or_path, weights=False))
+        config = AutoConfig.from_pretrained(find_folder(self.model_name_or_path, weights=False))
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return config
 
     def save_artifacts(self, save_directory: str | Path) -> None:
         """Copy config, tokenizer, processor and all other files but the weights."""

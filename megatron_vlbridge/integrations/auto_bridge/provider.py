@@ -137,7 +137,7 @@ class ModelProvider:
         use_megatron_fsdp: bool = False,
         use_torch_fsdp2: bool = False,
         wrap_with_ddp: bool = True,
-        data_parallel_random_init: bool = False,
+        data_parallel_random_init: bool = True,
         use_cpu_initialization: bool | None = None,
         init_model_with_meta_device: bool | None = None,
         pre_wrap_hook: Hook | Sequence[Hook] | None = None,
@@ -147,7 +147,7 @@ class ModelProvider:
     ) -> Chunks:
         """This rank's chunks, changed by the hooks and wrapped (`integrations.chunks.build_chunks`).
 
-        `fp16` or `bf16` set the dtype of the parameters; both False: fp32. Hooks that are given replace those that were
+        `fp16` or `bf16` set the dtype of the parameters if true. Hooks that are given replace those that were
         registered, also the one that loads the weights. `data_parallel_random_init` broadcasts the parameters over the
         data-parallel ranks. All ranks must call it.
 
@@ -168,8 +168,8 @@ class ModelProvider:
             )
         if fp16 and bf16:
             raise VLBridgeError("provide_distributed_model: expected one of fp16 and bf16, found both. Leave one out.")
-        if fp16 is not None or bf16 is not None:
-            self._set_dtype(torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32)
+        if fp16 or bf16:
+            self._set_dtype(torch.float16 if fp16 else torch.bfloat16)
         if use_cpu_initialization is not None:
             self.use_cpu_initialization = use_cpu_initialization
         hooks = self._hooks if pre_wrap_hook is None else pre_wrap_hook

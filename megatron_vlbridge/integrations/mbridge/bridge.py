@@ -17,6 +17,7 @@ from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights
 from megatron_vlbridge.checkpoint.live.collectives import gather
 from megatron_vlbridge.checkpoint.live.shards import has_value_head, modules_of
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.integrations.auto_bridge.merge import merged_chunks
 from megatron_vlbridge.integrations.chunks import Chunks, build_chunks
 from megatron_vlbridge.integrations.hf_config import read_hf_config
 from megatron_vlbridge.integrations.mbridge.config import check_names, transformer_config
@@ -146,12 +147,12 @@ class VLBridge:
         self._source = weights_path
 
     def export_weights(self, models: Chunks) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor with its name as on the Hub, whole and in the same order on all ranks.
+        """Every tensor with its name as on the Hub, whole and in the same order on all ranks; adapters are merged.
 
         For errors and memory see `export_hf_weights`; a critic's are rejected.
         """
         self._reject_value_head(models)
-        return export_hf_weights(models)
+        return export_hf_weights(merged_chunks(models))
 
     def save_weights(self, models: Chunks, weights_path: str | Path, memory_efficient: bool = False) -> None:
         """Write a checkpoint like the folder that was loaded, by all ranks, with or without `memory_efficient`.
@@ -169,7 +170,7 @@ class VLBridge:
                 "(load_weights), or read hf_config from one."
             )
         described = gather(Path(weights_path, "config.json").is_file())[0]
-        save_into(models, weights_path, like, weights_only=described)
+        save_into(merged_chunks(models), weights_path, like, weights_only=described)
 
     def _reject_value_head(self, models: Chunks) -> None:
         if _is_critic(models):
@@ -185,9 +186,11 @@ def _router_biases(model: Qwen3VLModel) -> Iterator[None]:
     routers = [module for module in model.modules() if isinstance(module, Router) and module.bias is None]
     for router in routers:
         router.bias = torch.empty(0)
-    yield
-    for router in routers:
-        router.bias = None
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.bias = None
 
 
 def _is_critic(models: Chunks) -> bool:
