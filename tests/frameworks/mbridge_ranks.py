@@ -16,7 +16,10 @@ from transformers import AutoConfig, Qwen3Config
 from verl.utils.megatron_utils import unwrap_model
 
 import megatron_vlbridge.integrations.mbridge  # noqa: F401  registers
+from megatron_vlbridge.checkpoint.live import export_hf_weights
+from megatron_vlbridge.checkpoint.live.adapters import export_adapter_weights
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.model.lora.attach import add_lora
 from megatron_vlbridge.training.guards import check_model
 from tests.frameworks import verl_ranks
 from tests.functional.call_ranks import value_weight
@@ -41,6 +44,24 @@ def out(layout: Layout, folder: Path, target: Path, prepared: bool) -> dict[str,
     torch.distributed.barrier()
     bridge.save_weights(chunks, str(target))
     return {"names": names, "tensors": exported if rank == 0 else {}}
+
+
+def adapted(layout: Layout, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """What a bridge exports of a model with adapters, the weights of its base, and the adapters."""
+
+    def adapt(model: Any, **_: object) -> None:
+        add_lora(model, rank=2, alpha=6, targets=["q_proj"])
+        for name, parameter in model.named_parameters():
+            if "_lora." in name:
+                parameter.data.fill_(0.5)
+
+    bridge = AutoBridge.from_pretrained(str(folder), dtype=torch.float32)
+    chunks = bridge.get_model(folder, post_model_creation_callbacks=[adapt])
+    return {
+        "merged": dict(bridge.export_weights(chunks)),
+        "base": dict(export_hf_weights(chunks)),
+        "adapters": dict(export_adapter_weights(chunks)),
+    }
 
 
 def documented(layout: Layout, folder: Path, code: str) -> dict[str, torch.Tensor]:

@@ -185,3 +185,16 @@ def test_what_is_not_offered_is_rejected(pool: Pool, tmp_path: Path) -> None:
     for name, words in ERRORS.items():
         assert words in found[name], name
     assert not hasattr(VLBridge, "_weight_to_hf_format")
+
+
+@pytest.mark.parametrize("layout", [ONE, TP2_SP], ids=str)
+def test_adapters_are_exported_merged(pool: Pool, tmp_path: Path, layout: Layout) -> None:
+    folder = reference.write_checkpoint(tmp_path / "model")
+    for found in pool.run(mbridge_ranks.adapted, layout, folder=folder):
+        expected, pairs = dict(found["base"]), found["adapters"]
+        for name in [name for name in pairs if name.endswith("lora_A.weight")]:
+            weight = name.removeprefix("base_model.model.").replace("lora_A.", "")
+            expected[weight] = expected[weight] + 3 * pairs[name.replace("lora_A", "lora_B")] @ pairs[name]
+        assert len(pairs) == 2 * read_config(folder).text.num_layers
+        assert found["merged"].keys() == expected.keys()
+        assert all(torch.equal(x, expected[name]) for name, x in found["merged"].items())
