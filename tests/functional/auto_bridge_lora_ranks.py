@@ -144,6 +144,7 @@ def weight_refusals(layout: Layout, folder: Path, lora: Mapping[str, Any], targe
 
     cases: list[Case] = [
         export([other]),
+        export([other if rank else tasks[0]]),
         export(["a task"]),
         export([cut]),
         export(tasks[rank : rank + 1]),
@@ -163,6 +164,13 @@ def weight_refusals(layout: Layout, folder: Path, lora: Mapping[str, Any], targe
     ranks.add_adapters(again, **lora)
     config = SimpleNamespace(dim=lora["rank"], alpha=lora["alpha"] + 1)
     return [*found, said(lambda: bridge.save_hf_adapter(again, target / "adapter", config))]
+
+
+def incomplete(layout: Layout, folder: Path) -> str:
+    """What is said about the tasks of one of two chunks."""
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    model = provider_of(layout, bridge).provide_distributed_model(wrap_with_ddp=False)
+    return said(lambda: bridge.get_conversion_tasks(model[:1]))
 
 
 def options(layout: Layout, folder: Path, other: Path, work: Path) -> dict[str, Any]:

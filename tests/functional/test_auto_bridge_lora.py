@@ -159,6 +159,7 @@ def test_calls_that_would_give_other_weights_are_rejected_on_all_ranks(
     for found in pool.run(auto_bridge_lora_ranks.weight_refusals, TP2, **options):
         words = [
             ["expected its param_weight as get_conversion_tasks made it", "copy the tensor into it first"],
+            ["expected its param_weight as get_conversion_tasks made it"],
             ["expected tasks of get_conversion_tasks, found str"],
             ["names: expected tensors of the model, and of those that belong together all"],
             ["rank 1: expected the options of rank 0"],
@@ -174,6 +175,11 @@ def test_calls_that_would_give_other_weights_are_rejected_on_all_ranks(
         for text, expected in zip(found, words, strict=True):
             assert all(word in text for word in expected), text
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["model.safetensors"]
+
+
+def test_the_tasks_of_a_part_of_the_chunks_are_rejected_on_all_ranks(pool: Pool, folders: dict[str, Path]) -> None:
+    for found in pool.run(auto_bridge_lora_ranks.incomplete, Layout(pp=2, vpp=2, world=2), folder=folders["dense"]):
+        assert "expected every weight on one of the ranks, found model.language_model." in found
 
 
 def test_a_provider_makes_the_process_groups_and_seeds_them(pool: Pool, folders: dict[str, Path]) -> None:

@@ -68,6 +68,11 @@ def conversion_tasks(model: Model) -> list[ConversionTask]:
     for rank_stage, theirs in sorted(gather((stage, held)), key=lambda item: item[0]):
         for index, dtype in theirs.items():
             owners.setdefault(index, (rank_stage, dtype))
+    if missing := [names[0] for index, names in enumerate(groups) if index not in owners]:
+        raise VLBridgeError(
+            f"get_conversion_tasks: expected every weight on one of the ranks, found {missing[0]} on none. Give the "
+            "list of all chunks, on every rank."
+        )
     return [_task(table, names, *owners[index], stage) for index, names in enumerate(groups)]
 
 
