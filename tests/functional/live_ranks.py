@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlbridge.checkpoint.live import export_hf_weights, load_hf_weights, save_hf
+from megatron_vlbridge.checkpoint.live.collectives import raise_on_all_ranks
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import ExpertForm
 from megatron_vlbridge.training.batch import read_pack
@@ -298,3 +299,14 @@ def refusal(layout: Layout, folder: Path, what: str, target: Path, others: Path)
     except VLBridgeError as error:
         return str(error)
     return "accepted"
+
+
+def out_of_memory(layout: Layout, kind: type[Exception]) -> str:
+    """What is raised where the last rank has too little memory."""
+    try:
+        with raise_on_all_ranks():
+            if torch.distributed.get_rank() == layout.world - 1:
+                raise kind("expert 7")
+    except (VLBridgeError, kind) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

@@ -403,3 +403,9 @@ def test_every_rank_is_told(
     for text in pool.run(live_ranks.refusal, layout, folder=sources[kind], **arguments):
         assert re.search(said, text, re.DOTALL), text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_every_rank_is_told_of_one_without_memory(pool: Pool, kind: type[Exception]) -> None:
+    found = pool.run(live_ranks.out_of_memory, Layout(tp=2, world=2), kind=kind)
+    assert found == [f"VLBridgeError: rank 1: {kind.__name__}: expert 7", f"{kind.__name__}: expert 7"]

@@ -1,1 +1,1 @@
-"""Models of this project behind the names of Megatron-Bridge. Needs Megatron; not Megatron-Bridge."""
+"""An `AutoBridge` with the names of Megatron-Bridge, for the models of this project; it does not import that."""

@@ -95,18 +95,18 @@ def check_resumed_lora(args: argparse.Namespace, folder: Path) -> None:
             "as --pretrained-checkpoint, and as --load a folder where this run saves"
         )
     now = _manifest(args)
-    for name in ("rank", "alpha", "weights"):
+    for name in ("rank", "alpha"):
         before, given = getattr(saved, name), getattr(now, name)
         if before != given:
-            if name == "weights":
-                one = min(set(before) ^ set(given))
-                raise VLBridgeError(
-                    f"--load {folder} has adapters of {len(before)} weights, and this run of {len(given)}; {one} has "
-                    f"one only {'there' if one in before else 'here'}. Give the --lora-targets of that run"
-                )
             raise VLBridgeError(
                 f"--load {folder} was saved with --lora-{name} {before}, and this run has {given}. Give the same"
             )
+    if differing := set(saved.weights) ^ set(now.weights):
+        one = min(differing)
+        raise VLBridgeError(
+            f"--load {folder} has adapters of {len(saved.weights)} weights, and this run of {len(now.weights)}; {one} "
+            f"has one only {'there' if one in saved.weights else 'here'}. Give the --lora-targets of that run"
+        )
 
 
 def lora_note(args: argparse.Namespace) -> Any:
