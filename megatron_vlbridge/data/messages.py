@@ -93,6 +93,8 @@ def message_calls(message: Message) -> list[Call]:
 
 def message_text(message: Message, placeholders: Mapping[str, str]) -> str:
     """The text of a validated message, joined as chat templates do, with a placeholder for each image and video."""
+    if isinstance(message.get("content"), str):
+        return str(message["content"])
     return "".join(
         part["text"] if part["type"] == "text" else placeholders[part["type"]] for part in message_parts(message)
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlbridge.data.labels.options import LabelOptions, skipped_turns
-from megatron_vlbridge.data.labels.turns import ExcludedTurn, Turn, add_newlines, supervised_spans
+from megatron_vlbridge.data.labels.turns import ExcludedTurn, Turn, supervised_spans, with_newlines
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.messages import message_name
 from megatron_vlbridge.data.processors.interface import ConversationProcessor
@@ -39,16 +39,16 @@ def loss_mask(
     """
     skipped = skipped_turns(messages, labels)
     spans, excluded = supervised_spans(ids, turns, messages, processor, skipped)
-    weights = torch.zeros(len(ids))
-    for message, span in spans.items():
-        weights[span] = messages[message].get("weight", 1)
-    if labels.newline:
-        add_newlines(weights, ids, processor)
-    supervised = weights > 0
-    if not allow_no_loss and not supervised.any():
+    if not allow_no_loss and not spans:
         raise _no_supervised_token(messages, excluded, skipped)
-    weighted = bool((weights[supervised] != 1).any())
-    return LossMask(supervised, weights if weighted else None, excluded, skipped)
+    if labels.newline:
+        spans = with_newlines(spans, ids, processor)
+    weights = torch.zeros(len(ids))
+    values = weights.numpy()  # slices of arrays are several times faster
+    for message, span in spans.items():
+        values[span] = messages[message].get("weight", 1)
+    weighted = any(messages[message].get("weight", 1) != 1 for message in spans)
+    return LossMask(weights > 0, weights if weighted else None, excluded, skipped)
 
 
 def _no_supervised_token(

@@ -34,8 +34,9 @@ def skipped_turns(messages: Conversation, options: LabelOptions) -> tuple[int, .
 
     Example: of four messages, user and assistant in turn, `LabelOptions(turns="last")` skips `(1,)`.
     """
-    queries = [index for index, message in enumerate(messages) if message["role"] == "user" and not _result(message)]
-    first = max(queries, default=-1) if options.turns == "last" else -1
+    first = -1
+    if options.turns == "last":
+        first = max((index for index, message in enumerate(messages) if _query(message)), default=-1)
     return tuple(
         index
         for index, message in enumerate(messages)
@@ -44,7 +45,8 @@ def skipped_turns(messages: Conversation, options: LabelOptions) -> tuple[int, .
     )
 
 
-def _result(message: Message) -> bool:
-    """Whether a user message is the result of a tool, as Qwen3.5's template decides it."""
+def _query(message: Message) -> bool:
+    """Whether a message is of the user, and not the result of a tool, as Qwen3.5's template decides it."""
     text = message_text(message, {"image": "x", "video": "x"}).strip()
-    return text.startswith("<tool_response>") and text.endswith("</tool_response>")
+    result = text.startswith("<tool_response>") and text.endswith("</tool_response>")
+    return bool(message["role"] == "user" and not result)

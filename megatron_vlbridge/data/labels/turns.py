@@ -15,11 +15,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_vlbridge.data.labels.template import render
+from megatron_vlbridge.data.labels.token_text import token_texts
 from megatron_vlbridge.data.labels.tools import call_texts, tool_text
 from megatron_vlbridge.data.media import Conversation, Message
 from megatron_vlbridge.data.messages import message_calls, message_name, message_text
@@ -195,11 +195,7 @@ def supervised_spans(
                 reason = _prompt_mismatch(_assistant_texts(messages[index]), turn, prompts, form.assistant)
                 excluded.append(ExcludedTurn(index, reason))
     learned: dict[int, slice] = {}
-    # One call is several times faster than one for each turn.
-    supervised = torch.cat([ids[:0], *(ids[span] for _, _, span in candidates)])
-    decoded = _decode(supervised, processor).split(form.end)[:-1]
-    if len(decoded) != len(candidates):  # a text contains the same characters
-        decoded = [_decode(ids[span][:-1], processor) for _, _, span in candidates]
+    decoded = token_texts([tokens[span][:-1] for _, _, span in candidates], processor.tokenizer)
     for (index, prompt, span), found in zip(candidates, decoded, strict=True):
         texts = _assistant_texts(messages[index])
         if any(found in (text, text.removeprefix(prompt.prefix)) for text in texts):
@@ -207,11 +203,6 @@ def supervised_spans(
         else:
             excluded.append(ExcludedTurn(index, _difference(_closest(texts, found), found)))
     return learned, tuple(sorted(excluded, key=lambda turn: turn.message))
-
-
-def _decode(ids: Tensor, processor: ConversationProcessor) -> str:
-    text: str = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return text
 
 
 def _assistant_texts(message: Message) -> list[str]:
@@ -228,22 +219,21 @@ def _closest(texts: Sequence[str], found: str) -> str:
     return max(texts, key=lambda text: _first_difference(text, found))
 
 
-def add_newlines(weights: Tensor, ids: Tensor, processor: ConversationProcessor) -> None:
-    """Give the newline after each learned turn its weight; `weights` `[L]` has 0 for tokens that are not learned.
+def with_newlines(spans: Mapping[int, slice], ids: Tensor, processor: ConversationProcessor) -> dict[int, slice]:
+    """The spans of `supervised_spans`, each with the newline after it.
 
     Raises VLBridgeError: there is another token.
     """
-    turn_end = processor.turn_format.end
     newline = processor.tokenizer.encode("\n", add_special_tokens=False)
-    ends = ((weights > 0) & (ids == processor.tokenizer.convert_tokens_to_ids(turn_end))).nonzero().flatten() + 1
-    for end in ends.tolist():
-        if ids[end : end + 1].tolist() != newline:
-            found = processor.tokenizer.decode(ids[end : end + 1].tolist())
+    for end in (span.stop for span in spans.values()):
+        after = ids[end : end + 1].tolist()
+        if after != newline:
+            found = processor.tokenizer.decode(after)
             raise VLBridgeError(
-                f"token {end}: expected a newline after {turn_end}, found {found!r}; leave out --label-newline, the "
-                "chat template does not write one"
+                f"token {end}: expected a newline after {processor.turn_format.end}, found {found!r}; leave out "
+                "--label-newline, the chat template does not write one"
             )
-    weights[ends] = weights[ends - 1]
+    return {message: slice(span.start, span.stop + 1) for message, span in spans.items()}
 
 
 def _turn_spans(ids: NDArray[np.int64], count: int, processor: ConversationProcessor) -> list[tuple[int, int]]:

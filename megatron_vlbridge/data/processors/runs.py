@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -29,18 +30,18 @@ def encode_runs(text: str, tokenizer: Any, placeholders: Sequence[str], **settin
         counts.append(len(match[0]) // len(token))
         return token
 
-    short = re.sub("|".join(f"(?:{re.escape(token)})+" for token in placeholders), shorten, text)
+    short = re.sub("|".join(f"(?:{re.escape(token)})++" for token in placeholders), shorten, text)
     settings = {name: value for name, value in settings.items() if name not in _LENGTHS}
-    ids = torch.tensor(tokenizer(short, truncation=False, **settings)["input_ids"], dtype=torch.int64)
-    repeats = torch.ones_like(ids)
-    repeated = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(placeholders))))
-    if int(repeated.sum()) != len(counts):
+    ids = np.array(tokenizer(short, truncation=False, **settings)["input_ids"], np.int64)
+    repeated = np.logical_or.reduce([ids == one for one in tokenizer.convert_tokens_to_ids(list(placeholders))])
+    if np.count_nonzero(repeated) != len(counts):
         raise VLBridgeError(
             f"tokenizer: expected one token for each of {len(counts)} runs of {', '.join(placeholders)}, found "
-            f"{int(repeated.sum())}. Use the tokenizer of the checkpoint, in which these are special tokens."
+            f"{np.count_nonzero(repeated)}. Use the tokenizer of the checkpoint, in which these are special tokens."
         )
-    repeats[repeated] = torch.tensor(counts, dtype=ids.dtype)
-    return ids.repeat_interleave(repeats)
+    repeats = np.ones(len(ids), np.int64)
+    repeats[repeated] = counts
+    return torch.from_numpy(np.repeat(ids, repeats))
 
 
 class RunTokenizer:
