@@ -23,7 +23,8 @@ from megatron_vlbridge.data.lengths.table import LengthTable
 from megatron_vlbridge.data.media import DEFAULTS, Conversation
 from megatron_vlbridge.data.packing.epochs import EpochPlan
 from megatron_vlbridge.data.packing.offline import PackingOptions
-from megatron_vlbridge.data.packing.packs import build_pack
+from megatron_vlbridge.data.packing.pack_writer import PackWriter
+from megatron_vlbridge.data.packing.patch_memory import PatchMemory
 from megatron_vlbridge.data.packing.replacement import Replacements
 from megatron_vlbridge.data.packing.truncation import truncate
 from megatron_vlbridge.data.processors.interface import ConversationProcessor
@@ -105,6 +106,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.labels = labels
         self.packing = packing
         self.decode_media = decode_media
+        self._memory = PatchMemory()
         measure = Measure(processor, config.vision.hidden_size, media, labels)
         table = lengths or measure(conversations, range(len(conversations)))
         if len(table.rows) != len(conversations):
@@ -149,10 +151,13 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         members = self.members(index)
-        samples, replaced = zip(*(self._encode_or_replace(index, member) for member in members), strict=True)
-        pack = build_pack(samples, self.seq_length, self.processor.tokenizer.pad_token_id)
+        writer = PackWriter(
+            self.seq_length, self.processor.tokenizer.pad_token_id, int(self.patches[members].sum()), self._memory
+        )
+        replaced = [self._write(index, member, writer) for member in members]
+        pack = writer.tensors()
         if self.replacements.max_share:
-            sources = np.searchsorted([share.end for share in self.shares], np.array(members)[list(replaced)], "right")
+            sources = np.searchsorted([share.end for share in self.shares], np.array(members)[replaced], "right")
             pack["replaced_per_source"] = torch.from_numpy(np.bincount(sources, minlength=len(self.shares)))
         return pack
 
@@ -254,17 +259,22 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
             return f"{where}: {self.lengths[index]} tokens do not fit into a pack of {self.seq_length}"
         return f"{where}: {self.patches[index]} patches do not fit into a pack of {self.packing.max_patches}"
 
-    def _encode_or_replace(self, pack: int, member: int) -> tuple[Sample, bool]:
-        """The sample of a conversation of a pack, or that of its replacement, and whether it is one."""
+    def _write(self, pack: int, member: int, writer: PackWriter) -> bool:
+        """Add the sample of a conversation of a pack, or that of its replacement; whether it is one.
+
+        Samples are not collected: without the patches of the one before, the next one has its memory.
+        """
         self.replacements.note_read()
         try:
-            return self._encode(member), False
+            writer.add(self._encode(member))
+            return False
         except VLBridgeError as error:
             self.replacements.note_failure(member, error)
             failure = error
         for candidate in self.replacements.candidates(pack, member):
             with suppress(VLBridgeError):
-                return self._encode(candidate), True
+                writer.add(self._encode(candidate))
+                return True
         raise failure
 
     def _encode(self, index: int) -> Sample:
@@ -275,11 +285,13 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         else:
             measured = encode_located(measure_conversation, conversation, index, self.processor, **options)
             sample = measured.without_patches()
-        if len(sample.input_ids) != self.lengths[index]:
-            where = location(conversation, index)
+        grids = torch.cat([sample.image_grid_thw, sample.video_grid_thw])
+        found = len(sample.input_ids), int(grids.prod(1).sum())
+        expected = int(self.lengths[index]), int(self.patches[index])
+        if found != expected:
             raise VLBridgeError(
-                f"{where}: {len(sample.input_ids)} tokens, but {self.lengths[index]} when it was measured; its text or "
-                "media have changed since then"
+                f"{location(conversation, index)}: {found[0]} tokens and {found[1]} patches, but {expected[0]} and "
+                f"{expected[1]} when it was measured; its text or media have changed since then"
             )
         return sample
 

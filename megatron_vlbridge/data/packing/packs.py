@@ -2,15 +2,15 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_vlbridge.data.chat import Sample
+from megatron_vlbridge.data.packing.pack_writer import IGNORE_INDEX, PackWriter, next_of_segment
+from megatron_vlbridge.data.packing.patch_memory import PatchMemory
 from megatron_vlbridge.errors import VLBridgeError
-
-IGNORE_INDEX = -100
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -58,48 +58,14 @@ def build_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) ->
 
     Raises VLBridgeError: there are no samples, or their total length exceeds `seq_length`.
     """
-    lengths = [len(sample.input_ids) for sample in samples]
-    if not samples or sum(lengths) > seq_length:
-        raise VLBridgeError(
-            f"pack: expected at least one sample and at most {seq_length} tokens, found {len(samples)} samples of "
-            f"{lengths} tokens"
-        )
-    padding = seq_length - sum(lengths)
-    pack = {
-        "tokens": torch.cat([*(sample.input_ids for sample in samples), torch.full((padding,), pad_token_id)]),
-        "labels": torch.cat([next_token_labels(samples), torch.full((padding,), IGNORE_INDEX)]),
-        "segment_lengths": torch.tensor(lengths),
-        "pixel_values": _joined([sample.pixel_values for sample in samples]),
-        "image_grid_thw": torch.cat([sample.image_grid_thw for sample in samples]),
-        "pixel_values_videos": _joined([sample.pixel_values_videos for sample in samples]),
-        "video_grid_thw": torch.cat([sample.video_grid_thw for sample in samples]),
-        "images_per_segment": torch.tensor([len(sample.image_grid_thw) for sample in samples]),
-        "videos_per_segment": torch.tensor([len(sample.video_grid_thw) for sample in samples]),
-    }
-    if any(sample.loss_weights is not None for sample in samples):
-        pack["loss_weights"] = torch.cat([*(_label_weights(sample) for sample in samples), torch.ones(padding)])
-    return pack
-
-
-def _joined(patches: Sequence[Tensor]) -> Tensor:
-    """The patches of all samples; those of a single one that has any are not copied."""
-    some = [x for x in patches if len(x)]
-    return some[0] if len(some) == 1 else torch.cat(some or list(patches[:1]))
+    most = sum(sample.pixel_values.shape[0] + sample.pixel_values_videos.shape[0] for sample in samples)
+    pack = PackWriter(seq_length, pad_token_id, most, PatchMemory())
+    for sample in samples:
+        pack.add(sample)
+    return pack.tensors()
 
 
 def next_token_labels(samples: Sequence[Sample]) -> Tensor:
     """Int64 `[L]` of all samples: for each token the next one of its sample if that is supervised, else -100."""
-    supervised = torch.cat([sample.loss_mask for sample in samples])
-    labels = torch.cat([sample.input_ids for sample in samples]).masked_fill_(~supervised, IGNORE_INDEX).roll(-1)
-    ends = list(accumulate(len(sample.input_ids) for sample in samples))
-    labels[torch.tensor(ends) - 1] = IGNORE_INDEX
-    return labels
-
-
-def _label_weights(sample: Sample) -> Tensor:
-    """Float32 `[L]`: the weight of each of `next_token_labels`, 1 where there is none."""
-    if sample.loss_weights is None:
-        return torch.ones(len(sample.input_ids))
-    weights = sample.loss_weights.masked_fill(~sample.loss_mask, 1).roll(-1)
-    weights[-1] = 1
-    return weights
+    learned = [sample.input_ids.masked_fill(~sample.loss_mask, IGNORE_INDEX).numpy() for sample in samples]
+    return torch.from_numpy(next_of_segment(np.concatenate(learned), list(map(len, learned)), IGNORE_INDEX))

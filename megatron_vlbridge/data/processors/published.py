@@ -27,7 +27,7 @@ from megatron_vlbridge.data.processors.runs import RunTokenizer
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families.processors import IMAGE_PROCESSORS, VIDEO_PROCESSORS
-from megatron_vlbridge.layout.positions import mrope_positions
+from megatron_vlbridge.layout.positions import find_blocks
 
 
 def as_conversation_processor(processor: ProcessorMixin | ConversationProcessor) -> ConversationProcessor:
@@ -133,7 +133,7 @@ class PublishedProcessor(ConversationProcessor):
 
     def check_tokens(self, ids: Tensor, grids: Mapping[str, Tensor]) -> None:
         """Check each image and video by its own tokens (see `layout.positions.mrope_positions`)."""
-        mrope_positions(
+        find_blocks(
             ids,
             [len(ids)],
             grids["image"],
