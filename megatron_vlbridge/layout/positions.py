@@ -7,7 +7,6 @@ of the merged grid.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,54 +46,15 @@ def mrope_positions(
         ...                 video_token_id=8, merge_size=2).tolist()
         [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
     """
-    blocks = find_blocks(
-        tokens,
-        segment_lengths,
-        image_grid_thw,
-        video_grid_thw,
-        image_token_id=image_token_id,
-        video_token_id=video_token_id,
-        merge_size=merge_size,
-        images_per_segment=images_per_segment,
-        videos_per_segment=videos_per_segment,
-    )
-    return _steps(blocks)[:, :-1].cumsum(1)
-
-
-class Blocks(NamedTuple):
-    """The runs of placeholders of a pack of T tokens: an image, or one frame of a video each.
-
-    `is_text` bool `[T]`, `lengths` of the segments int64 `[n]`, the `starts` `[B]` of the blocks and their merged
-    `grids` `[B, 3]`.
-    """
-
-    is_text: Tensor
-    lengths: Tensor
-    starts: Tensor
-    grids: Tensor
-
-
-def find_blocks(
-    tokens: Tensor,
-    segment_lengths: Sequence[int] | Tensor,
-    image_grid_thw: Tensor,
-    video_grid_thw: Tensor,
-    *,
-    image_token_id: int,
-    video_token_id: int,
-    merge_size: int,
-    images_per_segment: Sequence[int] | Tensor | None = None,
-    videos_per_segment: Sequence[int] | Tensor | None = None,
-) -> Blocks:
-    """The blocks of a pack, after the checks of `mrope_positions`, which describes arguments and errors."""
     lengths = _checked_lengths(segment_lengths, tokens)
     is_image, is_video = tokens == image_token_id, tokens == video_token_id
     images, videos = VisionItems("image", image_grid_thw, merge_size), VisionItems("video", video_grid_thw, merge_size)
     starts = (
-        _block_starts(images, is_image, lengths.cumsum(0), images_per_segment),
-        _block_starts(videos, is_video, lengths.cumsum(0), videos_per_segment),
+        block_starts(images, is_image, lengths.cumsum(0), images_per_segment),
+        block_starts(videos, is_video, lengths.cumsum(0), videos_per_segment),
     )
-    return Blocks(~(is_image | is_video), lengths, torch.cat(starts), torch.cat((images.blocks, videos.blocks)))
+    grids = torch.cat((images.blocks, videos.blocks))
+    return _steps(~(is_image | is_video), lengths, torch.cat(starts), grids)[:, :-1].cumsum(1)
 
 
 def _checked_lengths(segment_lengths: Sequence[int] | Tensor, tokens: Tensor) -> Tensor:
@@ -113,7 +73,7 @@ def _checked_lengths(segment_lengths: Sequence[int] | Tensor, tokens: Tensor) ->
     return lengths
 
 
-def _block_starts(items: VisionItems, mask: Tensor, ends: Tensor, counts: Sequence[int] | Tensor | None) -> Tensor:
+def block_starts(items: VisionItems, mask: Tensor, ends: Tensor, counts: Sequence[int] | Tensor | None) -> Tensor:
     """The index in the pack of each block's first placeholder, int64 `[B]`, after all checks.
 
     `mask` bool `[T]` are the placeholders, `ends` `[n]` the ends of the segments, `counts` their numbers of items.
@@ -145,13 +105,13 @@ def _block_starts(items: VisionItems, mask: Tensor, ends: Tensor, counts: Sequen
     return start
 
 
-def _steps(blocks: Blocks) -> Tensor:
+def _steps(is_text: Tensor, lengths: Tensor, starts: Tensor, grids: Tensor) -> Tensor:
     """How much each coordinate grows from the token before: int64 `[3, T + 1]`, the last column beyond the pack.
 
-    A pack is mostly runs in which a coordinate grows by one or not at all; only the ends of grid lines, frames, blocks
-    and segments differ, and those are few. Their running sum is the positions.
+    `starts` int64 `[B]` and merged `grids` `[B, 3]` are the blocks. A pack is mostly runs in which a coordinate grows
+    by one or not at all; only the ends of grid lines, frames, blocks and segments differ, and those are few. Their
+    running sum is the positions.
     """
-    is_text, lengths, starts, grids = blocks
     step = torch.ones(3, is_text.numel() + 1, dtype=torch.int64)
     step[:2, :-1] = is_text
     size, side = grids.prod(1), grids[:, 1:].amax(1)

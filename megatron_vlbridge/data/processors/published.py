@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -27,7 +28,8 @@ from megatron_vlbridge.data.processors.runs import RunTokenizer
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families.processors import IMAGE_PROCESSORS, VIDEO_PROCESSORS
-from megatron_vlbridge.layout.positions import find_blocks
+from megatron_vlbridge.layout.positions import block_starts
+from megatron_vlbridge.layout.vision_items import VisionItems
 
 
 def as_conversation_processor(processor: ProcessorMixin | ConversationProcessor) -> ConversationProcessor:
@@ -133,14 +135,7 @@ class PublishedProcessor(ConversationProcessor):
 
     def check_tokens(self, ids: Tensor, grids: Mapping[str, Tensor]) -> None:
         """Check each image and video by its own tokens (see `layout.positions.mrope_positions`)."""
-        find_blocks(
-            ids,
-            [len(ids)],
-            grids["image"],
-            grids["video"],
-            image_token_id=self.processor.image_token_id,
-            video_token_id=self.processor.video_token_id,
-            merge_size=self.processor.image_processor.merge_size,
-            images_per_segment=[len(grids["image"])],
-            videos_per_segment=[len(grids["video"])],
-        )
+        merge_size, ends = self.processor.image_processor.merge_size, torch.tensor([len(ids)])
+        for kind, token in (("image", self.processor.image_token_id), ("video", self.processor.video_token_id)):
+            counts = torch.tensor([len(grids[kind])])
+            block_starts(VisionItems(kind, grids[kind], merge_size), ids == token, ends, counts)
