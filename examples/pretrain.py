@@ -73,7 +73,7 @@ def main() -> None:
             log_replaced=logs_replaced(vp_stage),
         )
         if not vp_stage:
-            kept = len(dataset.lengths) - len(dataset.dropped) - len(dataset.failed)
+            kept = len(dataset.selection.kept)
             file = f"{data_file(args, split)}, {split}"
             console.note(f"data     {kept:,} conversations, {len(dataset.epoch_packs(0)):,} packs: {file}")
         return dataset

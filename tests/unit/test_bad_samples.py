@@ -127,11 +127,11 @@ def test_those_that_cannot_be_measured_are_left_out(
         make(path, processor, config, 0.04)
     with caplog.at_level(logging.WARNING):
         dataset = make(path, processor, config, 0.05)
-    assert dataset.failed == [12, 40, 60]
+    assert dataset.selection.failed == [12, 40, 60]
     assert not {12, 40, 60} & {member for index in range(24) for member in dataset.members(index)}
-    assert [record.getMessage() for record in caplog.records] == [dataset.failed_report]
-    assert "3 of 61 conversations cannot be encoded (first: " in dataset.failed_report
-    assert "12.png" in dataset.failed_report
+    assert [record.getMessage() for record in caplog.records] == [dataset.selection.failed_report]
+    assert "3 of 61 conversations cannot be encoded (first: " in dataset.selection.failed_report
+    assert "12.png" in dataset.selection.failed_report
 
 
 def test_a_table_of_lengths_replaces_measuring(processor: Qwen3VLProcessor, config: Config, tmp_path: Path) -> None:

@@ -218,15 +218,15 @@ def test_conversations_that_fit_into_no_pack_are_dropped_and_counted(
     ):
         caplog.clear()
         dataset = build(conversations, processor, config, packing=packing)
-        assert dataset.dropped == dropped
+        assert dataset.selection.dropped == dropped
         for epoch in range(2):
             members = sorted(member for pack in dataset.epoch_packs(epoch) for member in pack)
             assert members == sorted({0, 1, 2, 3, 4, 5} - set(dropped))
-        assert dataset.num_assistant_turns == 6 - len(dropped)
-        assert dataset.dropped_report.startswith(
+        assert dataset.selection.num_assistant_turns == 6 - len(dropped)
+        assert dataset.selection.dropped_report.startswith(
             f"{len(dropped)} of 6 conversations are dropped (first: conversation 1: "
         )
-        assert dataset.dropped_report in caplog.text
+        assert dataset.selection.dropped_report in caplog.text
     with rejects("conversation 4: ", "patches do not fit into a pack of 60", "--long-conversations drop"):
         build([*CONVERSATIONS[:4], images], processor, config, packing=dataclasses.replace(packing, too_long="error"))
     with rejects("expected at least one that fits into a pack; 1 of 1 conversations are dropped"):
@@ -246,16 +246,16 @@ def test_conversations_that_fit_into_no_pack_are_truncated_or_dropped_and_counte
     ):
         caplog.clear()
         dataset = build(conversations, processor, config, **options)
-        assert dataset.truncated == truncated
-        assert dataset.dropped == [2]
-        assert dataset.truncated_report in caplog.text
-        assert dataset.truncated_report == (
+        assert dataset.selection.truncated == truncated
+        assert dataset.selection.dropped == [2]
+        assert dataset.selection.truncated_report in caplog.text
+        assert dataset.selection.truncated_report == (
             f"{len(truncated)} of 4 conversations are truncated (first: conversation 1: 2 messages are left)"
         )
         expected = {
             index: encode_conversation(conversations[index][: truncated.get(index)], processor) for index in (0, 1, 3)
         }
-        assert dataset.num_assistant_turns == 5 - len(truncated)
+        assert dataset.selection.num_assistant_turns == 5 - len(truncated)
         packs = dataset.epoch_packs(0)
         assert sorted(member for pack in packs for member in pack) == [0, 1, 3]
         for item, members in enumerate(packs):
@@ -345,7 +345,7 @@ def test_an_epoch_has_the_conversations_of_a_source_as_often_as_its_weight_says(
     assert conversations is not None
     packing = dataclasses.replace(packing, too_long="drop")
     dataset = build(conversations, processor, config, packing=packing)
-    assert dataset.dropped == [11]
+    assert dataset.selection.dropped == [11]
     epochs = [Counter(chain.from_iterable(dataset.epoch_packs(epoch))) for epoch in range(4)]
     for epoch, taken in enumerate(epochs):
         assert [taken[member] for member in range(6, 16)] == [2] * 4 + [1, 0, 1, 1, 1, 1]
@@ -409,8 +409,8 @@ def test_excluded_turns_are_counted_and_logged(
         "\n".join([talk("q", "a"), talk("q", "a", "r", "<think></think>b"), talk("q", "</think>c", "r", "d")])
     )
     dataset = build(read_conversations(path), thinking(processor), config)
-    assert (dataset.num_excluded_turns, dataset.num_assistant_turns) == (2, 5)
-    report = dataset.excluded_turns_report
+    assert (dataset.selection.num_excluded_turns, dataset.selection.num_assistant_turns) == (2, 5)
+    report = dataset.selection.excluded_turns_report
     assert report.startswith("2 of 5 assistant turns are excluded from the loss")
     assert f"{path}, line 2, message 3: expected '<think></think>b', found 'b'" in report
     assert [record.getMessage() for record in caplog.records] == [report]
@@ -422,7 +422,7 @@ def test_excluded_turns_are_counted_and_logged(
         build(read_conversations(path), thinking(processor), config)
         assert len(caplog.records) == logged
     caplog.clear()
-    whole = build(read_conversations(path), processor, config)
+    whole = build(read_conversations(path), processor, config).selection
     assert (whole.num_excluded_turns, whole.excluded_turns_report, caplog.records) == (0, "", [])
 
 
@@ -494,9 +494,10 @@ def test_turns_that_are_not_learned_are_counted(
     data = PackedConversations(
         conversations, processor, config, seq_length=SEQ_LENGTH, num_samples=1, labels=LabelOptions(turns="last")
     )
-    assert (data.num_skipped_turns, data.num_assistant_turns, data.num_excluded_turns) == (3, 6, 0)
-    assert data.skipped_turns_report.startswith("3 of 6 assistant turns are not learned")
-    assert [record.message for record in caplog.records] == [data.skipped_turns_report]
+    selection = data.selection
+    assert (selection.num_skipped_turns, selection.num_assistant_turns, selection.num_excluded_turns) == (3, 6, 0)
+    assert selection.skipped_turns_report.startswith("3 of 6 assistant turns are not learned")
+    assert [record.message for record in caplog.records] == [selection.skipped_turns_report]
     assert int((data[0]["labels"] >= 0).sum()) == 3 * len(processor.tokenizer.encode("a<|im_end|>"))
 
 

@@ -55,13 +55,14 @@ class SourceCounter:
     def __call__(self, num_packs: int, replaced: Sequence[int]) -> list[SourceCounts]:
         """The counts of each source after the first `num_packs` packs; `replaced` has an entry for each source."""
         dataset, read = self.dataset, self._read(num_packs)
-        kept = dataset.kept_rows
+        chosen = dataset.selection
+        kept = chosen.kept_rows
         turns, unlearned = kept["assistant_turns"], kept["excluded_turns"] + kept["skipped_turns"]
-        source_of_kept = self._sources(dataset.kept)
+        source_of_kept = self._sources(chosen.kept)
         columns = zip(
             dataset.source_names,
             np.diff(self._ends, prepend=0),
-            *(self._count(indices) for indices in (dataset.dropped, list(dataset.truncated), dataset.failed)),
+            *(self._count(indices) for indices in (chosen.dropped, list(chosen.truncated), chosen.failed)),
             *(np.bincount(source_of_kept, x, len(self._ends)).astype(np.int64) for x in (turns, unlearned)),
             read,
             replaced,
