@@ -137,5 +137,6 @@ class PublishedProcessor(ConversationProcessor):
         """Check each image and video by its own tokens (see `layout.positions.mrope_positions`)."""
         merge_size, ends = self.processor.image_processor.merge_size, torch.tensor([len(ids)])
         for kind, token in (("image", self.processor.image_token_id), ("video", self.processor.video_token_id)):
-            counts = torch.tensor([len(grids[kind])])
-            block_starts(VisionItems(kind, grids[kind], merge_size), ids == token, ends, counts)
+            counts, placeholders = torch.tensor([len(grids[kind])]), ids == token
+            if counts.any() or placeholders.any():
+                block_starts(VisionItems(kind, grids[kind], merge_size), placeholders, ends, counts)
