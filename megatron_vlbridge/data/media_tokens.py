@@ -137,9 +137,17 @@ def image_grid(width: int, height: int, settings: ImageSettings) -> Grid:
     Example: `image_grid(640, 480, ImageSettings(16, 2, 65_536, 16_777_216))` is `(1, 30, 40)`.
     """
     _check_size("image", width, height)
-    _check_ratio("image", width, height)
+    check_ratio("image", width, height)
     rows, columns = _resize(width, height, settings, (1, 1), settings.max_pixels)
     return 1, rows, columns
+
+
+def check_ratio(kind: str, width: int, height: int) -> None:
+    """Check the aspect ratio of an image or video (VLBridgeError if processors reject it)."""
+    if max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
+        raise VLBridgeError(
+            f"{kind}: expected an aspect ratio of at most {MAX_ASPECT_RATIO}, found {width} x {height}; crop it"
+        )
 
 
 def frame_indices(num_frames: int, fps: float | None, settings: VideoSettings) -> list[int]:
@@ -181,7 +189,7 @@ def video_grid(num_frames: int, width: int, height: int, settings: VideoSettings
         scale = max(settings.factor / height, settings.factor / width)
         if scale > 1:
             width, height = int(width * scale), int(height * scale)
-    _check_ratio("video", width, height)
+    check_ratio("video", width, height)
     rows, columns = _resize(width, height, settings, frames, _max_pixels(num_frames, settings))
     return -(-num_frames // settings.temporal_patch_size), rows, columns
 
@@ -283,13 +291,6 @@ def _check_class(processor: Any, known: Any) -> None:
 def _check_size(kind: str, width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise VLBridgeError(f"{kind}: expected sides of at least 1 pixel, found {width} x {height}")
-
-
-def _check_ratio(kind: str, width: int, height: int) -> None:
-    if max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
-        raise VLBridgeError(
-            f"{kind}: expected an aspect ratio of at most {MAX_ASPECT_RATIO}, found {width} x {height}; crop it"
-        )
 
 
 def _check_frames(count: int, settings: VideoSettings, total: str = "") -> None:

@@ -150,6 +150,7 @@ def test_a_conversation_without_an_answer_is_rejected_unless_allowed(processor: 
 
 SMALL = {"type": "video", "video": frames(4), "fps": 2}
 USER = "message 0 (user)"
+LONG = torch.zeros(4, 3, 8, 1608, dtype=torch.uint8)
 TWO_SIZES = [random_image(8, 8), random_image(8, 16)]
 REJECTED = {
     "special token": (talk("a <|im_end|> b"), USER, "special tokens '<|im_end|>'"),
@@ -163,11 +164,16 @@ REJECTED = {
     ),
     "no image": (talk([{"type": "image"}]), f"{USER}, part 0", "under the key 'image', found nothing"),
     "second image": (talk([text_part("x"), image_part(16, 16), {"type": "image", "image": "b"}]), "part 2", "'b'"),
-    "long image": (talk([image_part(8 * 201, 8)]), "the processor rejects 1 images", "aspect ratio"),
+    "long image": (talk([SMALL, image_part(8 * 201, 8)]), f"{USER}, part 1: image: expected an aspect", "1608 x 8"),
+    "long video": (
+        talk([{**SMALL, "video": torch.zeros(4, 3, 8, 1608, dtype=torch.uint8)}]),
+        f"{USER}, part 0: video",
+        "1608 x 8",
+    ),
     "no fps": (talk([{"type": "video", "video": frames(4)}]), "under the key 'fps'", "found None"),
     "zero fps": (talk([{**SMALL, "fps": 0}]), "under the key 'fps'", "found 0"),
     "nan fps": (talk([{**SMALL, "fps": float("nan")}]), "under the key 'fps'", "found nan"),
-    "one frame": (talk([SMALL, {**SMALL, "video": frames(1)}]), "video 1: expected at least 2 frames", "found 1"),
+    "one frame": (talk([SMALL, {**SMALL, "video": frames(1)}]), f"{USER}, part 1: video: expected at", "found 1"),
     "float frames": (talk([{**SMALL, "video": frames(4).float()}]), "expected frames uint8", "found torch.float32"),
     "frames of two sizes": (talk([{**SMALL, "video": TWO_SIZES}]), "frames of the same size", "(8, 16)"),
     "video file": (talk([{**SMALL, "video": "a.mp4"}]), f"{USER}, part 0", "video: no file 'a.mp4'"),

@@ -23,6 +23,7 @@ from megatron_vlbridge.data.media import (
     placeholder_text,
     with_sizes,
 )
+from megatron_vlbridge.data.media_tokens import check_ratio
 from megatron_vlbridge.data.processors.interface import CHATML, ConversationProcessor
 from megatron_vlbridge.data.processors.runs import RunTokenizer
 from megatron_vlbridge.data.video_prompt import without_outer_pair
@@ -103,8 +104,15 @@ class PublishedProcessor(ConversationProcessor):
     def load(self, part: dict[str, Any], options: MediaOptions) -> LoadedImage | Video:
         """See `media.load_image` and `media.load_video`."""
         if part["type"] == "image":
-            return LoadedImage(load_image(part, options), image_size(part, self.processor.image_processor, options))
-        return load_video(part, options, self.processor.video_processor)
+            image = load_image(part, options)
+            check_ratio("image", *image.size)
+            return LoadedImage(image, image_size(part, self.processor.image_processor, options))
+        video = load_video(part, options, self.processor.video_processor)
+        minimum, (count, _, height, width) = self.processor.video_processor.temporal_patch_size, video.frames.shape
+        if count < minimum:
+            raise VLBridgeError(f"video: expected at least {minimum} frames, found {count}")
+        check_ratio("video", width, height)
+        return video
 
     def encode(self, texts: Sequence[str], images: Sequence[LoadedImage], videos: Sequence[Video]) -> dict[str, Any]:
         """Call the processor (VLBridgeError if it rejects the media)."""
@@ -112,10 +120,6 @@ class PublishedProcessor(ConversationProcessor):
         if images:
             media["images"] = [image.image for image in images]
         if videos:
-            minimum = self.processor.video_processor.temporal_patch_size
-            for index, video in enumerate(videos):
-                if len(video.frames) < minimum:
-                    raise VLBridgeError(f"video {index}: expected at least {minimum} frames, found {len(video.frames)}")
             media["videos"] = [video.frames for video in videos]
             media["video_metadata"] = [video.metadata for video in videos]
             media["do_sample_frames"] = False
