@@ -77,5 +77,5 @@ def test_another_encoding_is_rejected_with_the_line(tmp_path: Path) -> None:
     with rejects("expected UTF-8 text, found", start=f"{tmp_path / 'a.csv'}, line 3: "):
         CsvRows(tmp_path / "a.csv")[1]
     (tmp_path / "a.csv").write_bytes("q,ä\n1,2\n".encode("latin-1"))
-    with rejects("expected UTF-8 text, found"):
+    with rejects("expected UTF-8 text, found", "save the file as UTF-8", start=f"{tmp_path / 'a.csv'}, line 1: "):
         CsvRows(tmp_path / "a.csv")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_vlbridge.data.sources.files.json_lines import BYTE_ORDER_MARK, JsonLines
+from megatron_vlbridge.data.sources.files.json_values import utf8_text
 from megatron_vlbridge.data.sources.files.record_index import SMALL, Rows
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -33,22 +34,19 @@ class CsvRows(JsonLines):
         header = next(iter(self._records(self.path)), None)
         if header is None:
             raise VLBridgeError(f"{self.name}: expected a header with the names of the columns, found an empty file")
-        self._columns = [self._decoded(cell.encode("latin-1")) for cell in header.cells]
+        try:
+            self._columns = [utf8_text(cell.encode("latin-1")) for cell in header.cells]
+        except VLBridgeError as error:
+            raise VLBridgeError(f"{self.name}, line {header.line}: {error}") from error
         if twice := [column for column in self._columns if self._columns.count(column) > 1]:
             raise VLBridgeError(f"{self.name}: the column {twice[0]!r} is there twice")
 
     def _parse(self, content: bytes) -> dict[str, str | None]:
-        text = io.StringIO(self._decoded(content), newline="")
+        text = io.StringIO(utf8_text(content), newline="")
         [cells] = csv.reader(text, delimiter=self._delimiter, strict=True)
         if len(cells) != len(self._columns):
             raise VLBridgeError(f"expected {len(self._columns)} cells ({', '.join(self._columns)}), found {len(cells)}")
         return {column: cell or None for column, cell in zip(self._columns, cells, strict=True)}
-
-    def _decoded(self, content: bytes) -> str:
-        try:
-            return content.decode()
-        except UnicodeDecodeError as error:
-            raise VLBridgeError(f"expected UTF-8 text, found {error.reason} at byte {error.start}") from error
 
     def _scan(self, path: Path) -> Iterator[Rows]:
         part: list[tuple[int, int, int]] = []

@@ -18,14 +18,12 @@ def parse_json(content: bytes) -> Any:
     """
     try:
         return json.loads(
-            content.decode(),
+            utf8_text(content),
             object_pairs_hook=_object,
             parse_constant=_reject_constant,
             parse_float=_finite,
             parse_int=_integer,
         )
-    except UnicodeDecodeError as error:
-        raise VLBridgeError(f"expected UTF-8 text, found {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
         start = content.strip()
         raise VLBridgeError(
@@ -34,6 +32,16 @@ def parse_json(content: bytes) -> Any:
         ) from error
     except RecursionError:
         raise VLBridgeError("expected one JSON object on the line, found too many nesting levels") from None
+
+
+def utf8_text(content: bytes) -> str:
+    """The text of bytes in UTF-8 (VLBridgeError if they are not)."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise VLBridgeError(
+            f"expected UTF-8 text, found {error.reason} at byte {error.start}; save the file as UTF-8"
+        ) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
