@@ -116,6 +116,21 @@ def test_parts_for_another_fingerprint_are_not_used(tmp_path: Path) -> None:
     assert len(log.read_text().split()) == 4
 
 
+@pytest.mark.parametrize("data", ["same", "other"])
+def test_another_process_that_writes_the_table_is_refused(tmp_path: Path, data: str) -> None:
+    """The first one ends as if it were alone; after it the table can be written again."""
+    path = tmp_path / "lengths"
+
+    def second(*counts: int) -> None:
+        with rejects("found another run that writes it", start=f"{path}: "):
+            build_table(range(COUNT), measure, path, {**FINGERPRINT, "data": data})
+
+    built = build_table(range(COUNT), measure, path, {**FINGERPRINT, "data": "same"}, progress=second)
+    assert same(built, table(COUNT, 2 * CHUNK - 1))
+    assert list(tmp_path.iterdir()) == [path]
+    build_table(range(COUNT), measure, path, {**FINGERPRINT, "data": data})
+
+
 def test_sizes_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     with rejects("workers", "0"):
         build_table(range(3), measure, tmp_path / "lengths", FINGERPRINT, workers=0)

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_vlbridge import cli, families
+from megatron_vlbridge import cli, families, locks
 from megatron_vlbridge.checkpoint import conversion, import_plan
 from megatron_vlbridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_vlbridge.checkpoint.formats import TRACKER
@@ -29,7 +29,7 @@ from megatron_vlbridge.checkpoint.hf import writer as hf_writer
 from megatron_vlbridge.checkpoint.hf.header import encode_header
 from megatron_vlbridge.checkpoint.hf.reader import INDEX
 from megatron_vlbridge.checkpoint.import_plan import plan_import
-from megatron_vlbridge.checkpoint.stream import engine, staging
+from megatron_vlbridge.checkpoint.stream import engine
 from megatron_vlbridge.checkpoint.stream.checksums import CHECKSUMS
 from megatron_vlbridge.checkpoint.stream.digest import digest_range
 from megatron_vlbridge.checkpoint.stream.engine import Options, Progress
@@ -542,7 +542,7 @@ def test_a_run_that_begins_in_an_empty_folder_does_not_sweep_another_one_away(so
     """The other has the lock but no result yet."""
     (tmp_path / "megatron").mkdir()
     work = tmp_path / ".megatron.vlbridge"
-    with staging._locked(tmp_path / "megatron", work):
+    with locks.locked(tmp_path / "megatron", work):
         with pytest.raises(VLBridgeError, match="another run that writes it"):
             import_checkpoint(source, tmp_path / "megatron", resume=True)
         assert (work / "lock").exists()

@@ -4,7 +4,6 @@ While the target `name` is written, the hidden folder `.name.vlbridge` is beside
 rename, `journal.jsonl` has the origin and the finished parts, `lock` excludes other runs.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 
 from megatron_vlbridge.checkpoint.stream.parts import Part
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.locks import locked
 
 _FORMER_OPTIONS = {"--leave-out": "--ignore"}
 
@@ -49,7 +49,7 @@ def staged_folder(target: Path, origin: Mapping[str, Any], *, resume: bool = Fal
         sweep(target)
         _check_free(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target, work):
+        with locked(target, work):
             sweep(target)
             _check_free(target)
             staging = _begin(target, work, origin, resume)
@@ -89,7 +89,7 @@ def earlier_work(target: Path, origin: Mapping[str, Any], *, resume: bool = Fals
             raise VLBridgeError(f"{target}: expected a folder with write permission, found {place}. Use another.")
         with ExitStack() as held:
             if (work / "lock").exists():
-                held.enter_context(_locked(target, work))
+                held.enter_context(locked(target, work))
             return _continued(target, work, origin, resume)
     except OSError as error:
         raise VLBridgeError(write_failure(target, error)) from error
@@ -136,34 +136,6 @@ def _check_free(target: Path) -> None:
             f"{target}: expected a name that is free, or an empty folder, found {found}. Use another name, or remove "
             "it if it is not needed."
         )
-
-
-@contextmanager
-def _locked(target: Path, work: Path) -> Iterator[None]:
-    """Lock the work folder. The kernel releases the lock when the process ends, however it ends."""
-    while True:
-        work.mkdir(exist_ok=True)
-        try:
-            handle = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the run that held it has just ended
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still(work / "lock", handle):
-                yield
-                return
-        except BlockingIOError as error:
-            text = f"{target}: expected to write it alone, found another run that writes it ({work}). Wait for it."
-            raise VLBridgeError(text) from error
-        finally:
-            os.close(handle)
-
-
-def _is_still(path: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
 
 
 def _begin(target: Path, work: Path, origin: Mapping[str, Any], resume: bool) -> Staging:

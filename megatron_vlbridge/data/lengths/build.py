@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_vlbridge.data.lengths.table import LengthTable
 from megatron_vlbridge.errors import VLBridgeError
+from megatron_vlbridge.locks import locked
 
 CHUNK = 1024  # conversations that a process measures at a time; after each, an interrupted run continues
 
@@ -33,14 +34,20 @@ def build_table(
     `progress(done, total)` is called after each chunk. The chunks of an interrupted or failed run with the same
     fingerprint are in `path + ".parts"` and not measured again; the folder is removed at the end.
 
-    Raises VLBridgeError: as `measure`; `workers` is not positive; there are no conversations; a file cannot be written.
+    Raises VLBridgeError: as `measure`; `workers` is not positive; there are no conversations; a file cannot be written,
+    or another process writes it.
     """
     if workers < 1:
         raise VLBridgeError(f"workers: expected a positive number, found {workers}")
     if not len(conversations):
         raise VLBridgeError(f"{path}: expected at least one conversation, found none")
+    folder = Path(f"{path}.parts")
     try:
-        return _build(conversations, measure, Path(path), fingerprint, workers, progress)
+        with locked(Path(path), folder):
+            table = _build(conversations, measure, folder, fingerprint, workers, progress)
+            table.save(path, fingerprint)
+            shutil.rmtree(folder)
+            return table
     except OSError as error:
         raise VLBridgeError(f"{path}: cannot write the table of lengths: {error}") from error
 
@@ -48,17 +55,16 @@ def build_table(
 def _build(
     conversations: Sequence[Any],
     measure: Measure,
-    path: Path,
+    folder: Path,
     fingerprint: Mapping[str, Any],
     workers: int,
     progress: Progress | None,
 ) -> LengthTable:
     key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(f"{path}.parts")
     parts = folder / key
-    parts.mkdir(parents=True, exist_ok=True)
+    parts.mkdir(exist_ok=True)
     for other in folder.iterdir():
-        if other != parts:
+        if other.is_dir() and other != parts:
             shutil.rmtree(other)
     ranges = [range(start, min(start + CHUNK, len(conversations))) for start in range(0, len(conversations), CHUNK)]
     missing = [one for one in ranges if not _file(parts, one).exists()]
@@ -68,10 +74,7 @@ def _build(
         done += len(one)
         if progress:
             progress(done, len(conversations))
-    table = LengthTable.join([LengthTable.open(_file(parts, one), {}) for one in ranges])
-    table.save(path, fingerprint)
-    shutil.rmtree(folder)
-    return table
+    return LengthTable.join([LengthTable.open(_file(parts, one), {}) for one in ranges])
 
 
 def _file(parts: Path, indices: range) -> Path:
