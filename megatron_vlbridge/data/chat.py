@@ -186,9 +186,9 @@ def _check_media(sample: Sample, num_images: int, num_videos: int, processor: Co
         ("video", num_videos, sample.video_grid_thw, sample.pixel_values_videos),
     ):
         expected = [int(grid.prod(1).sum()), *processor.patch_shapes.get(kind, ())]
-        if len(grid) != count or list(pixels.shape) != expected:
+        if len(grid) != count or list(pixels.shape) != expected or pixels.dtype != torch.float32:
             raise VLBridgeError(
-                f"{count} {kind}s in the messages: expected {count} grids and patches {expected}, "
-                f"found {len(grid)} grids {grid.tolist()} and patches {list(pixels.shape)}"
+                f"{count} {kind}s in the messages: expected {count} grids and patches float32 {expected}, found "
+                f"{len(grid)} grids {grid.tolist()} and patches {pixels.dtype} {list(pixels.shape)}"
             )
     processor.check_tokens(sample.input_ids, {"image": sample.image_grid_thw, "video": sample.video_grid_thw})

@@ -151,11 +151,18 @@ def test_a_processor_that_does_not_agree_with_itself_is_rejected(other: PreExpan
     def without_pixels(*args: Any) -> dict[str, Any]:
         return {"input_ids": other.encode(*args)["input_ids"]}
 
-    with rejects("1 images in the messages: expected 1 grids and patches [0, 3, 2, 2]"):
+    with rejects("1 images in the messages: expected 1 grids and patches float32 [0, 3, 2, 2]"):
         encode_conversation(messages, with_method(other, "encode", without_pixels))
     flat = with_method(other, "patch_shapes", {"image": (12,)})
-    with rejects("patches [16, 12], found 1 grids [[1, 4, 4]] and patches [16, 3, 2, 2]"):
+    with rejects("patches float32 [16, 12], found 1 grids [[1, 4, 4]] and patches torch.float32 [16, 3, 2, 2]"):
         encode_conversation(messages, flat)
+
+    def in_bf16(*args: Any) -> dict[str, Any]:
+        encoded = other.encode(*args)
+        return encoded | {"pixel_values": encoded["pixel_values"].bfloat16()}
+
+    with rejects("patches float32 [16, 3, 2, 2], found 1 grids [[1, 4, 4]] and patches torch.bfloat16 [16, 3, 2, 2]"):
+        encode_conversation(messages, with_method(other, "encode", in_bf16))
 
 
 def test_a_template_of_another_format_is_rejected(other: PreExpanded) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.decoders import Metaspace
-from tokenizers.models import Unigram
+from tokenizers.decoders import ByteLevel, Metaspace
+from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
 from megatron_vlbridge.data.labels.token_text import token_texts
@@ -45,6 +45,14 @@ def test_tokens_added_later_are_known() -> None:
         tokenizer.add_tokens([AddedToken(text, normalized=False, special=True)])
         row = [np.array(tokenizer.encode(f"A {text} cat."))]
         assert token_texts(row, tokenizer) == decoded(row, tokenizer)
+
+
+def test_ids_may_have_gaps() -> None:
+    backend = Tokenizer(BPE({"a": 0, "Ġ": 1, "b": 4000}, []))
+    backend.decoder = ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    rows = [np.array([0, 1, 4000, 4000])]
+    assert token_texts(rows, tokenizer) == decoded(rows, tokenizer) == ["a bb"]
 
 
 def test_a_tokenizer_that_is_not_byte_level_decodes() -> None:

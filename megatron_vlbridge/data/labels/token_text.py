@@ -33,8 +33,9 @@ class _TokenBytes:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._bytes = np.empty(len(tokenizer), object)
-        self._known = np.zeros(len(tokenizer), bool)
+        size = max(tokenizer.get_vocab().values()) + 1  # there may be fewer tokens, with gaps between
+        self._bytes = np.empty(size, object)
+        self._known = np.zeros(size, bool)
 
     def of(self, ids: NDArray[np.int64]) -> list[bytes]:
         for index in np.unique(ids[~self._known[ids]]).tolist():
