@@ -122,3 +122,4 @@ def test_the_next_of_a_segment_is_never_of_another() -> None:
             start += length
         found = next_of_segment(values, lengths, -1)
         assert found[:start].tolist() == expected
+        assert found[-1] == -1
