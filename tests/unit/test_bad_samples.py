@@ -81,6 +81,7 @@ def test_a_broken_image_is_replaced_by_another_conversation(
             assert others[0] not in CUT
             assert len(found) <= len(whole[member])
         assert len(pack["pixel_values"]) == int(pack["image_grid_thw"].prod(1).sum())
+        assert pack["replaced_per_source"].tolist() == [sum(member in CUT for member in dataset.members(index))]
     assert replaced == sum(member in CUT for member in drawn) >= 4
     assert sorted(dataset.replacements.failures) == list(CUT)
     logged = {int(record.getMessage().split("line ")[1].split(":")[0]) for record in caplog.records}

@@ -266,6 +266,17 @@ def test_conversations_that_fit_into_no_pack_are_truncated_or_dropped_and_counte
         build(conversations[1:2], processor, config, multiple_of=SEQ_LENGTH + 1, **options)
 
 
+@pytest.mark.parametrize("multiple_of", [1, 8])
+def test_a_conversation_may_fill_a_pack(processor: Qwen3VLProcessor, config: Config, multiple_of: int) -> None:
+    tokens = len(encode_conversation(CONVERSATIONS[0], processor).input_ids)
+    capacity = -(-tokens // multiple_of) * multiple_of
+    options: dict[str, Any] = {"num_samples": 1, "multiple_of": multiple_of}
+    pack = PackedConversations([CONVERSATIONS[0]], processor, config, seq_length=capacity, **options)[0]
+    assert pack["segment_lengths"].tolist() == [tokens]
+    with rejects(f"{tokens} tokens do not fit into a pack of {capacity - 1}"):
+        PackedConversations([CONVERSATIONS[0]], processor, config, seq_length=capacity - 1, **options)
+
+
 def test_invalid_packing_options_are_rejected_by_name() -> None:
     for name, value in (("max_patches", 1), ("window", 1), ("neighbors", 2)):
         with rejects(f"{name}: expected the packing first-fit-decreasing, found best-fit"):

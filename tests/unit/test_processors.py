@@ -165,6 +165,18 @@ def test_a_processor_that_does_not_agree_with_itself_is_rejected(other: PreExpan
         encode_conversation(messages, with_method(other, "encode", in_bf16))
 
 
+def test_placeholders_without_media_and_media_without_placeholders_are_rejected(qwen2_5: Qwen2_5_VLProcessor) -> None:
+    processor, none, one = as_conversation_processor(qwen2_5), torch.zeros(0, 3).long(), torch.tensor([[1, 4, 4]])
+    for kind in ("image", "video"):
+        tokens = torch.full((4,), getattr(qwen2_5, f"{kind}_token_id"))
+        grids = {"image": none, "video": none}
+        processor.check_tokens(tokens, grids | {kind: one})
+        with rejects(f"found 4 {kind} placeholder tokens"):
+            processor.check_tokens(tokens, grids)
+        with rejects(f"{kind} 0 with grid (1, 4, 4) has no placeholders"):
+            processor.check_tokens(torch.zeros(4).long(), grids | {kind: one})
+
+
 def test_a_template_of_another_format_is_rejected(other: PreExpanded) -> None:
     changed = with_method(other, "render", lambda messages, **_: "<|im_user|>user hello<|im_end|>")
     with rejects("expected a role, '<|im_middle|>'", "does not have the other format"):
