@@ -48,7 +48,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     `max_bad_samples` above 0 `replaced_per_source`, int64 `[sources]`: how many of its conversations were replaced.
 
     The lengths are `lengths`, a table that was built before (see `lengths.build`), or else measured when the dataset is
-    created, without decoding media. `__getitem__` encodes, and raises an error if a length has changed.
+    created, without decoding media. `__getitem__` encodes; a sample whose tokens or patches have changed fails.
 
     The conversations have the format of `chat.encode_conversation`; `processor` and `config` are those of one
     checkpoint. A pack has `seq_length` tokens. The length of a conversation in it is rounded up to a multiple of
@@ -101,7 +101,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.labels = labels
         self.packing = packing
         self.decode_media = decode_media
-        self._memory = PatchMemory()
+        self._memory = PatchMemory(raise_trim_threshold=True)
         measure = Measure(processor, config.vision.hidden_size, media, labels)
         table = lengths or measure(conversations, range(len(conversations)))
         if len(table.rows) != len(conversations):
@@ -156,17 +156,20 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         Samples are not collected: without the patches of the one before, the next one has its memory.
         """
         self.replacements.note_read()
+        sample, replaced = self._encode_or_replace(pack, member)
+        writer.add(sample)
+        return replaced
+
+    def _encode_or_replace(self, pack: int, member: int) -> tuple[Sample, bool]:
         try:
-            writer.add(self._encode(member))
-            return False
+            return self._encode(member), False
         except VLBridgeError as error:
             self.replacements.note_failure(member, error)
-            failure = error
-        for candidate in self.replacements.candidates(pack, member):
-            with suppress(VLBridgeError):
-                writer.add(self._encode(candidate))
-                return True
-        raise failure
+            # A variable with the error would be a cycle with this frame, and keep all of its callers' memory.
+            for candidate in self.replacements.candidates(pack, member):
+                with suppress(VLBridgeError):
+                    return self._encode(candidate), True
+            raise
 
     def _encode(self, index: int) -> Sample:
         conversation = self.conversations[index]

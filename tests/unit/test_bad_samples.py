@@ -1,7 +1,9 @@
 """Conversations that cannot be encoded end the run, or are left out and replaced, the same in every process."""
 
+import gc
 import json
 import logging
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,19 @@ def test_a_broken_image_is_replaced_by_another_conversation(
     logged = {int(record.getMessage().split("line ")[1].split(":")[0]) for record in caplog.records}
     assert logged == {index + 1 for index in CUT}
     assert len(caplog.records) == len(CUT)
+
+
+def test_a_replaced_sample_keeps_no_pack_alive(processor: Qwen3VLProcessor, config: Config, tmp_path: Path) -> None:
+    dataset = make(write(tmp_path, CUT), processor, config, 0.05)
+    index = next(index for index in range(24) if set(CUT) & set(dataset.members(index)))
+    gc.disable()
+    try:
+        pack = dataset[index]
+        alive = weakref.ref(pack["tokens"])
+        del pack
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def write_whole(folder: Path, processor: Qwen3VLProcessor) -> list[torch.Tensor]:

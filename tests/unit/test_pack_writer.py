@@ -96,6 +96,24 @@ def test_too_little_memory_is_replaced() -> None:
     assert torch.equal(large["pixel_values"], torch.cat([sample(30).pixel_values, sample(40).pixel_values]))
 
 
+def test_a_small_pack_has_no_large_memory() -> None:
+    memory, small, large = PatchMemory(), [sample(1), sample(2)], [sample(30), sample(40)]
+
+    def place(samples: list[Sample], most: int) -> int:
+        return pack_of(samples, memory, most)["pixel_values"].data_ptr()
+
+    first = place(large, 70)
+    assert place(small, 3) != first
+    assert place(large, 70) == first
+    assert place(small, 34) != first
+    assert place([sample(30), sample(5)], 35) == first
+    held = [pack_of(large, memory, 70) for _ in range(KEPT)]
+    del held
+    # The large pieces make room for what is used now.
+    pack_of(small, memory, 3)
+    assert place(small, 3) == place(small, 3)
+
+
 def test_a_tensor_has_no_storage_but_its_own() -> None:
     """What is sent to another process is the storage."""
     pack = pack_of([sample(3), sample(4, 2)], PatchMemory(), most=1000)

@@ -47,6 +47,7 @@ def skipped_turns(messages: Conversation, options: LabelOptions) -> tuple[int, .
 
 def _query(message: Message) -> bool:
     """Whether a message is of the user, and not the result of a tool, as Qwen3.5's template decides it."""
+    if message["role"] != "user":
+        return False
     text = message_text(message, {"image": "x", "video": "x"}).strip()
-    result = text.startswith("<tool_response>") and text.endswith("</tool_response>")
-    return bool(message["role"] == "user" and not result)
+    return not (text.startswith("<tool_response>") and text.endswith("</tool_response>"))

@@ -1,4 +1,4 @@
-"""The texts of tokens, fast for byte-level tokenizers: the bytes of each token are looked up, and joined."""
+"""The texts of tokens, fast where the decoder is `ByteLevel`: the bytes of each token are looked up, and joined."""
 
 from collections.abc import Sequence
 from functools import lru_cache

@@ -36,9 +36,10 @@ class PackWriter:
         """Write the next sample."""
         ids, supervised = sample.input_ids.numpy(), sample.loss_mask.numpy()
         place = slice(self._used, self._used + len(ids))
+        if place.stop > len(self._tokens):
+            raise self._wrong([*self._lengths, len(ids)])
         self._lengths.append(len(ids))
-        self._used += len(ids)
-        self._check_lengths()
+        self._used = place.stop
         self._tokens[place], self._supervised[place] = ids, supervised
         if sample.loss_weights is not None:
             if self._weights is None:
@@ -51,7 +52,8 @@ class PackWriter:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of all samples, padded at the end."""
-        self._check_lengths()
+        if not self._lengths:
+            raise self._wrong([])
         labels = next_of_segment(np.where(self._supervised, self._tokens, IGNORE_INDEX), self._lengths, IGNORE_INDEX)
         pack = {
             "tokens": torch.from_numpy(self._tokens),
@@ -68,12 +70,11 @@ class PackWriter:
             pack["loss_weights"] = torch.from_numpy(next_of_segment(self._weights, self._lengths, 1))
         return pack
 
-    def _check_lengths(self) -> None:
-        if not self._lengths or self._used > len(self._tokens):
-            raise VLBridgeError(
-                f"pack: expected at least one sample and at most {len(self._tokens)} tokens, found "
-                f"{len(self._lengths)} samples of {self._lengths} tokens"
-            )
+    def _wrong(self, lengths: list[int]) -> VLBridgeError:
+        return VLBridgeError(
+            f"pack: expected at least one sample and at most {len(self._tokens)} tokens, found {len(lengths)} samples "
+            f"of {lengths} tokens"
+        )
 
 
 def next_of_segment[T: np.generic](values: NDArray[T], lengths: list[int], last: int) -> NDArray[T]:

@@ -6,6 +6,8 @@ several times as long as the copy of the patches to it.
 
 import weakref
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,26 +20,34 @@ type Floats = NDArray[np.float32]
 
 
 class PatchMemory:
-    """The memory of one process for patches; a piece is free again when no tensor has it any more.
+    """The memory of one process for patches: a piece is used again when no tensor has it any more.
+
+    At most `KEPT` pieces wait, those that came back last; a pack gets none of more than twice its size.
+
+    With `raise_trim_threshold` glibc keeps up to 62 MB of the memory that the process frees: twice the largest block of
+    up to 32 MB that was ever freed (mallopt(3)). So the image processor, too, has the memory of the image before.
 
     Example: `memory.lend(memory.take(100), 80)` is a tensor of 80 floats.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, raise_trim_threshold: bool = False) -> None:
         self._free: list[Floats] = []
-        # glibc keeps as much free memory as twice the largest block, of up to 32 MB, that was freed (mallopt(3)). So
-        # the image processor, too, has the memory of the image before.
-        torch.empty(31 << 20, dtype=torch.uint8)
+        self._raise_trim_threshold = raise_trim_threshold
+        if raise_trim_threshold:
+            torch.empty(31 << 20, dtype=torch.uint8)
 
-    def __reduce__(self) -> tuple[type["PatchMemory"], tuple[()]]:
-        return PatchMemory, ()
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return partial(PatchMemory, raise_trim_threshold=self._raise_trim_threshold), ()
 
     def take(self, size: int) -> Floats:
-        """At least `size` floats, of any values."""
+        """From `size` to twice as many floats, of any values."""
         with suppress(IndexError):  # none is left
-            while len(memory := self._free.pop()) < size:
-                pass
-            return memory
+            for _ in range(KEPT):
+                memory = self._free.pop(0)
+                if size <= len(memory) <= 2 * size:
+                    return memory
+                if len(memory) > size:
+                    self._free.append(memory)
         new: Floats = torch.empty(size).numpy()
         return new
 
@@ -48,5 +58,5 @@ class PatchMemory:
         return torch.from_numpy(part)
 
     def _give_back(self, memory: Floats) -> None:
-        if len(self._free) < KEPT:
-            self._free.append(memory)
+        self._free.append(memory)
+        del self._free[:-KEPT]

@@ -62,7 +62,7 @@ class Replacements:
             return
         self.failures[member] = str(error)
         if self.log:
-            logger.warning("replaced: %s", error)
+            logger.warning("replaced: %s", self.failures[member])
         read = max(self.num_read, min(LEAST, len(self.lengths)))
         if len(self.failures) > self.max_share * read:
             raise VLBridgeError(
