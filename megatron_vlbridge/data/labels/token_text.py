@@ -1,7 +1,8 @@
-"""The texts of tokens, fast where the decoder is `ByteLevel`: the bytes of each token are looked up, and joined."""
+"""The texts of tokens, fast where the decoder is `ByteLevel`: the bytes of all tokens are in one array."""
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -20,35 +21,33 @@ def token_texts(rows: Sequence[NDArray[np.int64]], tokenizer: Any) -> list[str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not rows or backend is None or not isinstance(backend.decoder, ByteLevel):
         return [tokenizer.decode(row.tolist(), clean_up_tokenization_spaces=False) for row in rows]
-    pieces = _token_bytes(tokenizer, len(tokenizer)).of(np.concatenate(rows))
-    texts, start = [], 0
-    for row in rows:
-        texts.append(b"".join(pieces[start : start + len(row)]).decode(errors="replace"))
-        start += len(row)
-    return texts
+    table = _token_bytes(tokenizer, len(tokenizer))
+    ids = np.concatenate(rows)
+    sizes = table.sizes[ids]
+    ends = np.cumsum(sizes, dtype=np.int32)
+    total = int(ends[-1]) if len(ends) else 0
+    places = np.repeat(table.starts[ids] - (ends - sizes), sizes) + np.arange(total, dtype=np.int32)
+    data = table.data[places].tobytes()
+    ends_of_rows = np.concatenate([[0], ends])[list(accumulate(map(len, rows), initial=0))].tolist()
+    return [data[start:end].decode(errors="replace") for start, end in pairwise(ends_of_rows)]
 
 
 class _TokenBytes:
-    """The bytes of the tokens of a byte-level tokenizer, each looked up when it is first needed."""
+    """The bytes of a byte-level tokenizer's tokens: those of token i are `data[starts[i] : starts[i] + sizes[i]]`."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        size = max(tokenizer.get_vocab().values()) + 1  # there may be fewer tokens, with gaps between
-        self._bytes = np.empty(size, object)
-        self._known = np.zeros(size, bool)
+        tokens = {index: _bytes(token) for token, index in tokenizer.get_vocab().items()}
+        pieces = [tokens.get(index, b"") for index in range(max(tokens) + 1)]
+        self.data = np.frombuffer(b"".join(pieces), np.uint8)
+        self.sizes = np.array([*map(len, pieces)], np.int32)
+        self.starts = np.cumsum(self.sizes, dtype=np.int32) - self.sizes
 
-    def of(self, ids: NDArray[np.int64]) -> list[bytes]:
-        for index in np.unique(ids[~self._known[ids]]).tolist():
-            self._bytes[index] = self._look_up(index)
-            self._known[index] = True
-        pieces: list[bytes] = self._bytes[ids].tolist()
-        return pieces
 
-    def _look_up(self, index: int) -> bytes:
-        token = self._tokenizer.convert_ids_to_tokens(index)
-        # Added tokens are written as they are.
-        known = all(character in _BYTES for character in token)
-        return bytes(map(_BYTES.__getitem__, token)) if known else token.encode()
+def _bytes(token: str) -> bytes:
+    try:
+        return bytes([_BYTES[character] for character in token])
+    except KeyError:  # added tokens are written as they are
+        return token.encode()
 
 
 # Of each tokenizer and number of its tokens: others may be added.
