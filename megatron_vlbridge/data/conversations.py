@@ -80,11 +80,15 @@ class FileConversations(LazySequence[FileConversation]):
         except VLBridgeError as error:
             raise VLBridgeError(f"{location}: {error}{other_form(record, self.form)}") from error
 
+        used: set[str] = set()
+
         def resolve(source: str) -> str | bytes:
+            used.add(source)
             return self.records.media(index, source, self.folder)
 
         try:
             resolved = [{**message, "content": _resolve_paths(message.get("content"), resolve)} for message in messages]
+            self.records.check_used(index, used)
         except VLBridgeError as error:
             raise VLBridgeError(f"{location}: {error}") from error
         return FileConversation(resolved, location, tools)

@@ -159,3 +159,34 @@ def test_a_file_that_is_not_a_tar_file_of_samples_is_rejected(tmp_path: Path) ->
         tar.addfile(tarfile.TarInfo("1.json"))
     with rejects(start=f"{path}: expected a tar file of samples: "):
         Shards(path)
+
+
+@pytest.mark.parametrize("names", [("rötlich", "grün"), ('a "b"', "c"), ("日本", "語")], ids=["ö", "quotes", "日"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_names_of_members_may_have_any_letters(tmp_path: Path, names: tuple[str, str], ascii_only: bool) -> None:
+    """JSON may write them as escapes: the order of the record stays, not that of the members."""
+    first, second = (f"s.{name}.png" for name in names)
+    record = {"messages": [{"role": "user", "content": "<image><image>"}], "images": [second, first]}
+    text = json.dumps(record, ensure_ascii=ascii_only).encode()
+    read = open_data(write_tar(tmp_path / "a.tar", {first: png(1), second: png(2), "s.json": text}))
+    assert read is not None
+    images = [np.array(load_image(part)) for part in read[0][0]["content"] if part["type"] == "image"]
+    assert all(np.array_equal(one, image(seed)) for one, seed in zip(images, (2, 1), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("record", "source"),
+    [
+        ({"file_name": "s.png", "messages": [{"role": "user", "content": "q"}]}, {"ignore": ["file_name"]}),
+        ({"q": "Who?", "a": "s.png"}, {"form": "columns", "columns": {"user": "q", "assistant": "a"}}),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "images/s.png"}]}]}, {}),
+    ],
+    ids=["ignored key", "answer", "text"],
+)
+def test_an_image_that_the_messages_do_not_use_is_rejected(
+    tmp_path: Path, record: dict[str, Any], source: dict[str, Any]
+) -> None:
+    write_tar(tmp_path / "a.tar", {"s.png": png(1), "s.json": record})
+    (tmp_path / "meta.yaml").write_text(json.dumps({"train": [{"path": "a.tar", **source}]}))
+    with rejects("a member 's.png' that its messages do not use", start=f"train data {tmp_path / 'a.tar'}, sample 1: "):
+        (open_data(tmp_path / "meta.yaml") or [])[0]

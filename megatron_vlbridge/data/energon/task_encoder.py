@@ -1,5 +1,6 @@
 """Samples of Energon's crude WebDatasets as packs: cook, select, encode, pack."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.media import DEFAULTS
 from megatron_vlbridge.data.packing.packs import best_fit, build_pack
-from megatron_vlbridge.data.sources.files.shards import find_member, sample_record
+from megatron_vlbridge.data.sources.files.shards import check_members_used, find_member, sample_record
 from megatron_vlbridge.data.sources.forms.registry import AUTO, find_form
 from megatron_vlbridge.data.sources.lazy import Records
 from megatron_vlbridge.errors import VLBridgeError
@@ -170,3 +171,6 @@ class _CrudeSample(Records):
         if found is None:
             raise VLBridgeError(f"expected a member {source!r}, found {', '.join(self._members)}")
         return found
+
+    def check_used(self, index: int, sources: Collection[str]) -> None:
+        check_members_used(self._members, sources)

@@ -1,7 +1,7 @@
 """Sequences whose items are made when they are requested."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -40,3 +40,6 @@ class Records(LazySequence[Any]):
         Raises VLBridgeError: the bytes cannot be read.
         """
         return read_lmdb(source, folder) if MARK in source else str(folder / source)
+
+    def check_used(self, index: int, sources: Collection[str]) -> None:
+        """Reject a record that has images or videos other than these `sources` of its messages."""

@@ -1,11 +1,10 @@
 """Random access to the samples of WebDataset shards: tar files with the members of a sample one after the other."""
 
 import io
-import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterator
-from itertools import accumulate
+from collections.abc import Collection, Iterable, Iterator
+from itertools import accumulate, chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -62,6 +61,10 @@ class Shards(Records):
         """The bytes of a member of the sample, by its name or path; a file in `folder` if it has no such member."""
         found = find_member(self._members(index), source)
         return super().media(index, source, folder) if found is None else found
+
+    def check_used(self, index: int, sources: Collection[str]) -> None:
+        """Reject a sample with images or videos that its messages do not use."""
+        check_members_used(self._members(index), sources)
 
     def _members(self, index: int) -> dict[str, bytes]:
         """The members of a sample by path; those of the last sample are kept, as its images are read one by one."""
@@ -155,10 +158,10 @@ def sample_record(members: dict[str, bytes]) -> Any:
     by_extension = {_split(path)[1]: content for path, content in members.items()}
     if "json" not in by_extension:
         raise VLBridgeError(f"expected a member that ends with .json, found {', '.join(members)}")
-    text = by_extension["json"]
-    record = parse_json(text)
+    record = parse_json(by_extension["json"])
     if not isinstance(record, dict):
         return record
+    names = {_name(text) for text in _texts(record)}
     media: dict[str, list[str]] = {"images": [], "videos": []}
     for path, content in members.items():
         extension = _split(path)[1]
@@ -168,7 +171,7 @@ def sample_record(members: dict[str, bytes]) -> Any:
             raise VLBridgeError(f"the sample has a member {path!r} and its .json the key {extension!r}: expected one")
         elif extension != "json":
             record[extension] = content.decode() if extension == "txt" else content
-    named = {path: _is_named(path, text) for paths in media.values() for path in paths}
+    named = {path: _name(path) in names for path in chain(*media.values())}
     if not any(named.values()):
         return record | {kind: paths for kind, paths in media.items() if paths}
     if not all(named.values()):
@@ -177,5 +180,20 @@ def sample_record(members: dict[str, bytes]) -> Any:
     return record
 
 
-def _is_named(path: str, text: bytes) -> bool:
-    return re.search(rb'["/]' + re.escape(_name(path)).encode() + b'"', text) is not None
+def check_members_used(members: Iterable[str], sources: Collection[str]) -> None:
+    """Reject images and videos among the members of a sample that are none of the `sources` of its messages."""
+    for path in members:
+        if MEDIA.get(_split(path)[1].rpartition(".")[2]) and not {path, _name(path)} & set(sources):
+            raise VLBridgeError(
+                f"the sample has a member {path!r} that its messages do not use; name it where they use it, or leave "
+                "it out of the shard"
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in a JSON value but keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
