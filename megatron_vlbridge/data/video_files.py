@@ -107,7 +107,11 @@ def _opened(path: str | Path) -> Iterator[tuple["InputContainer", "VideoStream"]
         import av
     except ImportError as error:
         raise VLBridgeError(f"{where}: video files need PyAV: pip install 'megatron-vlbridge[video]'") from error
-    if not Path(path).is_file():
+    try:
+        exists = Path(path).is_file()
+    except OSError as error:
+        raise VLBridgeError(f"{where} cannot be read: {error.strerror}") from error
+    if not exists:
         raise VLBridgeError(f"video: no file {str(path)!r}")
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
     try:

@@ -282,6 +282,8 @@ def test_a_missing_file_and_a_name_like_a_protocol_are_rejected(
             read_video_header(missing, MANY)
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "a.mp4", moving(4))
+    with rejects("cannot be read: File name too long", start="video: 'xxx"):
+        read_video_header("x" * 300 + ".mp4", MANY)
     with rejects("video: no file 'concat:a.mp4'"):
         read_video_header("concat:a.mp4", MANY)
     Path("a.mp4").rename("concat:a.mp4")
