@@ -121,6 +121,25 @@ def test_index_counts_failures(meta: Path, hf: Path, capsys: pytest.CaptureFixtu
     assert "line 13:" in train["first_failed"]
 
 
+def test_a_failure_in_a_table_is_dated_until_it_is_written_again(
+    meta: Path, hf: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The image of a table's failure was repaired; the conversation is left out until then."""
+    add_broken(meta)
+    assert run(capsys, "index", meta, "--hf-folder", hf)[0] == 1
+    Image.new("RGB", (32, 32)).save(meta.with_name("none.png"))
+    words = ("pack", meta, "--hf-folder", hf, "--seq-length", 64, "--json")
+    code, out, _ = run(capsys, *words)
+    assert code == 1
+    assert f"no file '{meta.with_name('none.png')}' (found when {meta}.train.lengths was written; after a" in out
+    _, out, _ = run(capsys, *words, "--max-bad-samples", 0.1)
+    assert json.loads(out)["train"]["conversations"] == 12
+    assert f"1 of 13 conversations cannot be encoded (first: train data {meta.with_name('train.jsonl')}" in caplog.text
+    assert f"found when {meta}.train.lengths was written" in caplog.text
+    assert run(capsys, "index", meta, "--hf-folder", hf)[0] == 0
+    assert json.loads(run(capsys, *words)[1])["train"]["conversations"] == 13
+
+
 def test_pack_reports_fill_and_patches(meta: Path, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("pack", meta, "--hf-folder", hf, "--seq-length", 64, "--data-parallel-size", 2)
     code, out, _ = run(capsys, *words, "--json")

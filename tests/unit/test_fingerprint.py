@@ -76,7 +76,38 @@ def test_data_form_and_tags_are_in_it(path: Path) -> None:
     assert fingerprint(read_conversations(path), base)["sources"] != expected["sources"]
 
 
-def test_an_index_in_a_folder_of_shards_is_no_data(tmp_path: Path) -> None:
+def test_the_folder_of_media_is_in_it(path: Path) -> None:
+    """Relative to the source, so that data may be moved."""
+    for folder in ("images", "other"):
+        path.with_name(folder).mkdir()
+    found = {}
+    for media in ("images", "./images", str(path.with_name("images")), "other", "."):
+        path.with_name("meta.yaml").write_text(f"train: [{{path: train.jsonl, media: {media}}}]")
+        conversations = open_data(path.with_name("meta.yaml"))
+        assert conversations
+        found[media] = fingerprint(conversations, Measure(processor(), 32))["sources"]
+    same = [found["images"], found["./images"], found[str(path.with_name("images"))]]
+    assert same[0] == same[1] == same[2]
+    assert found["images"] != found["other"] != found["."] != found["images"]
+
+
+def test_what_each_column_is_is_in_it(path: Path) -> None:
+    table = path.with_name("train.csv")
+    table.write_text("a,b,c\nx,y,\n")
+    found = []
+    for columns in (
+        "user: a, assistant: b, image: c",
+        "assistant: a, user: b, image: c",
+        "user: a, assistant: b, video: c",
+    ):
+        path.with_name("meta.yaml").write_text(f"train: [{{path: train.csv, form: columns, columns: {{{columns}}}}}]")
+        conversations = open_data(path.with_name("meta.yaml"))
+        assert conversations
+        found.append(json.dumps(fingerprint(conversations, Measure(processor(), 32))))
+    assert len(set(found)) == 3
+
+
+def test_only_shards_are_data_in_a_folder_of_shards(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()
     with tarfile.open(folder / "00.tar", "w") as shard:
@@ -90,8 +121,9 @@ def test_an_index_in_a_folder_of_shards_is_no_data(tmp_path: Path) -> None:
         assert conversations
         found.append(fingerprint(conversations, Measure(processor(), 32)))
         (folder / "00.tar.index").touch()
+        (folder / "README.md").touch()
     assert found[0] == found[1]
-    assert [file[0] for file in found[0]["sources"][0]["files"]] == ["00.tar"]
+    assert [file["name"] for file in found[0]["sources"][0]["files"]] == ["00.tar"]
 
 
 def meta_of(source: Path) -> Path:

@@ -16,10 +16,10 @@ FINGERPRINT = {"data": ["train.jsonl", 7], "processor": {"patch_size": 16}}
 
 
 def table(count: int, excluded: int | None = None, first: int = 0, failed: int | None = None) -> LengthTable:
-    """Row i has the values i to i + 5."""
+    """Row i has the values i + 1 to i + 6."""
     rows = np.empty(count, COLUMNS)
     for offset, name in enumerate(COLUMNS.names or ()):
-        rows[name] = np.arange(first, first + count) + offset
+        rows[name] = np.arange(first, first + count) + offset + 1
     notes = (None if place is None else Note(place, f"conversation {first + place}") for place in (excluded, failed))
     return LengthTable(rows, *notes)
 
@@ -55,8 +55,12 @@ def test_every_cut_is_refused(tmp_path: Path) -> None:
 
 def test_another_fingerprint_is_refused_by_its_keys(tmp_path: Path) -> None:
     table(2).save(tmp_path / "lengths", FINGERPRINT)
-    with rejects("data, new differ", "expected ['train.jsonl', 8], found ['train.jsonl', 7]"):
+    with rejects("data, new differ (data, 1: expected 8, found 7)"):
         LengthTable.open(tmp_path / "lengths", {**FINGERPRINT, "data": ["train.jsonl", 8], "new": 1})
+    with rejects("processor differ (processor, patch_size: expected None, found 16)"):
+        LengthTable.open(tmp_path / "lengths", {**FINGERPRINT, "processor": {}})
+    with rejects("data differ (data: expected ['train.jsonl'], found ['train.jsonl', 7])"):
+        LengthTable.open(tmp_path / "lengths", {**FINGERPRINT, "data": ["train.jsonl"]})
     with rejects("no such file"):
         LengthTable.open(tmp_path / "none", FINGERPRINT)
 
@@ -67,7 +71,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         LengthTable.open(tmp_path / "other.npy", FINGERPRINT)
 
 
-def measure(conversations: Sequence[int], indices: range, fails_at: int = -1, log: Path | None = None) -> LengthTable:
+def measure(
+    conversations: Sequence[int], indices: range, fails_at: int = -1, log: Path | None = None, unreadable: int = -1
+) -> LengthTable:
     """A table like that of `table`, of conversations that are their own index; each call is noted in `log`."""
     if log:
         with log.open("a") as file:
@@ -75,7 +81,10 @@ def measure(conversations: Sequence[int], indices: range, fails_at: int = -1, lo
     if fails_at in indices:
         raise VLBridgeError(f"conversation {fails_at} is broken")
     first = conversations[indices.start]
-    return table(len(indices), len(indices) - 1 if first else None, first)
+    measured = table(len(indices), len(indices) - 1 if first else None, first)
+    if unreadable in indices:
+        measured.rows[unreadable - first] = 0
+    return measured
 
 
 COUNT = 3 * CHUNK + 5
@@ -106,6 +115,17 @@ def test_an_interrupted_run_continues(workers: int, tmp_path: Path) -> None:
     build_table(range(COUNT), partial(measure, log=log), path, FINGERPRINT)
     assert sorted([*kept, *map(int, log.read_text().split())]) == [0, CHUNK, 2 * CHUNK, 3 * CHUNK]
     assert same(LengthTable.open(path, FINGERPRINT), table(COUNT, 2 * CHUNK - 1))
+
+
+def test_parts_with_failures_are_measured_again(tmp_path: Path) -> None:
+    """What failed may have been repaired."""
+    path, log = tmp_path / "lengths", tmp_path / "log"
+    with_failure = partial(measure, fails_at=COUNT - 1, unreadable=CHUNK + 7)
+    with rejects("is broken"):
+        build_table(range(COUNT), with_failure, path, FINGERPRINT)
+    built = build_table(range(COUNT), partial(measure, log=log), path, FINGERPRINT)
+    assert log.read_text().split() == [str(CHUNK), str(3 * CHUNK)]
+    assert not built.failed.any()
 
 
 def test_parts_for_another_fingerprint_are_not_used(tmp_path: Path) -> None:

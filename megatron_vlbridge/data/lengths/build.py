@@ -32,7 +32,8 @@ def build_table(
 
     `measure(conversations, indices)` gives the table of some of them; it and the conversations must be picklable.
     `progress(done, total)` is called after each chunk. The chunks of an interrupted or failed run with the same
-    fingerprint are in `path + ".parts"` and not measured again; the folder is removed at the end.
+    fingerprint are in `path + ".parts"`; those in which nothing failed are not measured again. The folder is removed at
+    the end.
 
     Raises VLBridgeError: as `measure`; `workers` is not positive; there are no conversations; a file cannot be written,
     or another process writes it.
@@ -67,7 +68,7 @@ def _build(
         if other.is_dir() and other != parts:
             shutil.rmtree(other)
     ranges = [range(start, min(start + CHUNK, len(conversations))) for start in range(0, len(conversations), CHUNK)]
-    missing = [one for one in ranges if not _file(parts, one).exists()]
+    missing = [one for one in ranges if not _is_measured(_file(parts, one))]
     done = len(conversations) - sum(map(len, missing))
     for one, table in _measure_all(conversations, measure, missing, workers):
         table.save(_file(parts, one), {})
@@ -79,6 +80,11 @@ def _build(
 
 def _file(parts: Path, indices: range) -> Path:
     return parts / f"{indices.start}-{indices.stop}"
+
+
+def _is_measured(file: Path) -> bool:
+    """Whether an earlier run measured a chunk, and without failures: their media may have been repaired since then."""
+    return file.exists() and not LengthTable.open(file, {}).failed.any()
 
 
 def _measure_all(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,8 +10,7 @@ from typing import Any
 
 from megatron_vlbridge.data.conversations import FileConversations
 from megatron_vlbridge.data.lengths.measure import Measure
-from megatron_vlbridge.data.lengths.table import LengthTable
-from megatron_vlbridge.data.sources.files.record_index import SUFFIX as INDEX_SUFFIX
+from megatron_vlbridge.data.lengths.table import LengthTable, Note
 from megatron_vlbridge.data.sources.mixture import Mixture
 
 SUFFIX = "lengths"
@@ -30,17 +29,19 @@ def table_path(data: str | Path, split: str) -> Path:
 def fingerprint(conversations: FileConversations | Mixture, measure: Measure) -> dict[str, Any]:
     """The values, in JSON, for which a table of `conversations` is valid.
 
-    Of each file of the sources: name, size, and a digest of the first and the last MB. Media files are not read: that
-    an image has changed shows when it is encoded, and is an error then.
+    Of each file of the sources: name, size, and a digest of the first and the last MB. Of the media the folder,
+    relative to that of the source; their files are not read: that an image has changed shows when it is encoded, and is
+    an error then.
     """
     parts = conversations.parts if isinstance(conversations, Mixture) else [conversations]
     values = {
         "conversations": len(conversations),
         "sources": [
             {
-                "files": [_file(path) for path in _files(part.path)],
+                "files": [_file(path) for path in part.records.files],
+                "media": os.path.relpath(part.folder.resolve(), part.path.parent.resolve()),
                 "form": part.form.name if part.form else "auto",
-                "example": part.form.example if part.form else "",
+                "columns": part.form.columns if part.form else {},
                 "ignore": sorted(part.ignore),
                 "literal_tags": part.literal_tags,
             }
@@ -72,27 +73,28 @@ def open_table(
 ) -> LengthTable | None:
     """The table of a split that `vlbridge data index` wrote beside the data file; None if there is none.
 
+    The text of its first failure says that it is as old as the table.
+
     Raises VLBridgeError: it was made for other data or settings, or is damaged.
     """
     path = table_path(data, split)
-    return LengthTable.open(path, fingerprint(conversations, measure)) if path.exists() else None
+    if not path.exists():
+        return None
+    table = LengthTable.open(path, fingerprint(conversations, measure))
+    if table.first_failed is None:
+        return table
+    index, text = table.first_failed
+    dated = f"{text} (found when {path} was written; after a repair write it again with `vlbridge data index`)"
+    return replace(table, first_failed=Note(index, dated))
 
 
-def _files(path: Path) -> Iterator[Path]:
-    """The file, or the files in the folder without the indices that `sources` writes beside them."""
-    if not path.is_dir():
-        yield path
-        return
-    yield from sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != INDEX_SUFFIX)
-
-
-def _file(path: Path) -> list[Any]:
+def _file(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(_EDGE))
         file.seek(max(0, size - _EDGE))
         digest.update(file.read(_EDGE))
-    return [path.name, size, digest.hexdigest()]
+    return {"name": path.name, "size": size, "digest": digest.hexdigest()}
 
 
 def _digest(text: str) -> str:

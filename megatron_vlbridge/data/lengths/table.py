@@ -45,6 +45,11 @@ class LengthTable:
     first_excluded: Note | None = None
     first_failed: Note | None = None
 
+    @property
+    def failed(self) -> np.ndarray:
+        """Which conversations cannot be encoded, bool `[N]`."""
+        return np.equal(self.rows["tokens"], 0)
+
     @classmethod
     def join(cls, parts: Sequence["LengthTable"]) -> "LengthTable":
         """The tables of consecutive conversations as one."""
@@ -83,12 +88,24 @@ class LengthTable:
         found = head["fingerprint"]
         names = sorted(key for key in found.keys() | fingerprint.keys() if found.get(key) != fingerprint.get(key))
         if names:
-            key = names[0]
+            where, expected, other = _first_difference(names[0], fingerprint.get(names[0]), found.get(names[0]))
             raise VLBridgeError(
-                f"{path}: made for other data or settings; {', '.join(names)} differ ({key}: expected "
-                f"{fingerprint.get(key)!r}, found {found.get(key)!r}); {REMEDY}"
+                f"{path}: made for other data or settings; {', '.join(names)} differ ({where}: expected {expected!r}, "
+                f"found {other!r}); {REMEDY}"
             )
         return cls(rows, *(Note(*note) if note else None for note in head["notes"]))
+
+
+def _first_difference(where: str, expected: Any, found: Any) -> tuple[str, Any, Any]:
+    """Where two JSON values differ first, such as "sources, 0, media", and what each has there."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        pairs = [(key, expected.get(key), found.get(key)) for key in sorted(expected.keys() | found.keys())]
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        pairs = list(zip(map(str, range(len(expected))), expected, found, strict=True))
+    else:
+        return where, expected, found
+    key, expected, found = next(pair for pair in pairs if pair[1] != pair[2])
+    return _first_difference(f"{where}, {key}", expected, found)
 
 
 REMEDY = "make it again with `vlbridge data index`, with the options of the training, or remove it"

@@ -90,7 +90,7 @@ def index(data: Data, *, workers: int, progress: Callable[[str, int, int], None]
         )
         tokens = table.rows["tokens"]
         first = table.first_failed.text if table.first_failed else ""
-        yield Indexed(path, len(tokens), int(tokens.sum(dtype=np.int64)), int((tokens == 0).sum()), first)
+        yield Indexed(path, len(tokens), int(tokens.sum(dtype=np.int64)), int(table.failed.sum()), first)
 
 
 def check(data: Data, *, show: int) -> Iterator[Summary]:

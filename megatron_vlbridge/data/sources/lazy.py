@@ -26,9 +26,10 @@ class LazySequence[T](Sequence[T]):
 
 
 class Records(LazySequence[Any]):
-    """The records of a file. `name` is that of the file in errors, `location(index)` that of a record."""
+    """The records of some `files`. `name` is that of the source in errors, `location(index)` that of a record."""
 
     name: str
+    files: Sequence[Path]
 
     @abstractmethod
     def location(self, index: int) -> str:

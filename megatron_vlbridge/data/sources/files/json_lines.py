@@ -40,6 +40,7 @@ class JsonLines(Records):
         self, path: str | Path, *, name: str = "", cache: str | Path | None = None, small: int = SMALL
     ) -> None:
         self.path = Path(path)
+        self.files = [self.path]
         self.name = name or str(path)
         self._options: dict[str, Any] = {"name": name, "cache": cache, "small": small}
         try:

@@ -38,9 +38,9 @@ class Shards(Records):
     def __init__(self, path: str | Path, *, name: str = "", cache: str | Path | None = None) -> None:
         path = Path(path)
         self.name = name or str(path)
-        files = sorted(path.glob("*.tar")) if path.is_dir() else [path]
-        names = [f"{self.name}/{file.name}" if path.is_dir() else self.name for file in files]
-        self._shards = [_Shard(file, name=one, cache=cache) for file, one in zip(files, names, strict=True)]
+        self.files = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+        names = [f"{self.name}/{file.name}" if path.is_dir() else self.name for file in self.files]
+        self._shards = [_Shard(file, name=one, cache=cache) for file, one in zip(self.files, names, strict=True)]
         self._starts = [0, *accumulate(map(len, self._shards))]
         self._last: tuple[int, dict[str, bytes]] = -1, {}
 

@@ -26,6 +26,7 @@ class _Rows(Records):
         self.name = name or str(path)
         # Of each part: its file, and the row of the file that it begins with.
         self._places = places
+        self.files = list(dict.fromkeys(file for file, _ in places))
         self._starts = [0, *accumulate(counts)]
         self._tables: dict[int, Any] = {}
 

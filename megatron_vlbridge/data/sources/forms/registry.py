@@ -1,7 +1,7 @@
 """The forms of records, and which one a record has. Every form is converted to the messages form, and checked there."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,13 +21,15 @@ AUTO = "auto"
 class Form:
     """A form: the `keys` of its records, first the one that each has, and an `example`.
 
-    `convert` returns the record in the messages form. It is a pure function and reads no file.
+    `columns` is the mapping of the form "columns", see `columns.check_columns`. `convert` returns the record in the
+    messages form. It is a pure function and reads no file.
     """
 
     name: str
     keys: tuple[str, ...]
     example: str
     convert: Callable[[Record], Record]
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def _unchanged(record: Record) -> Record:
@@ -72,7 +74,7 @@ def find_form(name: str, columns: object = None) -> Form | None:
     if name == "columns":
         names = check_columns(columns)
         example = "{" + ", ".join(f'"{column}": ...' for column in names.values()) + "}"
-        return Form(name, tuple(names.values()), example, partial(from_columns, columns=names))
+        return Form(name, tuple(names.values()), example, partial(from_columns, columns=names), names)
     if columns is not None:
         raise VLBridgeError(f"columns: expected the form columns, found the form {name}")
     return FORMS.get(name)
