@@ -32,7 +32,7 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.training.launch.data import (
     data_file,
     decodes_media,
-    logs_replaced,
+    logs_data,
     open_conversations,
     open_lengths,
 )
@@ -70,7 +70,7 @@ def main() -> None:
             lengths=open_lengths(args, split, conversations, measure),
             max_bad_samples=args.max_bad_samples,
             decode_media=decodes_media(args, vp_stage),
-            log_replaced=logs_replaced(vp_stage),
+            log=logs_data(vp_stage),
         )
         if not vp_stage:
             kept = len(dataset.selection.kept)

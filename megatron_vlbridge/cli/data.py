@@ -12,7 +12,7 @@ from megatron_vlbridge.cli.output import show
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 
 if TYPE_CHECKING:
-    from megatron_vlbridge.data.report.commands import Data
+    from megatron_vlbridge.data.report.commands import Data, Progress
 
 MAX_SHOWN = 100  # failures
 ACTIONS = ("check", "index", "pack")
@@ -87,12 +87,22 @@ def run(args: argparse.Namespace) -> int:
     return {"check": _check, "index": _index, "pack": _pack}[args.action](args, data)
 
 
+def _progress(args: argparse.Namespace) -> "Progress":
+    def progress(split: str, done: int, total: int) -> None:
+        if args.json:
+            show(json.dumps({"split": split, "done": done, "total": total}), stream=sys.stderr)
+        else:
+            show(f"{split}: {done:,} of {total:,} conversations", stream=sys.stderr)
+
+    return progress
+
+
 def _check(args: argparse.Namespace, data: "Data") -> int:
     from megatron_vlbridge.data.report.commands import check
     from megatron_vlbridge.data.report.page import page
     from megatron_vlbridge.data.report.summary import totals
 
-    summaries = list(check(data, show=args.show if args.html else 0))
+    summaries = list(check(data, show=args.show if args.html else 0, progress=_progress(args)))
     if args.html:
         try:
             Path(args.html).write_text(page(summaries), encoding="utf-8")
@@ -105,6 +115,7 @@ def _check(args: argparse.Namespace, data: "Data") -> int:
                 **totals(summary),
                 "tokens of roles": dict(summary.tokens),
                 "supervised of roles": dict(summary.supervised),
+                "excluded": summary.excluded,
             }
             for summary in summaries
         }
@@ -114,6 +125,10 @@ def _check(args: argparse.Namespace, data: "Data") -> int:
         show(f"{summary.name}: " + ", ".join(f"{value:,} {what}" for what, value in totals(summary).items()))
         for role, tokens in summary.tokens.items():
             show(f"  {role}: {tokens:,} tokens, {summary.supervised[role]:,} supervised")
+        for report in summary.turns.reports:
+            show(f"  {report}")
+    if args.html:
+        show(f"page: {args.html}")
     for text in failures[:MAX_SHOWN]:
         show(text)
     if len(failures) > MAX_SHOWN:
@@ -124,18 +139,14 @@ def _check(args: argparse.Namespace, data: "Data") -> int:
 def _index(args: argparse.Namespace, data: "Data") -> int:
     from megatron_vlbridge.data.report.commands import index
 
-    def progress(split: str, done: int, total: int) -> None:
-        if args.json:
-            show(json.dumps({"split": split, "done": done, "total": total}), stream=sys.stderr)
-        else:
-            show(f"{split}: {done:,} of {total:,} conversations", stream=sys.stderr)
-
-    results = list(index(data, workers=args.workers, progress=progress))
+    results = list(index(data, workers=args.workers, progress=_progress(args)))
     if args.json:
         show(json.dumps([asdict(one) | {"path": str(one.path)} for one in results]))
     else:
         for one in results:
             show(f"{one.path}: {one.conversations:,} conversations, {one.tokens:,} tokens, {one.failed:,} failed")
+            for report in one.turns.reports:
+                show(f"  {report}")
             if one.failed:
                 show(f"  first: {one.first_failed}")
     return 1 if any(one.failed for one in results) else 0
@@ -147,25 +158,26 @@ def _pack(args: argparse.Namespace, data: "Data") -> int:
 
     if args.seq_length is None:
         raise UsageError("pack needs --seq-length, the tokens of a pack")
-    reports = pack(
-        data,
-        seq_length=args.seq_length,
-        multiple_of=args.pack_multiple_of,
-        packing=packing_options(args),
-        seed=args.seed,
-        data_parallel=args.data_parallel_size,
-        max_bad_samples=args.max_bad_samples,
-    )
-    found = {split: report.as_json() for split, report in reports}
-    if args.json:
-        show(json.dumps(found))
-        return 0
-    for split, values in found.items():
-        show(f"{split}: {values['packs']:,} packs of {values['conversations']:,} conversations")
-        shares = ", ".join(f"{name} {values[name]:.1%}" for name in ("fill", "padding", "empty"))
-        show(f"  {values['tokens']:,} tokens: {shares}")
-        patches = ", ".join(f"{value:,}" for value in values["patches"])
-        show(
-            f"  patches by data-parallel rank: {patches}; vision work, busiest to mean: {values['work_imbalance']:.2f}"
+    packed = list(
+        pack(
+            data,
+            seq_length=args.seq_length,
+            multiple_of=args.pack_multiple_of,
+            packing=packing_options(args),
+            seed=args.seed,
+            data_parallel=args.data_parallel_size,
+            max_bad_samples=args.max_bad_samples,
         )
+    )
+    if args.json:
+        show(json.dumps({split: report.as_json() | chosen.as_json() for split, report, chosen in packed}))
+        return 0
+    for split, report, chosen in packed:
+        show(f"{split}: {report.packs:,} packs of {report.conversations:,} conversations")
+        shares = f"fill {report.fill:.1%}, padding {report.padding:.1%}, empty {report.empty:.1%}"
+        show(f"  {report.tokens:,} tokens: {shares}")
+        patches = ", ".join(f"{value:,}" for value in report.patches)
+        show(f"  patches by data-parallel rank: {patches}; vision work, busiest to mean: {report.work_imbalance:.2f}")
+        for text in chosen.reports:
+            show(f"  {text}")
     return 0

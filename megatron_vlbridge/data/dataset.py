@@ -56,12 +56,12 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
     reserved; the tensors are unpadded. `media` says how images and frames are read, `labels` what is learned, `packing`
     how packs are formed.
 
-    `selection` (see `packing.selection.Selection`) has what is left out, cut or not learned, with reports, which rank 0
-    logs as warnings: assistant turns excluded from the loss (see `chat.encode_conversation`) or not to be learned;
-    conversations that fit into no pack, with `too_long="drop"`, or "truncate", with which they end after the last
-    assistant message to be learned with which they fit; and those that cannot be measured, where `max_bad_samples`
+    `selection` (see `packing.selection.Selection`) has what is left out, cut or not learned, with reports, which are
+    logged on rank 0 if `log`: assistant turns excluded from the loss (see `chat.encode_conversation`) or not to be
+    learned; conversations that fit into no pack, with `too_long="drop"`, or "truncate", with which they end after the
+    last assistant message to be learned with which they fit; and those that cannot be measured, where `max_bad_samples`
     allows it. At most this share of the conversations may fail to be encoded. One that fails when its media are decoded
-    is replaced in its pack (see `packing.replacement`), and logged if `log_replaced`.
+    is replaced in its pack (see `packing.replacement`), and logged if `log`.
 
     With `decode_media=False` packs have no patches, and are else the same: for a pipeline stage without the vision
     tower (see `training.launch.data.decodes_media`). Only the headers of files are read.
@@ -89,7 +89,7 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         lengths: LengthTable | None = None,
         max_bad_samples: float = 0,
         decode_media: bool = True,
-        log_replaced: bool = True,
+        log: bool = True,
     ) -> None:
         check_processor(processor, config)
         if not conversations:
@@ -112,16 +112,14 @@ class PackedConversations(Dataset[dict[str, Tensor]]):
         self.selection = Selection(conversations, table, measure, limits, packing.too_long, max_bad_samples)
         self.conversations, rows = self.selection.conversations, self.selection.rows
         self.lengths, self.patches, self.work = rows["tokens"], rows["patches"], rows["work"]
-        self.replacements = Replacements(
-            self.lengths, self.patches, seed=seed, max_share=max_bad_samples, log=log_replaced
-        )
+        self.replacements = Replacements(self.lengths, self.patches, seed=seed, max_share=max_bad_samples, log=log)
         whole = [Share(0, len(conversations), Fraction(1))]
         self.shares = conversations.shares if isinstance(conversations, Mixture) else whole
         self.source_names = source_names(conversations)
         self.plan = EpochPlan(
             rows, self.selection.kept, self.shares, packing, seq_length=seq_length, multiple_of=multiple_of, seed=seed
         )
-        if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        if log and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             for report in self.selection.reports:
                 logger.warning(report)
 

@@ -64,6 +64,9 @@ def test_check_counts_and_writes_a_page(meta: Path, hf: Path, capsys: pytest.Cap
     assert (train["conversations"], train["images"], valid["conversations"], valid["images"]) == (12, 12, 3, 0)
     assert train["supervised"] == train["supervised of roles"]["assistant"] > 0
     assert page.read_text().count("<h4>") == 4
+    code, out, err = run(capsys, "check", meta, "--hf-folder", hf, "--html", page)
+    assert out.splitlines()[-1] == f"page: {page}"
+    assert err == "train: 12 of 12 conversations\nvalid: 3 of 3 conversations\n"
     code, out, _ = run(capsys, "check", meta, "--hf-folder", hf)
     assert code == 0
     assert out.startswith("train: 12 conversations, 0 failures, 12 images")
@@ -121,8 +124,28 @@ def test_index_counts_failures(meta: Path, hf: Path, capsys: pytest.CaptureFixtu
     assert "line 13:" in train["first_failed"]
 
 
+def test_turns_that_are_not_learned_are_in_every_report(
+    meta: Path, hf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with meta.with_name("train.jsonl").open("a") as file:
+        messages = [{"role": ("user", "assistant")[index % 2], "content": "x"} for index in range(4)]
+        file.write(json.dumps({"messages": messages}) + "\n")
+    words = (meta, "--hf-folder", hf, "--label-turns", "last")
+    report = "1 of 14 assistant turns are not learned, as they have"
+    counts = {"assistant": 14, "excluded": 0, "skipped": 1, "first_excluded": ""}
+    check, index, pack = (("check", *words), ("index", *words), ("pack", *words, "--seq-length", 64))
+    for command in (check, index, pack):
+        assert run(capsys, *command)[1].count(f"\n  {report}") == 1, command
+    train = json.loads(run(capsys, *check, "--json")[1])["splits"]["train"]
+    assert [train[f"{name} turns"] for name in ("assistant", "excluded", "skipped")] == [14, 0, 1]
+    assert json.loads(run(capsys, *index, "--json")[1])[0]["turns"] == counts
+    _, out, err = run(capsys, *pack, "--json")
+    train = json.loads(out)["train"]
+    assert (train["turns"], len(train["reports"]), train["dropped"], err) == (counts, 1, 0, "")
+
+
 def test_a_failure_in_a_table_is_dated_until_it_is_written_again(
-    meta: Path, hf: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    meta: Path, hf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The image of a table's failure was repaired; the conversation is left out until then."""
     add_broken(meta)
@@ -132,10 +155,13 @@ def test_a_failure_in_a_table_is_dated_until_it_is_written_again(
     code, out, _ = run(capsys, *words)
     assert code == 1
     assert f"no file '{meta.with_name('none.png')}' (found when {meta}.train.lengths was written; after a" in out
-    _, out, _ = run(capsys, *words, "--max-bad-samples", 0.1)
-    assert json.loads(out)["train"]["conversations"] == 12
-    assert f"1 of 13 conversations cannot be encoded (first: train data {meta.with_name('train.jsonl')}" in caplog.text
-    assert f"found when {meta}.train.lengths was written" in caplog.text
+    train = json.loads(run(capsys, *words, "--max-bad-samples", 0.1)[1])["train"]
+    assert (train["conversations"], train["failed"]) == (12, 1)
+    [report] = train["reports"]
+    assert report.startswith(
+        f"1 of 13 conversations cannot be encoded (first: train data {meta.parent}/train.jsonl, line"
+    )
+    assert f"found when {meta}.train.lengths was written" in report
     assert run(capsys, "index", meta, "--hf-folder", hf)[0] == 0
     assert json.loads(run(capsys, *words)[1])["train"]["conversations"] == 13
 

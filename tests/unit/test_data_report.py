@@ -14,6 +14,8 @@ from transformers import Qwen3VLProcessor
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.lengths.measure import Measure
+from megatron_vlbridge.data.lengths.turn_counts import TurnCounts
 from megatron_vlbridge.data.report.packing import pack_report
 from megatron_vlbridge.data.report.page import histogram, page
 from megatron_vlbridge.data.report.summary import Summary, summarize, supervised_pieces
@@ -59,7 +61,8 @@ def summary(processor: Qwen3VLProcessor, tmp_path_factory: pytest.TempPathFactor
 def test_counts_are_those_of_the_conversations(summary: Summary) -> None:
     # An image of 24 x 16 pixels is 6 x 4 patches, a video of 4 frames twice that.
     assert summary.patches == [24, 24 + 48, 0]
-    assert (summary.images, summary.videos, summary.excluded_turns) == (2, 1, 0)
+    assert (summary.images, summary.videos) == (2, 1)
+    assert summary.turns == TurnCounts(assistant=3)
     assert summary.tokens.total() == sum(summary.lengths)
     assert set(summary.tokens) == {"user", "assistant"}
     # The answers and their end: seven, "seven & seven" byte by byte where the vocabulary has no word.
@@ -84,6 +87,50 @@ def test_pieces_are_the_supervised_text(summary: Summary, processor: Qwen3VLProc
     sample = encode_conversation(messages, processor)
     text = "".join(piece.text for piece in supervised_pieces(sample, processor))
     assert text == processor.tokenizer.decode(sample.input_ids)
+
+
+def test_characters_of_several_tokens_are_shown(processor: Qwen3VLProcessor) -> None:
+    messages = [{"role": "user", "content": "\u00df\u732b"}, {"role": "assistant", "content": "\u732b\U0001f600"}]
+    sample = encode_conversation(messages, processor)
+    context, learned, rest = supervised_pieces(sample, processor)
+    assert "\u00df\u732b" in context.text
+    assert learned.text == "\u732b\U0001f600<|im_end|>"
+    assert "\ufffd" not in context.text + learned.text + rest.text
+
+
+def test_turns_that_are_not_learned_are_counted_with_place_and_reason(
+    processor: Qwen3VLProcessor, tmp_path: Path
+) -> None:
+    def line(*texts: str, **keys: object) -> str:
+        messages = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+        messages[1] |= keys
+        return json.dumps({"messages": messages})
+
+    path = tmp_path / "train.jsonl"
+    lines = [line("q", "a"), line("q", "a", "r", "<think></think>b"), line("q", "a", "r", "c", train=False)]
+    path.write_text("\n".join(lines))
+    thinking = build_processor(["a"], patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
+    thinking.chat_template = thinking.chat_template.replace(
+        "message.content }}", "message.content.split('</think>')[-1] }}"
+    )
+    found = summarize(
+        "train",
+        read_conversations(path),
+        lambda conversation: encode_conversation(conversation, thinking),
+        thinking,
+        media=MediaOptions(),
+    )
+    place = f"{path}, line 2, message 3: expected '<think></think>b', found 'b'"
+    assert (found.turns.assistant, found.turns.excluded, found.turns.skipped) == (5, 1, 1)
+    assert [text[: len(place)] for text in found.excluded] == [place]
+    assert Measure(thinking, 32)(read_conversations(path), range(3)).count_turns() == found.turns
+    text = Texts(page([found])).text
+    assert (
+        f"1 of 5 assistant turns are excluded from the loss, as their tokens differ from the message (first: {place}"
+        in text
+    )
+    assert "1 of 5 assistant turns are not learned" in text
+    assert text.count(place) == 2
 
 
 def test_placeholders_in_a_row_are_counted(summary: Summary) -> None:

@@ -222,7 +222,7 @@ def test_conversations_that_fit_into_no_pack_are_dropped_and_counted(
         for epoch in range(2):
             members = sorted(member for pack in dataset.epoch_packs(epoch) for member in pack)
             assert members == sorted({0, 1, 2, 3, 4, 5} - set(dropped))
-        assert dataset.selection.num_assistant_turns == 6 - len(dropped)
+        assert dataset.selection.turns.assistant == 6 - len(dropped)
         assert dataset.selection.dropped_report.startswith(
             f"{len(dropped)} of 6 conversations are dropped (first: conversation 1: "
         )
@@ -255,7 +255,7 @@ def test_conversations_that_fit_into_no_pack_are_truncated_or_dropped_and_counte
         expected = {
             index: encode_conversation(conversations[index][: truncated.get(index)], processor) for index in (0, 1, 3)
         }
-        assert dataset.selection.num_assistant_turns == 5 - len(truncated)
+        assert dataset.selection.turns.assistant == 5 - len(truncated)
         packs = dataset.epoch_packs(0)
         assert sorted(member for pack in packs for member in pack) == [0, 1, 3]
         for item, members in enumerate(packs):
@@ -420,8 +420,9 @@ def test_excluded_turns_are_counted_and_logged(
         "\n".join([talk("q", "a"), talk("q", "a", "r", "<think></think>b"), talk("q", "</think>c", "r", "d")])
     )
     dataset = build(read_conversations(path), thinking(processor), config)
-    assert (dataset.selection.num_excluded_turns, dataset.selection.num_assistant_turns) == (2, 5)
-    report = dataset.selection.excluded_turns_report
+    turns = dataset.selection.turns
+    assert (turns.excluded, turns.assistant) == (2, 5)
+    [report] = turns.reports
     assert report.startswith("2 of 5 assistant turns are excluded from the loss")
     assert f"{path}, line 2, message 3: expected '<think></think>b', found 'b'" in report
     assert [record.getMessage() for record in caplog.records] == [report]
@@ -434,7 +435,7 @@ def test_excluded_turns_are_counted_and_logged(
         assert len(caplog.records) == logged
     caplog.clear()
     whole = build(read_conversations(path), processor, config).selection
-    assert (whole.num_excluded_turns, whole.excluded_turns_report, caplog.records) == (0, "", [])
+    assert (whole.turns.excluded, whole.reports, caplog.records) == (0, [], [])
 
 
 def test_an_image_whose_size_changed_after_creation_is_rejected(
@@ -505,10 +506,11 @@ def test_turns_that_are_not_learned_are_counted(
     data = PackedConversations(
         conversations, processor, config, seq_length=SEQ_LENGTH, num_samples=1, labels=LabelOptions(turns="last")
     )
-    selection = data.selection
-    assert (selection.num_skipped_turns, selection.num_assistant_turns, selection.num_excluded_turns) == (3, 6, 0)
-    assert selection.skipped_turns_report.startswith("3 of 6 assistant turns are not learned")
-    assert [record.message for record in caplog.records] == [selection.skipped_turns_report]
+    turns = data.selection.turns
+    assert (turns.skipped, turns.assistant, turns.excluded) == (3, 6, 0)
+    [report] = turns.reports
+    assert report.startswith("3 of 6 assistant turns are not learned")
+    assert [record.message for record in caplog.records] == [report]
     assert int((data[0]["labels"] >= 0).sum()) == 3 * len(processor.tokenizer.encode("a<|im_end|>"))
 
 

@@ -17,12 +17,14 @@ from transformers import Qwen3VLProcessor
 
 from megatron_vlbridge.config import Config
 from megatron_vlbridge.data import url_cache
+from megatron_vlbridge.data.chat import Sample, encode_conversation
 from megatron_vlbridge.data.conversations import read_conversations
 from megatron_vlbridge.data.dataset import PackedConversations
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.lengths.fingerprint import fingerprint
 from megatron_vlbridge.data.lengths.measure import Measure
-from megatron_vlbridge.data.media import load_image, load_video
+from megatron_vlbridge.data.media import Conversation, load_image, load_video
+from megatron_vlbridge.data.report.summary import summarize
 from megatron_vlbridge.data.url_cache import fetch
 from tests.errors import rejects
 from tests.unit.test_dataset import config, processor
@@ -171,6 +173,20 @@ def test_packs_are_those_of_the_files(
     for pack in packs[1:]:
         assert all(torch.equal(pack[key], value) for key, value in packs[0].items())
     assert prints[0] == prints[1] == prints[2]
+
+
+def test_images_and_frames_at_urls_are_on_the_page(server: Server, tmp_path: Path, processor: Qwen3VLProcessor) -> None:
+    frames = {"type": "video", "video": [f"{server.url}/2.png"] * 2, "fps": 2}
+    question = [{"type": "image", "image": f"{server.url}/1.png"}, frames, {"type": "text", "text": "hello"}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "seven"}]
+    media = MediaOptions(url_cache=str(tmp_path / "cache"))
+
+    def encode(conversation: Conversation) -> Sample:
+        return encode_conversation(conversation, processor, media=media)
+
+    found = summarize("train", [messages], encode, processor, show=1, media=media)
+    assert found.failures == []
+    assert [len(one.images) for one in found.shown] == [3]
 
 
 def test_a_url_that_fails_names_line_and_message(

@@ -44,6 +44,9 @@ class ExcludedTurn:
     message: int
     reason: str
 
+    def __str__(self) -> str:
+        return f"message {self.message}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class GenerationPrompt:

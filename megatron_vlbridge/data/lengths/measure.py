@@ -66,8 +66,7 @@ class Measure:
                 len(sample.skipped_turns),
             )
             if sample.excluded_turns and not excluded:
-                turn = sample.excluded_turns[0]
-                excluded.append(Note(place, f"{location(conversation, index)}, message {turn.message}: {turn.reason}"))
+                excluded.append(Note(place, f"{location(conversation, index)}, {sample.excluded_turns[0]}"))
         return LengthTable(rows, excluded[0] if excluded else None, failed[0] if failed else None)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_vlbridge.data.lengths.turn_counts import TurnCounts
 from megatron_vlbridge.errors import VLBridgeError
 
 FORMAT = 1
@@ -22,6 +23,9 @@ COLUMNS = np.dtype(
         ("skipped_turns", "<i4"),  # of these: not to be learned
     ]
 )
+
+
+TURNS = ("assistant", "excluded", "skipped")
 
 
 class Note(NamedTuple):
@@ -49,6 +53,12 @@ class LengthTable:
     def failed(self) -> np.ndarray:
         """Which conversations cannot be encoded, bool `[N]`."""
         return np.equal(self.rows["tokens"], 0)
+
+    def count_turns(self, rows: np.ndarray | None = None) -> TurnCounts:
+        """The assistant turns in these of its rows, by default in all."""
+        chosen = self.rows if rows is None else rows
+        assistant, excluded, skipped = (int(chosen[f"{name}_turns"].sum()) for name in TURNS)
+        return TurnCounts(assistant, excluded, skipped, self.first_excluded.text if self.first_excluded else "")
 
     @classmethod
     def join(cls, parts: Sequence["LengthTable"]) -> "LengthTable":

@@ -1,7 +1,7 @@
 """Which conversations fit into packs, and reports of those that are left out, cut, or not learned."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class Selection:
 
     `table` are their lengths. What exceeds the `limits` is an error, in `dropped`, or cut: with `too_long` "truncate"
     `truncated` has the number of messages that are left of each. `failed` have the indices of those that could not be
-    measured, at most the share `max_bad_samples`.
+    measured, at most the share `max_bad_samples`; `turns` counts those of the kept conversations.
 
     Raises VLBridgeError: too many failed, one is too long, or none is left; the error names the first.
 
@@ -65,41 +65,24 @@ class Selection:
             conversations, table, self.truncated = cut.conversations, cut.table, cut.kept
         self.conversations, self.rows = conversations, table.rows
         self._first_failed = table.first_failed.text if table.first_failed else ""
-        self._first_excluded = table.first_excluded.text if table.first_excluded else ""
         self.failed = self._find_failed(max_bad_samples)
         self.dropped = self._find_too_long(too_long)
         self.kept = np.setdiff1d(np.arange(len(conversations)), [*self.failed, *self.dropped])
         if not len(self.kept):
             raise VLBridgeError(f"conversations: expected at least one that fits into a pack; {self.dropped_report}")
         self.kept_rows = self.rows[self.kept]
-        turns = (int(self.kept_rows[f"{name}_turns"].sum()) for name in ("assistant", "excluded", "skipped"))
-        self.num_assistant_turns, self.num_excluded_turns, self.num_skipped_turns = turns
+        self.turns = table.count_turns(self.kept_rows)
 
     @property
     def reports(self) -> list[str]:
         """All reports that are not empty."""
-        turns = self.excluded_turns_report, self.skipped_turns_report
-        return [*filter(None, (*turns, self.truncated_report, self.dropped_report, self.failed_report))]
+        left_out = self.truncated_report, self.dropped_report, self.failed_report
+        return [*self.turns.reports, *filter(None, left_out)]
 
-    @property
-    def excluded_turns_report(self) -> str:
-        """The number of assistant turns excluded from the loss, and the first of them; empty if there are none."""
-        if not self.num_excluded_turns:
-            return ""
-        return (
-            f"{self.num_excluded_turns} of {self.num_assistant_turns} assistant turns are excluded from the loss, as "
-            f"their tokens differ from the message (first: {self._first_excluded})"
-        )
-
-    @property
-    def skipped_turns_report(self) -> str:
-        """The number of assistant turns that were not to be learned; empty if there are none."""
-        if not self.num_skipped_turns:
-            return ""
-        return (
-            f"{self.num_skipped_turns} of {self.num_assistant_turns} assistant turns are not learned, as they have "
-            '"train": false or --label-turns is last'
-        )
+    def as_json(self) -> dict[str, Any]:
+        """How many conversations are left out or cut, the counts of turns, and the reports."""
+        left_out = {name: len(getattr(self, name)) for name in ("failed", "dropped", "truncated")}
+        return {**left_out, "turns": asdict(self.turns), "reports": self.reports}
 
     @property
     def truncated_report(self) -> str:
@@ -126,7 +109,7 @@ class Selection:
         return f"{len(self.failed)} of {len(self.rows)} conversations cannot be encoded (first: {self._first_failed})"
 
     def _find_failed(self, share: float) -> list[int]:
-        found: list[int] = (self.rows["tokens"] == 0).nonzero()[0].tolist()
+        found: list[int] = np.equal(self.rows["tokens"], 0).nonzero()[0].tolist()
         if found and not share:
             raise VLBridgeError(self._first_failed)
         if len(found) > share * len(self.rows):

@@ -17,14 +17,19 @@ from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.lengths.build import build_table
 from megatron_vlbridge.data.lengths.fingerprint import fingerprint, open_table, table_path
 from megatron_vlbridge.data.lengths.measure import Measure, tools_of
+from megatron_vlbridge.data.lengths.turn_counts import TurnCounts
 from megatron_vlbridge.data.media import Conversation
 from megatron_vlbridge.data.packing.offline import PackingOptions
+from megatron_vlbridge.data.packing.selection import Selection
 from megatron_vlbridge.data.report.packing import PackReport, pack_report
 from megatron_vlbridge.data.report.summary import Summary, summarize
 from megatron_vlbridge.data.sources.meta import read_meta
 from megatron_vlbridge.data.sources.mixture import Mixture, open_data
 from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.families import read_config
+
+# Called with a split and the numbers of its conversations that are done, and of all.
+type Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -67,16 +72,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Indexed:
-    """A table of lengths that was written: its file, and what it counts."""
+    """A table of lengths that was written: its file, what it counts, and the text of the first failure."""
 
     path: Path
     conversations: int
     tokens: int
     failed: int
     first_failed: str
+    turns: TurnCounts
 
 
-def index(data: Data, *, workers: int, progress: Callable[[str, int, int], None]) -> Iterator[Indexed]:
+def index(data: Data, *, workers: int, progress: Progress) -> Iterator[Indexed]:
     """Write the table of lengths of each split beside the data file (see `lengths.build`)."""
     for split, conversations in data.splits():
         path = table_path(data.path, split)
@@ -90,10 +96,11 @@ def index(data: Data, *, workers: int, progress: Callable[[str, int, int], None]
         )
         tokens = table.rows["tokens"]
         first = table.first_failed.text if table.first_failed else ""
-        yield Indexed(path, len(tokens), int(tokens.sum(dtype=np.int64)), int(table.failed.sum()), first)
+        total = int(tokens.sum(dtype=np.int64))
+        yield Indexed(path, len(tokens), total, int(table.failed.sum()), first, table.count_turns())
 
 
-def check(data: Data, *, show: int) -> Iterator[Summary]:
+def check(data: Data, *, show: int, progress: Progress) -> Iterator[Summary]:
     """Encode every conversation of each split, media included; `show` of a split are kept to look at."""
 
     def encode(conversation: Conversation) -> Sample:
@@ -101,7 +108,15 @@ def check(data: Data, *, show: int) -> Iterator[Summary]:
         return encode_conversation(conversation, data.processor, tools=tools, media=data.media, labels=data.labels)
 
     for split, conversations in data.splits():
-        yield summarize(split, conversations, encode, data.processor, show=show, media=data.media)
+        yield summarize(
+            split,
+            conversations,
+            encode,
+            data.processor,
+            show=show,
+            media=data.media,
+            progress=partial(progress, split),
+        )
 
 
 def pack(
@@ -113,8 +128,8 @@ def pack(
     seed: int,
     data_parallel: int,
     max_bad_samples: float,
-) -> Iterator[tuple[str, PackReport]]:
-    """The packs of the first epoch of each split."""
+) -> Iterator[tuple[str, PackReport, Selection]]:
+    """The packs of the first epoch of each split, and which conversations are in them."""
     for split, conversations in data.splits():
         dataset = PackedConversations(
             conversations,
@@ -129,16 +144,15 @@ def pack(
             packing=packing,
             lengths=open_table(data.path, split, conversations, data.measure),
             max_bad_samples=max_bad_samples,
+            log=False,
         )
-        yield (
-            split,
-            pack_report(
-                dataset.epoch_packs(0),
-                dataset.lengths,
-                dataset.patches,
-                dataset.work,
-                seq_length=seq_length,
-                multiple_of=multiple_of,
-                data_parallel=data_parallel,
-            ),
+        report = pack_report(
+            dataset.epoch_packs(0),
+            dataset.lengths,
+            dataset.patches,
+            dataset.work,
+            seq_length=seq_length,
+            multiple_of=multiple_of,
+            data_parallel=data_parallel,
         )
+        yield split, report, dataset.selection

@@ -55,13 +55,17 @@ def _section(summary: Summary) -> str:
         parts.append(histogram(summary.lengths, "tokens of a conversation"))
         if any(summary.patches):
             parts.append(histogram(summary.patches, "patches of a conversation"))
-    if summary.failures:
-        items = "".join(f"<li>{escape(text)}</li>" for text in summary.failures)
-        parts.append(f'<h3>Failures</h3><ul class="failure">{items}</ul>')
+    parts += [f"<p>{escape(report)}</p>" for report in summary.turns.reports]
+    parts += [_texts("Failures", summary.failures), _texts("Excluded turns", summary.excluded)]
     if summary.shown:
         parts.append("<h3>Samples</h3><p>Tokens on green are learned; all others are context.</p>")
         parts += [_shown(one) for one in summary.shown]
     return "\n".join(parts)
+
+
+def _texts(title: str, texts: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return f'<h3>{title}</h3><ul class="failure">{items}</ul>' if texts else ""
 
 
 def _totals(summary: Summary) -> str:

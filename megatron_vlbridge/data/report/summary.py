@@ -14,13 +14,15 @@ from transformers import ProcessorMixin
 from megatron_vlbridge.data.chat import Sample
 from megatron_vlbridge.data.images import MediaOptions, read_image
 from megatron_vlbridge.data.lengths.measure import location
-from megatron_vlbridge.data.media import Conversation
+from megatron_vlbridge.data.lengths.turn_counts import TurnCounts
+from megatron_vlbridge.data.media import Conversation, with_files
 from megatron_vlbridge.data.messages import message_parts
 from megatron_vlbridge.data.processors.interface import CHATML
 from megatron_vlbridge.errors import VLBridgeError
 
 THUMBNAIL = 160  # the longer side in pixels
 SHOWN_IMAGES = 8  # of a conversation
+STEP = 500  # conversations
 
 
 class Piece(NamedTuple):
@@ -43,7 +45,8 @@ class Shown:
 class Summary:
     """The conversations of one source: of those that can be encoded `lengths` and `patches`, of the others `failures`.
 
-    `tokens` and `supervised` count by role. `failures` are error texts with file and line.
+    `tokens` and `supervised` count by role. `failures` are error texts with file and line. Of the `assistant_turns`
+    those in `excluded`, with file, line and reason, and `skipped_turns` are not learned (see `TurnCounts`).
     """
 
     name: str
@@ -51,11 +54,19 @@ class Summary:
     patches: list[int] = field(default_factory=list)
     images: int = 0
     videos: int = 0
-    excluded_turns: int = 0
+    assistant_turns: int = 0
+    excluded: list[str] = field(default_factory=list)
+    skipped_turns: int = 0
     tokens: Counter[str] = field(default_factory=Counter)
     supervised: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
+
+    @property
+    def turns(self) -> TurnCounts:
+        """The assistant turns, and the first that is excluded."""
+        first = self.excluded[0] if self.excluded else ""
+        return TurnCounts(self.assistant_turns, len(self.excluded), self.skipped_turns, first)
 
 
 def summarize(
@@ -66,14 +77,18 @@ def summarize(
     *,
     show: int = 0,
     media: MediaOptions,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
     """Encode every conversation and count; `show` of them, evenly spread, are kept to look at.
 
+    `progress` is called with the numbers of those done and of all after each `STEP`, and at the end.
     A conversation that cannot be encoded is a failure, never an exception.
     """
     summary = Summary(name)
     chosen = {round((place + 0.5) * len(conversations) / show - 0.5) for place in range(show)}
     for index in range(len(conversations)):
+        if index and index % STEP == 0:
+            progress(index, len(conversations))
         try:
             conversation = conversations[index]
         except VLBridgeError as error:
@@ -82,13 +97,18 @@ def summarize(
         where = location(conversation, index)
         try:
             sample = encode(conversation)
+            images = _thumbnails(conversation, media) if index in chosen else []
         except VLBridgeError as error:
             summary.failures.append(f"{where}: {error}")
             continue
         _count(summary, sample, processor)
+        summary.assistant_turns += sum(message["role"] == "assistant" for message in conversation)
+        summary.excluded += [f"{where}, {turn}" for turn in sample.excluded_turns]
+        summary.skipped_turns += len(sample.skipped_turns)
         if index in chosen:
             pieces = tuple(supervised_pieces(sample, processor))
-            summary.shown.append(Shown(where, pieces, tuple(_thumbnails(conversation, media))))
+            summary.shown.append(Shown(where, pieces, tuple(images)))
+    progress(len(conversations), len(conversations))
     return summary
 
 
@@ -102,22 +122,26 @@ def totals(summary: Summary) -> dict[str, int]:
         "tokens": sum(summary.lengths),
         "longest": max(summary.lengths, default=0),
         "supervised": summary.supervised.total(),
-        "excluded turns": summary.excluded_turns,
+        "assistant turns": summary.assistant_turns,
+        "excluded turns": len(summary.excluded),
+        "skipped turns": summary.skipped_turns,
     }
 
 
 def supervised_pieces(sample: Sample, processor: ProcessorMixin) -> list[Piece]:
-    """The tokens as text, split where the loss begins and ends; n placeholders in a row are one with `x n`."""
+    """The tokens as text, split where the loss begins and ends; n placeholders in a row are one with `x n`.
+
+    Tokens are decoded together, as several may be one character.
+    """
+    decode, placeholders = processor.tokenizer.decode, (processor.image_token_id, processor.video_token_id)
     pieces = []
     tokens = zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True)
     for supervised, run in groupby(tokens, key=lambda token: token[1]):
         text = ""
-        for token, same in groupby(token for token, _ in run):
-            count = len(list(same))
-            word = processor.tokenizer.decode([token] * count)
-            if token in (processor.image_token_id, processor.video_token_id):
-                word = f"{processor.tokenizer.decode([token])} x {count} "
-            text += word
+        ids = (token for token, _ in run)
+        for placeholder, group in groupby(ids, key=lambda token: token if token in placeholders else None):
+            members = list(group)
+            text += decode(members) if placeholder is None else f"{decode([placeholder])} x {len(members)} "
         pieces.append(Piece(text, supervised))
     return pieces
 
@@ -128,7 +152,6 @@ def _count(summary: Summary, sample: Sample, processor: ProcessorMixin) -> None:
     summary.patches.append(sum(frames * rows * columns for frames, rows, columns in grids))
     summary.images += len(sample.image_grid_thw)
     summary.videos += len(sample.video_grid_thw)
-    summary.excluded_turns += len(sample.excluded_turns)
     start = processor.tokenizer.convert_tokens_to_ids(CHATML.starts[0])
     places = (sample.input_ids == start).nonzero().flatten().tolist()
     for begin, end in zip(places, [*places[1:], len(sample.input_ids)], strict=True):
@@ -140,7 +163,8 @@ def _count(summary: Summary, sample: Sample, processor: ProcessorMixin) -> None:
 def _thumbnails(conversation: Conversation, media: MediaOptions) -> list[str]:
     """The first images and video frames, scaled down."""
     sources: list[Any] = []
-    for part in (part for message in conversation for part in message_parts(message)):
+    parts = (part for message in conversation for part in message_parts(message))
+    for part in (with_files(part, media) for part in parts):
         if part["type"] == "image":
             sources.append(part["image"])
         elif part["type"] == "video" and isinstance(part["video"], list):

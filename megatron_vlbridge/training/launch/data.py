@@ -85,8 +85,8 @@ def decodes_media(args: argparse.Namespace, vp_stage: int | None) -> bool:
     return _has_tower(vp_stage) or args.max_bad_samples > 0
 
 
-def logs_replaced(vp_stage: int | None) -> bool:
-    """Whether the datasets of this rank's (virtual) pipeline stage log what they replace.
+def logs_data(vp_stage: int | None) -> bool:
+    """Whether the datasets of this rank's (virtual) pipeline stage log what they leave out and replace.
 
     Of those that read the same packs it is the first one.
     """
