@@ -107,6 +107,28 @@ def test_the_cut_is_after_the_last_turn_that_fits(family: str) -> None:
     assert fates == {(True, True), (False, True), (False, False)}
 
 
+@pytest.mark.parametrize("limited", ["tokens", "patches"])
+@pytest.mark.parametrize("family", label_cases.FAMILIES)
+def test_few_cuts_are_measured(family: str, limited: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many turns there are."""
+    measured = []
+    encode = Measure.encode
+
+    def counted(self: Measure, conversation: Any, index: int = 0) -> Any:
+        measured.append(len(conversation))
+        return encode(self, conversation, index)
+
+    messages = [user(text("Q"), PICTURE), bot("A")] * 100
+    measure = Measure(processor_of(family), 1152)
+    whole = measure([messages], range(1))
+    limit = int(whole.rows[0][limited] * 0.7)
+    monkeypatch.setattr(Measure, "encode", counted)
+    found = truncate([messages], whole, measure, [0], lambda row: row[limited] <= limit)
+    assert 130 < found.kept[0] <= 140
+    assert found.table.rows[0][limited] <= limit
+    assert len(measured) <= 3
+
+
 def length(messages: list[Any], processor: Any) -> int:
     """The tokens of a conversation, 0 if it is invalid."""
     try:

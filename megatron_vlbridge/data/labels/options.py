@@ -40,9 +40,13 @@ def skipped_turns(messages: Conversation, options: LabelOptions) -> tuple[int, .
     return tuple(
         index
         for index, message in enumerate(messages)
-        if message["role"] == "assistant"
-        and (index < first or not message.get("train", True) or message.get("weight") == 0)
+        if message["role"] == "assistant" and (index < first or not is_learned(message))
     )
+
+
+def is_learned(message: Message) -> bool:
+    """Whether an assistant message is to be learned where all turns are."""
+    return bool(message.get("train", True)) and message.get("weight") != 0
 
 
 def _query(message: Message) -> bool:

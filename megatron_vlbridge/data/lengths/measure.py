@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import ProcessorMixin
 
-from megatron_vlbridge.data.chat import DEFAULT_LABELS, measure_conversation
+from megatron_vlbridge.data.chat import DEFAULT_LABELS, MeasuredConversation, measure_conversation
 from megatron_vlbridge.data.conversations import FileConversation
 from megatron_vlbridge.data.images import MediaOptions
 from megatron_vlbridge.data.labels.options import LabelOptions
@@ -39,6 +39,12 @@ class Measure:
         with _one_thread():
             return self._measure(conversations, indices)
 
+    def encode(self, conversation: Conversation, index: int = 0) -> MeasuredConversation:
+        """A conversation without its patches; errors name its file and line, or its index."""
+        return encode_located(
+            measure_conversation, conversation, index, self.processor, media=self.media, labels=self.labels
+        )
+
     def _measure(self, conversations: Sequence[Conversation], indices: range) -> LengthTable:
         rows = np.zeros(len(indices), COLUMNS)
         excluded: list[Note] = []
@@ -50,9 +56,7 @@ class Measure:
                 failed.append(Note(place, str(error)))
                 continue
             try:
-                sample = encode_located(
-                    measure_conversation, conversation, index, self.processor, media=self.media, labels=self.labels
-                )
+                sample = self.encode(conversation, index)
             except VLBridgeError as error:
                 failed.append(Note(place, str(error)))
                 continue
