@@ -6,9 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlbridge.data.images import is_url
+from megatron_vlbridge.data.labels.options import is_learned
 from megatron_vlbridge.data.labels.tools import check_tools
 from megatron_vlbridge.data.media import Conversation, Message
-from megatron_vlbridge.data.messages import MEDIA_FORM, check_conversation, check_keys, message_name, message_parts
+from megatron_vlbridge.data.messages import (
+    MEDIA_FORM,
+    check_conversation,
+    check_keys,
+    message_calls,
+    message_name,
+    message_parts,
+    message_text,
+)
 from megatron_vlbridge.data.sources.files.json_lines import JsonLines
 from megatron_vlbridge.data.sources.forms.registry import FORMS, Form, convert_record, other_form
 from megatron_vlbridge.data.sources.lazy import LazySequence, Records
@@ -37,7 +46,8 @@ class FileConversations(LazySequence[FileConversation]):
     `sources.forms.registry`; None detects that of each), without the keys in `ignore`. Paths of media are relative to
     `folder`.
 
-    Raises VLBridgeError: there are no records; when a conversation is read: the record is not one.
+    Raises VLBridgeError: there are no records; when a conversation is read: the record is not one, or an answer to be
+    learned is blank.
     """
 
     def __init__(
@@ -73,6 +83,7 @@ class FileConversations(LazySequence[FileConversation]):
             check_keys("the line", converted, dict.fromkeys(("messages", "tools", *form.keys)))
             messages = converted["messages"]
             check_conversation(messages)
+            _check_answers(messages)
             tools = [] if converted.get("tools") is None else converted["tools"]
             check_tools(tools)
             if not self.literal_tags:
@@ -119,6 +130,18 @@ def read_conversations(
     path = Path(path)
     records = JsonLines(path, name=f"{split} data {path}" if split else str(path), cache=cache)
     return FileConversations(records, path, path.parent, literal_tags=literal_tags)
+
+
+def _check_answers(messages: Conversation) -> None:
+    """Reject answers to be learned that are blank: the model would learn to end its turn at once."""
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant" and is_learned(message) and not message_calls(message):
+            texts = message.get("reasoning_content") or "", message_text(message, {})
+            if not any(text.strip() for text in texts):
+                raise VLBridgeError(
+                    f"{message_name(messages, index)}: expected an answer to learn, found {texts[1]!r}; write it, "
+                    'remove the message, or give it "train": false'
+                )
 
 
 def _check_tags(messages: Conversation) -> None:

@@ -24,6 +24,8 @@ WHITE = (255, 255, 255)
 SWAPPED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # Chunks of a PNG file that can hold an EXIF orientation.
 PNG_TEXT = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+# How Pillow reads PNG files of 2 or 4 bits: it scales the values to 255, but not that of the transparent color.
+PNG_SCALES = {"L;2": 85, "L;4": 17}
 URL = re.compile(r"(data|file):|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 _ORIENTATION = ExifTags.Base.Orientation
@@ -130,6 +132,12 @@ def _open(source: str | Path | bytes) -> BinaryIO:
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     _check_header(image, max_pixels)
+    packing = _png_packing(image)
+    if packing == "RGB;16B" and "transparency" in image.info:
+        raise VLBridgeError(
+            "has a transparent color of 16 bits per channel, but its pixels are read with 8; save the image with 8 "
+            "bits per channel, or with an alpha channel"
+        )
     image.load()
     if image.mode not in MODES:
         raise VLBridgeError(
@@ -137,11 +145,18 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
             "scale the values to 0..255 (others would be clipped) and save the image as 8-bit grayscale or RGB"
         )
     upright = ImageOps.exif_transpose(image)
+    if packing in PNG_SCALES and "transparency" in upright.info:
+        upright.info["transparency"] *= PNG_SCALES[packing]
     if upright.has_transparency_data:
         rgba, white = upright.convert("RGBA"), Image.new("RGB", upright.size, WHITE)
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
     return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _png_packing(image: Image.Image) -> str:
+    """How the values lie in a PNG file that is not decoded yet, in Pillow's words; "" for all others."""
+    return str(image.tile[0].args) if isinstance(image, PngImagePlugin.PngImageFile) and image.tile else ""
 
 
 def _check_header(image: Image.Image, max_pixels: int) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tests.errors import rejects
 
 ROOT = Path(__file__).parents[2]
 
-type Source = str | Path | Image.Image
+type Source = str | Path | bytes | Image.Image
 
 
 def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -222,9 +223,9 @@ def test_a_file_without_transparency_is_read_as_by_transformers(tmp_path: Path, 
     np.testing.assert_array_equal(pixels(image_of(path)), pixels(reference_load_image(str(path))))
 
 
-def png(width: int, height: int, depth: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file of RGB colors with these chunks: a name and data."""
-    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+def png(width: int, height: int, depth: int, *chunks: tuple[bytes, bytes], color_type: int = 2) -> bytes:
+    """A PNG file with these chunks: a name and data; the color type 2 is RGB, 0 gray."""
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in ((b"IHDR", header), *chunks, (b"IEND", b""))
@@ -333,6 +334,34 @@ def test_the_transparent_color_of_a_file_becomes_white(tmp_path: Path, mode: str
     inside[2:4, 2:5] = True
     assert np.unique(found[~inside]).tolist() == [255]
     assert np.unique(found[inside]).tolist() == [255 if mode == "1" else 9]
+
+
+def png_row(bits: int, values: Sequence[int], transparent: Sequence[int]) -> bytes:
+    """A PNG file of one row of gray or RGB values, and the one that is transparent."""
+    row = "".join(f"{value:0{bits}b}" for value in values)
+    row += "0" * (-len(row) % 8)
+    pixels = zlib.compress(b"\0" + int(row, 2).to_bytes(len(row) // 8))
+    chunks = (b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)), (b"IDAT", pixels)
+    return png(len(values) // len(transparent), 1, bits, *chunks, color_type=2 if len(transparent) == 3 else 0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_transparent_gray_is_that_of_the_file(bits: int) -> None:
+    """Of every number of bits, each gray by itself."""
+    top = 2**bits - 1
+    for transparent in range(top + 1):
+        found = pixels(image_of(png_row(bits, range(top + 1), [transparent])))
+        expected = [255 if value == transparent else value * 255 // top for value in range(top + 1)]
+        assert found[0, :, 0].tolist() == expected, transparent
+
+
+def test_the_transparent_color_is_that_of_the_file() -> None:
+    """With 16 bits it cannot be told from others, whose lower 8 bits are lost."""
+    colors = [1, 2, 3, 1, 2, 4]
+    assert pixels(image_of(png_row(8, colors, [1, 2, 3]))).tolist() == [[[255, 255, 255], [1, 2, 4]]]
+    for transparent in ([256, 512, 768], [0, 0, 0]):
+        with rejects("has a transparent color of 16 bits per channel", "save the image with 8 bits"):
+            image_of(png_row(16, colors, transparent))
 
 
 def test_a_palette_with_alpha_is_composited() -> None:
