@@ -47,7 +47,7 @@ def _version(name: str) -> str:
 def _run(args: argparse.Namespace) -> int:
     command: Callable[[argparse.Namespace], int] = args.run
     try:
-        return command(args)
+        return _call(command, args)
     except VLBridgeError as error:
         if args.json:
             mismatches = getattr(error, "mismatches", {})
@@ -59,3 +59,13 @@ def _run(args: argparse.Namespace) -> int:
         kept = "; what is finished is kept for --resume" if hasattr(args, "resume") else ""
         show(f"vlbridge {args.command}: interrupted{kept}", stream=sys.stderr)
         return 130
+
+
+def _call(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a command; a file that the system refuses, such as one with a name that is too long, is an invalid input."""
+    try:
+        return command(args)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise VLBridgeError(f"{error.filename}: {error.strerror}") from error

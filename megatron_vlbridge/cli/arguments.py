@@ -34,6 +34,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """An integer of at least 0."""
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, found {text!r}")
+    return int(text)
+
+
 def dtype(text: str) -> str:
     """The name of a dtype in torch, from that or its short form."""
     name = DTYPES.get(text, text)

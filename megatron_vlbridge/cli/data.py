@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vlbridge.cli.arguments import add_json, count
+from megatron_vlbridge.cli.arguments import add_json, count, seed
 from megatron_vlbridge.cli.output import show
 from megatron_vlbridge.errors import UsageError, VLBridgeError
 
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-length", type=count, metavar="N", help="pack: tokens of a pack")
     parser.add_argument("--pack-multiple-of", type=count, metavar="N", help="pack: as in training (1)")
     parser.add_argument("--data-parallel-size", type=count, metavar="N", help="pack: ranks that read packs (1)")
-    parser.add_argument("--seed", type=int, metavar="N", help="pack: as in training (1234)")
+    parser.add_argument("--seed", type=seed, metavar="N", help="pack: as in training (1234)")
     parser.add_argument("--max-bad-samples", type=float, metavar="SHARE", help="pack: as in training (0)")
     add_media_arguments(parser)
     add_label_arguments(parser)

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_vlbridge.data.sources.meta import read_meta
 from megatron_vlbridge.data.sources.mixture import Mixture, open_data
-from megatron_vlbridge.data.sources.sampling import Share, epoch_members
+from megatron_vlbridge.data.sources.sampling import Share, check_shares, epoch_members
 from megatron_vlbridge.training.launch.arguments import add_arguments
 from megatron_vlbridge.training.launch.data import check_data_arguments, open_conversations
 from megatron_vlbridge.training.launch.parser import make_parser
@@ -114,10 +114,13 @@ REJECTED = {
     "media is a file": (source(media="tags.jsonl"), "'media' is not a folder: "),
     "ignore": (source(ignore="id"), "expected 'ignore' to be a list of keys, found str 'id'"),
     "ignore numbers": (source(ignore=[3]), "expected 'ignore' to be a list of keys"),
-    **{f"weight {weight}": (source(weight=weight), "expected 'weight' to be a positive number, found ")
-       for weight in (0, -1, "1", True, None, [1])},
-    "weight inf": ("train: [{path: tags.jsonl, weight: .inf}]", "expected 'weight' to be a positive number"),
-    "weight nan": ("train: [{path: tags.jsonl, weight: .nan}]", "expected 'weight' to be a positive number"),
+    **{f"weight {weight}": (source(weight=weight), "expected 'weight' to be a number above 0 and up to 100,000, found ")
+       for weight in (0, -1, "1", True, None, [1], 1e30, 10**400)},
+    "weight inf": ("train: [{path: tags.jsonl, weight: .inf}]", "expected 'weight' to be a number"),
+    "weight nan": ("train: [{path: tags.jsonl, weight: .nan}]", "expected 'weight' to be a number"),
+    "weight 1e-5": ("train: [{path: tags.jsonl, weight: 1e-5}]", "found str '1e-5'; write it as 1.0e-5"),
+    "a long name": (source(path="a" * 300), "File name too long"),
+    "a long name of media": (source(media="a" * 300), "File name too long"),
     "file twice": ("train: [{path: tags.jsonl}, {path: one/../tags.jsonl}]", "tags.jsonl is there twice; give"),
 }  # fmt: skip
 
@@ -187,6 +190,21 @@ def test_the_options_reach_every_source(folder: Path) -> None:
 
 
 WEIGHTS = [Fraction(text) for text in ("1", "0.5", "2", "0.3", "2.25", "0.01", "1.999")]
+
+
+def test_weights_with_which_an_epoch_may_be_empty_are_rejected() -> None:
+    """And those with which it would not fit into memory; only the conversations that are kept count."""
+    kept = np.arange(3, 10)
+    check_shares(kept, [Share(0, 5, Fraction(1, 2)), Share(5, 9, Fraction(1, 100))])
+    check_shares(kept, [Share(0, 10, Fraction(200_000_000, 7))])
+    for shares, found in (
+        ([Share(0, 4, Fraction(1, 2)), Share(5, 9, Fraction(1, 100))], "an epoch would take 0.5 conversations"),
+        ([Share(0, 5, Fraction(2, 5)), Share(5, 9, Fraction(9, 100))], "an epoch would take 0.8 conversations"),
+        ([Share(0, 3, Fraction(9))], "an epoch would take 0 conversations"),
+        ([Share(0, 10, Fraction(200_000_001, 7))], "an epoch would take 200,000,001 conversations"),
+    ):
+        with rejects(found, start="weights: "):
+            check_shares(kept, shares)
 
 
 def test_each_epoch_takes_each_source_as_often_as_its_weight_says() -> None:

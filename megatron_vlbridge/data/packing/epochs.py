@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from megatron_vlbridge.data.packing.offline import PackingOptions, order_packs, pack_lengths
 from megatron_vlbridge.data.packing.packs import best_fit
-from megatron_vlbridge.data.sources.sampling import Share, epoch_members
+from megatron_vlbridge.data.sources.sampling import Share, check_shares, epoch_members
 
 type Ints = NDArray[np.int64]
 
@@ -18,6 +18,8 @@ class EpochPlan:
 
     `rows` are those of a table of lengths, of all conversations; `kept` (ascending) the conversations that are packed.
     For the rest see `dataset.PackedConversations`.
+
+    Raises VLBridgeError: the weights of `shares` are too small or too large.
 
     Example: `EpochPlan(table.rows, np.arange(9), shares, PackingOptions(), seq_length=64).members(0)`.
     """
@@ -33,6 +35,7 @@ class EpochPlan:
         multiple_of: int = 1,
         seed: int = 0,
     ) -> None:
+        check_shares(kept, shares)
         self._rows, self._kept, self._shares, self._packing = rows, kept, shares, packing
         self._seq_length, self._multiple_of, self._seed = seq_length, multiple_of, seed
         self._epoch_starts = [0]

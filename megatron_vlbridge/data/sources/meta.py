@@ -1,6 +1,6 @@
 """The file of --data: which sources a split has, and how each is read."""
 
-import math
+import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +16,7 @@ from megatron_vlbridge.errors import VLBridgeError
 SPLITS = ("train", "valid")
 KEYS = ("path", "form", "media", "weight", "columns", "ignore")
 SUFFIXES = (".yaml", ".yml")
+MAX_WEIGHT = 100_000
 EXAMPLE = "{path: a.jsonl, form: sharegpt, media: images, weight: 0.5}"
 
 
@@ -44,8 +45,12 @@ def read_meta(path: str | Path) -> dict[str, list[Source]]:
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        if not path.exists():
-            raise VLBridgeError(f"{path}: no such file")
+        try:
+            path.stat()
+        except FileNotFoundError:
+            raise VLBridgeError(f"{path}: no such file") from None
+        except OSError as error:
+            raise VLBridgeError(f"{path}: cannot read the file ({error.strerror})") from error
         return {"train": [Source(path, None, path.parent)]}
     value = _load(path)
     if not isinstance(value, dict) or not value:
@@ -99,11 +104,15 @@ def _source(name: str, value: Any, folder: Path) -> Source:
         raise VLBridgeError(f"{name}: 'path' is missing, expected a mapping such as {EXAMPLE}")
     name = f"{name} ({value['path']})"
     path = folder / value["path"]
-    if not path.exists():
-        raise VLBridgeError(f"{name}: no file {path}")
     media = folder / value["media"] if "media" in value else path.parent
-    if not media.is_dir():
-        raise VLBridgeError(f"{name}: 'media' is not a folder: {media}")
+    try:
+        path.stat()
+        if not media.is_dir():
+            raise VLBridgeError(f"{name}: 'media' is not a folder: {media}")
+    except FileNotFoundError:
+        raise VLBridgeError(f"{name}: no file {path}") from None
+    except OSError as error:
+        raise VLBridgeError(f"{name}: cannot read {error.filename} ({error.strerror})") from error
     ignore = value.get("ignore", [])
     if not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
         raise VLBridgeError(f"{name}: expected 'ignore' to be a list of keys, found {shown(ignore)}")
@@ -115,8 +124,12 @@ def _source(name: str, value: Any, folder: Path) -> Source:
 
 
 def _weight(name: str, value: Any) -> Fraction:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise VLBridgeError(f"{name}: expected 'weight' to be a positive number, found {shown(value)}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_WEIGHT:
+        # YAML takes a number without a dot before the exponent for a string.
+        hint = "; write it as 1.0e-5" if isinstance(value, str) and re.fullmatch(r"\d+[eE][+-]?\d+", value) else ""
+        raise VLBridgeError(
+            f"{name}: expected 'weight' to be a number above 0 and up to {MAX_WEIGHT:,}, found {shown(value)}{hint}"
+        )
     return Fraction(str(value))
 
 

@@ -8,6 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vlbridge.errors import VLBridgeError
+
+MAX_MEMBERS = 200_000_000  # conversations of an epoch
+
 type Ints = NDArray[np.int64]
 
 
@@ -17,6 +21,26 @@ class Share(NamedTuple):
     begin: int
     end: int
     weight: Fraction
+
+
+def check_shares(kept: Ints, shares: Sequence[Share]) -> None:
+    """Check that each epoch takes a conversation of those that are `kept` (ascending), and not too many.
+
+    Raises VLBridgeError: with the sizes.
+    """
+    sizes = [
+        share.weight * int(np.searchsorted(kept, share.end) - np.searchsorted(kept, share.begin)) for share in shares
+    ]
+    if max(sizes) < 1:
+        raise VLBridgeError(
+            f"weights: an epoch would take {float(max(sizes)):.3g} conversations of the source of which it takes most; "
+            "increase the weights until it takes at least 1"
+        )
+    if sum(sizes) > MAX_MEMBERS:
+        raise VLBridgeError(
+            f"weights: an epoch would take {float(sum(sizes)):,.0f} conversations; lower the weights until it takes at "
+            f"most {MAX_MEMBERS:,}"
+        )
 
 
 def epoch_members(kept: Ints, shares: Sequence[Share], *, seed: int, epoch: int) -> Ints:
