@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, cast
 
-from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -72,6 +72,17 @@ class MediaOptions:
 def is_url(source: object) -> bool:
     """Whether a source is a URL (`http:`, `https:`, `data:`, `file:`, `s3:`, ...), which `read_image` rejects."""
     return isinstance(source, str) and URL.match(source) is not None
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether a file is an image in a format that Pillow knows; it may still be damaged, or too large."""
+    try:
+        with Image.open(path):
+            return True
+    except UnidentifiedImageError:
+        return False
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return True
 
 
 def read_image(source: str | Path | bytes | Image.Image, name: str, options: MediaOptions) -> Image.Image:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
-from megatron_vlbridge.data.images import MediaOptions, is_url, read_image, read_image_size
+from megatron_vlbridge.data.images import MediaOptions, is_image_file, is_url, read_image, read_image_size
 from megatron_vlbridge.data.media_tokens import (
     Grid,
     VideoSettings,
@@ -27,7 +27,7 @@ from megatron_vlbridge.data.media_tokens import (
     video_settings,
 )
 from megatron_vlbridge.data.url_cache import fetch, is_http
-from megatron_vlbridge.data.video_files import VideoHeader, read_video_frames, read_video_header
+from megatron_vlbridge.data.video_files import VideoHeader, is_video_file, read_video_frames, read_video_header
 from megatron_vlbridge.data.video_prompt import timestamps
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -145,8 +145,10 @@ def with_files(part: dict[str, Any], options: MediaOptions) -> dict[str, Any]:
     if folder is None:
         return part
     if isinstance(source, list):
-        return {**part, key: [fetch(one, folder) if is_http(one) else one for one in source]}
-    return {**part, key: fetch(str(source), folder)} if is_http(source) else part
+        return {**part, key: [fetch(one, folder, is_image_file) if is_http(one) else one for one in source]}
+    if not is_http(source):
+        return part
+    return {**part, key: fetch(str(source), folder, is_video_file if key == "video" else is_image_file)}
 
 
 def placeholder_text(kind: str, shape: MediaShape, processor: ProcessorMixin) -> str:

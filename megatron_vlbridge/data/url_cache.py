@@ -3,14 +3,15 @@
 import fcntl
 import hashlib
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
+from urllib.parse import quote
 from urllib.request import (
     HTTPDefaultErrorHandler,
     HTTPErrorProcessor,
@@ -23,7 +24,8 @@ from urllib.request import (
 
 from megatron_vlbridge.errors import VLBridgeError
 
-SCHEMES = ("http", "https")
+HTTP = re.compile("https?://", re.IGNORECASE)
+RESERVED = "%/:=&?~#+!$,;'@()*[]"
 TIMEOUT_S = 60  # without any data
 LIMIT = 4 * 2**30  # bytes
 ATTEMPTS, WAIT_S = 3, 1.0
@@ -33,17 +35,17 @@ CHUNK = 2**20
 
 def is_http(source: object) -> bool:
     """Whether a source is a URL that `fetch` takes."""
-    return isinstance(source, str) and urlsplit(source).scheme.lower() in SCHEMES
+    return isinstance(source, str) and HTTP.match(source) is not None
 
 
-def fetch(url: str, folder: str | Path) -> str:
+def fetch(url: str, folder: str | Path, is_wanted: Callable[[Path], bool] = Path.exists) -> str:
     """The path of the file at an http or https URL, which is fetched if it is not in the folder yet.
 
     Several processes that need the same file wait for the one that fetches it. A file is there only when it is
-    complete; it is never fetched again, also if it changes on the server.
+    complete and `is_wanted`; it is never fetched again, also if it changes on the server.
 
     Raises VLBridgeError: the server does not answer, or with an error, three times; the file has another length than
-    the server says, or more than 4 GiB; the folder cannot be written.
+    the server says, or more than 4 GiB, or is not wanted; the folder cannot be written.
     Example: `fetch("https://example.com/a.jpg", "cache")` is "cache/" and a hash with the suffix ".jpg".
     """
     target = Path(folder) / _name(url)
@@ -53,14 +55,14 @@ def fetch(url: str, folder: str | Path) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.with_name(f"{target.name}.lock")):
             if not target.exists():
-                _fetch(url, target)
+                _fetch(url, target, is_wanted)
     except OSError as error:
         raise VLBridgeError(f"{url}: cannot be written to {folder}: {error}") from error
     return str(target)
 
 
 def _name(url: str) -> str:
-    suffix = PurePosixPath(urlsplit(url).path).suffix
+    suffix = PurePosixPath(re.split("[?#]", url)[0]).suffix
     return hashlib.sha256(url.encode()).hexdigest() + (suffix if suffix[1:].isalnum() and len(suffix) < 8 else "")
 
 
@@ -72,12 +74,15 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _fetch(url: str, target: Path) -> None:
+def _fetch(url: str, target: Path, is_wanted: Callable[[Path], bool]) -> None:
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with _opener().open(url, timeout=TIMEOUT_S) as answer:
-                _copy(url, answer, target)
+            # Other characters than those of a URL, such as spaces, are sent as it demands.
+            with _opener().open(quote(url, safe=RESERVED), timeout=TIMEOUT_S) as answer:
+                _copy(url, answer, target, is_wanted)
             return
+        except VLBridgeError:
+            raise
         except (OSError, HTTPException, ValueError) as error:
             final = isinstance(error, HTTPError) and error.code not in BUSY
             if final or attempt == ATTEMPTS:
@@ -85,7 +90,7 @@ def _fetch(url: str, target: Path) -> None:
         time.sleep(WAIT_S * attempt)
 
 
-def _copy(url: str, answer: Any, target: Path) -> None:
+def _copy(url: str, answer: Any, target: Path, is_wanted: Callable[[Path], bool]) -> None:
     """Write the body to the target, which appears when it is complete."""
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
@@ -96,6 +101,10 @@ def _copy(url: str, answer: Any, target: Path) -> None:
         expected = answer.headers.get("Content-Length")
         if expected is not None and int(expected) != size:
             raise HTTPException(f"{size} bytes came, but the server said {expected}")
+        if not is_wanted(partial):
+            with partial.open("rb") as file:
+                start = file.read(80)
+            raise VLBridgeError(f"{url}: expected an image or a video, found {size} bytes that begin with {start!r}")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -37,6 +37,17 @@ class VideoHeader:
     turn: tuple[bool, bool, bool] = (False, False, False)
 
 
+def is_video_file(path: Path) -> bool:
+    """Whether a file has one of `FORMATS` and a video stream (VLBridgeError if PyAV is not installed)."""
+    try:
+        with _opened(path):
+            return True
+    except VLBridgeError as error:
+        if isinstance(error.__cause__, ImportError):
+            raise
+        return False
+
+
 def read_video_header(path: str | Path, max_pixels: int) -> VideoHeader:
     """The header of a video file. Where it has no number of frames (Matroska, WebM, MPEG-TS), packets are counted.
 

@@ -168,6 +168,8 @@ def test_a_record_that_is_not_of_its_form_is_rejected(
         ("a b.png", "a b.png"),
         ("file:///x/a%20b.png", "/x/a b.png"),
         ("file://localhost/a.png", "/a.png"),
+        ("//[draft]/x.png", "//[draft]/x.png"),
+        ("http://[bad/x.png", "http://[bad/x.png"),
         ("data:image/png;base64,AAEC", b"\x00\x01\x02"),
         ("DATA:image/svg+xml;BASE64,", b""),
         ("https://x/a.png", "https://x/a.png"),  # rejected when it is read, unless there is a cache

@@ -61,6 +61,26 @@ def rows(request: pytest.FixtureRequest, tmp_path: Path) -> ParquetRows | Datase
     return ParquetRows(tmp_path / "a")
 
 
+@pytest.mark.parametrize("damage", ["page", "text"])
+def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, damage: str) -> None:
+    """A damaged page, or a text that is not UTF-8; the rows of other groups are read."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=4, compression="none")
+    content = bytearray(path.read_bytes())
+    if damage == "page":
+        column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+        start = column.dictionary_page_offset or column.data_page_offset
+        content[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    else:
+        place = content.index(b"q5")
+        content[place : place + 1] = b"\xff"
+    path.write_bytes(content)
+    records = ParquetRows(path, name="x")
+    assert [records[index]["q"] for index in (0, 3, 8)] == ["q0", "q3", "q8"]
+    with rejects("the file is damaged", start="x, row 5: cannot read the row"):
+        records[5]
+
+
 def test_rows_are_read_in_any_order(rows: ParquetRows | DatasetRows) -> None:
     expected = [nested(row) for row in ROWS]
     assert list(rows) == expected

@@ -3,6 +3,7 @@
 import io
 import json
 import multiprocessing
+import re
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,7 +26,7 @@ from megatron_vlbridge.data.lengths.fingerprint import fingerprint
 from megatron_vlbridge.data.lengths.measure import Measure
 from megatron_vlbridge.data.media import Conversation, load_image, load_video
 from megatron_vlbridge.data.report.summary import summarize
-from megatron_vlbridge.data.url_cache import fetch
+from megatron_vlbridge.data.url_cache import fetch, is_http
 from tests.errors import rejects
 from tests.unit.test_dataset import config, processor
 
@@ -55,10 +56,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requests[self.path] += 1
-        number, body = self.server.requests[self.path], png(int(self.path.strip("/").partition(".")[0] or 0))
+        number, body = self.server.requests[self.path], png(int("0" + re.sub(r"\D.*", "", self.path[1:])))
         status = 200
         if self.path == "/404":
             status = 404
+        elif self.path == "/page":
+            body = b"<!DOCTYPE html>"
         elif self.path == "/503" and number < 3:
             status = 503
         self.send_response(302 if self.path in ("/300", "/301") else status)
@@ -129,9 +132,33 @@ def test_a_busy_server_is_asked_again_and_redirects_are_followed(server: Server,
     assert Path(fetch(f"{server.url}/300", tmp_path)).read_bytes() == png(7)
 
 
+@pytest.mark.parametrize("kind", ["image", "frames", "video"])
+def test_an_answer_that_is_no_image_or_video_is_not_kept(server: Server, tmp_path: Path, kind: str) -> None:
+    """Such as a page that asks to log in: once the server is repaired, the file is fetched."""
+    options = MediaOptions(url_cache=str(tmp_path))
+    url = f"{server.url}/page"
+    with rejects("expected an image or a video, found 15 bytes that begin with b'<!DOCTYPE html>'", start=f"{url}: "):
+        if kind == "image":
+            load_image({"type": "image", "image": url}, options)
+        else:
+            load_video({"type": "video", "video": [url] if kind == "frames" else url, "fps": 2}, options)
+    assert files(tmp_path) == []
+    assert server.requests["/page"] == 1
+
+
+def test_urls_with_any_characters_are_fetched(server: Server, tmp_path: Path) -> None:
+    for path in ("/1.png?a b", "/1.png?\u00e4", "/1.png?[x]", "/1.png?%20"):
+        assert Path(fetch(server.url + path, tmp_path)).read_bytes() == png(1)
+    assert set(server.requests) == {"/1.png?a%20b", "/1.png?%C3%A4", "/1.png?[x]", "/1.png?%20"}
+    for url in ("http://[bad/x.png", "https://[::1"):
+        with rejects("cannot be fetched", start=f"{url}: "):
+            fetch(url, tmp_path)
+    assert not is_http("//[draft]/x.png")
+
+
 def test_a_file_that_is_too_large_is_rejected(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(url_cache, "LIMIT", 100)
-    with rejects("more than 100 bytes"):
+    with rejects(start=f"{server.url}/1.png: more than 100 bytes"):
         fetch(f"{server.url}/1.png", tmp_path)
     assert files(tmp_path) == []
 

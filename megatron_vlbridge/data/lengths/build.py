@@ -1,5 +1,6 @@
 """Measure many conversations with several processes; an interrupted run continues."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -14,6 +15,8 @@ from megatron_vlbridge.errors import VLBridgeError
 from megatron_vlbridge.locks import locked
 
 CHUNK = 1024  # conversations that a process measures at a time; after each, an interrupted run continues
+
+READ_ONLY = "it lies beside the file of --data: write a YAML file with the paths of its sources in a folder of yours"
 
 type Measure = Callable[[Sequence[Any], range], LengthTable]
 type Progress = Callable[[int, int], None]
@@ -50,7 +53,8 @@ def build_table(
             shutil.rmtree(folder)
             return table
     except OSError as error:
-        raise VLBridgeError(f"{path}: cannot write the table of lengths: {error}") from error
+        remedy = f"; {READ_ONLY}" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
+        raise VLBridgeError(f"{path}: cannot write the table of lengths: {error}{remedy}") from error
 
 
 def _build(

@@ -39,14 +39,21 @@ class _Rows(Records):
     def item(self, index: int) -> Any:
         """The row as a dict; nulls in nested values are left out, as Arrow has every key of a list in each item."""
         part = bisect_right(self._starts, index) - 1
+        try:
+            [row] = self._table(part).slice(index - self._starts[part], 1).to_pylist()
+        except (OSError, ValueError, import_pyarrow(self.name).ArrowException) as error:
+            text = f"{self.location(index)}: cannot read the row, the file is damaged or has changed ({error})"
+            raise VLBridgeError(text) from error
+        return {key: _without_nulls(value) for key, value in row.items()}
+
+    def _table(self, part: int) -> Any:
         table = self._tables.get(part)
         if table is None:
             table = self._read(part)
             # Another object, as threads may read from the old one.
             kept = list(self._tables.items())[-self.kept + 1 :] if self.kept > 1 else []
             self._tables = dict(kept) | {part: table}
-        [row] = table.slice(index - self._starts[part], 1).to_pylist()
-        return {key: _without_nulls(value) for key, value in row.items()}
+        return table
 
     def location(self, index: int) -> str:
         """The name of a row in errors, counted from 0 in its file: "a.parquet, row 6"."""
@@ -64,7 +71,8 @@ class ParquetRows(_Rows):
 
     A row group is read as a whole, and the last one is kept: to read in random order, write groups of some 100 rows.
 
-    Raises VLBridgeError: pyarrow is not installed; a file is not Parquet; files of several splits are in the folder.
+    Raises VLBridgeError: pyarrow is not installed; a file is not Parquet; files of several splits are in the folder;
+    when a row is read: it is damaged.
     Example: `ParquetRows("train.parquet")[6]["question"]`.
     """
 

@@ -4,7 +4,7 @@ import base64
 import binascii
 import re
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from megatron_vlbridge.data.images import is_url
 from megatron_vlbridge.data.media import shown
@@ -14,6 +14,7 @@ from megatron_vlbridge.errors import VLBridgeError
 type Record = dict[str, Any]
 
 KINDS = {"image_url": "image", "video_url": "video"}
+FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/(?!/)[^?#]*)", re.IGNORECASE)
 DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,", re.IGNORECASE)
 
 
@@ -70,9 +71,8 @@ def _source(key: str, url: str) -> str | bytes:
             return base64.b64decode(url[start.end() :], validate=True)
         except binascii.Error as error:
             raise VLBridgeError(f"{key}: expected base64 after {start[0]!r}, found an error: {error}") from error
-    split = urlsplit(url)
-    if split.scheme.lower() == "file" and split.netloc in ("", "localhost") and split.path.startswith("/"):
-        return unquote(split.path)
+    if file := FILE_URL.match(url):
+        return unquote(file[1])
     if is_url(url) and not is_http(url):
         other = ", or data:image/...;base64,..." if key == "image_url" else ""
         raise VLBridgeError(
