@@ -27,7 +27,13 @@ from megatron_vlbridge.data.media_tokens import (
     video_settings,
 )
 from megatron_vlbridge.data.url_cache import fetch, is_http
-from megatron_vlbridge.data.video_files import VideoHeader, is_video_file, read_video_frames, read_video_header
+from megatron_vlbridge.data.video_files import (
+    VideoFile,
+    VideoHeader,
+    is_video_file,
+    read_video_frames,
+    read_video_header,
+)
 from megatron_vlbridge.data.video_prompt import timestamps
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -82,16 +88,18 @@ def image_size(part: dict[str, Any], image_processor: Any, options: MediaOptions
 def load_video(part: dict[str, Any], options: MediaOptions = DEFAULTS, video_processor: Any = None) -> Video:
     """Load the frames of a part `{"type": "video", "video": a file or frames}`.
 
-    Of a file those frames are decoded that the processor samples, with `fps` (frames per second wanted), `min_frames`
-    and `max_frames` in place of its own, between `video_start` and `video_end` (seconds). Frames are a uint8 tensor
-    `[F, 3, H, W]`, or a list of paths or PIL images of the same size, read like images; all are used, and `fps` is
-    theirs. The timestamp of a frame is its index, in the file or list, over the frames per second.
+    A file is a path or its content, bytes. Of it those frames are decoded that the processor samples, with `fps`
+    (frames per second wanted), `min_frames` and `max_frames` in place of its own, between `video_start` and `video_end`
+    (seconds). Frames are a uint8 tensor `[F, 3, H, W]`, or a list of paths or PIL images of the same size, read like
+    images; all are used, and `fps` is theirs. The timestamp of a frame is its index, in the file or list, over the
+    frames per second.
 
     Raises VLBridgeError: a value is missing or invalid, the file or a frame (named by its index) cannot be read, or the
     frames differ in size.
     """
     part = with_files(part, options)
     source = part.get("video")
+    _check_video_source(source)
     if is_file(source):
         header, indices, total = _sampled(part, options, video_processor)
         fps, frames = header.fps, read_video_frames(source, indices, header)
@@ -121,6 +129,7 @@ def media_shape(part: dict[str, Any], processor: ProcessorMixin, options: MediaO
     if part["type"] == "image":
         settings = image_settings(processor.image_processor, _given(part, LIMITS, options))
         return MediaShape(image_grid(*read_image_size(_image(part), "image", options), settings), [])
+    _check_video_source(part.get("video"))
     limits = video_settings(processor.video_processor, _given(part, VIDEO_LIMITS, options, "video_"))
     if is_file(part.get("video")):
         header, indices, _ = _sampled(part, options, processor.video_processor)
@@ -204,9 +213,9 @@ def _joined(values: list[Any]) -> Any:
     return torch.cat(values) if isinstance(values[0], Tensor) else [entry for value in values for entry in value]
 
 
-def is_file(source: object) -> TypeGuard[str | Path]:
-    """Whether the source of a video is the path of a file."""
-    return isinstance(source, str | Path) and not is_url(source)
+def is_file(source: object) -> TypeGuard[VideoFile]:
+    """Whether the source of a video is a file, by its path or as bytes."""
+    return isinstance(source, str | Path | bytes) and not is_url(source)
 
 
 def _image(part: dict[str, Any]) -> str | Path | bytes | Image.Image:
@@ -262,7 +271,7 @@ def _settings(processor: Any, given: dict[str, Any]) -> VideoSettings:
 def _frames_per_second(part: dict[str, Any]) -> float:
     """The `fps` of a video that is given as frames."""
     unused = [name for name in ("min_frames", "max_frames", *CLIP) if name in part]
-    if unused and not is_url(part.get("video")):
+    if unused:
         raise VLBridgeError(f"video: {unused[0]!r} is for video files, and frames are all used; remove it")
     fps: Any = part.get("fps")
     if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < float(fps) < math.inf:
@@ -272,16 +281,23 @@ def _frames_per_second(part: dict[str, Any]) -> float:
     return float(fps)
 
 
-def _frames(source: object, options: MediaOptions) -> Tensor:
+def _frames(source: Any, options: MediaOptions) -> Tensor:
     if isinstance(source, Tensor):
         if source.dim() != 4 or source.shape[1] != 3 or source.dtype != torch.uint8 or source.numel() == 0:
             raise VLBridgeError(f"video: expected frames uint8 [F, 3, H, W], found {source.dtype} {list(source.shape)}")
         return source
+    named = [(f"video frame {index}", frame) for index, frame in enumerate(source)]
+    images = [read_image(_source(frame, name), name, options) for name, frame in named]
+    _same_size([image.size for image in images])
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+
+
+def _check_video_source(source: object) -> None:
+    """Reject what is neither a file nor frames."""
+    if isinstance(source, Tensor | str | Path | bytes) and not is_url(source):
+        return
     if isinstance(source, list) and source:
-        named = [(f"video frame {index}", frame) for index, frame in enumerate(source)]
-        images = [read_image(_source(frame, name), name, options) for name, frame in named]
-        _same_size([image.size for image in images])
-        return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+        return
     if is_url(source):
         raise VLBridgeError(
             f"video: {shown(source)} is a URL, which is not supported; download it first, or give --url-cache DIR"
@@ -292,9 +308,9 @@ def _frames(source: object, options: MediaOptions) -> Tensor:
     )
 
 
-def _frames_size(source: object, options: MediaOptions) -> tuple[int, int, int]:
+def _frames_size(source: Any, options: MediaOptions) -> tuple[int, int, int]:
     """Number, width and height of frames, from the headers of their files."""
-    if not isinstance(source, list) or not source:
+    if isinstance(source, Tensor):
         frames = _frames(source, options)
         return len(frames), frames.shape[3], frames.shape[2]
     named = [(f"video frame {index}", frame) for index, frame in enumerate(source)]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ from megatron_vlbridge.errors import VLBridgeError
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
+
+# A path, or the content.
+type VideoFile = str | Path | bytes
 
 # FFmpeg's names. It would also open playlists (which name other files), text (as ANSI art) and images.
 FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "ivf")
@@ -37,7 +41,7 @@ class VideoHeader:
     turn: tuple[bool, bool, bool] = (False, False, False)
 
 
-def is_video_file(path: Path) -> bool:
+def is_video_file(path: VideoFile) -> bool:
     """Whether a file has one of `FORMATS` and a video stream (VLBridgeError if PyAV is not installed)."""
     try:
         with _opened(path):
@@ -48,8 +52,10 @@ def is_video_file(path: Path) -> bool:
         return False
 
 
-def read_video_header(path: str | Path, max_pixels: int) -> VideoHeader:
-    """The header of a video file. Where it has no number of frames (Matroska, WebM, MPEG-TS), packets are counted.
+def read_video_header(path: VideoFile, max_pixels: int) -> VideoHeader:
+    """The header of a video file, given by its path or its content.
+
+    Where it has no number of frames (Matroska, WebM, MPEG-TS), packets are counted.
 
     Raises VLBridgeError, with the path: no file, PyAV is not installed, not one of `FORMATS`, no video stream, no frame
     rate, more than `max_pixels` pixels in a frame, a rotation that is not a multiple of 90 degrees, a file that ends
@@ -69,12 +75,12 @@ def read_video_header(path: str | Path, max_pixels: int) -> VideoHeader:
             raise VLBridgeError("has no frame rate; encode it again")
         fps = float(stream.average_rate)
         num_frames = _counted_in_header(container, stream) or _counted_packets(container, stream)
-        if num_frames > (size := Path(path).stat().st_size):
+        if num_frames > (size := len(path) if isinstance(path, bytes) else Path(path).stat().st_size):
             raise VLBridgeError(f"is damaged: {num_frames} frames in its header, and it has {size} bytes")
         return VideoHeader(num_frames, fps, *((height, width) if turn[0] else (width, height)), turn)
 
 
-def read_video_frames(path: str | Path, indices: Sequence[int], header: VideoHeader) -> Tensor:
+def read_video_frames(path: VideoFile, indices: Sequence[int], header: VideoHeader) -> Tensor:
     """The upright frames with these indices, uint8 `[len(indices), 3, height, width]`.
 
     All frames up to the last of them are decoded, one at a time; the others are not kept.
@@ -111,23 +117,20 @@ def read_video_frames(path: str | Path, indices: Sequence[int], header: VideoHea
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+def _opened(path: VideoFile) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """A container and its video stream; errors in the block name the file."""
-    where = f"video: {str(path)!r}"
+    where = f"video: {len(path)} bytes" if isinstance(path, bytes) else f"video: {str(path)!r}"
     try:
         import av
     except ImportError as error:
         raise VLBridgeError(f"{where}: video files need PyAV: pip install 'megatron-vlbridge[video]'") from error
-    try:
-        exists = Path(path).is_file()
-    except OSError as error:
-        raise VLBridgeError(f"{where} cannot be read: {error.strerror}") from error
-    if not exists:
-        raise VLBridgeError(f"video: no file {str(path)!r}")
+    if not isinstance(path, bytes):
+        _check_file(path, where)
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
     try:
         # With the prefix, a name such as `concat:a` is a file too.
-        with av.open(f"file:{path}", options=options) as container:
+        file = BytesIO(path) if isinstance(path, bytes) else f"file:{path}"
+        with av.open(file, mode="r", options=options) as container:
             covers = av.stream.Disposition.attached_pic
             streams = [stream for stream in container.streams.video if not stream.disposition & covers]
             if not streams:
@@ -140,6 +143,15 @@ def _opened(path: str | Path) -> Iterator[tuple["InputContainer", "VideoStream"]
             f"{where} cannot be decoded as a video of the formats {', '.join(FORMATS)} "
             f"({type(error).__name__}: {error.strerror})"
         ) from error
+
+
+def _check_file(path: str | Path, where: str) -> None:
+    try:
+        exists = Path(path).is_file()
+    except OSError as error:
+        raise VLBridgeError(f"{where} cannot be read: {error.strerror}") from error
+    if not exists:
+        raise VLBridgeError(f"video: no file {str(path)!r}")
 
 
 def _counted_in_header(container: "InputContainer", stream: "VideoStream") -> int:

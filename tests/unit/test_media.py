@@ -23,7 +23,7 @@ from transformers.image_utils import load_image as reference_load_image
 from megatron_vlbridge.data.chat import encode_conversation
 from megatron_vlbridge.data.dataset import read_conversations
 from megatron_vlbridge.data.images import MediaOptions, read_image_size
-from megatron_vlbridge.data.media import DEFAULTS, load_image, load_video
+from megatron_vlbridge.data.media import DEFAULTS, load_image, load_video, media_shape
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from megatron_vlbridge.errors import VLBridgeError
 from tests.errors import rejects
@@ -549,14 +549,26 @@ URLS = [
 ]
 
 
+@pytest.mark.parametrize("source", [None, [], 3, {"path": "a.mp4"}])
+def test_what_is_no_video_is_named(source: Any) -> None:
+    """With and without the `fps` that frames need."""
+    processor = build_processor(["seven"], patch_size=16, merge_size=2, min_pixels=1024, max_pixels=65536)
+    for part in ({"type": "video", "video": source}, {"type": "video", "video": source, "fps": 2}):
+        with rejects("video: expected a file or frames under the key 'video'"):
+            load_video(part)
+        with rejects("video: expected a file or frames under the key 'video'"):
+            media_shape(part, processor)
+
+
 @pytest.mark.parametrize("url", URLS)
 def test_a_url_is_not_supported(tmp_path: Path, url: str) -> None:
     with rejects("download it first", start=f"image: '{url}' is a URL"):
         image_of(url)
     with rejects(start=f"video frame 1: '{url}' is a URL"):
         frames_of([noise(4, 4), url])
-    with rejects("download it first", start=f"video: str '{url}' is a URL"):
-        load_video({"video": url, "fps": 2})
+    for part in ({"video": url, "fps": 2}, {"video": url}):
+        with rejects("download it first", start=f"video: str '{url}' is a URL"):
+            load_video(part)
     path = tmp_path / "train.jsonl"
     path.write_text(f'{{"messages": [{{"role": "user", "content": [{{"type": "image", "image": "{url}"}}]}}]}}\n')
     [[message]] = read_conversations(path)

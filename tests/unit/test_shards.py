@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from megatron_vlbridge.data.media import load_image
+from megatron_vlbridge.data.media import load_image, load_video, media_shape
 from megatron_vlbridge.data.sources.files.kinds import open_records
 from megatron_vlbridge.data.sources.files.shards import Shards
 from megatron_vlbridge.data.sources.mixture import open_data
+from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
+from tests.video_writer import moving, write_video
 
 TALK = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "A cat."}]
 
@@ -134,6 +137,7 @@ def test_other_members_are_used_ignored_or_rejected(tmp_path: Path) -> None:
         ({"1.json": {"txt": ""}, "1.txt": b"q"}, "a member '1.txt' and its .json the key 'txt'"),
         ({"1.json": b"{"}, "expected one JSON object"),
         ({"1.json": []}, "expected {"),
+        ({"1.json": {"q": ""}, "1.txt": b"caf\xe9"}, "member '1.txt': expected UTF-8 text"),
     ],
 )
 def test_a_sample_that_is_not_understood_is_rejected(tmp_path: Path, members: dict[str, Any], problem: str) -> None:
@@ -158,6 +162,44 @@ def test_a_file_that_is_not_a_tar_file_of_samples_is_rejected(tmp_path: Path) ->
     with tarfile.open(path, "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("1.json"))
     with rejects(start=f"{path}: expected a tar file of samples: "):
+        Shards(path)
+
+
+def test_a_member_that_is_there_twice_is_rejected(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"1.json": {"conversations": TALK}, "1.png": png(1)})
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("1.png")
+        info.size = len(png(2))
+        tar.addfile(info, io.BytesIO(png(2)))
+    with rejects("expected each member once, found '1.png' twice", start=f"{path}, sample 1: "):
+        Shards(path)[0]
+
+
+def test_videos_are_members(tmp_path: Path) -> None:
+    frames = moving(12)
+    content = write_video(tmp_path / "a.mp4", frames, fps=4).read_bytes()
+    talk = [{"from": "human", "value": "<video>Who?"}, TALK[1]]
+    [conversation] = (
+        open_data(write_tar(tmp_path / "a.tar", {"1.json": {"conversations": talk}, "1.mp4": content})) or []
+    )
+    processor = build_processor(["Who"], patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
+    video = conversation[0]["content"][0]
+    expected = load_video({"type": "video", "video": tmp_path / "a.mp4"}, video_processor=processor.video_processor)
+    found = load_video(video, video_processor=processor.video_processor)
+    assert torch.equal(found.frames, expected.frames)
+    assert found.metadata == expected.metadata
+    assert media_shape(video, processor) == media_shape({"type": "video", "video": tmp_path / "a.mp4"}, processor)
+    with rejects("video: 3 bytes cannot be decoded as a video"):
+        load_video({**video, "video": b"abc"}, video_processor=processor.video_processor)
+    with rejects("video: 3 bytes cannot be decoded as a video"):
+        media_shape({**video, "video": b"abc"}, processor)
+
+
+def test_names_that_are_not_utf_8_are_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        tar.addfile(tarfile.TarInfo("caf\u00e9.json"))
+    with rejects("expected names of members in UTF-8, found 'caf\\udce9.json'"):
         Shards(path)
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from megatron_vlbridge.data.sources.files.json_lines import JsonLines
-from megatron_vlbridge.data.sources.files.json_values import parse_json
+from megatron_vlbridge.data.sources.files.json_values import parse_json, utf8_text
 from megatron_vlbridge.data.sources.files.record_index import Rows
 from megatron_vlbridge.data.sources.lazy import Records
 from megatron_vlbridge.errors import VLBridgeError
 
 MEDIA = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"), "images"),
-    **dict.fromkeys(("mp4", "mkv", "webm", "avi", "mov"), "videos"),
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "jp2"), "images"),
+    **dict.fromkeys(("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "ts", "flv", "wmv"), "videos"),
 }
 _BLOCK = 512
 
@@ -108,6 +108,7 @@ def scan_samples(path: Path) -> Iterator[tuple[int, int, int]]:
         while member := tar.next():
             if not member.isfile():
                 continue
+            _check_name(member.name)
             key = _split(member.name)[0]
             if key != last:
                 if last is not None:
@@ -127,6 +128,14 @@ def scan_samples(path: Path) -> Iterator[tuple[int, int, int]]:
             raise VLBridgeError(f"the file is cut after {after} bytes: expected a block of zeros at its end")
 
 
+def _check_name(name: str) -> None:
+    """A name that is not UTF-8 has surrogates in place of its bytes, and could not be printed."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise VLBridgeError(f"expected names of members in UTF-8, found {name!a}") from None
+
+
 def _split(path: str) -> tuple[str, str]:
     """The key of a member, and its extension in lower case."""
     name = _name(path)
@@ -139,10 +148,12 @@ def _name(path: str) -> str:
 
 
 def _members(content: bytes) -> dict[str, bytes]:
-    found = {}
+    found: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
         for member in tar:
             file = tar.extractfile(member) if member.isfile() else None
+            if file is not None and member.name in found:
+                raise VLBridgeError(f"expected each member once, found {member.name!r} twice in the sample")
             if file is not None:
                 found[member.name] = file.read()
     return found
@@ -170,7 +181,7 @@ def sample_record(members: dict[str, bytes]) -> Any:
         elif extension in record:
             raise VLBridgeError(f"the sample has a member {path!r} and its .json the key {extension!r}: expected one")
         elif extension != "json":
-            record[extension] = content.decode() if extension == "txt" else content
+            record[extension] = _text(path, content) if extension == "txt" else content
     named = {path: _name(path) in names for path in chain(*media.values())}
     if not any(named.values()):
         return record | {kind: paths for kind, paths in media.items() if paths}
@@ -178,6 +189,13 @@ def sample_record(members: dict[str, bytes]) -> Any:
         left = next(path for path, is_named in named.items() if not is_named)
         raise VLBridgeError(f"the sample has a member {left!r} that its .json does not name, though it names others")
     return record
+
+
+def _text(path: str, content: bytes) -> str:
+    try:
+        return utf8_text(content)
+    except VLBridgeError as error:
+        raise VLBridgeError(f"member {path!r}: {error}") from error
 
 
 def check_members_used(members: Iterable[str], sources: Collection[str]) -> None:
