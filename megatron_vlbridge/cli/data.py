@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         given = [name for name in options if getattr(args, name) is not None]
         if action != args.action and given:
             raise UsageError(f"--{given[0].replace('_', '-')} is an option of {action}, found with {args.action}")
+    if args.action != "pack" and (unused := _packing_options(args)):
+        raise UsageError(f"{unused[0]} is an option of pack, found with {args.action}")
     for name, default in OWN[args.action].items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -85,6 +87,16 @@ def run(args: argparse.Namespace) -> int:
         literal_tags=args.literal_tags,
     )
     return {"check": _check, "index": _index, "pack": _pack}[args.action](args, data)
+
+
+def _packing_options(args: argparse.Namespace) -> list[str]:
+    """The options of packing that have other values than by default."""
+    from megatron_vlbridge.training.launch.packing import add_packing_arguments
+
+    parser = argparse.ArgumentParser()
+    add_packing_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(args, name) != value]
 
 
 def _progress(args: argparse.Namespace) -> "Progress":

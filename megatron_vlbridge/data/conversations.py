@@ -80,7 +80,7 @@ class FileConversations(LazySequence[FileConversation]):
             record = {key: value for key, value in record.items() if key not in self.ignore}
         try:
             converted, form = convert_record(record, self.form)
-            check_keys("the line", converted, dict.fromkeys(("messages", "tools", *form.keys)))
+            _check_record(converted, form)
             messages = converted["messages"]
             check_conversation(messages)
             _check_answers(messages)
@@ -130,6 +130,17 @@ def read_conversations(
     path = Path(path)
     records = JsonLines(path, name=f"{split} data {path}" if split else str(path), cache=cache)
     return FileConversations(records, path, path.parent, literal_tags=literal_tags)
+
+
+def _check_record(converted: dict[str, Any], form: Form) -> None:
+    """Reject keys that are not those of the form."""
+    known = dict.fromkeys(("messages", "tools", *form.keys))
+    if form.columns:
+        unnamed = "name the column under `columns`, or under `ignore` if it is not to be used"
+        check_keys("the line", converted, known, hints={}, otherwise=unnamed)
+    else:
+        unused = "it would have no effect: name it under `ignore` in the YAML file of --data, or remove it"
+        check_keys("the line", converted, known, otherwise=unused)
 
 
 def _check_answers(messages: Conversation) -> None:

@@ -124,7 +124,7 @@ def _read[T](
             if isinstance(source, Image.Image):
                 return read(source, options.max_image_pixels)
             # Given a path, Pillow 13 memory-maps an uncompressed TIFF and scrambles it if it has to be rotated.
-            with _open(source) as file, Image.open(file) as opened:
+            with _opened(source) as file, Image.open(file) as opened:
                 return read(opened, options.max_image_pixels)
     except VLBridgeError as error:
         raise VLBridgeError(f"{where} {error}") from error
@@ -137,8 +137,13 @@ def _read[T](
         raise VLBridgeError(f"{where} cannot be decoded as an image ({type(error).__name__}: {error})") from error
 
 
-def _open(source: str | Path | bytes) -> BinaryIO:
-    return BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+def _opened(source: str | Path | bytes) -> BinaryIO:
+    try:
+        return BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise VLBridgeError(f"cannot be read ({getattr(error, 'strerror', error)})") from error
 
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:

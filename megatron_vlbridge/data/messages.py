@@ -48,13 +48,20 @@ HINTS = {
 }
 
 
-def check_keys(where: str, found: Iterable[object], expected: Iterable[str]) -> None:
-    """Reject unexpected keys by name, with what to write instead."""
+def check_keys(
+    where: str,
+    found: Iterable[object],
+    expected: Iterable[str],
+    *,
+    hints: Mapping[str, str] = HINTS,
+    otherwise: str = "it would have no effect, remove it",
+) -> None:
+    """Reject unexpected keys by name, with what to write instead: from `hints`, or `otherwise`."""
     expected = tuple(expected)
     unknown = [key for key in found if key not in expected]
     if unknown:
-        hints = [HINTS[str(key)] for key in unknown if str(key) in HINTS]
-        remedy = "; ".join(dict.fromkeys(hints)) or "it would have no effect, remove it"
+        remedies = [hints[str(key)] for key in unknown if str(key) in hints]
+        remedy = "; ".join(dict.fromkeys(remedies)) or otherwise
         raise VLBridgeError(
             f"{where}: unknown key {', '.join(map(repr, unknown))} (known: {', '.join(map(repr, expected))}): {remedy}"
         )

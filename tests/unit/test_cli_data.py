@@ -1,6 +1,10 @@
 """`vlbridge data`: what it prints, writes and refuses, and that training reads the lengths that it wrote."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -188,11 +192,36 @@ def test_pack_reports_fill_and_patches(meta: Path, hf: Path, capsys: pytest.Capt
     assert run(capsys, *words, "--max-bad-samples", 0.1)[0] == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_index_that_is_stopped_leaves_no_process(number: signal.Signals, tmp_path: Path, hf: Path) -> None:
+    """Ctrl-C reaches all of its processes, the others the first one."""
+    messages = [{"role": "user", "content": "what " * 50}, {"role": "assistant", "content": "seven"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps({'messages': messages})}\n" * 20_000)
+    words = ["data", "index", str(path), "--hf-folder", str(hf), "--workers", "2"]
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_vlbridge.cli", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr
+        assert process.stderr.readline().endswith(" of 20,000 conversations\n")
+        if number is signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        # Ends when no process has the pipe any more.
+        text = "".join(line for line in process.stderr if "conversations" not in line)
+    assert (process.returncode, text) == (
+        (130, "vlbridge data: interrupted\n") if number is signal.SIGINT else (-number, "")
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
         (["check", "--workers", "2"], 2, "--workers is an option of index, found with check"),
         (["index", "--html", "a.html"], 2, "--html is an option of check, found with index"),
+        (["check", "--long-conversations", "drop"], 2, "--long-conversations is an option of pack, found with check"),
+        (["index", "--pack-window", "9"], 2, "--pack-window is an option of pack, found with index"),
+        (["pack", "--seed", "-1"], 2, "expected an integer of at least 0, found '-1'"),
         (["pack"], 2, "pack needs --seq-length"),
         (["pack", "--seq-length", "64", "--pack-window", "3"], 1, "--pack-window: needs --packing"),
         (["check", "--html", "none/page.html"], 1, "none/page.html: cannot write"),

@@ -157,7 +157,7 @@ def test_a_blank_answer_is_learned_by_nobody(tmp_path: Path, text: Any) -> None:
         ("images", '{"type": "image", "image": "a.png"}'),
         ("videos", "as a content part"),
         ("system", '"role": "system"'),
-        ("id", "remove it"),
+        ("id", "name it under `ignore` in the YAML file of --data, or remove it"),
     ],
 )
 def test_an_unknown_key_of_a_line_is_rejected_with_the_remedy(tmp_path: Path, key: str, remedy: str) -> None:

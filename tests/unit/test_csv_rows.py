@@ -64,12 +64,30 @@ def test_a_table_of_questions_is_a_source(tmp_path: Path) -> None:
         (b'q,a\n1,2\n"1"2,3\n', ", line 3: expected a row of CSV, found an error: "),
         (b'q,a\n1,2\n"1,3\n4,5\n', ", line 3: expected a row of CSV, found an error: unexpected end of data"),
         (b"q,a\r1,2\r", ", line 1: expected a row of CSV, found an error: "),
+        (b"q,a\n1," + b"x" * 2**24 + b"y\n", ", line 2: expected a row of CSV, found an error: field larger than"),
     ],
+    ids=range(7),
 )
 def test_a_file_that_is_not_csv_is_rejected(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "a.csv").write_bytes(content)
     with rejects(start=f"train data{problem}"):
         CsvRows(tmp_path / "a.csv", name="train data")
+
+
+def test_line_ends_that_csv_does_not_have_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"q,a\r1,2\r")
+    with rejects("; end lines with LF or CRLF, not with CR alone"):
+        CsvRows(tmp_path / "a.csv")
+
+
+def test_cells_may_be_longer_than_pythons_limit(tmp_path: Path) -> None:
+    """In another process, too."""
+    (tmp_path / "a.csv").write_text(f"q,a\n1,{'x' * 200_000}\n3,4\n")
+    csv.field_size_limit(2**17)
+    read = CsvRows(tmp_path / "a.csv")
+    csv.field_size_limit(2**17)
+    for rows in (pickle.loads(pickle.dumps(read)), read):
+        assert list(rows) == [{"q": "1", "a": "x" * 200_000}, {"q": "3", "a": "4"}]
 
 
 def test_another_encoding_is_rejected_with_the_line(tmp_path: Path) -> None:

@@ -136,6 +136,11 @@ REJECTED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "column messages": ("columns", {**SAME["columns"], "messages": []}, ("unknown key 'messages' beside 'q'",)),
     "column missing": ("columns", {"q": "", "a": ""}, ("expected a column 'file', found ['a', 'q']",)),
     "column too many": ("columns", {**SAME["columns"], "id": 1}, ("unknown key 'id'", "'q', 'a', 'file'")),
+    "column that has no name": (
+        "columns",
+        {**SAME["columns"], "image": "a.png"},
+        ("name the column under `columns`, or",),
+    ),
     "number as answer": ("columns", {**SAME["columns"], "a": 3}, ("message 1 (assistant): expected 'content'",)),
     "auto, no form": (AUTO, {"q": "", "a": ""}, ("keys ['a', 'q'] are those of no form", "`form: columns`")),
     "auto, two forms": (

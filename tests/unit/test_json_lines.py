@@ -233,6 +233,13 @@ def test_a_file_that_is_not_one_list_is_rejected(tmp_path: Path, text: str, prob
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_a_list_in_utf_16_is_rejected(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.json").write_text("\ufeff[1]" if encoding == "utf-16-be" else "[1]", encoding=encoding)
+    with rejects("save the file as UTF-8", start=f"{tmp_path / 'a.json'}: expected UTF-8 text"):
+        JsonList(tmp_path / "a.json")
+
+
 def test_errors_name_the_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({}) + "\n\n{\n")

@@ -1,5 +1,6 @@
 """Tables of lengths: what is saved is read, damage and other settings are refused, an interrupted run continues."""
 
+import errno
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -156,6 +157,15 @@ def test_sizes_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         build_table(range(3), measure, tmp_path / "lengths", FINGERPRINT, workers=0)
     with rejects("at least one conversation"):
         build_table(range(0), measure, tmp_path / "lengths", FINGERPRINT)
+
+
+def test_a_read_only_folder_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "lengths.parts")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with rejects("cannot write the table of lengths", "write a YAML file with the paths of its sources in a folder of"):
+        build_table(range(3), measure, tmp_path / "lengths", FINGERPRINT)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

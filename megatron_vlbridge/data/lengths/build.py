@@ -4,10 +4,13 @@ import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from megatron_vlbridge.data.lengths.table import LengthTable
@@ -113,6 +116,16 @@ _task: tuple[Sequence[Any], Measure] | None = None
 def _set_task(conversations: Sequence[Any], measure: Measure) -> None:
     global _task
     _task = conversations, measure
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the first one ends, also if that is killed: the pool would wait for it forever."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 def _run_task(indices: range) -> LengthTable:

@@ -14,6 +14,7 @@ from megatron_vlbridge.data.sources.files.record_index import SMALL, Rows
 from megatron_vlbridge.errors import VLBridgeError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+LARGEST_CELL = 1 << 24  # characters; Python's limit, which holds for the whole process, is 2 ** 17
 _PART = 10_000
 
 
@@ -29,6 +30,7 @@ class CsvRows(JsonLines):
     def __init__(
         self, path: str | Path, *, name: str = "", cache: str | Path | None = None, small: int = SMALL
     ) -> None:
+        csv.field_size_limit(max(csv.field_size_limit(), LARGEST_CELL))
         self._delimiter = DELIMITERS[Path(path).suffix]
         super().__init__(path, name=name, cache=cache, small=small)
         header = next(iter(self._records(self.path)), None)
@@ -77,7 +79,8 @@ class CsvRows(JsonLines):
                     begin, first = position, number + 1
             except csv.Error as error:
                 where = f"{self.name}, line {first}"
-                raise VLBridgeError(f"{where}: expected a row of CSV, found an error: {error}") from error
+                hint = "; end lines with LF or CRLF, not with CR alone" if "new-line character" in str(error) else ""
+                raise VLBridgeError(f"{where}: expected a row of CSV, found an error: {error}{hint}") from error
 
 
 class _Record(NamedTuple):

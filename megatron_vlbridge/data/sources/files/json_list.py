@@ -41,9 +41,11 @@ def scan_list(path: Path, chunk: int = CHUNK) -> Iterator[Rows]:
     with path.open("rb") as file:
         mark = file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK
         window = _Window(file, file.seek(len(BYTE_ORDER_MARK) if mark else 0), chunk)
-        if window.next() != "[":
+        if (start := window.next()) in ("\xfe", "\xff"):
+            raise VLBridgeError(f"expected UTF-8 text, found {start!r} at its start; save the file as UTF-8")
+        if start != "[":
             raise VLBridgeError(
-                f"expected one list, [..., ...], found {window.next()!r} at its start; a file with a JSON object on "
+                f"expected one list, [..., ...], found {start!r} at its start; a file with a JSON object on "
                 "each line must end with .jsonl"
             )
         rows = []
