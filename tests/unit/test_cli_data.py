@@ -21,6 +21,7 @@ from megatron_vlbridge.demo.start import write_checkpoint
 from megatron_vlbridge.training.launch import data as data_arguments
 from megatron_vlbridge.training.launch.data import open_conversations, open_lengths
 from tests.errors import rejects
+from tests.unit.time_limit import limit
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def test_an_index_that_is_stopped_leaves_no_process(number: signal.Signals, tmp_
     path.write_text(f"{json.dumps({'messages': messages})}\n" * 20_000)
     words = ["data", "index", str(path), "--hf-folder", str(hf), "--workers", "2"]
     command = [sys.executable, "-W", "ignore", "-m", "megatron_vlbridge.cli", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with limit(), subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr
         assert process.stderr.readline().endswith(" of 20,000 conversations\n")
         if number is signal.SIGINT:
