@@ -51,6 +51,8 @@ def start() -> None:
     if "--verbose" in sys.argv or _short_log is not None:
         return
     warnings.filterwarnings("ignore", module=_LIBRARIES)
+    # Of torch, and attributed to the function that calls it.
+    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
     for name, level in _LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
     _short_log = ShortLog(sys.stdout, _seq_length)

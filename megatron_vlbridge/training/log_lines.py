@@ -15,8 +15,12 @@ _IMPORTANT = re.compile(
     r"\b(warning|error|exception|fail(ed|ure)?|invalid|could not|unable|exiting|terminat\w+|skipping|ignored|nan)\b",
     re.IGNORECASE,
 )
-# Except arguments, whose values may contain such a word, and lines printed at every start.
-_UNIMPORTANT = re.compile(r"^  \w+ \.* |one_logger package is required|could not find the metadata file")
+# Except arguments, whose values may contain such a word, lines printed at every start, and that an imported checkpoint
+# has no arguments of a run.
+_UNIMPORTANT = re.compile(
+    r"^  \w+ \.* |one_logger package is required|could not find the metadata file"
+    r"|[TP]P size not found in checkpoint args|could not find arguments in the checkpoint"
+)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,15 @@ INDENT = "    "
 
 @dataclass(frozen=True)
 class Block:
-    """A code block without its fence or indentation; `line` is the line number of its first line of code, from 1."""
+    """A code block without its fence or indentation; `line` is the line number of its first line of code, from 1.
+
+    `fenced`: it has a fence, and is not indented.
+    """
 
     page: str
     line: int
     text: str
+    fenced: bool
 
     @property
     def first(self) -> str:
@@ -40,11 +44,11 @@ def blocks(page: str, text: str) -> Iterator[Block]:
     while index < len(lines):
         if fence := re.match(r" *(```+|~~~+)", lines[index]):
             code = list(takewhile(lambda line: line.strip() != fence[1], lines[index + 1 :]))
-            yield Block(page, index + 2, "\n".join(code) + "\n")
+            yield Block(page, index + 2, "\n".join(code) + "\n", True)
             index += len(code) + 2
         elif lines[index].startswith(INDENT) and not (index and lines[index - 1].strip()):
             code = list(takewhile(lambda line: line.startswith(INDENT) or not line.strip(), lines[index:]))
-            yield Block(page, index + 1, "\n".join(line[len(INDENT) :] for line in code).rstrip() + "\n")
+            yield Block(page, index + 1, "\n".join(line[len(INDENT) :] for line in code).rstrip() + "\n", False)
             index += len(code)
         else:
             index += 1

@@ -39,7 +39,7 @@ from tests.functional.test_recipe import documented_recipe
 
 README, CHECKPOINTS, TRAINING = "README.md", "docs/checkpoints.md", "docs/training.md"
 LORA = "docs/lora.md"
-# All blocks of this page are pasted into one shell, except the first one, which installs.
+# All fenced blocks of this page are pasted into one shell, except the first one, which installs; the others are output.
 PASTED = "docs/data.md"
 
 COMMANDS = {
@@ -129,8 +129,13 @@ def test_fenced_and_indented_blocks_are_found() -> None:
     page = (
         "text\n    no block\n\n    one\n\n      two\n\n```\nthree\n    x\n```\ntext\n\n  ````sh\n```\n````\n\n    four"
     )
-    found = [(one.line, one.text) for one in blocks("page", page)]
-    assert found == [(4, "one\n\n  two\n"), (9, "three\n    x\n"), (15, "```\n"), (18, "four\n")]
+    found = [(one.line, one.text, one.fenced) for one in blocks("page", page)]
+    assert found == [
+        (4, "one\n\n  two\n", False),
+        (9, "three\n    x\n", True),
+        (15, "```\n", True),
+        (18, "four\n", False),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +143,7 @@ def pasted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder in which docs/data.md was pasted, and the output."""
     folder = tmp_path_factory.mktemp("pasted")
     (folder / "examples").symlink_to(ROOT / "examples")
-    page = [one.text for one in all_blocks() if one.page == PASTED]
+    page = [one.text for one in all_blocks() if one.page == PASTED and one.fenced]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
     script = ["bash", "-euo", "pipefail", "-c", "\n".join(page[1:])]
@@ -181,6 +186,20 @@ def test_the_pasted_page_trains_a_model_that_answers(pasted: tuple[Path, str]) -
     assert len(answers) == 12
     assert sum(expected == found for expected, found in answers) >= 10
     assert verify(folder / "first-run" / "trained", folder / "first-run" / "hf-trained").equal
+
+
+@pytest.mark.layouts
+def test_the_pasted_page_prints_the_output_on_it(pasted: tuple[Path, str]) -> None:
+    """In its order, but for the numbers, and what "..." stands for."""
+
+    def without_numbers(text: str) -> str:
+        return re.sub(r"\d+([.,]\d+)*", "0", text)
+
+    printed = iter(without_numbers(pasted[1]).splitlines())
+    for one in (one for one in all_blocks() if one.page == PASTED and not one.fenced):
+        for line in without_numbers(one.text).splitlines():
+            pattern = ".*".join(map(re.escape, line.split("...")))
+            assert any(re.fullmatch(pattern, other) for other in printed), line
 
 
 @pytest.mark.layouts
