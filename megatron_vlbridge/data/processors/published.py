@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from megatron_vlbridge.data.images import MediaOptions
+from megatron_vlbridge.data.item_sizes import with_sizes
 from megatron_vlbridge.data.media import (
     Conversation,
     MediaShape,
@@ -21,7 +22,6 @@ from megatron_vlbridge.data.media import (
     load_video,
     media_shape,
     placeholder_text,
-    with_sizes,
 )
 from megatron_vlbridge.data.media_tokens import check_ratio
 from megatron_vlbridge.data.processors.interface import CHATML, ConversationProcessor
