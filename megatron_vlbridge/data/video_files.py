@@ -95,11 +95,15 @@ def read_video_frames(path: VideoFile, indices: Sequence[int], header: VideoHead
         places.setdefault(index, []).append(place)
     last, decoded = max(indices), 0
     with _opened(path) as (container, stream):
+        from av.video.reformatter import VideoReformatter
+
+        # PyAV's own is kept for the thread, and its threads are missing in a forked process: it would wait forever.
+        reformatter = VideoReformatter()
         for index, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:
                 raise VLBridgeError(f"is damaged at frame {index}; encode it again")
             if index in places:
-                upright = _upright(frame.to_ndarray(format="rgb24"), header.turn)
+                upright = _upright(reformatter.reformat(frame, format="rgb24").to_ndarray(), header.turn)
                 found = upright.shape[1], upright.shape[0], frame.rotation % 360
                 expected = header.width, header.height, _degrees(header.turn)
                 if found != expected:

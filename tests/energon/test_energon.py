@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ from megatron_vlbridge.training.batch import read_pack
 from tests.errors import rejects
 from tests.functional.doc_blocks import all_blocks
 from tests.unit.test_dataset import write_config
+from tests.video_writer import moving, write_video
 
 BLOCKS = [one for one in all_blocks() if one.page == "docs/energon.md"]
 SEQ_LENGTH = 96
-NUM_SAMPLES = 48  # in two shards
+NUM_SAMPLES = 50  # in two shards, the last two with videos
 PREPARE = "prepare --non-interactive --split-ratio 1,0,0 --sample-type CrudeWebdataset --num-workers 1 --no-progress"
 
 
@@ -46,13 +48,22 @@ def png(seed: int) -> bytes:
     return content.getvalue()
 
 
+def mp4(seed: int) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return write_video(Path(folder) / "a.mp4", moving(8, 16, 16, seed), fps=4).read_bytes()
+
+
 def members(index: int) -> dict[str, bytes]:
-    """A conversation in one of three forms: with its images named, not named, and without any."""
+    """A conversation in one of four forms: with its images named, not named, without any, and with a video."""
+    record: dict[str, Any]
     key, answer = f"k{index:03}", "seven " * (1 + index % 5)
-    if index % 3 == 0:
+    if index in (NUM_SAMPLES - 2, NUM_SAMPLES - 1):
+        turns = [{"from": "human", "value": f"<video>hello {index}"}, {"from": "gpt", "value": answer.strip()}]
+        record, media = {"conversations": turns}, {f"{key}.mp4": mp4(index)}
+    elif index % 3 == 0:
         parts = [{"type": "image", "image": f"{key}.{name}.png"} for name in ("b", "a")]
         content = [parts[0], {"type": "text", "text": f"hello {index}"}, parts[1]]
-        record: dict[str, Any] = {"messages": [{"role": "user", "content": content}]}
+        record = {"messages": [{"role": "user", "content": content}]}
         record["messages"].append({"role": "assistant", "content": answer.strip()})
         media = {f"{key}.a.png": png(index), f"{key}.b.png": png(100 + index)}
     elif index % 3 == 1:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import multiprocessing
 import struct
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from megatron_vlbridge.data.video_files import read_video_frames, read_video_hea
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from megatron_vlbridge.errors import VLBridgeError
 from tests.errors import rejects
+from tests.unit.time_limit import limit
 from tests.video_writer import COUNTED_BY_PACKETS, FILES, decoded, moving, video_file, write_video
 
 MANY = 10**9
@@ -308,6 +310,15 @@ def test_a_file_of_one_frame_is_rejected(qwen3: Qwen3VLProcessor, tmp_path: Path
     path = write_video(tmp_path / "a.mp4", moving(1))
     with rejects("message 0 (user), part 0", "expected at least 2 frames", "found 1"):
         encode_conversation(talk(part(path)), qwen3)
+
+
+def test_a_process_that_is_forked_after_a_read_can_read(tmp_path: Path) -> None:
+    """As the workers of a DataLoader after a look at the data."""
+    path = write_video(tmp_path / "a.mp4", moving(8), fps=4)
+    header = read_video_header(path, 10**8)
+    expected = read_video_frames(path, [0, 7], header)
+    with limit(60), multiprocessing.get_context("fork").Pool(1) as pool:
+        assert torch.equal(pool.apply(read_video_frames, (path, [0, 7], header)), expected)
 
 
 def test_frames_that_change_their_size_are_rejected(tmp_path: Path) -> None:
