@@ -57,6 +57,8 @@ def _run(args: argparse.Namespace) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         kept = "; what is finished is kept for --resume" if hasattr(args, "resume") else ""
+        if getattr(args, "action", None) == "index":
+            kept = "; what is finished is kept: run it again to go on"
         show(f"vlbridge {args.command}: interrupted{kept}", stream=sys.stderr)
         return 130
 

@@ -28,16 +28,16 @@ def size(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """An integer of at least 1."""
+    """An integer of at least 1, with at most nine digits."""
     if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to 999999999, found {text!r}")
     return int(text)
 
 
 def seed(text: str) -> int:
-    """An integer of at least 0."""
+    """An integer of at least 0, with at most nine digits."""
     if not re.fullmatch(r"\d{1,9}", text):
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 999999999, found {text!r}")
     return int(text)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
     from megatron_vlbridge.data.report.commands import Data, Progress
 
 MAX_SHOWN = 100  # failures
+SHOWN = 8  # conversations on a page
 ACTIONS = ("check", "index", "pack")
 # The options of one action alone, with their defaults.
 OWN: dict[str, dict[str, Any]] = {
-    "check": {"html": None, "show": 8},
+    "check": {"html": None, "show": None},
     "index": {"workers": 1},
     "pack": {"seq_length": None, "pack_multiple_of": 1, "data_parallel_size": 1, "seed": 1234, "max_bad_samples": 0.0},
 }
@@ -114,7 +116,11 @@ def _check(args: argparse.Namespace, data: "Data") -> int:
     from megatron_vlbridge.data.report.page import page
     from megatron_vlbridge.data.report.summary import totals
 
-    summaries = list(check(data, show=args.show if args.html else 0, progress=_progress(args)))
+    if args.html:
+        _check_target(Path(args.html))
+    elif args.show is not None:
+        raise UsageError("--show is an option of --html, found without it")
+    summaries = list(check(data, show=(args.show or SHOWN) if args.html else 0, progress=_progress(args)))
     if args.html:
         try:
             Path(args.html).write_text(page(summaries), encoding="utf-8")
@@ -146,6 +152,14 @@ def _check(args: argparse.Namespace, data: "Data") -> int:
     if len(failures) > MAX_SHOWN:
         show(f"... and {len(failures) - MAX_SHOWN:,} more: --html and --json have all of them")
     return 1 if failures else 0
+
+
+def _check_target(file: Path) -> None:
+    """Check before the work that a page can be written."""
+    folder = file.parent
+    if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        found = "a folder" if file.is_dir() else "a folder without permission" if folder.is_dir() else "no such folder"
+        raise VLBridgeError(f"{file}: cannot write: expected a file in a folder that can be written, found {found}")
 
 
 def _index(args: argparse.Namespace, data: "Data") -> int:

@@ -102,8 +102,8 @@ def encode_conversation(
 
     Raises VLBridgeError: a message does not have this format; a text contains a special token (unless `labels` makes it
     plain text); the chat template modifies system, user or tool content, or does not render tools, calls or reasoning;
-    placeholders, grids, patches and media do not match; there is no supervised token (unless `allow_no_loss`). Errors
-    name messages and parts by index, from 0.
+    placeholders, grids, patches and media do not match; there is no supervised token, or of an answer only its
+    end (unless `allow_no_loss`). Errors name messages and parts by index, from 0.
 
     Example: of `[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]` the supervised text,
     `processor.decode(sample.input_ids[sample.loss_mask])`, is `A cat.<|im_end|>`.

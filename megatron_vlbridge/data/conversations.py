@@ -6,26 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlbridge.data.images import is_url
-from megatron_vlbridge.data.labels.options import is_learned
 from megatron_vlbridge.data.labels.tools import check_tools
 from megatron_vlbridge.data.media import Conversation, Message
-from megatron_vlbridge.data.messages import (
-    MEDIA_FORM,
-    check_conversation,
-    check_keys,
-    message_calls,
-    message_name,
-    message_parts,
-    message_text,
-)
+from megatron_vlbridge.data.messages import MEDIA_FORM, check_conversation, check_keys, message_name, message_parts
 from megatron_vlbridge.data.sources.files.json_lines import JsonLines
 from megatron_vlbridge.data.sources.forms.registry import FORMS, Form, convert_record, other_form
 from megatron_vlbridge.data.sources.lazy import LazySequence, Records
 from megatron_vlbridge.errors import VLBridgeError
 
-# Media placeholders of other formats, such as `<image>`, `<image_1>`, `<|video_2|>`, `<img>`. After a backtick the tag
-# is code.
-MEDIA_TAG = re.compile(r"(?<!`)<\|?(image|video|audio|img)(?:[ _-]?\d+)?\|?>")
+# Media placeholders of other formats, such as `<image>`, `<image_1>`, `<|video_2|>`, `<img>`, `<IMAGE>`, `<ImageHere>`,
+# `<image_placeholder>`. After a backtick the tag is code.
+MEDIA_TAG = re.compile(
+    r"(?<!`)<\|?(image|video|audio|img|IMAGE|VIDEO|AUDIO|ImageHere|VideoHere)(?:[ _-]?\d+|_placeholder)?\|?>"
+)
 # A file name between a tag and its closing tag, as in `<video>a.mp4</video>`.
 SOURCE = re.compile(r"[^<>]*\.\w+\s*|\s*[^\s<>]*/[^\s<>]*\s*")
 
@@ -46,8 +39,7 @@ class FileConversations(LazySequence[FileConversation]):
     `sources.forms.registry`; None detects that of each), without the keys in `ignore`. Paths of media are relative to
     `folder`.
 
-    Raises VLBridgeError: there are no records; when a conversation is read: the record is not one, or an answer to be
-    learned is blank.
+    Raises VLBridgeError: there are no records; when a conversation is read: the record is not one.
     """
 
     def __init__(
@@ -83,11 +75,10 @@ class FileConversations(LazySequence[FileConversation]):
             _check_record(converted, form)
             messages = converted["messages"]
             check_conversation(messages)
-            _check_answers(messages)
             tools = [] if converted.get("tools") is None else converted["tools"]
             check_tools(tools)
             if not self.literal_tags:
-                _check_tags(messages)
+                _check_tags(messages, form)
         except VLBridgeError as error:
             raise VLBridgeError(f"{location}: {error}{other_form(record, self.form)}") from error
 
@@ -143,19 +134,10 @@ def _check_record(converted: dict[str, Any], form: Form) -> None:
         check_keys("the line", converted, known, otherwise=unused)
 
 
-def _check_answers(messages: Conversation) -> None:
-    """Reject answers to be learned that are blank: the model would learn to end its turn at once."""
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant" and is_learned(message) and not message_calls(message):
-            texts = message.get("reasoning_content") or "", message_text(message, {})
-            if not any(text.strip() for text in texts):
-                raise VLBridgeError(
-                    f"{message_name(messages, index)}: expected an answer to learn, found {texts[1]!r}; write it, "
-                    'remove the message, or give it "train": false'
-                )
-
-
-def _check_tags(messages: Conversation) -> None:
+def _check_tags(messages: Conversation, form: Form) -> None:
+    media = f"expected {MEDIA_FORM}"
+    if form.columns:
+        media = "remove it from the text: the images and videos of a row come before the text of the user"
     for index, message in enumerate(messages):
         text = "".join(part["text"] for part in message_parts(message) if part["type"] == "text")
         text = f"{message.get('reasoning_content') or ''}\n{text}"
@@ -165,7 +147,7 @@ def _check_tags(messages: Conversation) -> None:
             if tag[1] == "img" or end < 0 or SOURCE.fullmatch(text, tag.end(), end):
                 raise VLBridgeError(
                     f"{message_name(messages, index)}: the text contains {tag[0]!r}, which would be trained on as "
-                    f"text; expected {MEDIA_FORM}; if it is plain text, use --literal-tags or "
+                    f"text; {media}; if it is plain text, use --literal-tags or "
                     "read_conversations(..., literal_tags=True)"
                 )
 

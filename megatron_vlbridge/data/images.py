@@ -81,7 +81,7 @@ def is_image_file(path: Path) -> bool:
             return True
     except UnidentifiedImageError:
         return False
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Exception:  # noqa: BLE001  `read_image` names it
         return True
 
 
@@ -134,7 +134,9 @@ def _read[T](
         raise VLBridgeError(f"{where} {_too_large(options.max_image_pixels, str(error))}") from error
     except Exception as error:
         # On a corrupt file Pillow's decoders raise errors of any type.
-        raise VLBridgeError(f"{where} cannot be decoded as an image ({type(error).__name__}: {error})") from error
+        # Without the address of an object, which differs from run to run.
+        text = re.sub(" object at 0x[0-9a-f]+", "", str(error))
+        raise VLBridgeError(f"{where} cannot be decoded as an image ({type(error).__name__}: {text})") from error
 
 
 def _opened(source: str | Path | bytes) -> BinaryIO:
@@ -149,25 +151,32 @@ def _opened(source: str | Path | bytes) -> BinaryIO:
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     _check_header(image, max_pixels)
     packing = _png_packing(image)
-    if packing == "RGB;16B" and "transparency" in image.info:
-        raise VLBridgeError(
-            "has a transparent color of 16 bits per channel, but its pixels are read with 8; save the image with 8 "
-            "bits per channel, or with an alpha channel"
-        )
     image.load()
+    if "transparency" in image.info:
+        _scale_transparency(image, packing)
     if image.mode not in MODES:
         raise VLBridgeError(
             f"has the mode {image.mode}: expected at most 8 bits per channel, in a mode that Pillow converts to RGB; "
             "scale the values to 0..255 (others would be clipped) and save the image as 8-bit grayscale or RGB"
         )
     upright = ImageOps.exif_transpose(image)
-    if packing in PNG_SCALES and "transparency" in upright.info:
-        upright.info["transparency"] *= PNG_SCALES[packing]
     if upright.has_transparency_data:
         rgba, white = upright.convert("RGBA"), Image.new("RGB", upright.size, WHITE)
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
     return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _scale_transparency(image: Image.Image, packing: str) -> None:
+    """Scale the transparent color of an image that was just decoded as its pixels were, so that both agree."""
+    if packing in PNG_SCALES:
+        image.info["transparency"] *= PNG_SCALES[packing]
+    color = image.info["transparency"]
+    if packing == "RGB;16B" or (isinstance(color, tuple) and max(color) > 255):
+        raise VLBridgeError(
+            "has a transparent color of 16 bits per channel, but its pixels are read with 8; save the image with 8 "
+            "bits per channel, or with an alpha channel"
+        )
 
 
 def _png_packing(image: Image.Image) -> str:

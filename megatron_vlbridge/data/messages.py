@@ -60,8 +60,7 @@ def check_keys(
     expected = tuple(expected)
     unknown = [key for key in found if key not in expected]
     if unknown:
-        remedies = [hints[str(key)] for key in unknown if str(key) in hints]
-        remedy = "; ".join(dict.fromkeys(remedies)) or otherwise
+        remedy = "; ".join(dict.fromkeys(hints.get(str(key), otherwise) for key in unknown))
         raise VLBridgeError(
             f"{where}: unknown key {', '.join(map(repr, unknown))} (known: {', '.join(map(repr, expected))}): {remedy}"
         )

@@ -1,3 +1,4 @@
+import argparse
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,18 @@ from tests import reference
 from tests.unit import test_convert, test_convert_moe
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_a_path_that_the_system_refuses_is_an_invalid_input(capsys: pytest.CaptureFixture[str]) -> None:
+    """An OSError without a file is a fault of the program, and not hidden."""
+    assert cli.main(["data", "check", "x" * 300 + ".jsonl", "--hf-folder", "y" * 300]) == 1
+    assert capsys.readouterr().err.endswith(": File name too long\n")
+
+    def fail(_: object) -> int:
+        raise OSError("without a file")
+
+    with pytest.raises(OSError, match="without a file"):
+        cli._run(argparse.Namespace(run=fail, json=False, command="data"))
 
 
 @pytest.fixture(scope="module")

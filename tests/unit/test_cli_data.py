@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +209,16 @@ def test_an_index_that_is_stopped_leaves_no_process(number: signal.Signals, tmp_
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        # Ends when no process has the pipe any more.
-        text = "".join(line for line in process.stderr if "conversations" not in line)
+        try:
+            # Ends when no process has the pipe any more.
+            text = "".join(line for line in process.stderr if "conversations" not in line)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert (process.returncode, text) == (
-        (130, "vlbridge data: interrupted\n") if number is signal.SIGINT else (-number, "")
+        (130, "vlbridge data: interrupted; what is finished is kept: run it again to go on\n")
+        if number is signal.SIGINT
+        else (-number, "")
     )
 
 
@@ -222,10 +229,17 @@ def test_an_index_that_is_stopped_leaves_no_process(number: signal.Signals, tmp_
         (["index", "--html", "a.html"], 2, "--html is an option of check, found with index"),
         (["check", "--long-conversations", "drop"], 2, "--long-conversations is an option of pack, found with check"),
         (["index", "--pack-window", "9"], 2, "--pack-window is an option of pack, found with index"),
-        (["pack", "--seed", "-1"], 2, "expected an integer of at least 0, found '-1'"),
+        (["pack", "--seed", "-1"], 2, "expected an integer from 0 to 999999999, found '-1'"),
         (["pack"], 2, "pack needs --seq-length"),
         (["pack", "--seq-length", "64", "--pack-window", "3"], 1, "--pack-window: needs --packing"),
-        (["check", "--html", "none/page.html"], 1, "none/page.html: cannot write"),
+        (["check", "--html", "none/page.html"], 1, "none/page.html: cannot write: expected a file in a folder"),
+        (["check", "--html", "."], 1, "cannot write: expected a file in a folder that can be written, found a folder"),
+        (["check", "--show", "3"], 2, "--show is an option of --html, found without it"),
+        (
+            ["pack", "--seq-length", "64", "--max-bad-samples", "-1"],
+            1,
+            "expected a share from 0 to below 1, found -1.0",
+        ),
         (["chekc"], 2, "chekc"),
         (["check", "--htlm", "a"], 2, "Did you mean --html?"),
     ],

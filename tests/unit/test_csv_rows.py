@@ -74,6 +74,24 @@ def test_a_file_that_is_not_csv_is_rejected(tmp_path: Path, content: bytes, prob
         CsvRows(tmp_path / "a.csv", name="train data")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("header", ["q;a\n1;2\n", "sep=;\nq;a\n"])
+def test_another_delimiter_is_named(tmp_path: Path, suffix: str, header: str) -> None:
+    """As Excel writes in some countries."""
+    path = tmp_path / f"a{suffix}"
+    path.write_text(header)
+    with rejects("found ';'; save it with commas", start=f"{path}, line 1: expected cells separated by"):
+        CsvRows(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("\ufeffq,a\r\n1,2\r\n", encoding=encoding)
+    with rejects("found UTF-16; save the file as UTF-8", start=f"{path}: "):
+        CsvRows(path)
+
+
 def test_line_ends_that_csv_does_not_have_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"q,a\r1,2\r")
     with rejects("; end lines with LF or CRLF, not with CR alone"):
@@ -83,7 +101,9 @@ def test_line_ends_that_csv_does_not_have_are_named(tmp_path: Path) -> None:
 def test_cells_may_be_longer_than_pythons_limit(tmp_path: Path) -> None:
     """In another process, too."""
     (tmp_path / "a.csv").write_text(f"q,a\n1,{'x' * 200_000}\n3,4\n")
-    csv.field_size_limit(2**17)
+    csv.field_size_limit(2**30)
+    read = CsvRows(tmp_path / "a.csv")
+    assert csv.field_size_limit(2**17) == 2**30, "a limit that is larger stays"
     read = CsvRows(tmp_path / "a.csv")
     csv.field_size_limit(2**17)
     for rows in (pickle.loads(pickle.dumps(read)), read):

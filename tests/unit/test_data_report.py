@@ -20,6 +20,7 @@ from megatron_vlbridge.data.report.packing import pack_report
 from megatron_vlbridge.data.report.page import histogram, page
 from megatron_vlbridge.data.report.summary import Summary, summarize, supervised_pieces
 from megatron_vlbridge.demo.tiny_processor import build_processor
+from tests.video_writer import moving, write_video
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,26 @@ def test_pieces_are_the_supervised_text(summary: Summary, processor: Qwen3VLProc
     sample = encode_conversation(messages, processor)
     text = "".join(piece.text for piece in supervised_pieces(sample, processor))
     assert text == processor.tokenizer.decode(sample.input_ids)
+
+
+def test_media_that_are_not_shown_are_counted(processor: Qwen3VLProcessor, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    video = write_video(tmp_path / "a.mp4", moving(8), fps=4)
+    parts = [{"type": "image", "image": str(tmp_path / "a.png")}] * 10 + [{"type": "video", "video": str(video)}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "seven"}]
+    found = summarize(
+        "train", [messages], lambda one: encode_conversation(one, processor), processor, show=1, media=MediaOptions()
+    )
+    assert [(len(one.images), one.hidden) for one in found.shown] == [(8, 3)]
+    assert "and 3 more images or video files" in Texts(page([found])).text
+
+
+def test_roles_are_not_taken_for_answers(processor: Qwen3VLProcessor) -> None:
+    messages = [{"role": role, "content": "hello"} for role in ("system", "user", "assistant")]
+    found = summarize(
+        "train", [messages], lambda one: encode_conversation(one, processor), processor, media=MediaOptions()
+    )
+    assert found.turns == TurnCounts(assistant=1)
 
 
 def test_characters_of_several_tokens_are_shown(processor: Qwen3VLProcessor) -> None:

@@ -511,6 +511,10 @@ def test_turns_that_are_not_learned_are_counted(
     [report] = turns.reports
     assert report.startswith("3 of 6 assistant turns are not learned")
     assert [record.message for record in caplog.records] == [report]
+    caplog.clear()
+    options = {"seq_length": SEQ_LENGTH, "num_samples": 1, "labels": LabelOptions(turns="last"), "log": False}
+    assert PackedConversations(conversations, processor, config, **options).selection.turns == turns
+    assert not caplog.records
     assert int((data[0]["labels"] >= 0).sum()) == 3 * len(processor.tokenizer.encode("a<|im_end|>"))
 
 

@@ -71,7 +71,13 @@ def test_data_form_and_tags_are_in_it(path: Path) -> None:
         assert conversations
         found.append(fingerprint(conversations, base))
     assert len({json.dumps(one) for one in found}) == 3
-    # Another text of the same length.
+    # Another text of the same length, at the end of a large file and at its start.
+    path.write_text("\n" * 2_500_000 + path.read_text())
+    expected = fingerprint(read_conversations(path), base)
+    path.write_text(path.read_text()[:-3] + "\n}\n")
+    assert fingerprint(read_conversations(path), base)["sources"] != expected["sources"]
+    path.write_text(path.read_text().strip().replace("\n}", "}") + "\n")
+    expected = fingerprint(read_conversations(path), base)
     path.write_text(path.read_text().replace("seven", "eight"))
     assert fingerprint(read_conversations(path), base)["sources"] != expected["sources"]
 

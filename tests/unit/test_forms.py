@@ -127,6 +127,11 @@ REJECTED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     ),
     "other speaker": ("sharegpt", {"conversations": [{"from": "bing", "value": ""}]}, ("message 0: expected 'role'",)),
     "role in sharegpt": ("sharegpt", {"conversations": [USER]}, ("message 0: expected the keys 'from' and 'value'",)),
+    "tag in a list": (
+        "tags",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>"}]}], "images": ["a"]},
+        ("<image> 0 times in the texts and 1 under 'images'; contents that are lists do not count",),
+    ),
     "from in tags": ("tags", {"messages": [HUMAN]}, ("unknown key 'from', 'value'", "expected 'role' and 'content'")),
     "message as text": ("sharegpt", {"conversations": ["q"]}, ("message 0: ", "found str 'q'")),
     "weight of a message": ("sharegpt", {"conversations": [{**HUMAN, "value": "", "w": 1}]}, ("unknown key 'w'",)),
@@ -173,6 +178,7 @@ def test_a_record_that_is_not_of_its_form_is_rejected(
         ("a b.png", "a b.png"),
         ("file:///x/a%20b.png", "/x/a b.png"),
         ("file://localhost/a.png", "/a.png"),
+        ("file:////srv/a.png", "//srv/a.png"),
         ("//[draft]/x.png", "//[draft]/x.png"),
         ("http://[bad/x.png", "http://[bad/x.png"),
         ("data:image/png;base64,AAEC", b"\x00\x01\x02"),
@@ -250,7 +256,7 @@ def test_what_is_optional_is_left_out() -> None:
     system, user, _ = convert_record(row, form)[0]["messages"]
     assert system == {"role": "system", "content": "s"}
     assert [part[part["type"]] for part in user["content"]] == ["1", b"2", "3", "q"]
-    with rejects("column 'files': expected a list, found str"):
+    with rejects("column 'files': expected a list, found str; for one path name the column 'image'"):
         convert_record({**row, "files": "1"}, form)
 
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import Qwen3VLProcessor
 
-from megatron_vlbridge.data.chat import Sample, encode_conversation
+from megatron_vlbridge.data.chat import Sample, encode_conversation, measure_conversation
 from megatron_vlbridge.data.labels.options import LabelOptions
 from megatron_vlbridge.data.labels.special import hide_special_tokens, plain_ids, shown_tokens
 from megatron_vlbridge.demo.tiny_processor import build_processor
@@ -20,6 +20,7 @@ from megatron_vlbridge.training.launch.arguments import add_arguments
 from megatron_vlbridge.training.launch.labels import label_options
 from tests import label_cases, label_cases_options, label_cases_special, label_cases_tools
 from tests.errors import rejects
+from tests.label_cases import bot, text, user
 from tests.published_tokenizer import build_tokenizer
 from tests.unit.test_turns import TEMPLATES
 
@@ -79,6 +80,30 @@ def test_the_labels_are_those_marked_by_hand(name: str, family: str) -> None:
     assert len(sample.excluded_turns) + len(sample.skipped_turns) == turns - learned
     if "labels" not in case.options and "train" not in name:
         assert sample.skipped_turns == ()
+
+
+# Answers of which only the end would be learned, and the families for which that is so: the template of Qwen3.5 strips
+# spaces, so that the turn is excluded, and the others learn a think block as it is written.
+BLANK = {
+    "empty": (bot(""), FAMILIES),
+    "empty reasoning": (bot("", reasoning_content="", weight=0.5), FAMILIES),
+    "spaces": (bot("  "), ("qwen2_5_vl", "qwen3_vl")),
+    "parts": (bot([text(""), text(" ")]), ("qwen2_5_vl", "qwen3_vl")),
+    "empty think block": (bot("<think>\n\n</think>\n\n"), ("qwen3_5",)),
+}
+BLANK_FAMILIES = [(name, family) for name, (_, families) in BLANK.items() for family in families]
+
+
+@pytest.mark.parametrize(("name", "family"), BLANK_FAMILIES)
+def test_an_answer_of_which_only_the_end_is_learned_is_rejected(name: str, family: str) -> None:
+    """Unless it is not to be learned."""
+    answer, processor = BLANK[name][0], processor_of(family)
+    messages = [user("Q"), bot("A"), user("R"), answer]
+    for encode in (encode_conversation, measure_conversation):
+        with rejects('give it "train": false', start="message 3 (assistant): expected an answer to learn, found "):
+            encode(messages, processor)
+        encode([*messages, user("R"), bot("B")], processor, labels=LabelOptions(turns="last"))
+        encode([user("R"), answer | {"train": False, "weight": 0}, user("R"), bot("B")], processor)
 
 
 def test_the_conversation_of_the_documentation_is_learned() -> None:

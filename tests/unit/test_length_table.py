@@ -58,7 +58,9 @@ def test_another_fingerprint_is_refused_by_its_keys(tmp_path: Path) -> None:
     table(2).save(tmp_path / "lengths", FINGERPRINT)
     with rejects("data, new differ (data, 1: expected 8, found 7)"):
         LengthTable.open(tmp_path / "lengths", {**FINGERPRINT, "data": ["train.jsonl", 8], "new": 1})
-    with rejects("processor differ (processor, patch_size: expected None, found 16)"):
+    with rejects("processor differ (processor, size: expected None, found 'nothing')"):
+        LengthTable.open(tmp_path / "lengths", {**FINGERPRINT, "processor": {"patch_size": 16, "size": None}})
+    with rejects("processor differ (processor, patch_size: expected 'nothing', found 16)"):
         LengthTable.open(tmp_path / "lengths", {**FINGERPRINT, "processor": {}})
     with rejects("data differ (data: expected ['train.jsonl'], found ['train.jsonl', 7])"):
         LengthTable.open(tmp_path / "lengths", {**FINGERPRINT, "data": ["train.jsonl"]})

@@ -355,6 +355,16 @@ def test_the_transparent_gray_is_that_of_the_file(bits: int) -> None:
         assert found[0, :, 0].tolist() == expected, transparent
 
 
+def test_a_pil_image_has_the_same_transparency_at_every_read() -> None:
+    with Image.open(io.BytesIO(png_row(4, [0, 5, 10, 15], [5]))) as image:
+        for _ in range(3):
+            assert pixels(image_of(image))[0, :, 0].tolist() == [0, 255, 170, 255]
+    with Image.open(io.BytesIO(png_row(16, [1, 2, 3], [256, 2, 3]))) as image:
+        image.load()
+        with rejects("has a transparent color of 16 bits per channel"):
+            image_of(image)
+
+
 def test_the_transparent_color_is_that_of_the_file() -> None:
     """With 16 bits it cannot be told from others, whose lower 8 bits are lost."""
     colors = [1, 2, 3, 1, 2, 4]

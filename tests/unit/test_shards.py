@@ -131,12 +131,13 @@ def test_other_members_are_used_ignored_or_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "problem"),
     [
-        ({"1.png": b"", "1.txt": b"q"}, "expected a member that ends with .json, found 1.png, 1.txt"),
+        ({"1.png": b"", "1.txt": b"q"}, "expected one member that ends with .json, found 1.png, 1.txt"),
         ({"1.json": {"image": "1.png"}, "1.png": b"", "1.jpg": b""}, "a member '1.jpg' that its .json does not name"),
         ({"1.json": {"image": "1.11.png"}, "1.png": b"", "1.11.png": b""}, "a member '1.png' that its .json does not"),
         ({"1.json": {"txt": ""}, "1.txt": b"q"}, "a member '1.txt' and its .json the key 'txt'"),
         ({"1.json": b"{"}, "expected one JSON object"),
         ({"1.json": []}, "expected {"),
+        ({"1.json": {}, "1.JSON": {}}, "expected one member that ends with .json, found 1.json, 1.JSON"),
         ({"1.json": {"q": ""}, "1.txt": b"caf\xe9"}, "member '1.txt': expected UTF-8 text"),
     ],
 )
@@ -193,6 +194,28 @@ def test_videos_are_members(tmp_path: Path) -> None:
         load_video({**video, "video": b"abc"}, video_processor=processor.video_processor)
     with rejects("video: 3 bytes cannot be decoded as a video"):
         media_shape({**video, "video": b"abc"}, processor)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE])
+def test_links_are_rejected(tmp_path: Path, kind: bytes) -> None:
+    path = write_tar(tmp_path / "a.tar", {"1.json": {"conversations": TALK}})
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("1.png")
+        info.type, info.linkname = kind, "0.png"
+        tar.addfile(info)
+    with rejects("expected files, found a link or device '1.png'", start=f"{path}: "):
+        Shards(path)
+
+
+def test_what_comes_after_the_end_is_rejected(tmp_path: Path) -> None:
+    """But for the zeros that fill the last record."""
+    paths = [write_tar(tmp_path / f"{name}.tar", {f"{name}.json": {"conversations": TALK}}) for name in "ab"]
+    joined = tmp_path / "c.tar"
+    joined.write_bytes(paths[0].read_bytes() + paths[1].read_bytes())
+    with rejects("expected its end after ", "found more", start=f"{joined}: "):
+        Shards(joined)
+    joined.write_bytes(paths[0].read_bytes() + bytes(3 << 20))
+    assert len(Shards(joined)) == 1
 
 
 def test_names_that_are_not_utf_8_are_rejected(tmp_path: Path) -> None:

@@ -118,7 +118,13 @@ REJECTED = {
        for weight in (0, -1, "1", True, None, [1], 1e30, 10**400)},
     "weight inf": ("train: [{path: tags.jsonl, weight: .inf}]", "expected 'weight' to be a number"),
     "weight nan": ("train: [{path: tags.jsonl, weight: .nan}]", "expected 'weight' to be a number"),
-    "weight 1e-5": ("train: [{path: tags.jsonl, weight: 1e-5}]", "found str '1e-5'; write it as 1.0e-5"),
+    "weight 1e-5": ("train: [{path: tags.jsonl, weight: 1e-5}]", "found str '1e-5'; write it as 0.00001"),
+    "weight 1.5e4": ("train: [{path: tags.jsonl, weight: 1.5e4}]", "found str '1.5e4'; write it as 15000"),
+    "weight octal": ("train:\n- {path: tags.jsonl, weight: 010}", "line 2: expected a decimal number, found 010"),
+    "weight of minutes": ("train: [{path: tags.jsonl, weight: 1:30}]", "expected a decimal number, found 1:30"),
+    "weight of seconds": ("train: [{path: tags.jsonl, weight: 1:30.5}]", "expected a decimal number, found 1:30.5"),
+    "null byte": ('train: [{path: "a\\0.jsonl"}]', "expected a path, found an error: embedded null byte"),
+    "lone surrogate": ('train: [{path: "\\ud800.jsonl"}]', "expected a path, found an error: "),
     "a long name": (source(path="a" * 300), "File name too long"),
     "a long name of media": (source(media="a" * 300), "File name too long"),
     "file twice": ("train: [{path: tags.jsonl}, {path: one/../tags.jsonl}]", "tags.jsonl is there twice; give"),
@@ -202,6 +208,10 @@ def test_weights_with_which_an_epoch_may_be_empty_are_rejected() -> None:
         ([Share(0, 5, Fraction(2, 5)), Share(5, 9, Fraction(9, 100))], "an epoch would take 0.8 conversations"),
         ([Share(0, 3, Fraction(9))], "an epoch would take 0 conversations"),
         ([Share(0, 10, Fraction(200_000_001, 7))], "an epoch would take 200,000,001 conversations"),
+        (
+            [Share(3, 5, Fraction(50_000_001)), Share(5, 7, Fraction(50_000_000))],
+            "would take 200,000,002 conversations",
+        ),
     ):
         with rejects(found, start="weights: "):
             check_shares(kept, shares)

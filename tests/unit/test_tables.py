@@ -176,3 +176,46 @@ def test_without_pyarrow_the_error_says_what_to_install(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with rejects('the package pyarrow is not installed, which reads tables: pip install -e ".[parquet]"', start="x: "):
         open_records(path, name="x")
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    for number in (0, 2):
+        write_parquet(tmp_path / f"train-{number:05}-of-00003.parquet")
+    with rejects("expected 3 files, numbered from 0, the one with 1 is missing", start="x: "):
+        ParquetRows(tmp_path, name="x")
+    write_parquet(tmp_path / "train-00001-of-00003.parquet")
+    assert len(ParquetRows(tmp_path)) == 3 * len(ROWS)
+
+
+def test_parts_written_by_spark_are_one_split(tmp_path: Path) -> None:
+    for number in range(2):
+        write_parquet(tmp_path / f"part-{number:05}-3f2a-c000.snappy.parquet")
+    assert len(ParquetRows(tmp_path)) == 2 * len(ROWS)
+
+
+@pytest.mark.parametrize("other", ["b.jsonl", "b.tar.gz", "b.PARQUET", "more/b.parquet", "b.tar", "b.csv"])
+def test_a_folder_with_data_that_is_not_read_is_rejected(tmp_path: Path, other: str) -> None:
+    write_parquet(tmp_path / "a.parquet")
+    for name in ("README.md", "dataset_info.json", "_SUCCESS", "images/a.png", "a.parquet.index"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert len(open_records(tmp_path, name="x")) == len(ROWS)
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).touch()
+    with rejects(start=f"x: {other} would not be read: expected a folder of files that end with .parquet alone"):
+        open_records(tmp_path, name="x")
+
+
+def test_a_selection_of_a_saved_dataset_is_rejected(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "a", ROWS)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "_indices_data_files": [{"filename": "indices.arrow"}]}))
+    with rejects("a selection of its rows, which would be ignored", start="x: "):
+        DatasetRows(folder, name="x")
+
+
+def test_a_value_that_python_has_not_is_named(tmp_path: Path) -> None:
+    table = pa.table({"q": ["a"], "t": pa.array([2**62], pa.timestamp("us"))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with rejects("has values that Python has not", start="x, row 0: cannot read the row"):
+        ParquetRows(tmp_path / "a.parquet", name="x")[0]

@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -60,6 +61,12 @@ class Handler(BaseHTTPRequestHandler):
         status = 200
         if self.path == "/404":
             status = 404
+        elif self.path == "/damaged":
+            Image.new("RGB", (4, 4)).save(file := io.BytesIO(), "AVIF")
+            body = file.getvalue().replace(b"iloc", b"free")
+        elif self.path == "/large":
+            Image.new("1", (20_000, 20_000)).save(file := io.BytesIO(), "PNG")
+            body = file.getvalue()
         elif self.path == "/page":
             body = b"<!DOCTYPE html>"
         elif self.path == "/503" and number < 3:
@@ -146,6 +153,21 @@ def test_an_answer_that_is_no_image_or_video_is_not_kept(server: Server, tmp_pat
     assert server.requests["/page"] == 1
 
 
+@pytest.mark.parametrize("path", ["/damaged", "/large"])
+def test_an_image_that_cannot_be_read_is_kept_and_named(server: Server, tmp_path: Path, path: str) -> None:
+    """It is one: what is wrong with it is said when it is read, and that by the error that others get."""
+    options = MediaOptions(url_cache=str(tmp_path), max_image_pixels=100)
+    with rejects("cannot be decoded as an image" if path == "/damaged" else "is too large"):
+        load_image({"type": "image", "image": server.url + path}, options)
+    assert len(files(tmp_path)) == 1
+
+
+def test_without_pyav_the_extra_is_named(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with rejects("video files need PyAV"):
+        load_video({"type": "video", "video": f"{server.url}/1.png"}, MediaOptions(url_cache=str(tmp_path)))
+
+
 def test_urls_with_any_characters_are_fetched(server: Server, tmp_path: Path) -> None:
     for path in ("/1.png?a b", "/1.png?\u00e4", "/1.png?[x]", "/1.png?%20"):
         assert Path(fetch(server.url + path, tmp_path)).read_bytes() == png(1)
@@ -213,7 +235,7 @@ def test_images_and_frames_at_urls_are_on_the_page(server: Server, tmp_path: Pat
 
     found = summarize("train", [messages], encode, processor, show=1, media=media)
     assert found.failures == []
-    assert [len(one.images) for one in found.shown] == [3]
+    assert [(len(one.images), one.hidden) for one in found.shown] == [(3, 0)]
 
 
 def test_a_url_that_fails_names_line_and_message(

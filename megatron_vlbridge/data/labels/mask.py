@@ -1,6 +1,6 @@
 """The loss mask of an encoded conversation, and the turns that it leaves out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_vlbridge.data.labels.options import LabelOptions, skipped_turns
 from megatron_vlbridge.data.labels.turns import ExcludedTurn, Turn, supervised_spans, with_newlines
 from megatron_vlbridge.data.media import Conversation
-from megatron_vlbridge.data.messages import message_name
+from megatron_vlbridge.data.messages import message_name, message_text
 from megatron_vlbridge.data.processors.interface import ConversationProcessor
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -35,12 +35,14 @@ def loss_mask(
 ) -> LossMask:
     """The loss mask of the tokens `ids` int64 `[L]` of `messages`, each rendered as one of `turns`.
 
-    Raises VLBridgeError: there is no supervised token, unless `allow_no_loss`.
+    Raises VLBridgeError, unless `allow_no_loss`: there is no supervised token, or of a turn only its end.
     """
     skipped = skipped_turns(messages, labels)
     spans, excluded = supervised_spans(ids, turns, messages, processor, skipped)
     if not allow_no_loss and not spans:
         raise _no_supervised_token(messages, excluded, skipped)
+    if not allow_no_loss:
+        _check_not_blank(messages, spans)
     if labels.newline:
         spans = with_newlines(spans, ids, processor)
     weights = torch.zeros(len(ids))
@@ -49,6 +51,19 @@ def loss_mask(
         values[span] = messages[message].get("weight", 1)
     weighted = any(messages[message].get("weight", 1) != 1 for message in spans)
     return LossMask(weights > 0, weights if weighted else None, excluded, skipped)
+
+
+def _check_not_blank(messages: Conversation, spans: Mapping[int, slice]) -> None:
+    """Reject answers of which only the end would be learned: the model would end its turn at once."""
+    for index, span in spans.items():
+        message = messages[index]
+        text = message_text(message, {})
+        is_blank = not (text.strip() or message.get("reasoning_content") or message.get("tool_calls"))
+        if is_blank or span.stop - span.start == 1:
+            raise VLBridgeError(
+                f"{message_name(messages, index)}: expected an answer to learn, found {text!r}; write it, remove the "
+                'message, or give it "train": false'
+            )
 
 
 def _no_supervised_token(

@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -105,6 +107,11 @@ def _measure_all(
     with ProcessPoolExecutor(workers, context, _set_task, (conversations, measure)) as pool:
         try:
             yield from zip(ranges, pool.map(_run_task, ranges), strict=True)
+        except BrokenProcessPool as error:
+            raise VLBridgeError(
+                "a process that measures was ended from outside, perhaps for want of memory; what is finished is kept: "
+                "run it again with fewer --workers"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -116,8 +123,14 @@ _task: tuple[Sequence[Any], Measure] | None = None
 def _set_task(conversations: Sequence[Any], measure: Measure) -> None:
     global _task
     _task = conversations, measure
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    signal.signal(signal.SIGINT, _end_after_first)
     Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_after_first(*_: object) -> None:
+    """Ctrl-C reaches all processes: end without a word, after the first one has had the time to see it."""
+    time.sleep(0.5)
+    os._exit(1)
 
 
 def _end_with_parent() -> None:

@@ -25,6 +25,7 @@ COLUMNS = np.dtype(
 )
 
 
+NOTHING = "nothing"  # in the place of a value that one of two fingerprints has not
 TURNS = ("assistant", "excluded", "skipped")
 
 
@@ -96,9 +97,13 @@ class LengthTable:
         """
         rows, head = _read(Path(path))
         found = head["fingerprint"]
-        names = sorted(key for key in found.keys() | fingerprint.keys() if found.get(key) != fingerprint.get(key))
+        names = sorted(
+            key for key in found.keys() | fingerprint.keys() if found.get(key, NOTHING) != fingerprint.get(key, NOTHING)
+        )
         if names:
-            where, expected, other = _first_difference(names[0], fingerprint.get(names[0]), found.get(names[0]))
+            where, expected, other = _first_difference(
+                names[0], fingerprint.get(names[0], NOTHING), found.get(names[0], NOTHING)
+            )
             raise VLBridgeError(
                 f"{path}: made for other data or settings; {', '.join(names)} differ ({where}: expected {expected!r}, "
                 f"found {other!r}); {REMEDY}"
@@ -109,7 +114,8 @@ class LengthTable:
 def _first_difference(where: str, expected: Any, found: Any) -> tuple[str, Any, Any]:
     """Where two JSON values differ first, such as "sources, 0, media", and what each has there."""
     if isinstance(expected, dict) and isinstance(found, dict):
-        pairs = [(key, expected.get(key), found.get(key)) for key in sorted(expected.keys() | found.keys())]
+        keys = sorted(expected.keys() | found.keys())
+        pairs = [(key, expected.get(key, NOTHING), found.get(key, NOTHING)) for key in keys]
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         pairs = list(zip(map(str, range(len(expected))), expected, found, strict=True))
     else:

@@ -16,6 +16,12 @@ type Ints = Sequence[int] | np.ndarray
 logger = logging.getLogger(__name__)
 
 
+def check_share(max_share: float) -> None:
+    """Check the share of conversations that may fail (VLBridgeError if it is none)."""
+    if not 0 <= max_share < 1:
+        raise VLBridgeError(f"max_bad_samples: expected a share from 0 to below 1, found {max_share}")
+
+
 class Replacements:
     """Replaces a conversation that fails by another one that has no more tokens and patches, so that the pack holds it.
 
@@ -28,8 +34,7 @@ class Replacements:
     """
 
     def __init__(self, lengths: Ints, patches: Ints, *, seed: int, max_share: float, log: bool = True) -> None:
-        if not 0 <= max_share < 1:
-            raise VLBridgeError(f"max_bad_samples: expected a share from 0 to below 1, found {max_share}")
+        check_share(max_share)
         self.lengths, self.patches = np.asarray(lengths), np.asarray(patches)
         self.seed, self.max_share, self.log = seed, max_share, log
         self.num_read = 0

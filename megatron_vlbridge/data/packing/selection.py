@@ -9,6 +9,7 @@ import numpy as np
 from megatron_vlbridge.data.lengths.measure import Measure, location
 from megatron_vlbridge.data.lengths.table import LengthTable
 from megatron_vlbridge.data.media import Conversation
+from megatron_vlbridge.data.packing.replacement import check_share
 from megatron_vlbridge.data.packing.truncation import truncate
 from megatron_vlbridge.errors import VLBridgeError
 
@@ -57,6 +58,7 @@ class Selection:
         too_long: str,
         max_bad_samples: float,
     ) -> None:
+        check_share(max_bad_samples)
         self.limits = limits
         self.truncated: dict[int, int] = {}
         if too_long == "truncate":
@@ -69,7 +71,8 @@ class Selection:
         self.dropped = self._find_too_long(too_long)
         self.kept = np.setdiff1d(np.arange(len(conversations)), [*self.failed, *self.dropped])
         if not len(self.kept):
-            raise VLBridgeError(f"conversations: expected at least one that fits into a pack; {self.dropped_report}")
+            reports = "; ".join(filter(None, (self.dropped_report, self.failed_report)))
+            raise VLBridgeError(f"conversations: expected at least one that fits into a pack; {reports}")
         self.kept_rows = self.rows[self.kept]
         self.turns = table.count_turns(self.kept_rows)
 

@@ -57,12 +57,14 @@ class Data:
         check_processor(processor, config)
         return cls(Path(path), processor, config, **options)
 
-    def splits(self) -> Iterator[tuple[str, Mixture]]:
+    def splits(self) -> list[tuple[str, Mixture]]:
         """The splits that the file has, and their conversations."""
+        found = []
         for split in read_meta(self.path):
             conversations = open_data(self.path, split, literal_tags=self.literal_tags)
             assert conversations is not None
-            yield split, conversations
+            found.append((split, conversations))
+        return found
 
     @property
     def measure(self) -> Measure:

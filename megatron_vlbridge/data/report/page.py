@@ -84,6 +84,8 @@ def _roles(summary: Summary) -> str:
 
 def _shown(one: Shown) -> str:
     images = "".join(f'<img src="{url}" alt="">' for url in one.images)
+    if one.hidden:
+        images += f"<p>and {one.hidden} more images or video files</p>"
     return f"<h4>{escape(one.location)}</h4>{images}<pre>{''.join(map(_piece, one.pieces))}</pre>"
 
 

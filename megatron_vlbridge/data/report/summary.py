@@ -34,11 +34,15 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Shown:
-    """A conversation to look at: its location, its tokens, and its first images as `data:` URLs."""
+    """A conversation to look at: its location, its tokens, and its first images as `data:` URLs.
+
+    `hidden` is what is not shown: further images, and video files.
+    """
 
     location: str
     pieces: tuple[Piece, ...]
     images: tuple[str, ...]
+    hidden: int
 
 
 @dataclass
@@ -97,7 +101,7 @@ def summarize(
         where = location(conversation, index)
         try:
             sample = encode(conversation)
-            images = _thumbnails(conversation, media) if index in chosen else []
+            images, hidden = _thumbnails(conversation, media) if index in chosen else ([], 0)
         except VLBridgeError as error:
             summary.failures.append(f"{where}: {error}")
             continue
@@ -107,7 +111,7 @@ def summarize(
         summary.skipped_turns += len(sample.skipped_turns)
         if index in chosen:
             pieces = tuple(supervised_pieces(sample, processor))
-            summary.shown.append(Shown(where, pieces, tuple(images)))
+            summary.shown.append(Shown(where, pieces, tuple(images), hidden))
     progress(len(conversations), len(conversations))
     return summary
 
@@ -160,16 +164,20 @@ def _count(summary: Summary, sample: Sample, processor: ProcessorMixin) -> None:
         summary.supervised[role] += int(sample.loss_mask[begin:end].sum())
 
 
-def _thumbnails(conversation: Conversation, media: MediaOptions) -> list[str]:
-    """The first images and video frames, scaled down."""
+def _thumbnails(conversation: Conversation, media: MediaOptions) -> tuple[list[str], int]:
+    """The first images and video frames, scaled down, and how many further ones and video files there are."""
     sources: list[Any] = []
+    files = 0
     parts = (part for message in conversation for part in message_parts(message))
     for part in (with_files(part, media) for part in parts):
         if part["type"] == "image":
             sources.append(part["image"])
         elif part["type"] == "video" and isinstance(part["video"], list):
             sources += part["video"]
-    return [_data_url(read_image(source, "image", media)) for source in sources[:SHOWN_IMAGES]]
+        else:
+            files += part["type"] == "video"
+    shown = [_data_url(read_image(source, "image", media)) for source in sources[:SHOWN_IMAGES]]
+    return shown, len(sources) - len(shown) + files
 
 
 def _data_url(image: Image.Image) -> str:

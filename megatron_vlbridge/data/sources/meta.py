@@ -3,6 +3,7 @@
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ def read_meta(path: str | Path) -> dict[str, list[Source]]:
             path.stat()
         except FileNotFoundError:
             raise VLBridgeError(f"{path}: no such file") from None
-        except OSError as error:
-            raise VLBridgeError(f"{path}: cannot read the file ({error.strerror})") from error
+        except (OSError, ValueError) as error:
+            raise VLBridgeError(f"{path}: cannot read the file ({getattr(error, 'strerror', error)})") from error
         return {"train": [Source(path, None, path.parent)]}
     value = _load(path)
     if not isinstance(value, dict) or not value:
@@ -67,6 +68,8 @@ def read_meta(path: str | Path) -> dict[str, list[Source]]:
         files = [source.path.resolve() for source in splits[split]]
         if twice := [file for file in files if files.count(file) > 1]:
             raise VLBridgeError(f"{name}: {twice[0]} is there twice; give it a weight instead")
+        if inside := [file for file in files if any(parent in files for parent in file.parents)]:
+            raise VLBridgeError(f"{name}: {inside[0]} is also in the folder of another source; name it once")
     return splits
 
 
@@ -79,6 +82,22 @@ class _Loader(yaml.SafeLoader):
             line = node.start_mark.line + 1
             raise VLBridgeError(f"key {twice[0]!r} occurs twice in the mapping from line {line}")
         return super().construct_mapping(node, deep)
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """Only decimal numbers: YAML 1.1 takes 010 for 8, and 1:30 for 90."""
+    if not re.fullmatch(r"[-+]?(0|[1-9]\d*)", node.value):
+        line = node.start_mark.line + 1
+        raise VLBridgeError(f"line {line}: expected a decimal number, found {node.value}; quote it if it is a text")
+    return int(node.value)
+
+
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return _construct_int(loader, node) if ":" in node.value else loader.construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
 def _load(path: Path) -> Any:
@@ -102,7 +121,7 @@ def _source(name: str, value: Any, folder: Path) -> Source:
             raise VLBridgeError(f"{name}: expected '{key}' to be a string, found {shown(value[key])}")
     if not value.get("path"):
         raise VLBridgeError(f"{name}: 'path' is missing, expected a mapping such as {EXAMPLE}")
-    name = f"{name} ({value['path']})"
+    place, name = name, f"{name} ({value['path']})"
     path = folder / value["path"]
     media = folder / value["media"] if "media" in value else path.parent
     try:
@@ -113,6 +132,10 @@ def _source(name: str, value: Any, folder: Path) -> Source:
         raise VLBridgeError(f"{name}: no file {path}") from None
     except OSError as error:
         raise VLBridgeError(f"{name}: cannot read {error.filename} ({error.strerror})") from error
+    except ValueError as error:  # a null byte, or no Unicode text
+        if isinstance(error, VLBridgeError):
+            raise
+        raise VLBridgeError(f"{place}: expected a path, found an error: {error}") from error
     ignore = value.get("ignore", [])
     if not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
         raise VLBridgeError(f"{name}: expected 'ignore' to be a list of keys, found {shown(ignore)}")
@@ -125,8 +148,9 @@ def _source(name: str, value: Any, folder: Path) -> Source:
 
 def _weight(name: str, value: Any) -> Fraction:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_WEIGHT:
-        # YAML takes a number without a dot before the exponent for a string.
-        hint = "; write it as 1.0e-5" if isinstance(value, str) and re.fullmatch(r"\d+[eE][+-]?\d+", value) else ""
+        # YAML takes a number without a dot and a sign in the exponent for a string.
+        is_number = isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE][+-]?\d{1,2}", value)
+        hint = f"; write it as {Decimal(value):f}" if is_number else ""
         raise VLBridgeError(
             f"{name}: expected 'weight' to be a number above 0 and up to {MAX_WEIGHT:,}, found {shown(value)}{hint}"
         )

@@ -36,7 +36,7 @@ def check_shares(kept: Ints, shares: Sequence[Share]) -> None:
             f"weights: an epoch would take {float(max(sizes)):.3g} conversations of the source of which it takes most; "
             "increase the weights until it takes at least 1"
         )
-    if sum(sizes) > MAX_MEMBERS:
+    if sum(sizes) > MAX_MEMBERS and any(share.weight > 1 for share in shares):
         raise VLBridgeError(
             f"weights: an epoch would take {float(sum(sizes)):,.0f} conversations; lower the weights until it takes at "
             f"most {MAX_MEMBERS:,}"

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +41,12 @@ class CsvRows(JsonLines):
             self._columns = [utf8_text(cell.encode("latin-1")) for cell in header.cells]
         except VLBridgeError as error:
             raise VLBridgeError(f"{self.name}, line {header.line}: {error}") from error
+        if len(self._columns) == 1 and (found := [one for one in ";\t," if one in self._columns[0]]):
+            where = f"{self.name}, line {header.line}"
+            raise VLBridgeError(
+                f"{where}: expected cells separated by {self._delimiter!r}, found {found[0]!r}; save it with commas or "
+                "as .tsv with tabs"
+            )
         if twice := [column for column in self._columns if self._columns.count(column) > 1]:
             raise VLBridgeError(f"{self.name}: the column {twice[0]!r} is there twice")
 
@@ -62,7 +69,10 @@ class CsvRows(JsonLines):
 
     def _records(self, path: Path) -> Iterator["_Record"]:
         with path.open("rb") as file:
-            mark = file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK
+            start = file.read(len(BYTE_ORDER_MARK))
+            if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+                raise VLBridgeError(f"{self.name}: expected UTF-8 text, found UTF-16; save the file as UTF-8")
+            mark = start == BYTE_ORDER_MARK
             position, number = file.seek(len(BYTE_ORDER_MARK) if mark else 0), 0
 
             def lines() -> Iterator[str]:

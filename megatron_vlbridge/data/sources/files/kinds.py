@@ -1,6 +1,6 @@
 """Which reader a file or folder has."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_vlbridge.data.sources.files.csv_rows import CsvRows
@@ -19,6 +19,8 @@ KINDS: dict[str, Callable[..., Records]] = {
     ".parquet": ParquetRows,
     ".tar": Shards,
 }
+# What may be meant as data in a folder.
+DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".tgz", ".gz", ".zst", ".bz2", ".xz", ".zip")
 DICT = "dataset_dict.json"
 
 
@@ -37,8 +39,20 @@ def open_records(path: Path, *, name: str, cache: str | Path | None = None) -> R
         raise VLBridgeError(f"{name}: expected one split of the dataset, name one of its folders: {', '.join(splits)}")
     if (path / STATE).exists():
         return DatasetRows(path, name=name)
-    if any(path.glob("*.parquet")):
-        return ParquetRows(path, name=name)
-    if any(path.glob("*.tar")):
-        return Shards(path, name=name, cache=cache)
+    for pattern, kind in (("*.parquet", ParquetRows), ("*.tar", Shards)):
+        if any(path.glob(pattern)):
+            records = kind(path, name=name, cache=cache)
+            _check_all_read(path, name, records.files)
+            return records
     raise VLBridgeError(f"{name}: expected a folder saved by `datasets`, or with Parquet or tar files, found none")
+
+
+def _check_all_read(folder: Path, name: str, files: Sequence[Path]) -> None:
+    """Reject a folder with data beside the files that are read: it would be left out without a word."""
+    for pattern in ("*", "*/*.parquet", "*/*.tar"):
+        for file in sorted(folder.glob(pattern)):
+            if file.name.lower().endswith(DATA) and file not in files and file.is_file():
+                raise VLBridgeError(
+                    f"{name}: {file.relative_to(folder)} would not be read: expected a folder of files that end with "
+                    f"{files[0].suffix} alone, without those in other folders; move it, or name it as a source"
+                )

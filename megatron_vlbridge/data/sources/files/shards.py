@@ -17,10 +17,13 @@ from megatron_vlbridge.data.sources.lazy import Records
 from megatron_vlbridge.errors import VLBridgeError
 
 MEDIA = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "jp2"), "images"),
-    **dict.fromkeys(("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "ts", "flv", "wmv"), "videos"),
+    **dict.fromkeys(
+        ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "heic", "heif"), "images"
+    ),
+    **dict.fromkeys(("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "flv", "wmv", "3gp"), "videos"),
 }
 _BLOCK = 512
+_CHUNK = 1 << 20
 
 
 class Shards(Records):
@@ -99,16 +102,20 @@ class _Shard(JsonLines):
 def scan_samples(path: Path) -> Iterator[tuple[int, int, int]]:
     """Begin, end and number of each sample: members whose paths are equal up to the first dot of the name.
 
-    Raises tarfile.TarError: the file is not a tar file, or compressed; VLBridgeError: it is cut, or the members of a
-    sample are not adjacent.
+    Raises tarfile.TarError: the file is not a tar file, or compressed; VLBridgeError: it is cut, or goes on after its
+    end, has links, or the members of a sample are not adjacent.
     """
     seen: set[str] = set()
     last, begin, end = None, 0, 0
     with tarfile.open(path, "r:") as tar:
         while member := tar.next():
-            if not member.isfile():
-                continue
             _check_name(member.name)
+            if member.isdir():
+                continue
+            if not member.isfile():
+                raise VLBridgeError(
+                    f"expected files, found a link or device {member.name!r}; put the file in its place"
+                )
             key = _split(member.name)[0]
             if key != last:
                 if last is not None:
@@ -126,6 +133,11 @@ def scan_samples(path: Path) -> Iterator[tuple[int, int, int]]:
         # tarfile takes a header that is cut for the end.
         if file.read(_BLOCK) != bytes(_BLOCK):
             raise VLBridgeError(f"the file is cut after {after} bytes: expected a block of zeros at its end")
+        while rest := file.read(_CHUNK):
+            if rest.strip(b"\0"):
+                raise VLBridgeError(
+                    f"expected its end after {after} bytes, found more: write tar files that were joined anew"
+                )
 
 
 def _check_name(name: str) -> None:
@@ -166,10 +178,10 @@ def find_member(members: dict[str, bytes], source: str) -> bytes | None:
 
 def sample_record(members: dict[str, bytes]) -> Any:
     """The record of a sample with these members, see `Shards` (VLBridgeError if it has none, or leaves media out)."""
-    by_extension = {_split(path)[1]: content for path, content in members.items()}
-    if "json" not in by_extension:
-        raise VLBridgeError(f"expected a member that ends with .json, found {', '.join(members)}")
-    record = parse_json(by_extension["json"])
+    records = [path for path in members if _split(path)[1] == "json"]
+    if len(records) != 1:
+        raise VLBridgeError(f"expected one member that ends with .json, found {', '.join(records or members)}")
+    record = parse_json(members[records[0]])
     if not isinstance(record, dict):
         return record
     names = {_name(text) for text in _texts(record)}

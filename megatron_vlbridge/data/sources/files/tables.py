@@ -13,7 +13,9 @@ from megatron_vlbridge.data.sources.lazy import Records
 from megatron_vlbridge.errors import VLBridgeError
 
 STATE = "state.json"
-_PART = re.compile(r"[-_.]?\d+(-of-\d+)?$")
+# The end of a name that is the number of a part; also of Spark's, such as part-00000-3f2a-c000.snappy.
+_PART = re.compile(r"(?<=^part)-\d+-.*|[-_.]?\d+(-of-\d+)?$")
+_NUMBERED = re.compile(r"(\d+)-of-(\d+)$")
 
 
 class _Rows(Records):
@@ -41,9 +43,11 @@ class _Rows(Records):
         part = bisect_right(self._starts, index) - 1
         try:
             [row] = self._table(part).slice(index - self._starts[part], 1).to_pylist()
-        except (OSError, ValueError, import_pyarrow(self.name).ArrowException) as error:
-            text = f"{self.location(index)}: cannot read the row, the file is damaged or has changed ({error})"
-            raise VLBridgeError(text) from error
+        except (OSError, ValueError, OverflowError, import_pyarrow(self.name).ArrowException) as error:
+            raise VLBridgeError(
+                f"{self.location(index)}: cannot read the row: the file is damaged, has changed, or has values that "
+                f"Python has not ({error})"
+            ) from error
         return {key: _without_nulls(value) for key, value in row.items()}
 
     def _table(self, part: int) -> Any:
@@ -106,9 +110,15 @@ class DatasetRows(_Rows):
     def __init__(self, path: str | Path, *, name: str = "", cache: object = None) -> None:
         path = Path(path)
         try:
-            files = [path / entry["filename"] for entry in json.loads((path / STATE).read_text())["_data_files"]]
+            state = json.loads((path / STATE).read_text())
+            files = [path / entry["filename"] for entry in state["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise VLBridgeError(f"{name or path}: expected a saved dataset, {STATE} is invalid ({error})") from error
+        if state.get("_indices_data_files"):
+            raise VLBridgeError(
+                f"{name or path}: expected a saved dataset, found a selection of its rows, which would be ignored; "
+                "save dataset.flatten_indices()"
+            )
         super().__init__(path, name, [(file, 0) for file in files], [_mapped(file, name).num_rows for file in files])
 
     def _read(self, part: int) -> Any:
@@ -150,6 +160,13 @@ def _parts(folder: Path, name: str) -> list[Path]:
     splits = sorted({_PART.sub("", file.stem) for file in files})
     if len(splits) > 1:
         raise VLBridgeError(f"{name}: expected files of one split, found those of {', '.join(splits)}; name one file")
+    numbers = [match for file in files if (match := _NUMBERED.search(file.stem))]
+    for total in {int(match[2]) for match in numbers}:
+        missing = set(range(total)) - {int(match[1]) for match in numbers if int(match[2]) == total}
+        if missing:
+            raise VLBridgeError(
+                f"{name}: expected {total} files, numbered from 0, the one with {min(missing)} is missing"
+            )
     return files
 
 

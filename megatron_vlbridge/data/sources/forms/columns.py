@@ -50,7 +50,10 @@ def from_columns(record: Record, columns: Mapping[str, str]) -> Record:
     for kind in ("image", "video"):
         items = value.get(f"{kind}s") or []
         if not isinstance(items, list):
-            raise VLBridgeError(f"column {columns[f'{kind}s']!r}: expected a list, found {type(items).__name__}")
+            raise VLBridgeError(
+                f"column {columns[f'{kind}s']!r}: expected a list, found {type(items).__name__}; for one path name the "
+                f"column {kind!r}; several in a row need Parquet or JSON"
+            )
         one = value.get(kind)
         parts += [media_part(kind, item) for item in (items if one is None else [one])]
     user = [*parts, {"type": "text", "text": value["user"]}] if parts else value["user"]

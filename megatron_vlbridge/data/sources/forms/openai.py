@@ -14,7 +14,7 @@ from megatron_vlbridge.errors import VLBridgeError
 type Record = dict[str, Any]
 
 KINDS = {"image_url": "image", "video_url": "video"}
-FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/(?!/)[^?#]*)", re.IGNORECASE)
+FILE_URL = re.compile(r"file:(?://(?:localhost)?)?((?:(?<=//)|(?!//))/[^?#]*)", re.IGNORECASE)
 DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,", re.IGNORECASE)
 
 

@@ -36,9 +36,15 @@ def from_tags(record: Record) -> Record:
     for kind, files in media.items():
         tags = sum(text.count(f"<{kind}>") for text in texts)
         if tags != len(files):
+            lists = [
+                message
+                for message in messages
+                if isinstance(message, dict) and isinstance(message.get("content"), list)
+            ]
+            hint = "; contents that are lists do not count: write each file there as a part" if lists else ""
             raise VLBridgeError(
                 f"expected a tag for each {kind}, found <{kind}> {tags} times in the texts and {len(files)} under "
-                f"'{_key(record, kind)}'"
+                f"'{_key(record, kind)}'{hint}"
             )
     left = {kind: iter(files) for kind, files in media.items()}
     return {**rest, "messages": [_with_parts(message, left) for message in messages]}
