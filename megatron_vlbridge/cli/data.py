@@ -158,7 +158,7 @@ def _check_target(file: Path) -> None:
     """Check before the work that a page can be written."""
     folder = file.parent
     if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
-        found = "a folder" if file.is_dir() else "a folder without permission" if folder.is_dir() else "no such folder"
+        found = "a folder" if file.is_dir() else "no permission" if folder.is_dir() else "no such folder"
         raise VLBridgeError(f"{file}: cannot write: expected a file in a folder that can be written, found {found}")
 
 

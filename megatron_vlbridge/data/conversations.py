@@ -15,9 +15,11 @@ from megatron_vlbridge.data.sources.lazy import LazySequence, Records
 from megatron_vlbridge.errors import VLBridgeError
 
 # Media placeholders of other formats, such as `<image>`, `<image_1>`, `<|video_2|>`, `<img>`, `<IMAGE>`, `<ImageHere>`,
-# `<image_placeholder>`. After a backtick the tag is code.
+# `<image_placeholder>`. After a backtick the tag is code, and one of capitals after a
+# letter, as in `List<VIDEO>`.
 MEDIA_TAG = re.compile(
-    r"(?<!`)<\|?(image|video|audio|img|IMAGE|VIDEO|AUDIO|ImageHere|VideoHere)(?:[ _-]?\d+|_placeholder)?\|?>"
+    r"(?<!`)(?:(?<!\w)|(?=<\|?[a-z]))<\|?((?:image|video)_placeholder|image|video|audio|img|IMAGE|VIDEO|AUDIO|ImageHere|VideoHere)"
+    r"(?:[ _-]?\d+)?\|?>"
 )
 # A file name between a tag and its closing tag, as in `<video>a.mp4</video>`.
 SOURCE = re.compile(r"[^<>]*\.\w+\s*|\s*[^\s<>]*/[^\s<>]*\s*")

@@ -24,8 +24,9 @@ WHITE = (255, 255, 255)
 SWAPPED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # Chunks of a PNG file that can hold an EXIF orientation.
 PNG_TEXT = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
-# How Pillow reads PNG files of 2 or 4 bits: it scales the values to 255, but not that of the transparent color.
-PNG_SCALES = {"L;2": 85, "L;4": 17}
+# How Pillow names what is in PNG files, and its bits per channel. It scales values to 255, but not the transparent
+# color, which has 16 bits of which the lower ones count.
+PNG_BITS = {"L;2": 2, "L;4": 4, "L": 8, "RGB": 8}
 URL = re.compile(r"(data|file):|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 _ORIENTATION = ExifTags.Base.Orientation
@@ -150,10 +151,7 @@ def _opened(source: str | Path | bytes) -> BinaryIO:
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     _check_header(image, max_pixels)
-    packing = _png_packing(image)
-    image.load()
-    if "transparency" in image.info:
-        _scale_transparency(image, packing)
+    _load(image)
     if image.mode not in MODES:
         raise VLBridgeError(
             f"has the mode {image.mode}: expected at most 8 bits per channel, in a mode that Pillow converts to RGB; "
@@ -167,21 +165,25 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
-def _scale_transparency(image: Image.Image, packing: str) -> None:
-    """Scale the transparent color of an image that was just decoded as its pixels were, so that both agree."""
-    if packing in PNG_SCALES:
-        image.info["transparency"] *= PNG_SCALES[packing]
-    color = image.info["transparency"]
-    if packing == "RGB;16B" or (isinstance(color, tuple) and max(color) > 255):
+def _load(image: Image.Image) -> None:
+    """Decode an image, with a transparent color that is scaled as its pixels are; it stays so at later reads.
+
+    Of a PNG file that its owner has decoded before, the number of bits is not known any more.
+    """
+    packing = str(image.tile[0].args) if isinstance(image, PngImagePlugin.PngImageFile) and image.tile else ""
+    image.load()
+    color = image.info.get("transparency")
+    if packing in PNG_BITS:
+        top = 2 ** PNG_BITS[packing] - 1
+        if isinstance(color, int):
+            image.info["transparency"] = (color & top) * 255 // top
+        elif isinstance(color, tuple):
+            image.info["transparency"] = tuple(value & top for value in color)
+    elif isinstance(color, tuple) and (packing == "RGB;16B" or max(color) > 255):
         raise VLBridgeError(
             "has a transparent color of 16 bits per channel, but its pixels are read with 8; save the image with 8 "
             "bits per channel, or with an alpha channel"
         )
-
-
-def _png_packing(image: Image.Image) -> str:
-    """How the values lie in a PNG file that is not decoded yet, in Pillow's words; "" for all others."""
-    return str(image.tile[0].args) if isinstance(image, PngImagePlugin.PngImageFile) and image.tile else ""
 
 
 def _check_header(image: Image.Image, max_pixels: int) -> None:
@@ -211,7 +213,7 @@ def _orientation(image: Image.Image) -> int:
     if not (isinstance(image, PngImagePlugin.PngImageFile) and image.tile):
         return image.getexif().get(_ORIENTATION, 1)
     if _has_text_after_pixels(image):
-        image.load()
+        _load(image)
     # Its own `getexif` decodes the image to find such chunks.
     return super(PngImagePlugin.PngImageFile, image).getexif().get(_ORIENTATION, 1)
 

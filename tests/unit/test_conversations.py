@@ -179,6 +179,8 @@ def test_a_path_in_media_tags_is_rejected_and_markup_is_not(tmp_path: Path) -> N
     path = tmp_path / "train.jsonl"
     for tag, text in {
         "<img>": "<img>a.png</img> what?",
+        "<image_1>": "what is this<image_1>",
+        "<VIDEO>": "Who? <VIDEO>",
         "<video>": "<video>my clip.mp4 </video>",
         "<audio>": "<audio>set/1</audio>",
         "<image>": "<video>\n<p></p></video><image>./</image>",
@@ -189,6 +191,7 @@ def test_a_path_in_media_tags_is_rejected_and_markup_is_not(tmp_path: Path) -> N
             list(read_conversations(path))
     texts = [
         "<video>\n<source src='a'></video>",
+        "List<VIDEO> of <image_placeholder>x</image_placeholder>",
         "<image x>",
         "<images>",
         "a <imag",

@@ -80,7 +80,7 @@ def test_another_delimiter_is_named(tmp_path: Path, suffix: str, header: str) ->
     """As Excel writes in some countries."""
     path = tmp_path / f"a{suffix}"
     path.write_text(header)
-    with rejects("found ';'; save it with commas", start=f"{path}, line 1: expected cells separated by"):
+    with rejects("found ';'; save it as .csv with commas, or", start=f"{path}, line 1: expected cells separated by"):
         CsvRows(path)
 
 

@@ -103,6 +103,8 @@ def test_an_answer_of_which_only_the_end_is_learned_is_rejected(name: str, famil
         with rejects('give it "train": false', start="message 3 (assistant): expected an answer to learn, found "):
             encode(messages, processor)
         encode([*messages, user("R"), bot("B")], processor, labels=LabelOptions(turns="last"))
+        if family == "qwen3_5":
+            encode([user("R"), bot("", reasoning_content="So.")], processor)
         encode([user("R"), answer | {"train": False, "weight": 0}, user("R"), bot("B")], processor)
 
 

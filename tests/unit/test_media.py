@@ -359,6 +359,11 @@ def test_a_pil_image_has_the_same_transparency_at_every_read() -> None:
     with Image.open(io.BytesIO(png_row(4, [0, 5, 10, 15], [5]))) as image:
         for _ in range(3):
             assert pixels(image_of(image))[0, :, 0].tolist() == [0, 255, 170, 255]
+    # What comes after the pixels is read for the orientation, and decodes the image.
+    late = png_row(2, [0, 1, 2, 3], [1])[:-12] + png(1, 1, 8, (b"tEXt", b"a\0b"))[33:]
+    with Image.open(io.BytesIO(late)) as image:
+        assert size_of(image) == (4, 1)
+        assert pixels(image_of(image))[0, :, 0].tolist() == [0, 255, 170, 255]
     with Image.open(io.BytesIO(png_row(16, [1, 2, 3], [256, 2, 3]))) as image:
         image.load()
         with rejects("has a transparent color of 16 bits per channel"):
@@ -368,7 +373,8 @@ def test_a_pil_image_has_the_same_transparency_at_every_read() -> None:
 def test_the_transparent_color_is_that_of_the_file() -> None:
     """With 16 bits it cannot be told from others, whose lower 8 bits are lost."""
     colors = [1, 2, 3, 1, 2, 4]
-    assert pixels(image_of(png_row(8, colors, [1, 2, 3]))).tolist() == [[[255, 255, 255], [1, 2, 4]]]
+    for red in (1, 257):  # of which the lower 8 bits count
+        assert pixels(image_of(png_row(8, colors, [red, 2, 3]))).tolist() == [[[255, 255, 255], [1, 2, 4]]]
     for transparent in ([256, 512, 768], [0, 0, 0]):
         with rejects("has a transparent color of 16 bits per channel", "save the image with 8 bits"):
             image_of(png_row(16, colors, transparent))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from megatron_vlbridge.data.media import load_image, load_video, media_shape
 from megatron_vlbridge.data.sources.files.kinds import open_records
-from megatron_vlbridge.data.sources.files.shards import Shards
+from megatron_vlbridge.data.sources.files.shards import MEDIA, Shards, sample_record
 from megatron_vlbridge.data.sources.mixture import open_data
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from tests.errors import rejects
@@ -194,6 +194,23 @@ def test_videos_are_members(tmp_path: Path) -> None:
         load_video({**video, "video": b"abc"}, video_processor=processor.video_processor)
     with rejects("video: 3 bytes cannot be decoded as a video"):
         media_shape({**video, "video": b"abc"}, processor)
+
+
+def test_labels_and_lists_of_folders_are_no_members(tmp_path: Path) -> None:
+    """GNU tar writes them with -V and -g."""
+    path = tmp_path / "a.tar"
+    content = json.dumps({"messages": [{"role": "user", "content": "q"}]}).encode()
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, kind in (("label", b"V"), ("dir", b"D"), ("1.json", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, len(content) if name == "1.json" else 0
+            tar.addfile(info, io.BytesIO(content))
+    assert [one[0]["content"] for one in open_data(path) or []] == ["q"]
+
+
+@pytest.mark.parametrize("extension", sorted(MEDIA))
+def test_every_kind_of_image_and_video_is_one(extension: str) -> None:
+    assert sample_record({"1.json": b"{}", f"1.{extension}": b""}) == {MEDIA[extension]: [f"1.{extension}"]}
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE])

@@ -120,6 +120,8 @@ REJECTED = {
     "weight nan": ("train: [{path: tags.jsonl, weight: .nan}]", "expected 'weight' to be a number"),
     "weight 1e-5": ("train: [{path: tags.jsonl, weight: 1e-5}]", "found str '1e-5'; write it as 0.00001"),
     "weight 1.5e4": ("train: [{path: tags.jsonl, weight: 1.5e4}]", "found str '1.5e4'; write it as 15000"),
+    "weight 1e6": ("train: [{path: tags.jsonl, weight: 1e6}]", "up to 100,000, found str '1e6'"),
+    "weight as a list": ("train: [{path: tags.jsonl, weight: !!int [1]}]", "expected a scalar node"),
     "weight octal": ("train:\n- {path: tags.jsonl, weight: 010}", "line 2: expected a decimal number, found 010"),
     "weight of minutes": ("train: [{path: tags.jsonl, weight: 1:30}]", "expected a decimal number, found 1:30"),
     "weight of seconds": ("train: [{path: tags.jsonl, weight: 1:30.5}]", "expected a decimal number, found 1:30.5"),
@@ -145,7 +147,12 @@ def test_a_file_with_an_error_is_rejected(folder: Path, text: str, problem: str)
 
 
 def test_a_weight_is_the_written_number(folder: Path) -> None:
-    for text, weight in (("0.3", Fraction(3, 10)), ("1.1", Fraction(11, 10)), ("3", Fraction(3))):
+    for text, weight in (
+        ("0.3", Fraction(3, 10)),
+        ("1_000", Fraction(1000)),
+        ("1.1", Fraction(11, 10)),
+        ("3", Fraction(3)),
+    ):
         (folder / "meta.yaml").write_text(f"train: [{{path: tags.jsonl, weight: {text}}}]")
         assert read_meta(folder / "meta.yaml")["train"][0].weight == weight
 

@@ -181,7 +181,7 @@ def test_without_pyarrow_the_error_says_what_to_install(tmp_path: Path, monkeypa
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     for number in (0, 2):
         write_parquet(tmp_path / f"train-{number:05}-of-00003.parquet")
-    with rejects("expected 3 files, numbered from 0, the one with 1 is missing", start="x: "):
+    with rejects("expected 3 files, as their names say, found 2; put all of them there, or name those", start="x: "):
         ParquetRows(tmp_path, name="x")
     write_parquet(tmp_path / "train-00001-of-00003.parquet")
     assert len(ParquetRows(tmp_path)) == 3 * len(ROWS)
@@ -189,14 +189,40 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
 
 def test_parts_written_by_spark_are_one_split(tmp_path: Path) -> None:
     for number in range(2):
-        write_parquet(tmp_path / f"part-{number:05}-3f2a-c000.snappy.parquet")
+        write_parquet(tmp_path / f"part-{number:05}-1c2d3e4f-aaaa-bbbb-cccc-0123456789ab-c000.snappy.parquet")
     assert len(ParquetRows(tmp_path)) == 2 * len(ROWS)
+    write_parquet(tmp_path / "part-0-test.parquet")
+    with rejects("expected files of one split", start="x: "):
+        ParquetRows(tmp_path, name="x")
 
 
-@pytest.mark.parametrize("other", ["b.jsonl", "b.tar.gz", "b.PARQUET", "more/b.parquet", "b.tar", "b.csv"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        "b.jsonl",
+        "b.tar.gz",
+        "b.PARQUET",
+        "more/b.parquet",
+        "b.tar",
+        "b.csv",
+        "b.TGZ",
+        "b.tsv",
+        "b.arrow",
+        "b.jsonl.zst",
+        "more/b.tar",
+    ],
+)
 def test_a_folder_with_data_that_is_not_read_is_rejected(tmp_path: Path, other: str) -> None:
     write_parquet(tmp_path / "a.parquet")
-    for name in ("README.md", "dataset_info.json", "_SUCCESS", "images/a.png", "a.parquet.index"):
+    for name in (
+        "README.md",
+        "dataset_info.json",
+        "_SUCCESS",
+        "images/a.png",
+        "images.zip",
+        ".ipynb/a.parquet",
+        "_metadata.parquet.crc",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert len(open_records(tmp_path, name="x")) == len(ROWS)
@@ -204,6 +230,20 @@ def test_a_folder_with_data_that_is_not_read_is_rejected(tmp_path: Path, other: 
     (tmp_path / other).touch()
     with rejects(start=f"x: {other} would not be read: expected a folder of files that end with .parquet alone"):
         open_records(tmp_path, name="x")
+
+
+def test_a_file_that_two_sources_read_is_rejected(tmp_path: Path) -> None:
+    """One that a folder does not read may be another source."""
+    for name in ("a", "b"):
+        (tmp_path / "f" / name).mkdir(parents=True)
+    write_parquet(tmp_path / "f" / "a.parquet")
+    (tmp_path / "f" / "b.json").write_text('[{"messages": [{"role": "user", "content": "q"}]}]')
+    meta = tmp_path / "meta.yaml"
+    meta.write_text("train: [{path: f}, {path: f/b.json}]")
+    assert len(open_data(meta) or []) == len(ROWS) + 1
+    meta.write_text("train: [{path: f}, {path: f/b/../a.parquet}]")
+    with rejects(f"train: {tmp_path}/f/a.parquet is read by two sources", start=f"{meta}: "):
+        open_data(meta)
 
 
 def test_a_selection_of_a_saved_dataset_is_rejected(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -104,7 +104,9 @@ def _measure_all(
             yield one, measure(conversations, one)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _set_task, (conversations, measure)) as pool:
+    # The other processes end when this one closes its end of the pipe, also by being killed.
+    reader, writer = context.Pipe(duplex=False)
+    with writer, ProcessPoolExecutor(workers, context, _set_task, (conversations, measure, reader)) as pool:
         try:
             yield from zip(ranges, pool.map(_run_task, ranges), strict=True)
         except BrokenProcessPool as error:
@@ -112,6 +114,9 @@ def _measure_all(
                 "a process that measures was ended from outside, perhaps for want of memory; what is finished is kept: "
                 "run it again with fewer --workers"
             ) from error
+        except BaseException:
+            writer.close()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -120,25 +125,17 @@ def _measure_all(
 _task: tuple[Sequence[Any], Measure] | None = None
 
 
-def _set_task(conversations: Sequence[Any], measure: Measure) -> None:
+def _set_task(conversations: Sequence[Any], measure: Measure, first: Connection) -> None:
     global _task
     _task = conversations, measure
-    signal.signal(signal.SIGINT, _end_after_first)
-    Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the first one ends the others
+    Thread(target=_end_with, args=(first,), daemon=True).start()
 
 
-def _end_after_first(*_: object) -> None:
-    """Ctrl-C reaches all processes: end without a word, after the first one has had the time to see it."""
-    time.sleep(0.5)
+def _end_with(first: Connection) -> None:
+    """End this process when the first one does, which sends nothing. The pool alone would wait for it forever."""
+    first.poll(None)
     os._exit(1)
-
-
-def _end_with_parent() -> None:
-    """End this process when the first one ends, also if that is killed: the pool would wait for it forever."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
-        os._exit(1)
 
 
 def _run_task(indices: range) -> LengthTable:

@@ -68,8 +68,6 @@ def read_meta(path: str | Path) -> dict[str, list[Source]]:
         files = [source.path.resolve() for source in splits[split]]
         if twice := [file for file in files if files.count(file) > 1]:
             raise VLBridgeError(f"{name}: {twice[0]} is there twice; give it a weight instead")
-        if inside := [file for file in files if any(parent in files for parent in file.parents)]:
-            raise VLBridgeError(f"{name}: {inside[0]} is also in the folder of another source; name it once")
     return splits
 
 
@@ -86,14 +84,15 @@ class _Loader(yaml.SafeLoader):
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     """Only decimal numbers: YAML 1.1 takes 010 for 8, and 1:30 for 90."""
-    if not re.fullmatch(r"[-+]?(0|[1-9]\d*)", node.value):
+    text = loader.construct_scalar(node)
+    if not re.fullmatch(r"[-+]?(0|[1-9][\d_]*)", text):
         line = node.start_mark.line + 1
-        raise VLBridgeError(f"line {line}: expected a decimal number, found {node.value}; quote it if it is a text")
-    return int(node.value)
+        raise VLBridgeError(f"line {line}: expected a decimal number, found {text}; quote it if it is a text")
+    return int(text)
 
 
 def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    return _construct_int(loader, node) if ":" in node.value else loader.construct_yaml_float(node)
+    return _construct_int(loader, node) if ":" in str(node.value) else loader.construct_yaml_float(node)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
@@ -149,8 +148,8 @@ def _source(name: str, value: Any, folder: Path) -> Source:
 def _weight(name: str, value: Any) -> Fraction:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_WEIGHT:
         # YAML takes a number without a dot and a sign in the exponent for a string.
-        is_number = isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE][+-]?\d{1,2}", value)
-        hint = f"; write it as {Decimal(value):f}" if is_number else ""
+        is_number = isinstance(value, str) and re.fullmatch(r"(\d+\.?|\d*\.\d+)[eE][+-]?\d{1,2}", value)
+        hint = f"; write it as {Decimal(value):f}" if is_number and 0 < Decimal(value) <= MAX_WEIGHT else ""
         raise VLBridgeError(
             f"{name}: expected 'weight' to be a number above 0 and up to {MAX_WEIGHT:,}, found {shown(value)}{hint}"
         )

@@ -1,6 +1,7 @@
 """The conversations of several sources, as one sequence."""
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron_vlbridge.data.sources.files.kinds import open_records
 from megatron_vlbridge.data.sources.lazy import LazySequence
 from megatron_vlbridge.data.sources.meta import Source, read_meta
 from megatron_vlbridge.data.sources.sampling import Share
+from megatron_vlbridge.errors import VLBridgeError
 
 
 class Mixture(LazySequence[FileConversation]):
@@ -46,14 +48,19 @@ def open_data(
     its errors name the file and the line. For `literal_tags` and `cache` see `conversations.read_conversations`. None
     if the file has no such split.
 
-    Raises VLBridgeError: as `meta.read_meta`; a file cannot be read, is of another kind, or has no conversation.
+    Raises VLBridgeError: as `meta.read_meta`; a file cannot be read, is of another kind, has no conversation, or is
+    read by two sources.
     Example: `open_data("meta.yaml")[0].location` is "train data a.jsonl, line 1".
     """
     sources = read_meta(path).get(split)
     if sources is None:
         return None
     name = "validation" if split == "valid" else split
-    return Mixture([_open(source, name, literal_tags, cache) for source in sources], sources)
+    parts = [_open(source, name, literal_tags, cache) for source in sources]
+    times = Counter(file.resolve() for part in parts for file in part.records.files)
+    if twice := [file for file, count in times.items() if count > 1]:
+        raise VLBridgeError(f"{path}: {split}: {twice[0]} is read by two sources; name it once")
+    return Mixture(parts, sources)
 
 
 def _open(source: Source, split: str, literal_tags: bool, cache: str | Path | None) -> FileConversations:

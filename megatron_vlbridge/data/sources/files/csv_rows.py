@@ -44,8 +44,8 @@ class CsvRows(JsonLines):
         if len(self._columns) == 1 and (found := [one for one in ";\t," if one in self._columns[0]]):
             where = f"{self.name}, line {header.line}"
             raise VLBridgeError(
-                f"{where}: expected cells separated by {self._delimiter!r}, found {found[0]!r}; save it with commas or "
-                "as .tsv with tabs"
+                f"{where}: expected cells separated by {self._delimiter!r}, found {found[0]!r}; save it as .csv with "
+                "commas, or as .tsv with tabs"
             )
         if twice := [column for column in self._columns if self._columns.count(column) > 1]:
             raise VLBridgeError(f"{self.name}: the column {twice[0]!r} is there twice")

@@ -19,8 +19,9 @@ KINDS: dict[str, Callable[..., Records]] = {
     ".parquet": ParquetRows,
     ".tar": Shards,
 }
-# What may be meant as data in a folder.
-DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".tgz", ".gz", ".zst", ".bz2", ".xz", ".zip")
+# What may be meant as data in a folder, and what is added to such names by compression.
+DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".tgz")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 DICT = "dataset_dict.json"
 
 
@@ -49,10 +50,18 @@ def open_records(path: Path, *, name: str, cache: str | Path | None = None) -> R
 
 def _check_all_read(folder: Path, name: str, files: Sequence[Path]) -> None:
     """Reject a folder with data beside the files that are read: it would be left out without a word."""
+    read = set(files)
     for pattern in ("*", "*/*.parquet", "*/*.tar"):
         for file in sorted(folder.glob(pattern)):
-            if file.name.lower().endswith(DATA) and file not in files and file.is_file():
+            place = file.relative_to(folder)
+            if _is_data(place) and file not in read and file.is_file():
                 raise VLBridgeError(
-                    f"{name}: {file.relative_to(folder)} would not be read: expected a folder of files that end with "
-                    f"{files[0].suffix} alone, without those in other folders; move it, or name it as a source"
+                    f"{name}: {place} would not be read: expected a folder of files that end with {files[0].suffix} "
+                    "alone; move it elsewhere, or name the files to be read as sources, in place of the folder"
                 )
+
+
+def _is_data(place: Path) -> bool:
+    """Whether the name of a file in a folder is one of data; hidden files, and those that start with _, are none."""
+    stem = place.with_suffix("") if place.suffix.lower() in COMPRESSED else place
+    return stem.suffix.lower() in DATA and not any(part.startswith((".", "_")) for part in place.parts)

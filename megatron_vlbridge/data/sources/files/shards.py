@@ -18,10 +18,11 @@ from megatron_vlbridge.errors import VLBridgeError
 
 MEDIA = {
     **dict.fromkeys(
-        ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "heic", "heif"), "images"
+        ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "jp2", "heic", "heif"), "images"
     ),
-    **dict.fromkeys(("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "flv", "wmv", "3gp"), "videos"),
+    **dict.fromkeys(("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "ts", "flv", "wmv", "3gp"), "videos"),
 }
+NO_CONTENT = (b"V", b"D")  # the label of a volume and the list of a folder, of GNU tar
 _BLOCK = 512
 _CHUNK = 1 << 20
 
@@ -110,11 +111,12 @@ def scan_samples(path: Path) -> Iterator[tuple[int, int, int]]:
     with tarfile.open(path, "r:") as tar:
         while member := tar.next():
             _check_name(member.name)
-            if member.isdir():
+            if member.isdir() or member.type in NO_CONTENT:
                 continue
             if not member.isfile():
                 raise VLBridgeError(
-                    f"expected files, found a link or device {member.name!r}; put the file in its place"
+                    f"expected files, found a link or device {member.name!r}; write the file in its place (GNU tar: "
+                    "--dereference --hard-dereference)"
                 )
             key = _split(member.name)[0]
             if key != last:

@@ -14,8 +14,8 @@ from megatron_vlbridge.errors import VLBridgeError
 
 STATE = "state.json"
 # The end of a name that is the number of a part; also of Spark's, such as part-00000-3f2a-c000.snappy.
-_PART = re.compile(r"(?<=^part)-\d+-.*|[-_.]?\d+(-of-\d+)?$")
-_NUMBERED = re.compile(r"(\d+)-of-(\d+)$")
+_PART = re.compile(r"(?<=^part)-\d{5}-[0-9a-f]{8}-[0-9a-f]{4}-.*|[-_.]?\d+(-of-\d+)?$")
+_NUMBERED = re.compile(r"\d+-of-(\d+)$")
 
 
 class _Rows(Records):
@@ -160,12 +160,11 @@ def _parts(folder: Path, name: str) -> list[Path]:
     splits = sorted({_PART.sub("", file.stem) for file in files})
     if len(splits) > 1:
         raise VLBridgeError(f"{name}: expected files of one split, found those of {', '.join(splits)}; name one file")
-    numbers = [match for file in files if (match := _NUMBERED.search(file.stem))]
-    for total in {int(match[2]) for match in numbers}:
-        missing = set(range(total)) - {int(match[1]) for match in numbers if int(match[2]) == total}
-        if missing:
+    for match in filter(None, (_NUMBERED.search(file.stem) for file in files)):
+        if int(match[1]) != len(files):
             raise VLBridgeError(
-                f"{name}: expected {total} files, numbered from 0, the one with {min(missing)} is missing"
+                f"{name}: expected {int(match[1])} files, as their names say, found {len(files)}; put all of them "
+                "there, or name those to be read as sources"
             )
     return files
 
