@@ -201,7 +201,12 @@ def test_an_index_that_is_stopped_leaves_no_process(number: signal.Signals, tmp_
     path = tmp_path / "a.jsonl"
     path.write_text(f"{json.dumps({'messages': messages})}\n" * 20_000)
     words = ["data", "index", str(path), "--hf-folder", str(hf), "--workers", "2"]
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_vlbridge.cli", *words]
+    # A process in the background ignores Ctrl-C, and its children inherit that.
+    script = (
+        "import signal, sys; from megatron_vlbridge.cli import main; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main())"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, *words]
     with limit(), subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr
         assert process.stderr.readline().endswith(" of 20,000 conversations\n")
