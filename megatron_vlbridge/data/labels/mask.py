@@ -58,8 +58,9 @@ def _check_not_blank(messages: Conversation, spans: Mapping[int, slice]) -> None
     for index, span in spans.items():
         message = messages[index]
         text = message_text(message, {})
-        is_blank = not (text.strip() or message.get("reasoning_content") or message.get("tool_calls"))
-        if is_blank or span.stop - span.start == 1:
+        is_blank = not text or text.isspace()
+        says_more = message.get("reasoning_content") or message.get("tool_calls")
+        if (is_blank and not says_more) or span.stop - span.start == 1:
             raise VLBridgeError(
                 f"{message_name(messages, index)}: expected an answer to learn, found {text!r}; write it, remove the "
                 'message, or give it "train": false'
