@@ -14,12 +14,11 @@ from megatron_vlbridge.data.sources.forms.registry import FORMS, Form, convert_r
 from megatron_vlbridge.data.sources.lazy import LazySequence, Records
 from megatron_vlbridge.errors import VLBridgeError
 
-# Media placeholders of other formats, such as `<image>`, `<image_1>`, `<|video_2|>`, `<img>`, `<IMAGE>`, `<ImageHere>`,
-# `<image_placeholder>`. After a backtick the tag is code, and one of capitals after a
-# letter, as in `List<VIDEO>`.
+# Media placeholders of other formats, such as `<image>`, `<image_1>`, `<|video_2|>`, `<img>`, `<ImageHere>`,
+# `<image_placeholder>`, `<IMAGE>`. After a backtick the tag is code, and after a letter one of capitals: `List<VIDEO>`.
 MEDIA_TAG = re.compile(
-    r"(?<!`)(?:(?<!\w)|(?=<\|?[a-z]))<\|?((?:image|video)_placeholder|image|video|audio|img|IMAGE|VIDEO|AUDIO|ImageHere|VideoHere)"
-    r"(?:[ _-]?\d+)?\|?>"
+    r"(?<!`)<\|?(image_placeholder|video_placeholder|ImageHere|VideoHere|image|video|audio|img)(?:[ _-]?\d+)?\|?>"
+    r"|(?<![`\w])<(IMAGE|VIDEO|AUDIO)>"
 )
 # A file name between a tag and its closing tag, as in `<video>a.mp4</video>`.
 SOURCE = re.compile(r"[^<>]*\.\w+\s*|\s*[^\s<>]*/[^\s<>]*\s*")
@@ -145,8 +144,9 @@ def _check_tags(messages: Conversation, form: Form) -> None:
         text = f"{message.get('reasoning_content') or ''}\n{text}"
         for tag in MEDIA_TAG.finditer(text):
             # `<img>`, a tag that is not closed, or one around a file name.
-            end = text.find(f"</{tag[1]}>", tag.end())
-            if tag[1] == "img" or end < 0 or SOURCE.fullmatch(text, tag.end(), end):
+            name = tag[1] or tag[2]
+            end = text.find(f"</{name}>", tag.end())
+            if name == "img" or end < 0 or SOURCE.fullmatch(text, tag.end(), end):
                 raise VLBridgeError(
                     f"{message_name(messages, index)}: the text contains {tag[0]!r}, which would be trained on as "
                     f"text; {media}; if it is plain text, use --literal-tags or "

@@ -134,8 +134,7 @@ def _read[T](
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise VLBridgeError(f"{where} {_too_large(options.max_image_pixels, str(error))}") from error
     except Exception as error:
-        # On a corrupt file Pillow's decoders raise errors of any type.
-        # Without the address of an object, which differs from run to run.
+        # On a corrupt file Pillow's decoders raise errors of any type, some with the address of an object.
         text = re.sub(" object at 0x[0-9a-f]+", "", str(error))
         raise VLBridgeError(f"{where} cannot be decoded as an image ({type(error).__name__}: {text})") from error
 

@@ -104,7 +104,10 @@ def _copy(url: str, answer: Any, target: Path, is_wanted: Callable[[Path], bool]
         if not is_wanted(partial):
             with partial.open("rb") as file:
                 start = file.read(80)
-            raise VLBridgeError(f"{url}: expected an image or a video, found {size} bytes that begin with {start!r}")
+            raise VLBridgeError(
+                f"{url}: expected an image or a video, found {size} bytes that begin with {start!r}; fetch it by hand "
+                "and write its path"
+            )
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -180,6 +180,7 @@ def test_a_path_in_media_tags_is_rejected_and_markup_is_not(tmp_path: Path) -> N
     for tag, text in {
         "<img>": "<img>a.png</img> what?",
         "<image_1>": "what is this<image_1>",
+        "<ImageHere>": "what is this<ImageHere>",
         "<VIDEO>": "Who? <VIDEO>",
         "<video>": "<video>my clip.mp4 </video>",
         "<audio>": "<audio>set/1</audio>",

@@ -166,7 +166,7 @@ def test_a_read_only_folder_has_a_remedy(tmp_path: Path, monkeypatch: pytest.Mon
         raise PermissionError(errno.EACCES, "Permission denied", "lengths.parts")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with rejects("cannot write the table of lengths", "write a YAML file with the paths of its sources in a folder of"):
+    with rejects("cannot write the table of lengths", "write a YAML file with the paths of the sources into a folder"):
         build_table(range(3), measure, tmp_path / "lengths", FINGERPRINT)
 
 

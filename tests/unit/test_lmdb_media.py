@@ -9,12 +9,15 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import Qwen3VLVideoProcessor
 
-from megatron_vlbridge.data.media import load_image
+from megatron_vlbridge.data.media import load_image, load_video
 from megatron_vlbridge.data.sources.files.lmdb_media import read_lmdb
 from megatron_vlbridge.data.sources.mixture import open_data
 from tests.errors import rejects
+from tests.video_writer import moving, write_video
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
 
@@ -45,6 +48,18 @@ def test_an_image_of_a_database_is_read_in_every_process(folder: Path) -> None:
         os._exit(0 if is_read() else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert read_lmdb("a.lmdb::empty", folder) == b""
+
+
+def test_a_video_of_a_database_is_that_of_the_file(tmp_path: Path) -> None:
+    file = write_video(tmp_path / "a.mp4", moving(12), fps=4)
+    with lmdb.open(str(tmp_path / "a.lmdb"), lock=False) as database, database.begin(write=True) as transaction:
+        transaction.put(b"clip", file.read_bytes())
+    record = {"messages": [{"role": "user", "content": "<video>"}], "videos": ["a.lmdb::clip"]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(record))
+    [[message]] = open_data(tmp_path / "train.jsonl") or []
+    processor = Qwen3VLVideoProcessor()
+    found = load_video(message["content"][0], video_processor=processor)
+    assert torch.equal(found.frames, load_video({"video": file}, video_processor=processor).frames)
 
 
 def test_what_cannot_be_read_is_rejected_with_the_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from transformers.video_utils import VideoMetadata
 
 from megatron_vlbridge.data.chat import Sample, encode_conversation
 from megatron_vlbridge.data.images import MediaOptions
-from megatron_vlbridge.data.item_sizes import with_sizes
 from megatron_vlbridge.data.media import image_size, load_video, media_grid
+from megatron_vlbridge.data.processors.item_sizes import with_sizes
 from megatron_vlbridge.demo.tiny_processor import build_processor
 from megatron_vlbridge.training.launch.media import add_media_arguments, media_options
 from tests.errors import rejects

@@ -229,7 +229,7 @@ def test_what_comes_after_the_end_is_rejected(tmp_path: Path) -> None:
     paths = [write_tar(tmp_path / f"{name}.tar", {f"{name}.json": {"conversations": TALK}}) for name in "ab"]
     joined = tmp_path / "c.tar"
     joined.write_bytes(paths[0].read_bytes() + paths[1].read_bytes())
-    with rejects("expected its end after ", "found more", start=f"{joined}: "):
+    with rejects("expected nothing after the end of the archive", "`tar --concatenate`", start=f"{joined}: "):
         Shards(joined)
     joined.write_bytes(paths[0].read_bytes() + bytes(3 << 20))
     assert len(Shards(joined)) == 1

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import sys
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+from transformers import Qwen3VLVideoProcessor
 
-from megatron_vlbridge.data.media import load_image
+from megatron_vlbridge.data.media import load_image, load_video
 from megatron_vlbridge.data.sources.files.kinds import open_records
 from megatron_vlbridge.data.sources.files.tables import DatasetRows, ParquetRows
 from megatron_vlbridge.data.sources.mixture import open_data
 from tests.errors import rejects
+from tests.video_writer import moving, write_video
 
 ROWS: list[dict[str, Any]] = [
     {"q": f"q{n}", "a": f"a{n}", "file": {"bytes": bytes([n]), "path": None}, "n": None if n % 2 else n}
@@ -178,6 +182,19 @@ def test_without_pyarrow_the_error_says_what_to_install(tmp_path: Path, monkeypa
         open_records(path, name="x")
 
 
+def test_videos_in_a_table_are_those_of_the_files(tmp_path: Path) -> None:
+    file = write_video(tmp_path / "a.mp4", moving(12), fps=4)
+    row = {"q": "Who?", "a": "A cat.", "clip": {"bytes": file.read_bytes(), "path": None}}
+    write_parquet(tmp_path / "a.parquet", [row])
+    source = {"path": "a.parquet", "form": "columns", "columns": {"user": "q", "assistant": "a", "video": "clip"}}
+    (tmp_path / "meta.yaml").write_text(json.dumps({"train": [source]}))
+    [conversation] = open_data(tmp_path / "meta.yaml") or []
+    read = partial(load_video, video_processor=Qwen3VLVideoProcessor())
+    found, expected = read(conversation[0]["content"][0]), read({"type": "video", "video": file})
+    assert torch.equal(found.frames, expected.frames)
+    assert found.metadata == expected.metadata
+
+
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     for number in (0, 2):
         write_parquet(tmp_path / f"train-{number:05}-of-00003.parquet")
@@ -254,8 +271,8 @@ def test_a_selection_of_a_saved_dataset_is_rejected(tmp_path: Path) -> None:
         DatasetRows(folder, name="x")
 
 
-def test_a_value_that_python_has_not_is_named(tmp_path: Path) -> None:
+def test_a_value_that_python_cannot_represent_is_named(tmp_path: Path) -> None:
     table = pa.table({"q": ["a"], "t": pa.array([2**62], pa.timestamp("us"))})
     pq.write_table(table, tmp_path / "a.parquet")
-    with rejects("has values that Python has not", start="x, row 0: cannot read the row"):
+    with rejects("has values that Python cannot represent", start="x, row 0: cannot read the row"):
         ParquetRows(tmp_path / "a.parquet", name="x")[0]

@@ -39,9 +39,9 @@ def loss_mask(
     """
     skipped = skipped_turns(messages, labels)
     spans, excluded = supervised_spans(ids, turns, messages, processor, skipped)
-    if not allow_no_loss and not spans:
-        raise _no_supervised_token(messages, excluded, skipped)
     if not allow_no_loss:
+        if not spans:
+            raise _no_supervised_token(messages, excluded, skipped)
         _check_not_blank(messages, spans)
     if labels.newline:
         spans = with_newlines(spans, ids, processor)

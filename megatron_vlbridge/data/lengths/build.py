@@ -21,7 +21,10 @@ from megatron_vlbridge.locks import locked
 
 CHUNK = 1024  # conversations that a process measures at a time; after each, an interrupted run continues
 
-READ_ONLY = "it lies beside the file of --data: write a YAML file with the paths of its sources in a folder of yours"
+READ_ONLY = (
+    "it is written beside the file of --data: write a YAML file with the paths of the sources into a folder that you "
+    "can write, and pass that as --data"
+)
 
 type Measure = Callable[[Sequence[Any], range], LengthTable]
 type Progress = Callable[[int, int], None]
@@ -111,8 +114,8 @@ def _measure_all(
             yield from zip(ranges, pool.map(_run_task, ranges), strict=True)
         except BrokenProcessPool as error:
             raise VLBridgeError(
-                "a process that measures was ended from outside, perhaps for want of memory; what is finished is kept: "
-                "run it again with fewer --workers"
+                "a worker process was killed, perhaps as memory ran out; what is finished is kept: run it again with "
+                "fewer --workers"
             ) from error
         except BaseException:
             writer.close()

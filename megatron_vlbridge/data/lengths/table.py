@@ -25,7 +25,7 @@ COLUMNS = np.dtype(
 )
 
 
-NOTHING = "nothing"  # in the place of a value that one of two fingerprints has not
+NOTHING = "nothing"  # in place of a value that one of two fingerprints lacks
 TURNS = ("assistant", "excluded", "skipped")
 
 

@@ -67,7 +67,7 @@ class Selection:
             conversations, table, self.truncated = cut.conversations, cut.table, cut.kept
         self.conversations, self.rows = conversations, table.rows
         self._first_failed = table.first_failed.text if table.first_failed else ""
-        self.failed = self._find_failed(max_bad_samples)
+        self.failed = self._find_failed(table, max_bad_samples)
         self.dropped = self._find_too_long(too_long)
         self.kept = np.setdiff1d(np.arange(len(conversations)), [*self.failed, *self.dropped])
         if not len(self.kept):
@@ -111,8 +111,8 @@ class Selection:
             return ""
         return f"{len(self.failed)} of {len(self.rows)} conversations cannot be encoded (first: {self._first_failed})"
 
-    def _find_failed(self, share: float) -> list[int]:
-        found: list[int] = np.equal(self.rows["tokens"], 0).nonzero()[0].tolist()
+    def _find_failed(self, table: LengthTable, share: float) -> list[int]:
+        found: list[int] = table.failed.nonzero()[0].tolist()
         if found and not share:
             raise VLBridgeError(self._first_failed)
         if len(found) > share * len(self.rows):

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from megatron_vlbridge.data.images import MediaOptions
-from megatron_vlbridge.data.item_sizes import with_sizes
 from megatron_vlbridge.data.media import (
     Conversation,
     MediaShape,
@@ -25,6 +24,7 @@ from megatron_vlbridge.data.media import (
 )
 from megatron_vlbridge.data.media_tokens import check_ratio
 from megatron_vlbridge.data.processors.interface import CHATML, ConversationProcessor
+from megatron_vlbridge.data.processors.item_sizes import with_sizes
 from megatron_vlbridge.data.processors.runs import RunTokenizer
 from megatron_vlbridge.data.video_prompt import without_outer_pair
 from megatron_vlbridge.errors import VLBridgeError

@@ -82,21 +82,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    """Only decimal numbers: YAML 1.1 takes 010 for 8, and 1:30 for 90."""
+def _construct_number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """A decimal number: YAML 1.1 also takes 010 for 8, and 1:30 for 90."""
     text = loader.construct_scalar(node)
-    if not re.fullmatch(r"[-+]?(0|[1-9][\d_]*)", text):
+    if ":" in text or re.fullmatch(r"[-+]?0\w+", text):
         line = node.start_mark.line + 1
         raise VLBridgeError(f"line {line}: expected a decimal number, found {text}; quote it if it is a text")
-    return int(text)
+    is_int = node.tag.endswith(":int")
+    number: int | float = loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)
+    return number
 
 
-def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    return _construct_int(loader, node) if ":" in str(node.value) else loader.construct_yaml_float(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct_number)
 
 
 def _load(path: Path) -> Any:

@@ -49,7 +49,7 @@ def open_records(path: Path, *, name: str, cache: str | Path | None = None) -> R
 
 
 def _check_all_read(folder: Path, name: str, files: Sequence[Path]) -> None:
-    """Reject a folder with data beside the files that are read: it would be left out without a word."""
+    """Reject a folder with data beside the files that are read, which would silently be ignored."""
     read = set(files)
     for pattern in ("*", "*/*.parquet", "*/*.tar"):
         for file in sorted(folder.glob(pattern)):

@@ -138,7 +138,8 @@ def scan_samples(path: Path) -> Iterator[tuple[int, int, int]]:
         while rest := file.read(_CHUNK):
             if rest.strip(b"\0"):
                 raise VLBridgeError(
-                    f"expected its end after {after} bytes, found more: write tar files that were joined anew"
+                    f"expected nothing after the end of the archive at byte {after}, found more; concatenate tar files "
+                    "with `tar --concatenate`, not with cat"
                 )
 
 

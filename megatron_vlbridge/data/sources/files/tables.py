@@ -46,7 +46,7 @@ class _Rows(Records):
         except (OSError, ValueError, OverflowError, import_pyarrow(self.name).ArrowException) as error:
             raise VLBridgeError(
                 f"{self.location(index)}: cannot read the row: the file is damaged, has changed, or has values that "
-                f"Python has not ({error})"
+                f"Python cannot represent ({error}); write it again"
             ) from error
         return {key: _without_nulls(value) for key, value in row.items()}
 
